@@ -1,0 +1,41 @@
+# Each target does its own set-up: a virtual environment in .venv with the pinned requirements.
+PYTHON ?= python3
+VENV   := .venv
+RUN    := $(VENV)/bin/python
+READY  := $(VENV)/.ready
+DATA   ?= data/coco
+
+.PHONY: quickstart reproduce test photo llm clean help
+
+help:
+	@echo "make quickstart   write differences, finetune, evaluate on the embedded example; print one table"
+	@echo "make reproduce    the same with three seeds"
+	@echo "make test         the whole test suite"
+	@echo "make photo DATA=folder   the same scripts on photographs with human captions (COCO's layout)"
+	@echo "make clean        remove runs and results (not data, not .venv)"
+
+$(READY): requirements.txt requirements-dev.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "Python 3.10 or newer is needed; found $$($(PYTHON) --version). Try make PYTHON=python3.12 ..."; exit 2; }
+	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	@echo "installing the requirements into $(VENV) (once) ..."
+	@$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $(READY)
+
+quickstart: $(READY)
+	@$(RUN) -m pc_clip.study configs/studies/quickstart.yaml
+
+reproduce: $(READY)
+	@$(RUN) -m pc_clip.study configs/studies/quickstart.yaml --seeds 0 1 2
+
+test: $(READY)
+	@$(RUN) -m ruff check .
+	@$(RUN) -m ruff format --check --quiet .
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2
+
+photo: $(READY)
+	@$(RUN) -m pc_clip.example.photographs $(DATA)
+	@$(RUN) -m pc_clip.study configs/studies/photo.yaml --seeds 0 1 2
+
+clean:
+	rm -rf runs results

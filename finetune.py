@@ -1,0 +1,37 @@
+#!/usr/bin/env python
+"""Finetune a CLIP model: images + sentences -> runs/NAME/.
+
+With no argument it trains on the embedded example. The paper's run is
+    python finetune.py --config configs/pc_clip_coco.yaml
+Any setting can be given again as a flag: --train.lr 1e-8. On several GPUs: accelerate launch finetune.py ...
+"""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import jsonargparse
+
+from pc_clip import methods
+from pc_clip.config import FinetuneConfig, configure, peek
+from pc_clip.errors import run_script
+from pc_clip.generate import write_missing_example
+from pc_clip.training import finetune
+
+DEFAULT = Path(__file__).parent / "configs" / "example.yaml"
+
+
+def main(argv: Sequence[str] | None = None) -> Path:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    parser = jsonargparse.ArgumentParser(prog="finetune.py", description=__doc__)
+    method = peek(argv, "method", DEFAULT, FinetuneConfig.method)
+    options = {method: methods.find(method).Config}
+    config = configure(FinetuneConfig, parser, argv, default=DEFAULT, options=options)
+    write_missing_example(config.data)
+    run = finetune(config)
+    print(f"the model is in {run}; evaluate it: python run.py --dataset {config.data.dataset} --checkpoint {run}")
+    return run
+
+
+if __name__ == "__main__":
+    run_script(main)

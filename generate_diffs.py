@@ -1,0 +1,30 @@
+#!/usr/bin/env python
+"""Write sentences on how one image differs from another: captions -> llm_diffs/NAME.jsonl.
+
+With no argument it writes those of the embedded example, by rule. From COCO's captions, by a language model:
+    python generate_diffs.py --config configs/diffs_llama2_coco.yaml
+Interrupted and started again, it continues where it stopped.
+"""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import jsonargparse
+
+from pc_clip.config import GenerateConfig, configure
+from pc_clip.errors import run_script
+from pc_clip.generate import generate
+
+DEFAULT = Path(__file__).parent / "configs" / "diffs_example.yaml"
+
+
+def main(argv: Sequence[str] | None = None) -> Path:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    parser = jsonargparse.ArgumentParser(prog="generate_diffs.py", description=__doc__)
+    config = configure(GenerateConfig, parser, argv, default=DEFAULT)
+    return generate(config)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,153 @@
+"""Checkpoints: a whole model in one safetensors file, and the state a run continues from.
+
+Files are written beside their place and moved into it, so an interrupted save leaves the last good one.
+Nothing is unpickled freely: other people's .pt files are read with torch's weights-only loader.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+import pc_clip
+from pc_clip.clip import Clip, guess_architecture
+from pc_clip.errors import UserError
+from pc_clip.files import write_tensors
+
+MODEL_FILE = "model.safetensors"
+STATE_FILE = "state.safetensors"
+
+
+# -- models --------------------------------------------------------------------------------------------
+
+
+def save_model(path: Path, clip: Clip) -> None:
+    """Every weight of a model under open_clip's names, and what it was made from, in one file."""
+    about = {"model": clip.name, "pretrained": clip.pretrained, "pc_clip": pc_clip.__version__}
+    write_tensors(path, clip.model.state_dict(), {"format": "pt", "pc_clip": json.dumps(about)})
+
+
+def load_model(path: str | Path, name: str | None = None, pretrained: str | None = None, device: str = "cpu") -> Clip:
+    """A model from a checkpoint: a run's folder, a safetensors file of ours, or anybody's state dict.
+
+    name: the architecture, for files that do not say; guessed from the shapes when not given.
+    Raises UserError for a file that is absent, cut short, of another architecture, or not only weights.
+    """
+    path = Path(path)
+    if path.is_dir():
+        if not (path / MODEL_FILE).is_file() and (path / STATE_FILE).is_file():
+            raise UserError(f"the run {path} is not finished; continue it with finetune.py --resume true")
+        path = path / MODEL_FILE
+    if not path.is_file():
+        raise UserError(f"no checkpoint at {path}. Give a run's folder, a .safetensors or a .pt file.")
+    state, about = _read_safetensors(path) if path.suffix == ".safetensors" else (_read_torch(path), {})
+    name = name or about.get("model") or guess_architecture(state)
+    clip = Clip.create(name, load_weights=False, device=device)
+    clip.pretrained = about.get("pretrained", pretrained)
+    _load_strictly(clip, state, path)
+    return clip
+
+
+def _load_strictly(clip: Clip, state: dict[str, Tensor], path: Path) -> None:
+    own = clip.model.state_dict()
+    missing, extra = own.keys() - state.keys(), state.keys() - own.keys()
+    shapes = [k for k in own.keys() & state.keys() if own[k].shape != state[k].shape]
+    if missing or extra or shapes:
+        found = []
+        if shapes:
+            k = sorted(shapes)[0]
+            found.append(f"{k} has shape {list(state[k].shape)} there and {list(own[k].shape)} here")
+        if missing:
+            found.append(f"{len(missing)} weights are missing (first {sorted(missing)[0]})")
+        if extra:
+            found.append(f"{len(extra)} are not of this architecture (first {sorted(extra)[0]})")
+        raise UserError(
+            f"{path} does not fit {clip.name}: {'; '.join(found)}. Name its architecture with --model.name."
+        )
+    clip.model.load_state_dict(state)
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        with safe_open(path, "pt") as file:
+            about = json.loads((file.metadata() or {}).get("pc_clip", "{}"))
+            return {key: file.get_tensor(key) for key in file.keys()}, about  # noqa: SIM118
+    except SafetensorError as error:
+        raise UserError(f"{path} is not a whole safetensors file ({error}); it may have been cut short") from error
+
+
+def _read_torch(path: Path) -> dict[str, Tensor]:
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"{path} holds more than weights and was not opened, because such a file can run code: {reason[:200]}. "
+            "Ask for it as safetensors, or as a plain state dict."
+        ) from error
+    except (RuntimeError, EOFError, ValueError, OSError) as error:
+        if isinstance(error, PermissionError):
+            raise
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else "it ends too early"
+        raise UserError(f"{path} is not a whole checkpoint ({reason}); it may have been cut short") from error
+    for key in ("state_dict", "model_state_dict", "model"):
+        if isinstance(found, dict) and isinstance(found.get(key), dict):
+            found = found[key]
+    if not isinstance(found, dict) or not found or not all(isinstance(v, Tensor) for v in found.values()):
+        raise UserError(f"{path} is no state dict of a model: it holds {type(found).__name__}")
+    for prefix in ("module.", "_orig_mod."):
+        found = {name.removeprefix(prefix): value for name, value in found.items()}
+    return found
+
+
+# -- the state of a run --------------------------------------------------------------------------------
+
+
+def save_state(run: Path, step: int, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
+    """All that the next step depends on: the trained weights, the optimizer's moments, the step."""
+    tensors = {f"weight.{name}": value for name, value in parameters.items()}
+    for index, moments in optimizer.state_dict()["state"].items():
+        for key, value in moments.items():
+            tensors[f"optimizer.{index}.{key}"] = torch.as_tensor(value)
+    write_tensors(run / STATE_FILE, tensors, {"step": str(step)})
+
+
+def load_state(run: Path, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> int:
+    """Put a saved state back; returns the number of steps done. 0 when nothing was saved."""
+    path = run / STATE_FILE
+    if not path.is_file():
+        return 0
+    try:
+        with safe_open(path, "pt") as file:
+            step = int(file.metadata()["step"])
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise UserError(f"{path} is not a whole file ({error}); start again with --overwrite true") from error
+    saved = {key.removeprefix("weight.") for key in tensors if key.startswith("weight.")}
+    if saved != parameters.keys():
+        other = sorted(saved ^ parameters.keys())[0]
+        raise UserError(f"{path} was trained with other parameters ({other}); continue it with its own config.yaml")
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith("optimizer."):
+            _, index, name = key.split(".", 2)
+            state.setdefault(int(index), {})[name] = value
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[f"weight.{name}"])
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    return step
+
+
+def describe_checkpoint(path: str | Path | None) -> str:
+    """A short name for results: the run's, or the file's."""
+    if path is None:
+        return "pretrained"
+    path = Path(path)
+    return path.name if path.is_dir() else path.parent.name if path.name == MODEL_FILE else path.stem

@@ -1,0 +1,327 @@
+"""The settings of the scripts: dataclasses, read from YAML and flags, strict about names and types.
+
+`configure` is the one way in: `--config FILE.yaml`, then any setting again as a flag (`--train.lr 1e-8`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jsonargparse
+import torch
+import yaml
+
+from pc_clip.datasets import Dataset, open_dataset
+from pc_clip.errors import UserError, nearest
+from pc_clip.writers import LanguageModelConfig
+
+Config = TypeVar("Config")
+
+
+@dataclass
+class ModelConfig:
+    """The model a run starts from.
+
+    Args:
+        name: open_clip's name of the architecture, "example" for the embedded model, or local-dir:FOLDER.
+        pretrained: One of open_clip's tags for it, or a file of weights.
+        train: Which parameters learn: text_blocks, text, all_text_but_embeddings or both.
+    """
+
+    name: str = "example"
+    pretrained: str | None = None
+    train: str = "text_blocks"
+
+
+@dataclass
+class DataConfig:
+    """The images and what was written about them.
+
+    Args:
+        dataset: A name that `python -m pc_clip.datasets` lists.
+        root: The folder it is in, unless it is where that list says.
+        split: Which part of it.
+        missing: What pictures absent from a captions file's list mean, error or skip.
+        differences: The JSONL file of difference sentences; only methods that learn from them read it.
+        embeddings: A file of image embeddings to use in place of the images.
+    """
+
+    dataset: str = "example"
+    root: str | None = None
+    split: str | None = None
+    missing: str = "error"
+    differences: str = ""
+    embeddings: str | None = None
+
+
+@dataclass
+class TrainConfig:
+    """The loop.
+
+    Args:
+        batch_size: Items a step, over all processes.
+        epochs: Passes over the data.
+        steps: Steps in all; overrides epochs.
+        optimizer: adam or adamw.
+        lr: Learning rate at its highest.
+        weight_decay: As the optimizer understands it.
+        schedule: constant, exponential (lr times `decay` after each epoch) or cosine (to zero).
+        decay: Factor of the exponential schedule.
+        warmup_steps: Steps of linear warm-up.
+        clip_norm: Largest gradient norm; 0 for none.
+        precision: "no" for float32, or bf16 or fp16 for mixed precision; the weights stay float32.
+        blend: Averages the weights with the start at the end: 1 is as trained, 0.5 half way, 0 the start.
+        log_every: Steps between two lines of the log.
+        save_every: Steps between two saves of the state that --resume continues from.
+        tracker: One of accelerate's trackers (tensorboard, wandb, ...); empty for none.
+        threads: CPU threads; 0 leaves the choice to torch.
+    """
+
+    batch_size: int = 512
+    epochs: int = 20
+    steps: int | None = None
+    optimizer: str = "adam"
+    lr: float = 1e-8
+    weight_decay: float = 0.0
+    schedule: str = "exponential"
+    decay: float = 0.9
+    warmup_steps: int = 0
+    clip_norm: float = 0.0
+    precision: str = "no"
+    blend: float = 1.0
+    log_every: int = 50
+    save_every: int = 500
+    tracker: str = ""
+    threads: int = 0
+
+
+@dataclass
+class FinetuneConfig:
+    """Finetune a CLIP model.
+
+    Args:
+        name: The run's folder is {out}/{name}.
+        method: How it learns; each method has options of its own under its name.
+        out: Where runs are kept.
+        seed: Of every random choice.
+        resume: Continue the run of that name where it stopped.
+        overwrite: Delete a run of that name first.
+        device: cpu or cuda; empty for the GPU if there is one.
+    """
+
+    name: str = "example"
+    method: str = "pairwise"
+    out: str = "runs"
+    seed: int = 0
+    resume: bool = False
+    overwrite: bool = False
+    device: str = ""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+@dataclass
+class GenerateConfig:
+    """Write sentences on how one image differs from another, from their captions alone.
+
+    Args:
+        name: The sentences go to {out}/{name}.jsonl.
+        captions: A COCO captions JSON or a SimCLIP TSV; empty for the captions of the embedded example.
+        split: Which split of the example.
+        n_images: How many images are drawn; empty for all.
+        n_pairs: How many pairs of them are drawn; empty for all.
+        both_orders: Whether each pair is written about in both orders.
+        writer: rules or transformers.
+        seed: Of every random choice.
+        out: Where the sentences are kept.
+        overwrite: Write again what is there already.
+        chunk: Sentences between two flushes to the disk.
+    """
+
+    name: str = "example"
+    captions: str | None = None
+    split: str = "train"
+    n_images: int | None = None
+    n_pairs: int | None = None
+    both_orders: bool = False
+    writer: str = "rules"
+    seed: int = 0
+    out: str = "llm_diffs"
+    overwrite: bool = False
+    chunk: int = 64
+    transformers: LanguageModelConfig = field(default_factory=LanguageModelConfig)
+
+
+@dataclass
+class EvaluateConfig:
+    """Evaluate a model.
+
+    Args:
+        dataset: A name that `python -m pc_clip.datasets` lists.
+        root: The folder it is in, unless it is where that list says.
+        split: Which part of it; empty for the test split.
+        missing: What pictures absent from a captions file's list mean, error or skip.
+        mode: Evaluations, separated by commas; empty for all that the data set allows.
+        checkpoint: A run's folder, a .safetensors or .pt file; empty for the model as it was pretrained.
+        differences: A JSONL file of sentences about this data set's images, for --mode difference.
+        images: A folder of images to put in order, for --mode rank.
+        attribute: The sentence or phrase they are ordered by.
+        against: Its opposite, if there is one.
+        sugar_crepe: The folder of SugarCrepe's JSON files, for --mode compositional.
+        templates: Prompts with {} for the class, in place of the data set's own.
+        alphas: The values tried for comparative prompting.
+        pairs: Pairs of images drawn for each attribute.
+        seed: Of every random choice.
+        label: The name of the results' folder; empty for the checkpoint's.
+        out: Where results are kept.
+        again: Evaluate again what has been evaluated.
+        batch_size: Images embedded together.
+        workers: Processes that read images.
+        device: cpu or cuda; empty for the GPU if there is one.
+        threads: CPU threads; 0 leaves the choice to torch.
+    """
+
+    dataset: str = "example"
+    root: str | None = None
+    split: str | None = None
+    missing: str = "error"
+    mode: str = ""
+    checkpoint: str | None = None
+    differences: str | None = None
+    images: str | None = None
+    attribute: str | None = None
+    against: str | None = None
+    sugar_crepe: str | None = None
+    templates: list[str] = field(default_factory=list)
+    alphas: list[float] = field(default_factory=lambda: [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0])
+    pairs: int = 2000
+    seed: int = 0
+    label: str | None = None
+    out: str = "results"
+    again: bool = False
+    batch_size: int = 128
+    workers: int = 0
+    device: str = ""
+    threads: int = 0
+    model: ModelConfig = field(default_factory=ModelConfig)
+
+
+@dataclass
+class EmbedConfig:
+    """Embed a data set's images beforehand.
+
+    Args:
+        batch_size: Images encoded together.
+        workers: Processes that read images.
+        device: cpu or cuda; empty for the GPU if there is one.
+    """
+
+    batch_size: int = 128
+    workers: int = 0
+    device: str = ""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+
+
+# -- reading them --------------------------------------------------------------------------------------
+
+
+def configure(
+    kind: type[Config],
+    parser: jsonargparse.ArgumentParser,
+    argv: Sequence[str] | None = None,
+    *,
+    default: Path | None = None,
+    options: dict[str, type] | None = None,
+) -> Config:
+    """Settings from `--config` and flags.
+
+    default: the config taken when none is named. options: further groups by name, each a dataclass; the
+    result has them as attributes of the same name.
+    Raises UserError for an unknown key or flag (with the nearest known), a wrong type, or broken YAML.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser.exit_on_error = False
+    parser.add_argument("--config", action="config", help="A YAML file with any of these settings.")
+    parser.add_class_arguments(kind, None)
+    for name, group in (options or {}).items():
+        parser.add_class_arguments(group, name)
+    if default is not None and not any(a == "--config" or a.startswith("--config=") for a in argv):
+        argv = ["--config", str(default), *argv]
+    try:
+        found = parser.instantiate(parser.parse_args(argv))
+    except (argparse.ArgumentError, TypeError) as error:
+        raise UserError(_explain(str(error), _keys(kind, options or {}))) from error
+    groups = {name: getattr(found, name) for name in options or {}}
+    config = kind(**{f.name: getattr(found, f.name) for f in dataclasses.fields(kind)})
+    for name, group in groups.items():
+        setattr(config, name, group)
+    config.device = (
+        config.device or ("cuda" if torch.cuda.is_available() else "cpu") if hasattr(config, "device") else ""
+    )
+    return config
+
+
+def peek(argv: Sequence[str] | None, key: str, default: Path | None, otherwise: str) -> str:
+    """The value a top-level setting will have, before the parser that needs to know it is built."""
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument(f"--{key}")
+    finder.add_argument("--config", action="append")
+    found, _ = finder.parse_known_args(list(sys.argv[1:] if argv is None else argv))
+    if (named := getattr(found, key)) is not None:
+        return named
+    for path in reversed(found.config or [default]):
+        try:
+            content = yaml.safe_load(Path(path).read_text()) if path else None
+        except (OSError, yaml.YAMLError):
+            continue  # the full parser will say what is wrong with it
+        if isinstance(content, dict) and isinstance(content.get(key), str):
+            return content[key]
+    return otherwise
+
+
+def dump(config: Any) -> str:
+    """Resolved settings as YAML that `--config` reads back."""
+
+    def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value):
+            return {name: plain(v) for name, v in vars(value).items()}
+        return list(value) if isinstance(value, tuple) else value
+
+    return yaml.safe_dump(plain(config), sort_keys=False)
+
+
+def load_dataset(data: DataConfig) -> Dataset:
+    return open_dataset(data.dataset, data.root, data.split, missing=data.missing)
+
+
+def _keys(kind: type, options: dict[str, type]) -> list[str]:
+    keys = []
+    for prefix, group in [("", kind), *((f"{name}.", group) for name, group in options.items())]:
+        for f in dataclasses.fields(group):
+            inner = f.default_factory if dataclasses.is_dataclass(f.default_factory) else None
+            keys += [f"{prefix}{f.name}.{g.name}" for g in dataclasses.fields(inner)] if inner else [prefix + f.name]
+    return keys
+
+
+def _explain(message: str, known: list[str]) -> str:
+    """jsonargparse's message on one line, with the nearest known setting where a name was wrong."""
+    message = " ".join(message.split())
+    if found := re.search(r"unrecognized arguments: (.*)", message):
+        word = found.group(1).split()[0]
+        return f"there is no setting {word.split('=')[0]}. {nearest(word.lstrip('-').split('=')[0], known)}"
+    if found := re.search(
+        r"Group '(.*)' does not accept option '(.*)'|Key '(.*)' is not expected|option '(.*)' is not", message
+    ):
+        group, option, *others = found.groups()
+        name = f"{group}.{option}" if option else next(filter(None, others))
+        return f"there is no setting {name}. {nearest(name, known)}"
+    return message.replace("<class '", "").replace("'>", "")

@@ -1,0 +1,213 @@
+"""A difference: two images and a sentence on how the first differs from the second.
+
+Reading, writing, cleaning, mirroring, and which pairs to write about. One JSON object a line:
+
+    {"first": "000000000139", "second": "000000000285", "text": "The first image shows ..."}
+
+`first` and `second` are image ids of the data set; the file beside it, NAME.meta.json, says what wrote it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from pc_clip.errors import UserError
+
+
+class Difference(NamedTuple):
+    """`text` says how image `first` differs from image `second`. The ids are those of the data set."""
+
+    first: str
+    second: str
+    text: str
+
+
+# -- files ---------------------------------------------------------------------------------------------
+
+
+def read(path: str | Path) -> list[Difference]:
+    """All differences of a file, in order.
+
+    Raises UserError for a missing or empty file, and for a line that is no difference (with its number).
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no differences at {path}. Write them with generate_diffs.py, or name a file that exists.")
+    found = [_parse(line, f"{path} line {n}") for n, line in enumerate(_lines(path), 1) if line.strip()]
+    if not found:
+        raise UserError(f"{path} holds no differences; write them again with generate_diffs.py")
+    return found
+
+
+def _lines(path: Path) -> Iterator[str]:
+    try:
+        yield from path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
+
+
+def _parse(line: str, where: str) -> Difference:
+    try:
+        item = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{where} is not JSON ({error.msg} at column {error.colno}); mend or delete the line"
+        ) from error
+    if not isinstance(item, dict) or not {"first", "second", "text"} <= item.keys():
+        raise UserError(f'{where} is no difference: expected {{"first", "second", "text"}}, found {line[:80]}')
+    if not isinstance(item["text"], str) or not item["text"].strip():
+        raise UserError(f"{where} has no text")
+    return Difference(str(item["first"]), str(item["second"]), item["text"])
+
+
+def to_line(difference: Difference) -> str:
+    return json.dumps(difference._asdict(), ensure_ascii=False) + "\n"
+
+
+# -- pairs ---------------------------------------------------------------------------------------------
+
+
+def choose_pairs(ids: list[str], n_pairs: int | None, seed: int, both_orders: bool) -> list[tuple[str, str]]:
+    """Which images to write about: all unordered pairs, or `n_pairs` distinct ones drawn without replacement.
+
+    A drawn pair comes in a random order; with `both_orders` its mirror image follows it directly, so
+    the list is twice as long. Raises UserError when fewer pairs exist than were asked for.
+    """
+    n = len(ids)
+    total = n * (n - 1) // 2
+    rng = np.random.default_rng(seed)
+    if n_pairs is None:
+        pairs = list(itertools.combinations(range(n), 2))
+    elif n_pairs > total:
+        raise UserError(
+            f"{n_pairs} pairs were asked for, but {n} images make only {total}; ask for fewer or more images"
+        )
+    else:
+        pairs = [_unrank(int(k), n) for k in rng.choice(total, n_pairs, replace=False)]
+        flips = rng.random(n_pairs) < 0.5
+        pairs = [(j, i) if flip else (i, j) for (i, j), flip in zip(pairs, flips)]
+    if both_orders:
+        pairs = [p for i, j in pairs for p in ((i, j), (j, i))]
+    return [(ids[i], ids[j]) for i, j in pairs]
+
+
+def _unrank(k: int, n: int) -> tuple[int, int]:
+    """The k-th of the pairs (0,1), (0,2), ..., (n-2, n-1), without listing them."""
+    i = int(n - 2 - np.floor((np.sqrt(float(4 * n * (n - 1) - 7 - 8 * k)) - 1) / 2))
+    before = i * (2 * n - i - 1) // 2
+    return i, k - before + i + 1
+
+
+# -- wording -------------------------------------------------------------------------------------------
+
+_SWAP = {"first": "second", "second": "first", "1": "2", "2": "1", "former": "latter", "latter": "former"}
+_ORDINAL = re.compile(r"\b(first|second|former|latter)\b|(?<=\bimage )([12])\b|(?<=\bpicture )([12])\b", re.IGNORECASE)
+
+
+def swap_roles(text: str) -> str | None:
+    """The sentence with "first" and "second" exchanged: of (i, j) it is false, of (j, i) it is true.
+
+    None when the sentence does not name both images, because then the exchange may say nothing new.
+    """
+    named = {match.group(0).lower() for match in _ORDINAL.finditer(text)}
+    if not any({word, _SWAP[word]} <= named for word in named):
+        return None
+
+    def swap(match: re.Match) -> str:
+        word = match.group(0)
+        other = _SWAP[word.lower()]
+        return other.capitalize() if word[0].isupper() else other
+
+    return _ORDINAL.sub(swap, text)
+
+
+def contrast(a: str, b: str, wording: int) -> str:
+    """One of the wordings of "the first image has a, the second b". Odd ones name the second image first."""
+    return WORDINGS[wording % len(WORDINGS)].format(a=a, b=b)
+
+
+WORDINGS = (
+    "The first image shows {a}, while the second shows {b}.",
+    "The second image shows {b}, while the first shows {a}.",
+    "In the first image one sees {a}, in the second {b}.",
+    "In the second image one sees {b}, in the first {a}.",
+)
+
+# -- cleaning ------------------------------------------------------------------------------------------
+
+MIN_CHARACTERS = 20
+_FENCE = re.compile(r"```|<\w+>|</\w+>|\bdef \w+\(|[{};]\s*$", re.MULTILINE)
+_REFUSAL = re.compile(r"\b(as an ai|i cannot|i can't|i am unable|i'm unable|i do not have access)\b", re.IGNORECASE)
+_CHATTER = re.compile(
+    r"^(sure[,!.]?|of course[,!.]?|certainly[,!.]?|okay[,!.]?|here(?: is|'s) (?:the|a|one)[^:\n]{0,80}:|answer:|difference:)\s*",
+    re.IGNORECASE,
+)
+_FOLLOW_UP = re.compile(  # after the answer, on a line or in a sentence of its own: the next question, a note, an offer
+    r"(?:\n\s*\n|(?:\n|(?<=[.!?])\s+)"
+    r"(?:(?:question|answer|note|q|(?:caption|picture|image) \d)\s*:|(?:please )?let me know\b)).*$",
+    re.IGNORECASE | re.DOTALL,
+)
+_PARTIAL = re.compile(r"(?<=[.!?])\s+[^.!?]*$")
+
+
+def clean(text: str) -> tuple[str | None, str]:
+    """Keep, trim or reject a writer's sentence.
+
+    Returns (the text to keep, or None when it is rejected; the reason). Reasons of a kept text are "kept"
+    and "trimmed"; of a rejected one "empty", "too_short", "markup", "refusal", "repetition" and
+    "not_english". Newlines become spaces, never nothing: words must not fuse.
+    """
+    original = re.sub(r"\s+", " ", text).strip()
+    if not original:
+        return None, "empty"
+    kept = _FOLLOW_UP.sub("", _CHATTER.sub("", text.strip()), count=1) or text
+    kept = re.sub(r"\s+", " ", kept).strip().strip('"').strip()
+    if kept and kept[-1] not in ".!?" and re.search(r"[.!?]\s", kept):
+        kept = _PARTIAL.sub("", kept)  # the writer ran out of tokens within its last sentence
+    if _FENCE.search(kept):
+        return None, "markup"
+    if _REFUSAL.search(kept):
+        return None, "refusal"
+    if len(kept) < MIN_CHARACTERS:
+        return None, "too_short"
+    if sum(ord(c) > 0x24F and c not in "‘’“”–—…" for c in kept) > 0.05 * len(kept):
+        return None, "not_english"
+    if _repeats(kept):
+        return None, "repetition"
+    return kept, "kept" if kept == original else "trimmed"
+
+
+def _repeats(text: str) -> bool:
+    """Whether a text goes in circles: it compresses far better than prose does, or says one trigram four times."""
+    words = text.lower().split()
+    trigrams = list(zip(words, words[1:], words[2:]))
+    most = max((trigrams.count(t) for t in set(trigrams)), default=0)
+    ratio = len(zlib.compress(text.encode(), 9)) / len(text.encode())
+    return most >= 4 or (len(text) > 200 and ratio < 0.35)
+
+
+def rows(differences: Iterable[Difference], ids: Iterable[str], source: str) -> np.ndarray:
+    """Differences as row numbers into `ids`.  -> [N, 2] int64
+
+    Raises UserError for the first difference whose image is not among them.
+    """
+    row = {key: n for n, key in enumerate(ids)}
+    pairs = []
+    for n, difference in enumerate(differences, 1):
+        for key in difference[:2]:
+            if key not in row:
+                known = ", ".join(itertools.islice(row, 3))
+                raise UserError(
+                    f"difference {n} of {source} is about image {key!r}, which the data set does not hold "
+                    f"({len(row)} images: {known}, ...). Use the data set the differences were written for."
+                )
+        pairs.append((row[difference.first], row[difference.second]))
+    return np.asarray(pairs, dtype=np.int64).reshape(-1, 2)

@@ -1,0 +1,60 @@
+"""Errors a user can act on, and the one place that turns them into a line on the terminal."""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import sys
+from collections.abc import Callable, Iterable
+
+
+class UserError(Exception):
+    """Something the user can mend. The message says what was wrong, what was found and what to do."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A sentence for a name that is not among the known ones: the nearest, and the whole list."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    guess = f"Did you mean {' or '.join(repr(c) for c in close)}? " if close else ""
+    return f"{guess}Known: {', '.join(known)}."
+
+
+def check_choice(setting: str, value: str, known: Iterable[str]) -> None:
+    """Raise UserError unless `value` is one of the known ones."""
+    if value not in set(known):
+        raise UserError(f"{setting} is {value!r}. {nearest(value, known)}")
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run a script's `main`: 0 when done, 2 with one line for a user's error, 130 when interrupted.
+
+    Anything else is a fault of ours and keeps its traceback.
+    """
+    try:
+        main()
+    except UserError as error:
+        _stop(str(error))
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command continues where this one stopped", file=sys.stderr)
+        sys.exit(130)
+    except OSError as error:
+        what = {
+            errno.ENOSPC: "no space is left on the disk",
+            errno.EDQUOT: "the disk quota is used up",
+            errno.EACCES: "permission denied",
+            errno.EPERM: "permission denied",
+            errno.EROFS: "the file system is read-only",
+        }.get(error.errno)
+        if what is None:
+            raise
+        _stop(f"cannot write or read {error.filename or 'a file'}: {what}. Free some space or choose another folder.")
+    except Exception as error:
+        if "No space left on device" in str(error):  # safetensors reports it in a class of its own
+            _stop(f"no space is left on the disk ({error}). Free some space; the same command continues.")
+        raise
+
+
+def _stop(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,109 @@
+"""What is measured, one file an evaluation: `evals/NAME.py` is `--mode NAME`.
+
+Such a file has
+
+    applies(data, config)    whether the data set has what it needs (and the settings name what it needs)
+    evaluate(subject)        -> Result
+
+All get image embeddings from the cache; none encodes an image twice.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pc_clip.clip import Clip
+from pc_clip.config import EvaluateConfig
+from pc_clip.datasets import Dataset, open_dataset
+from pc_clip.embeddings import embed_images
+from pc_clip.errors import UserError, check_choice
+
+
+@dataclass
+class Result:
+    """metrics: fractions by name; n: how many items they are over; details: whatever explains them.
+
+    pictures: file name -> PIL image, written beside the result.
+    """
+
+    metrics: dict[str, float]
+    n: int
+    details: dict[str, Any] = field(default_factory=dict)
+    pictures: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Subject:
+    """The model under evaluation, the model it was before finetuning, and the data.
+
+    base is None when the untrained model is not known or its weights are not at hand; baselines that need
+    it are then reported as not computed.
+    """
+
+    clip: Clip
+    base: Clip | None
+    data: Dataset
+    config: EvaluateConfig
+
+    @cached_property
+    def z(self) -> Tensor:
+        """Unit image embeddings. [N, D]"""
+        return self._embed(self.clip, self.data)
+
+    @cached_property
+    def base_z(self) -> Tensor | None:
+        """Unit image embeddings of the untrained model; those of the model itself where the towers are the same."""
+        if self.base is None:
+            return None
+        same = self.base.image_tower_hash() == self.clip.image_tower_hash()
+        return self.z if same else self._embed(self.base, self.data)
+
+    def validation(self) -> Subject:
+        """The same model on images that are not reported on, for choosing. Raises UserError where there are none."""
+        from pc_clip.datasets import READERS
+
+        splits = [s for s in ("val", "train") if s in READERS[self.data.name].splits and s != self.data.split]
+        if not splits:
+            raise UserError(f"{self.data.name} has no split to choose on besides {self.data.split or 'the whole'}")
+        data = open_dataset(self.data.name, self.config.root, splits[0], missing=self.config.missing)
+        return Subject(self.clip, self.base, data, self.config)
+
+    def _embed(self, clip: Clip, data: Dataset) -> Tensor:
+        found = embed_images(clip, data, batch_size=self.config.batch_size, workers=self.config.workers)
+        return F.normalize(found.z, dim=-1)
+
+
+def names() -> list[str]:
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
+
+
+def find(name: str) -> ModuleType:
+    """The module of an evaluation. Raises UserError for an unknown one."""
+    check_choice("mode", name, names())
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+def base_of(clip: Clip) -> Clip | None:
+    """The model a checkpoint was finetuned from; None when it cannot be had."""
+    try:
+        return Clip.create(clip.name, clip.pretrained, device=clip.device)
+    except UserError:
+        return None
+
+
+def mean(values: list[float]) -> float:
+    return float(torch.tensor(values, dtype=torch.float64).mean())
+
+
+def results_folder(config: EvaluateConfig, label: str) -> Path:
+    return Path(config.out) / (config.label or label)

@@ -1,0 +1,64 @@
+"""Zero-shot classification by prompts (Radford et al. 2021, section 3.1)."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pc_clip.clip import Clip
+from pc_clip.config import EvaluateConfig
+from pc_clip.datasets import Dataset, Question
+from pc_clip.evals import Result, Subject, mean
+
+
+def applies(data: Dataset, config: EvaluateConfig) -> bool:
+    return bool(data.questions)
+
+
+def evaluate(subject: Subject) -> Result:
+    """Top-1 and top-5 accuracy for each question the data set asks; `zeroshot` is the mean of the top-1."""
+    metrics, details, total = {}, {}, 0
+    for question in subject.data.questions:
+        prompts = class_embeddings(subject.clip, question, subject.config.templates)
+        scores = subject.z[torch.from_numpy(question.rows)] @ prompts.T  # [M, classes]
+        found = score(scores, question)
+        total += len(question.rows)
+        details[question.name] = found
+        metrics[f"zeroshot_{question.name}"] = found["top1"]
+        if len(question.classes) > 5:
+            metrics[f"top5_{question.name}"] = found["top5"]
+    return Result({"zeroshot": mean([d["top1"] for d in details.values()]), **metrics}, total, details)
+
+
+def class_embeddings(clip: Clip, question: Question, templates: list[str] | None = None) -> Tensor:
+    """One unit vector a class: the mean over the templates of the unit embeddings of its prompts.  -> [classes, D]"""
+    used = templates or question.templates
+    prompts = [template.format(name) for name in question.classes for template in used]
+    z = clip.embed_texts(prompts).view(len(question.classes), len(used), -1)
+    return F.normalize(z.mean(1), dim=-1)
+
+
+def score(scores: Tensor, question: Question) -> dict:
+    """Accuracy and where it goes wrong, from scores [M, classes]."""
+    target = torch.from_numpy(question.target)
+    best = scores.topk(min(5, scores.shape[1]), dim=1).indices
+    guess = best[:, 0]
+    confusion = np.zeros((len(question.classes),) * 2, dtype=np.int64)  # [true, guessed]
+    np.add.at(confusion, (question.target, guess.numpy()), 1)
+    counts = confusion.sum(1)
+    per_class = {name: confusion[k, k] / counts[k] for k, name in enumerate(question.classes) if counts[k]}
+    wrong = confusion - np.diag(np.diag(confusion))
+    largest = [divmod(int(k), len(question.classes)) for k in np.argsort(-wrong, axis=None)[:5]]
+    return {
+        "top1": float((guess == target).double().mean()),
+        "top5": float((best == target[:, None]).any(1).double().mean()),
+        "per_class": {name: float(value) for name, value in per_class.items()},
+        "worst": sorted(per_class, key=per_class.get)[:5],
+        "confusions": [
+            {"true": question.classes[a], "guessed": question.classes[b], "share": float(wrong[a, b] / counts[a])}
+            for a, b in largest
+            if wrong[a, b]
+        ],
+    }

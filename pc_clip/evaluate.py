@@ -1,0 +1,143 @@
+"""Which evaluations of which model, and where their results are kept: one JSON a (model, evaluation, data set)."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from pc_clip import checkpoint as checkpoints
+from pc_clip import environment, evals
+from pc_clip.clip import Clip
+from pc_clip.config import EvaluateConfig
+from pc_clip.datasets import Dataset, open_dataset
+from pc_clip.errors import UserError
+from pc_clip.evals import Result, Subject
+from pc_clip.files import write_json, write_text
+
+log = logging.getLogger(__name__)
+
+# Settings that say where and how, not what: a result does not depend on them.
+_ASIDE = {"out", "label", "again", "batch_size", "workers", "device", "threads", "mode", "checkpoint", "model", "root"}
+
+
+def evaluate(config: EvaluateConfig, checkpoint: str | None) -> list[dict[str, Any]]:
+    """Run what was asked for, except what has been evaluated already; returns all results.
+
+    Raises UserError for an unknown mode, one the data set cannot answer, and whatever model or data lack.
+    """
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    wanted = [mode.strip() for mode in config.mode.split(",") if mode.strip()]
+    for mode in wanted:
+        evals.find(mode)
+    data = _data(config)
+    clip = _model(config, checkpoint)
+    modes = wanted or [mode for mode in evals.names() if evals.find(mode).applies(data, config)]
+    if not modes:
+        raise UserError(
+            f"nothing can be measured on {data.label} with these settings; modes: {', '.join(evals.names())}"
+        )
+    folder = evals.results_folder(
+        config, checkpoints.describe_checkpoint(checkpoint) if checkpoint else f"{Path(clip.name).name}-pretrained"
+    )
+    weights = clip.weights_hash()
+    subject = Subject(clip, evals.base_of(clip) if checkpoint else clip, data, config)
+    if data.note:
+        log.info("%s", data.note)
+    return [_one(subject, mode, folder, weights) for mode in modes]
+
+
+def example_checkpoints() -> list[str | None]:
+    """What `run.py` evaluates when told nothing: the embedded model, and the example's run if it is finished."""
+    run = Path("runs/example")
+    if (run / checkpoints.MODEL_FILE).is_file():
+        return [None, str(run)]
+    log.info("no finetuned example yet (python finetune.py makes one); evaluating the embedded model alone")
+    return [None]
+
+
+def _data(config: EvaluateConfig) -> Dataset:
+    if config.images is None:
+        return open_dataset(config.dataset, config.root, config.split, missing=config.missing)
+    if not config.attribute:
+        raise UserError("--images ranks a folder of images by --attribute; say which, for example 'a larger animal'")
+    return open_dataset("folder", config.images)
+
+
+def _model(config: EvaluateConfig, checkpoint: str | None) -> Clip:
+    if checkpoint is None:
+        return Clip.create(config.model.name, config.model.pretrained, device=config.device)
+    name = None if config.model.name == "example" else config.model.name  # the default says nothing of a file
+    return checkpoints.load_model(checkpoint, name, config.model.pretrained, device=config.device)
+
+
+def _one(subject: Subject, mode: str, folder: Path, weights: str) -> dict[str, Any]:
+    config, data = subject.config, subject.data
+    if not evals.find(mode).applies(data, config):
+        raise UserError(
+            f"mode {mode} cannot be measured on {data.label} with these settings; see run.py --help for what it needs"
+        )
+    key = _key(config, data, mode, weights, subject.base.weights_hash() if subject.base else None)
+    path = folder / f"{mode}-{data.label.replace('/', '-')}{_suffix(config)}.json"
+    known = _read(path)
+    if known and known["key"] == key and not config.again:
+        log.info("%s %s: already in %s", folder.name, mode, path)
+        return known
+    log.info("%s %s on %s ...", folder.name, mode, data.label)
+    found = evals.find(mode).evaluate(subject)
+    result = {
+        "model": folder.name, "evaluation": mode, "dataset": data.label, "metrics": found.metrics, "n": found.n,
+        "details": found.details, "key": key, "weights": weights, "checkpoint_of": subject.clip.describe(),
+        "seed": config.seed, **environment.describe(),
+    }  # fmt: skip
+    _write(path, result, found)
+    return result
+
+
+def _key(config: EvaluateConfig, data: Dataset, mode: str, weights: str, base: str | None) -> str:
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in _ASIDE}
+    for name in ("differences", "sugar_crepe"):  # by content, so that an edited file is evaluated again
+        if settings[name]:
+            path = Path(settings[name])
+            files = sorted(path.glob("*.json")) if path.is_dir() else [path] if path.is_file() else []
+            settings[name] = [hashlib.sha256(f.read_bytes()).hexdigest() for f in files]
+    return hashlib.sha256(repr((settings, data.fingerprint, mode, weights, base)).encode()).hexdigest()[:16]
+
+
+def _suffix(config: EvaluateConfig) -> str:
+    """Results about different questions to one data set do not overwrite one another."""
+    named = [value for value in (config.differences, config.attribute) if value]
+    return "".join(f"-{''.join(c if c.isalnum() else '_' for c in Path(value).stem)[:40]}" for value in named)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return found if {"key", "metrics"} <= found.keys() else None
+    except (OSError, json.JSONDecodeError, AttributeError):
+        return None
+
+
+def _write(path: Path, result: dict[str, Any], found: Result) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for name, picture in found.pictures.items():
+        _save_picture(path.with_name(f"{path.stem}-{name}"), picture)
+    if "order" in found.details:
+        lines = [
+            "rank,image,score",
+            *(f'{n},"{r["image"]}",{r["score"]:.6f}' for n, r in enumerate(found.details["order"], 1)),
+        ]
+        write_text(path.with_suffix(".csv"), "\n".join(lines) + "\n")
+    write_json(path, result)
+
+
+def _save_picture(path: Path, picture: Image.Image) -> None:
+    picture.save(path)
+    log.info("  picture: %s", path)

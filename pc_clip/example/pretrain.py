@@ -1,0 +1,111 @@
+"""Pretrain the tiny CLIP of the example from scratch: `python -m pc_clip.example.pretrain`.
+
+An ordinary symmetric contrastive loss (CLIP, Radford et al. 2021) over rendered scenes and their captions,
+in open_clip's own model classes. Deterministic for a given torch build and one thread; about ten minutes on
+one CPU core. Writes `open_clip_config.json` and `open_clip_model.safetensors` (fp16) into `--out`, a folder
+open_clip loads as `local-dir:`. The folder in the repository is its output with no argument.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from pc_clip import _torchvision  # noqa: F401  (before open_clip)
+from pc_clip.clip import Clip, model_folder
+from pc_clip.example.scenes import draw
+from pc_clip.example.world import captions, scene
+from pc_clip.files import write_tensors
+
+CONFIG = {
+    "model_cfg": {
+        "embed_dim": 128,
+        "vision_cfg": {"image_size": 64, "layers": [3, 3, 2, 1], "width": 16, "patch_size": None},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 128, "heads": 4, "layers": 3},
+    },
+    "preprocess_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25], "interpolation": "bicubic"},
+}
+
+
+def render(split: str, n: int) -> torch.Tensor:
+    """The first `n` pictures of a split, normalised as the model's transform does.  [n, 3, 64, 64] uint8"""
+    pictures = [np.asarray(draw(scene(split, i))) for i in tqdm(range(n), f"drawing {split}", leave=False)]
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+
+
+def normalise(pictures: torch.Tensor) -> torch.Tensor:
+    mean, std = CONFIG["preprocess_cfg"]["mean"][0], CONFIG["preprocess_cfg"]["std"][0]
+    return ((pictures.float() / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+def contrastive(image: torch.Tensor, text: torch.Tensor, logit_scale: torch.Tensor) -> torch.Tensor:
+    """CLIP's loss. image, text: [B, D], any length."""
+    logits = logit_scale.exp() * F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T  # [B, B]
+    target = torch.arange(len(logits))
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def pretrain(out: Path, steps: int, images: int, batch_size: int, lr: float, seed: int) -> None:
+    torch.manual_seed(seed)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "open_clip_config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
+    clip = Clip.create(f"local-dir:{out}", load_weights=False)
+    model = clip.model.train().to(memory_format=torch.channels_last)
+    pictures = render("train", images)
+    tokens = clip.tokenize([text for i in range(images) for text in captions("train", i)])
+    tokens = tokens.view(images, -1, tokens.shape[-1])  # [images, captions each, L]
+
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=True)
+    warmup = min(200, steps // 5)
+    factor = lambda s: min((s + 1) / warmup, 0.5 * (1 + math.cos(math.pi * s / steps)))  # noqa: E731
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+    rng = np.random.default_rng(seed)
+    order = np.concatenate([rng.permutation(images) for _ in range(math.ceil(steps * batch_size / images))])
+    start, bar = time.time(), tqdm(range(steps), "pretraining")
+    for step in bar:
+        rows = torch.from_numpy(order[step * batch_size : (step + 1) * batch_size])
+        chosen = tokens[rows, torch.from_numpy(rng.integers(tokens.shape[1], size=len(rows)))]
+        with torch.autocast("cpu", torch.bfloat16):
+            image = model.visual(normalise(pictures[rows]))
+        loss = contrastive(image.float(), clip.encode_text(clip.trim(chosen)), model.logit_scale)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        with torch.no_grad():
+            model.logit_scale.clamp_(max=math.log(100))
+        if step % 20 == 0:
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+    model.eval()
+    weights = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
+    write_tensors(out / "open_clip_model.safetensors", weights, {"format": "pt"})
+    print(f"{steps} steps in {time.time() - start:.0f} s; wrote {out}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=model_folder("example"))
+    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--images", type=int, default=40000)
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    pretrain(**vars(arguments))
+
+
+if __name__ == "__main__":
+    main()

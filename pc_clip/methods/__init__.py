@@ -1,0 +1,33 @@
+"""What a run learns from, one file a method: `methods/NAME.py` is `--method NAME`.
+
+Such a file has a dataclass `Config`, whose options appear as `--NAME.option`, and a class `Method`, a
+torch module with
+
+    Method(clip, config)     config: the run's FinetuneConfig; its own options are config.NAME
+    forward(batch)           -> (loss, logs): a scalar, and numbers for the log
+    loader(epoch)            batches of one epoch, the same every time; batch.ids names what is in it
+    steps_per_epoch          how many batches that is
+    trainable()              the parameters that learn, by name
+    notes                    lines for the log: what was counted, dropped, truncated
+    data_hashes              what it learnt from, for the run's folder
+
+The loop in training.py asks for nothing else.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from types import ModuleType
+
+from pc_clip.errors import check_choice
+
+
+def names() -> list[str]:
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
+
+
+def find(name: str) -> ModuleType:
+    """The module of a method. Raises UserError for an unknown one."""
+    check_choice("method", name, names())
+    return importlib.import_module(f"{__name__}.{name}")

@@ -1,0 +1,236 @@
+"""The loop. It trains any method: batches from `method.loader`, a loss from `method(batch)`, and nothing else.
+
+A run's folder holds all that is needed to repeat it: config.yaml (resolved), environment.json (versions,
+commit, hashes of data and start), metrics.jsonl, state.safetensors (to continue) and model.safetensors.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from pc_clip import checkpoint, environment, methods
+from pc_clip.clip import Clip, blend
+from pc_clip.config import FinetuneConfig, TrainConfig, dump
+from pc_clip.errors import UserError, check_choice
+from pc_clip.files import write_json, write_text
+
+log = logging.getLogger(__name__)
+
+
+def finetune(config: FinetuneConfig) -> Path:
+    """Run one finetuning from its settings to a finished folder; returns the folder.
+
+    Raises UserError for what a user can mend, and when the loss is no longer a number.
+    """
+    run = Path(config.out) / config.name
+    if _already_done(run, config):
+        return run
+    train = config.train
+    if train.threads:
+        torch.set_num_threads(train.threads)
+    check_choice("train.precision", train.precision, ("no", "bf16", "fp16"))
+    accelerator = Accelerator(
+        mixed_precision=train.precision,
+        cpu=config.device == "cpu",
+        log_with=train.tracker or None,
+        project_dir=run if train.tracker else None,
+    )
+    clip = Clip.create(config.model.name, config.model.pretrained, device=accelerator.device)
+    method = methods.find(config.method).Method(clip, config)
+    if accelerator.is_main_process:
+        _open_folder(run, config, clip, method)
+    accelerator.wait_for_everyone()
+    _loop(accelerator, method, config, run)
+    if accelerator.is_main_process:
+        if train.blend != 1.0:
+            start = Clip.create(config.model.name, config.model.pretrained).model.state_dict()
+            end = {name: value.cpu() for name, value in clip.model.state_dict().items()}
+            clip.model.load_state_dict(blend(start, end, train.blend))
+        checkpoint.save_model(run / checkpoint.MODEL_FILE, clip)
+    accelerator.end_training()
+    return run
+
+
+def _loop(accelerator: Accelerator, method: nn.Module, config: FinetuneConfig, run: Path) -> None:
+    train, parameters = config.train, method.trainable()
+    for parameter in method.parameters():
+        parameter.requires_grad_(False)
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    optimizer = make_optimizer(train, list(parameters.values()))
+    per_epoch, main = method.steps_per_epoch, accelerator.is_main_process
+    total = train.steps or train.epochs * per_epoch
+    done = checkpoint.load_state(run, parameters, optimizer) if config.resume else 0
+    model, optimizer = accelerator.prepare(method, optimizer)
+    metrics = _Metrics(run / "metrics.jsonl", done, accelerator) if main else None
+
+    if main:
+        count = sum(p.numel() for p in parameters.values())
+        for line in method.notes:
+            log.info("%s", line)
+        log.info("%s: %d steps of %d, %.1f M parameters learn", config.method, total, train.batch_size, count / 1e6)
+    since, then = done, time.perf_counter()
+    bar = tqdm(total=total, initial=done, desc=config.name, disable=not main)
+    for step, batch in batches(method, done, total):
+        lr = learning_rate(train, step, per_epoch, total)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        loss, logs = model(to_device(batch, accelerator.device))
+        if not math.isfinite(loss.item()):
+            _stop_at_nan(run, step, batch.ids, loss.item())
+        accelerator.backward(loss)
+        if train.clip_norm:
+            accelerator.clip_grad_norm_(parameters.values(), train.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        bar.update()
+        step += 1
+        if step % train.log_every == 0 or step == total:
+            rate = (step - since) * train.batch_size / (time.perf_counter() - then)
+            since, then = step, time.perf_counter()
+            row = accelerator.reduce({"loss": loss.detach()} | logs, "mean")
+            row = {"step": step, "epoch": step / per_epoch, "lr": lr, "pairs_per_second": rate} | {k: v.item() for k, v in row.items()}
+            if main:
+                metrics.write(row)
+            bar.set_postfix(loss=f"{row['loss']:.4f}", lr=f"{lr:.1e}")
+        if main and (step % train.save_every == 0 or step == total):
+            checkpoint.save_state(run, step, parameters, optimizer.optimizer)
+    bar.close()
+
+
+def batches(method: nn.Module, done: int, total: int) -> Iterator[tuple[int, Any]]:
+    """(step, batch) from step `done` on: what a straight run would have seen after that many steps."""
+    step = done
+    while step < total:
+        epoch, skip = divmod(step, method.steps_per_epoch)
+        for n, batch in enumerate(method.loader(epoch)):
+            if n < skip:
+                continue
+            yield step, batch
+            step += 1
+            if step == total:
+                return
+
+
+def make_optimizer(train: TrainConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """Adam or AdamW with torch's fused step. Weight decay spares vectors: gains, biases."""
+    check_choice("train.optimizer", train.optimizer, ("adam", "adamw"))
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[train.optimizer]
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": train.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return kind([g for g in groups if g["params"]], lr=train.lr, fused=True)
+
+
+def learning_rate(train: TrainConfig, step: int, steps_per_epoch: int, total: int) -> float:
+    """The rate of step `step` (from 0): linear warm-up, then the schedule."""
+    check_choice("train.schedule", train.schedule, ("constant", "exponential", "cosine"))
+    if step < train.warmup_steps:
+        return train.lr * (step + 1) / train.warmup_steps
+    if train.schedule == "exponential":
+        return train.lr * train.decay ** (step // steps_per_epoch)
+    if train.schedule == "cosine":
+        progress = (step - train.warmup_steps) / max(1, total - train.warmup_steps)
+        return train.lr * 0.5 * (1 + math.cos(math.pi * progress))
+    return train.lr
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    return batch._replace(**{k: v.to(device) for k, v in batch._asdict().items() if isinstance(v, Tensor)})
+
+
+# -- the folder ----------------------------------------------------------------------------------------
+
+
+def _already_done(run: Path, config: FinetuneConfig) -> bool:
+    """Whether this very run is finished. Raises UserError when the folder holds another, or an unfinished one."""
+    if config.overwrite and run.is_dir() and not config.resume:
+        shutil.rmtree(run)
+    settings = run / "config.yaml"
+    if not settings.is_file():
+        if config.resume:
+            raise UserError(f"there is no run at {run} to resume; leave --resume out to start it")
+        if (run / checkpoint.MODEL_FILE).exists():
+            raise UserError(f"{run} holds a model that no config describes; choose another --name")
+        return False
+    changed = _changes(yaml.safe_load(settings.read_text()), yaml.safe_load(dump(config)))
+    if changed:
+        raise UserError(
+            f"{run} holds a run with other settings ({', '.join(changed[:4])}). "
+            "Choose another --name, or --overwrite true to delete it."
+        )
+    if (run / checkpoint.MODEL_FILE).is_file():
+        log.info("%s is finished already; --overwrite true runs it again", run)
+        return True
+    if (run / checkpoint.STATE_FILE).is_file() and not config.resume:
+        raise UserError(f"{run} was interrupted. Continue it with --resume true, or --overwrite true to start again.")
+    return False
+
+
+def _changes(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """Settings that differ, by dotted name; how a run is started does not count."""
+    found = []
+    for key in sorted(old.keys() | new.keys()):
+        if f"{prefix}{key}" in {
+            "resume",
+            "overwrite",
+            "out",
+            "device",
+            "train.threads",
+            "train.log_every",
+            "train.save_every",
+        }:
+            continue
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += _changes(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append(f"{prefix}{key}: {a} there, {b} now")
+    return found
+
+
+def _open_folder(run: Path, config: FinetuneConfig, clip: Clip, method: nn.Module) -> None:
+    run.mkdir(parents=True, exist_ok=True)
+    about = environment.describe() | {"data": method.data_hashes, "start": clip.weights_hash(), "notes": method.notes}
+    write_json(run / "environment.json", about)
+    write_text(run / "config.yaml", dump(config))  # its presence marks a run, so it comes last
+
+
+class _Metrics:
+    """metrics.jsonl, cut back to the step a resumed run starts from, and accelerate's tracker if there is one."""
+
+    def __init__(self, path: Path, done: int, accelerator: Accelerator) -> None:
+        self.path, self.accelerator = path, accelerator
+        lines = path.read_text().splitlines() if path.is_file() and done else []
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= done]
+        path.write_text("".join(line + "\n" for line in kept))
+        if accelerator.trackers or accelerator.log_with:
+            accelerator.init_trackers("pc_clip")
+
+    def write(self, row: dict[str, float]) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=int(row["step"]))
+
+
+def _stop_at_nan(run: Path, step: int, ids: list[str], value: float) -> None:
+    state = run / checkpoint.STATE_FILE
+    kept = f"the last good state is {state}" if state.is_file() else "nothing had been saved yet"
+    raise UserError(
+        f"the loss became {value} at step {step + 1}, on {len(ids)} items beginning with {', '.join(ids[:5])}; {kept}. "
+        "Lower train.lr, set train.clip_norm 1, or look at these items."
+    )

@@ -1,0 +1,222 @@
+"""What writes the sentences: rules over two captions, or a language model.
+
+A writer gets pairs of captions and gives back raw sentences, one a pair; cleaning happens elsewhere. It
+never sees an image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from pc_clip.differences import contrast
+from pc_clip.errors import UserError
+from pc_clip.example.captions import OPENINGS, parse
+from pc_clip.example.world import COMPARATIVES
+
+
+class Job(NamedTuple):
+    """One sentence to write: the captions of the first and the second image, and a seed of its own."""
+
+    first: str
+    second: str
+    seed: int
+
+
+class Writer(Protocol):
+    def write(self, jobs: Sequence[Job]) -> list[str]:
+        """Raw sentences, one a job. The same job always gets the same sentence."""
+
+    def describe(self) -> dict[str, Any]:
+        """What made the sentences, for the file beside them."""
+
+
+# -- rules ---------------------------------------------------------------------------------------------
+
+# Rare facts are preferred, so that every kind of difference is written about as often: left to chance,
+# most sentences would be about shape and count and hardly any about the background.
+_PREFERENCE = {
+    "background": 8.0,
+    "size": 8.0,
+    "position": 5.0,
+    "texture": 4.0,
+    "colour": 1.0,
+    "shape": 1.0,
+    "count": 0.4,
+}
+_ORDER = {"size": ("small", "medium", "large"), "background": ("dark", "grey", "light"), "count": (1, 2, 3)}
+
+
+class RulesWriter:
+    """Compares two captions by rule.
+
+    Captions of the example are parsed, and one attribute that both mention and that differs is put into
+    words. Any other two captions are set against each other: "The first image shows a man on a moped,
+    while the second shows two cats."
+    """
+
+    def write(self, jobs: Sequence[Job]) -> list[str]:
+        return [self._write(job) for job in jobs]
+
+    def _write(self, job: Job) -> str:
+        rng = np.random.default_rng(job.seed)
+        a, b = parse(job.first), parse(job.second)
+        kinds = [kind for kind in _PREFERENCE if kind in a and kind in b and a[kind] != b[kind]]
+        wording = 2 * int(rng.integers(2))  # of the first image first, as language models mostly write
+        if not kinds:
+            return contrast(_as_phrase(job.first), _as_phrase(job.second), wording)
+        weights = np.array([_PREFERENCE[kind] for kind in kinds])
+        kind = kinds[int(rng.choice(len(kinds), p=weights / weights.sum()))]
+        return contrast(*_phrases(kind, a[kind], b[kind]), wording)
+
+    def describe(self) -> dict[str, Any]:
+        return {"writer": "rules"}
+
+
+def _phrases(kind: str, a: str | int, b: str | int) -> tuple[str, str]:
+    if kind in _ORDER:
+        more, less = COMPARATIVES[kind]
+        return (more, less) if _ORDER[kind].index(a) > _ORDER[kind].index(b) else (less, more)
+    pattern = {"colour": "{} objects", "texture": "{} objects", "shape": "a {}", "position": "an object {}"}[kind]
+    return pattern.format(a), pattern.format(b)
+
+
+def _as_phrase(caption: str) -> str:
+    """A caption as it stands inside a sentence: no full stop, no capital unless it is a name or an acronym."""
+    caption = " ".join(caption.split()).rstrip(" .!")
+    for opening in filter(None, OPENINGS):
+        if caption.lower().startswith(opening):
+            caption = caption[len(opening) :]
+    first, *rest = caption.split(" ")
+    common = first.lower() in {"a", "an", "the", "two", "three", "four", "some", "several", "many", "this", "there"}
+    return " ".join([first.lower() if common else first, *rest])
+
+
+# -- a causal language model ---------------------------------------------------------------------------
+
+SYSTEM = "You compare pictures for someone who cannot see them. You only know what their captions say."
+INSTRUCTION = (
+    "Picture 1: {first}\nPicture 2: {second}\n"
+    "Say in one or two sentences what looks different in the first image compared with the second image."
+)
+EXAMPLES = (  # for models without a chat template: two worked answers show what is wanted
+    (
+        "A brown dog lies on a red sofa.",
+        "Two children fly a kite on a sandy beach.",
+        "The first image shows a brown dog resting on a red sofa indoors, while the second image shows two "
+        "children flying a kite outside on a beach.",
+    ),
+    (
+        "A plate with a slice of pizza and a fork.",
+        "A large white bus on a city street at night.",
+        "The first image shows a close view of food on a plate, while the second image shows a large white bus "
+        "on a dark city street.",
+    ),
+)
+
+
+@dataclass
+class LanguageModelConfig:
+    """A causal language model of the transformers library.
+
+    Args:
+        model: Name on the Hugging Face hub, or a folder.
+        gguf_file: File inside `model` when the weights are in GGUF format.
+        dtype: float32, bfloat16 or float16.
+        batch_size: Prompts generated together.
+        max_new_tokens: The longest answer.
+        temperature: 0 for the most likely answer; above it, answers are drawn with the run's seed.
+        device: Where the model runs; empty for the GPU if there is one.
+    """
+
+    model: str = "meta-llama/Llama-2-13b-chat-hf"
+    gguf_file: str | None = None
+    dtype: str = "bfloat16"
+    batch_size: int = 16
+    max_new_tokens: int = 80
+    temperature: float = 0.0
+    device: str = ""
+
+
+class LanguageModelWriter:
+    """Asks a causal language model, through its chat template or, where it has none, with worked examples."""
+
+    def __init__(self, config: LanguageModelConfig) -> None:
+        import torch
+
+        from pc_clip import _torchvision  # noqa: F401  (transformers imports torchvision)
+
+        import transformers  # isort: skip
+
+        transformers.utils.logging.disable_progress_bar()
+        self.config, self.torch = config, torch
+        source = {"gguf_file": config.gguf_file} if config.gguf_file else {}
+        try:
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(config.model, **source)
+            model = transformers.AutoModelForCausalLM.from_pretrained(config.model, dtype=config.dtype, **source)
+        except (OSError, ValueError, ImportError) as error:
+            reason = str(error).strip().splitlines()[0][:200]
+            raise UserError(
+                f"the language model {config.model!r} could not be loaded ({reason}). Give "
+                "--transformers.model a folder that holds it, or a name the hub knows while a network is there "
+                "(gated models such as Llama 2 need `huggingface-cli login` first)."
+            ) from error
+        device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.model = model.to(device).eval()
+        self.tokenizer.padding_side = "left"
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+
+    def write(self, jobs: Sequence[Job]) -> list[str]:
+        torch, size = self.torch, self.config.batch_size
+        prompts = [self.prompt(job) for job in jobs]
+        order = sorted(range(len(jobs)), key=lambda n: len(prompts[n]))  # like lengths together: little padding
+        answers = [""] * len(jobs)
+        for start in range(0, len(order), size):
+            rows = order[start : start + size]
+            inputs = self.tokenizer(
+                [prompts[n] for n in rows],
+                return_tensors="pt",
+                padding=True,
+                add_special_tokens=not self.tokenizer.chat_template,
+            ).to(self.model.device)
+            with torch.random.fork_rng(), torch.no_grad():
+                torch.manual_seed(jobs[rows[0]].seed)
+                out = self.model.generate(**inputs, **self._generation())
+            texts = self.tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            for n, text in zip(rows, texts):
+                answers[n] = text
+        return answers
+
+    def prompt(self, job: Job) -> str:
+        """The text the model continues."""
+        question = INSTRUCTION.format(first=job.first.strip(), second=job.second.strip())
+        if self.tokenizer.chat_template:
+            chat = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}]
+            return self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        shown = [f"{INSTRUCTION.format(first=a, second=b)}\nAnswer: {answer}" for a, b, answer in EXAMPLES]
+        return "\n\n".join([*shown, f"{question}\nAnswer:"])
+
+    def _generation(self) -> dict[str, Any]:
+        options: dict[str, Any] = {
+            "max_new_tokens": self.config.max_new_tokens,
+            "pad_token_id": self.tokenizer.pad_token_id,
+            "do_sample": self.config.temperature > 0,
+        }
+        if self.config.temperature > 0:
+            options["temperature"] = self.config.temperature
+        if not self.tokenizer.chat_template:  # the answer ends with its line; the next would be an invented example
+            options.update(stop_strings=["\n"], tokenizer=self.tokenizer)
+        return options
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "writer": "transformers",
+            **vars(self.config),
+            "chat_template": bool(self.tokenizer.chat_template),
+            "system": SYSTEM,
+            "instruction": INSTRUCTION,
+        }

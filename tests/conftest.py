@@ -1,0 +1,61 @@
+"""Fixtures: a clean working folder for every test, small data, a tiny model without training."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
+import hypothesis  # noqa: E402
+import torch  # noqa: E402
+
+from pc_clip import datasets  # noqa: E402
+from pc_clip.clip import Clip  # noqa: E402
+
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared" / "data"
+torch.set_num_threads(1)
+hypothesis.settings.register_profile("shared machine", deadline=None, max_examples=50)
+hypothesis.settings.load_profile("shared machine")
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path, monkeypatch):
+    """Each test works in a folder of its own: runs, results and caches never meet."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def small_example(monkeypatch):
+    """The embedded example with few scenes, for tests that only need it to run."""
+    monkeypatch.setattr(datasets, "EXAMPLE_SIZES", {"train": 300, "val": 60, "test": 80})
+
+
+@pytest.fixture(scope="session")
+def example_clip() -> Clip:
+    """The shipped model. Tests must not change its weights."""
+    return Clip.create("example")
+
+
+@pytest.fixture
+def coco_folder(tmp_path) -> Path:
+    """A miniature COCO tree: 12 pictures of scenes, two captions each."""
+    from pc_clip.example.world import captions, scene
+
+    root = tmp_path / "coco"
+    (root / "val2017").mkdir(parents=True)
+    (root / "annotations").mkdir()
+    images, annotations = [], []
+    for i in range(12):
+        name = f"{i:012d}.jpg"
+        datasets.scenes.draw(scene("val", i)).save(root / "val2017" / name)
+        images.append({"id": i, "file_name": name})
+        annotations += [{"image_id": i, "id": 10 * i + k, "caption": c} for k, c in enumerate(captions("val", i)[:2])]
+    path = root / "annotations" / "captions_val2017.json"
+    path.write_text(json.dumps({"images": images, "annotations": annotations}))
+    return root

@@ -1,0 +1,100 @@
+"""Checkpoints: what was saved comes back, and what is no checkpoint is refused without running it."""
+
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+import open_clip
+from pc_clip import checkpoint
+from pc_clip.clip import Clip
+from pc_clip.errors import UserError
+
+
+def test_a_saved_model_comes_back_with_its_name_and_weights(example_clip, tmp_path):
+    checkpoint.save_model(tmp_path / "run" / "model.safetensors", example_clip)
+    for path in (tmp_path / "run", tmp_path / "run" / "model.safetensors"):
+        found = checkpoint.load_model(path)
+        assert found.name == "example"
+        assert found.weights_hash() == example_clip.weights_hash()
+
+
+def test_a_bare_state_dict_loads_wrapped_or_not(example_clip, tmp_path):
+    state = example_clip.model.state_dict()
+    for n, content in enumerate([state, {"state_dict": {f"module.{k}": v for k, v in state.items()}, "epoch": 3}]):
+        torch.save(content, tmp_path / f"{n}.pt")
+        found = checkpoint.load_model(tmp_path / f"{n}.pt", name="example")
+        assert found.weights_hash() == example_clip.weights_hash()
+
+
+def test_open_clip_loads_our_checkpoint_itself(tmp_path):
+    model = open_clip.create_model("RN50", load_weights=False, pretrained=None)
+    checkpoint.save_model(tmp_path / "model.safetensors", Clip(model, None, None, "RN50"))
+    loaded = open_clip.create_model("RN50", pretrained=str(tmp_path / "model.safetensors"))
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values()))
+
+
+def test_another_architecture_is_named_with_the_first_weight_that_differs(example_clip, tmp_path):
+    state = dict(example_clip.model.state_dict())
+    state["text_projection"] = torch.zeros(64, 64)
+    torch.save(state, tmp_path / "other.pt")
+    with pytest.raises(UserError, match=r"other\.pt does not fit example: text_projection has shape \[64, 64\]"):
+        checkpoint.load_model(tmp_path / "other.pt", name="example")
+    torch.save({"fc.weight": torch.zeros(2)}, tmp_path / "fc.pt")
+    with pytest.raises(UserError, match="missing.*not of this architecture"):
+        checkpoint.load_model(tmp_path / "fc.pt", name="example")
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "pt"])
+def test_a_file_cut_short_is_said_to_be(example_clip, tmp_path, kind):
+    path = tmp_path / f"model.{kind}"
+    if kind == "pt":
+        torch.save(example_clip.model.state_dict(), path)
+    else:
+        checkpoint.save_model(path, example_clip)
+    content = path.read_bytes()
+    for length in (len(content) // 2, 40, 0):
+        path.write_bytes(content[:length])
+        with pytest.raises(UserError, match="not a whole"):
+            checkpoint.load_model(path, name="example")
+
+
+class _Attack:
+    def __reduce__(self):
+        return os.system, ("touch attacked",)
+
+
+def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path):
+    torch.save({"weights": _Attack()}, tmp_path / "new.pt")
+    (tmp_path / "old.pt").write_bytes(pickle.dumps(_Attack()))
+    for name in ("new.pt", "old.pt"):
+        with pytest.raises(UserError, match="more than weights|not a whole"):
+            checkpoint.load_model(tmp_path / name, name="example")
+    assert not Path("attacked").exists()
+
+
+def test_absent_and_unfinished_are_told_apart(tmp_path):
+    with pytest.raises(UserError, match="no checkpoint at"):
+        checkpoint.load_model(tmp_path / "nothing.pt")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "state.safetensors").touch()
+    with pytest.raises(UserError, match="not finished; continue it"):
+        checkpoint.load_model(tmp_path / "run")
+
+
+def test_a_failed_save_keeps_the_last_good_one(example_clip, tmp_path, monkeypatch):
+    path = tmp_path / "model.safetensors"
+    checkpoint.save_model(path, example_clip)
+    before = path.read_bytes()
+
+    def full_disk(tensors, name, metadata):
+        Path(name).write_bytes(b"half")
+        raise OSError(28, "No space left on device", str(name))
+
+    monkeypatch.setattr("pc_clip.files.save_file", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        checkpoint.save_model(path, example_clip)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]

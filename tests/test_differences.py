@@ -1,0 +1,308 @@
+"""Differences: reading them, choosing pairs, exchanging the roles, cleaning what a writer said."""
+
+import itertools
+import json
+import re
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from pc_clip.differences import Difference, _unrank, choose_pairs, clean, contrast, read, rows, swap_roles, to_line
+from pc_clip.errors import UserError
+
+DOG_CAT = "The first image shows a dog on a sofa, while the second shows a cat."
+PIZZA = (
+    "The first image shows a woman holding a slice of pizza in a kitchen, while the second shows a child eating a "
+    "banana at a table."
+)
+QUICK = settings(deadline=None, max_examples=60)
+line = json.dumps({"first": "1", "second": "2", "text": DOG_CAT})
+
+
+def write(folder, content):
+    path = folder / "some.jsonl"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+# -- files ---------------------------------------------------------------------------------------------
+
+plain = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs", "Zl", "Zp"]))
+
+
+@QUICK
+@given(st.lists(st.builds(Difference, plain, plain, plain.filter(str.strip)), min_size=1))
+def test_what_is_written_is_read_back(tmp_path_factory, items):
+    path = tmp_path_factory.mktemp("files") / "some.jsonl"
+    path.write_text("".join(map(to_line, items)), encoding="utf-8")
+    assert read(path) == items
+
+
+@pytest.mark.xfail(strict=True, reason="read() splits at every Unicode line break, to_line() escapes only some")
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85"])
+def test_a_line_separator_within_a_sentence_is_read_back(tmp_path, mark):
+    item = Difference("1", "2", f"The first image shows a dog,{mark}the second a cat.")
+    assert read(write(tmp_path, to_line(item))) == [item]
+
+
+def test_blank_lines_and_further_keys_are_no_matter(tmp_path):
+    path = write(tmp_path, '\n{"first": 1, "second": "2", "text": "a", "reason": "kept"}\n\n' + line + "\r\n")
+    assert read(path) == [("1", "2", "a"), ("1", "2", DOG_CAT)]
+
+
+@pytest.mark.parametrize("content", ["", "\n \n"])
+def test_a_file_without_differences_is_an_error(tmp_path, content):
+    with pytest.raises(UserError, match=r"some\.jsonl holds no differences"):
+        read(write(tmp_path, content))
+
+
+def test_a_missing_file_is_an_error_that_says_what_writes_it(tmp_path):
+    with pytest.raises(UserError, match=r"absent\.jsonl.*generate_diffs\.py"):
+        read(tmp_path / "absent.jsonl")
+
+
+@pytest.mark.parametrize(
+    "bad, said",
+    [
+        ('{"first": "1", "second"', "not JSON"),
+        ('{"first": "1", "text": "a"}', "second"),
+        ('["1", "2", "a"]', "expected"),
+        ('{"first": "1", "second": "2", "text": " "}', "no text"),
+        ('{"first": "1", "second": "2", "text": null}', "no text"),
+    ],
+)
+def test_a_bad_line_is_named_by_its_number_in_the_file(tmp_path, bad, said):
+    with pytest.raises(UserError, match=rf"some\.jsonl line 4\b.*{said}"):
+        read(write(tmp_path, f"{line}\n\n{line}\n{bad}\n{line}\n"))
+
+
+def test_a_file_that_is_not_utf8_is_an_error_with_its_name(tmp_path):
+    with pytest.raises(UserError, match=r"some\.jsonl is not UTF-8"):
+        read(write(tmp_path, line.replace("sofa", "café").encode("latin-1")))
+
+
+def test_rows_are_places_among_the_ids():
+    found = rows([Difference("c", "a", "x"), Difference("b", "c", "y")], ["a", "b", "c"], "f")
+    assert found.tolist() == [[2, 0], [1, 2]]
+    assert found.dtype == np.int64
+    assert rows([], ["a"], "f").shape == (0, 2)
+
+
+def test_an_unknown_image_is_named_with_the_number_of_its_difference_and_some_known_ones():
+    with pytest.raises(UserError, match=r"difference 2 of f\.jsonl .*'zebra'.*4 images: a, b, c,"):
+        rows([Difference("a", "b", "x"), Difference("a", "zebra", "y")], ["a", "b", "c", "d"], "f.jsonl")
+
+
+# -- pairs ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 17, 60])
+def test_unranking_counts_through_the_combinations(n):
+    assert [_unrank(k, n) for k in range(n * (n - 1) // 2)] == list(itertools.combinations(range(n), 2))
+
+
+@QUICK
+@given(st.data(), st.integers(2, 10**6))
+def test_unranking_is_exact_for_data_sets_of_any_size(data, n):
+    i = data.draw(st.integers(0, n - 2))
+    j = data.draw(st.sampled_from([i + 1, n - 1]) | st.integers(i + 1, n - 1))
+    assert _unrank(i * (2 * n - i - 1) // 2 + j - i - 1, n) == (i, j)
+
+
+@QUICK
+@given(st.data(), st.integers(2, 12), st.integers(0, 99), st.booleans())
+def test_drawn_pairs_are_distinct_pairs_of_different_images(data, n, seed, both):
+    ids = [f"im{k}" for k in range(n)]
+    everything = set(itertools.combinations(ids, 2))
+    wanted = data.draw(st.integers(0, len(everything)))
+    pairs = choose_pairs(ids, wanted, seed, both)
+    assert pairs == choose_pairs(ids, wanted, seed, both)
+    drawn = pairs[::2] if both else pairs
+    assert not both or pairs[1::2] == [(b, a) for a, b in drawn]
+    assert len({tuple(sorted(p, key=ids.index)) for p in drawn} & everything) == len(drawn) == wanted
+
+
+def test_without_a_number_all_pairs_are_taken():
+    assert choose_pairs(list("dbca"), None, 0, both_orders=False) == list(itertools.combinations("dbca", 2))
+    both = choose_pairs(list("dbca"), None, 0, both_orders=True)
+    assert sorted(both) == sorted(itertools.permutations("dbca", 2))
+
+
+def test_a_drawn_pair_comes_in_either_order_about_as_often():
+    ids = [f"{k:06}" for k in range(118_287)]  # COCO train2017
+    pairs = choose_pairs(ids, 1000, 0, both_orders=False)
+    assert 430 < sum(a < b for a, b in pairs) < 570
+    assert pairs != choose_pairs(ids, 1000, 1, both_orders=False)
+
+
+def test_more_pairs_than_there_are_is_an_error_with_both_numbers():
+    with pytest.raises(UserError, match=r"\b7 pairs .*4 images .*\b6\b"):
+        choose_pairs(list("abcd"), 7, 0, both_orders=False)
+
+
+# -- wording -------------------------------------------------------------------------------------------
+
+words = st.lists(st.sampled_from(["a", "dog", "red,", "on", "the", "sofa.", "2", "is", "Larger", "than"]), max_size=4)
+naming = st.sampled_from(["first", "second", "First", "Second", "former", "Latter", "image 1", "Image 2", "picture 2"])
+sentences = st.lists(st.tuples(words, naming), max_size=5).map(
+    lambda parts: " ".join(f"{' '.join(w)} {o}" for w, o in parts)
+)
+
+
+@settings(deadline=None, max_examples=200)
+@given(sentences)
+def test_exchanging_the_roles_twice_changes_nothing(text):
+    swapped = swap_roles(text)
+    assert swapped is None or (swapped != text and swap_roles(swapped) == text)
+
+
+@pytest.mark.parametrize("wording", range(4))
+def test_exchanging_the_roles_moves_each_phrase_to_the_other_image(wording):
+    swapped = swap_roles(contrast("larger stars", "smaller stars", wording))
+    assert swapped in [contrast("smaller stars", "larger stars", w) for w in range(4)]
+
+
+@pytest.mark.parametrize(
+    "text, swapped",
+    [
+        ("Image 1 shows 2 dogs; image 2 shows 1.", "Image 2 shows 2 dogs; image 1 shows 1."),
+        ("The former is red, the latter blue.", "The latter is red, the former blue."),
+        ("The first image is larger than the second.", "The second image is larger than the first."),
+        ("The first image shows two dogs.", None),
+        ("Two dogs, 1 of them seconds from the firstborn, 2 asleep.", None),
+    ],
+)
+def test_the_roles_are_exchanged_only_where_both_images_are_named(text, swapped):
+    assert swap_roles(text) == swapped
+
+
+@pytest.mark.xfail(strict=True, reason="an ordinal that is no image's (second base, first floor) is exchanged too")
+def test_an_ordinal_that_names_no_image_stays():
+    text = "The first image shows a runner on second base, while the second shows a cat."
+    assert swap_roles(text) in (None, "The second image shows a runner on second base, while the first shows a cat.")
+
+
+def test_the_four_wordings_say_the_same_and_differ():
+    said = [contrast("A", "B", w) for w in range(4)]
+    assert len(set(said)) == 4
+    assert contrast("A", "B", 5) == said[1]
+    for text in said:
+        assert re.search(r"first.*A.*second.*B|second.*B.*first.*A", text)
+
+
+# -- cleaning ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        PIZZA,
+        DOG_CAT,
+        "The first image shows a note on a fridge; the second asks no question at all.",
+        "In image 1 a man can’t reach the shelf – in image 2 a café’s cat sleeps.",
+        "The first picture shows a man. The second shows a woman with an answer to every question.",
+        "The first image shows three dogs on a dog bed, while the second shows a dog and another dog",
+    ],
+)
+def test_a_usable_sentence_is_kept_unchanged(text):
+    assert clean(text) == (text, "kept")
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        f"Sure! {DOG_CAT}",
+        f"Certainly! {DOG_CAT}",
+        f"Here is the difference: {DOG_CAT}",
+        f"Here's one way to put it:\n{DOG_CAT}",
+        f"Answer: {DOG_CAT}",
+        f'"{DOG_CAT}"',
+        f"{DOG_CAT}\n\nQuestion: What is in the third image?\nAnswer: A horse.",
+        f"{DOG_CAT}\nQuestion: What is in the third image?",
+        f"{DOG_CAT}\n\nPicture 1: A plate of food.\nPicture 2: A bus.",
+        f"{DOG_CAT} Please let me know if you need anything else!",
+        f"{DOG_CAT}\nNote: I only know the captions.",
+        f"{DOG_CAT} The second image also has a",
+        f"Sure, {DOG_CAT}\n\nCaption 1: a plate",
+    ],
+)
+def test_what_surrounds_the_sentence_is_trimmed(raw):
+    assert clean(raw) == (DOG_CAT, "trimmed")
+
+
+@pytest.mark.xfail(strict=True, reason="one opener is taken off, and a blank line after it ends the answer")
+@pytest.mark.parametrize(
+    "raw",
+    [
+        f"Sure! Here is the difference: {DOG_CAT}",
+        f"Sure, here's the difference between the two images:\n\n{DOG_CAT}",
+        f"Here are the differences:\n\n{DOG_CAT}",
+        f"Based on the captions, here is what looks different in the first image:\n\n{DOG_CAT}",
+    ],
+)
+def test_a_heading_before_the_sentence_is_trimmed(raw):
+    assert clean(raw) == (DOG_CAT, "trimmed")
+
+
+@pytest.mark.xfail(strict=True, reason="an opener is cut out of a longer word: 'ly the first image ...'")
+@pytest.mark.parametrize("opener", ["Surely", "Okayish as it is,"])
+def test_a_word_that_only_begins_like_an_opener_stays_whole(opener):
+    assert clean(f"{opener} {DOG_CAT}") == (f"{opener} {DOG_CAT}", "kept")
+
+
+@pytest.mark.parametrize(
+    "raw, reason",
+    [
+        ("", "empty"),
+        (" \n\t ", "empty"),
+        ("A dog.", "too_short"),
+        ("Sure!", "too_short"),
+        ("```python\nprint('The first image shows a dog')\n```", "markup"),
+        ("<answer>The first image shows a dog, the second a cat.</answer>", "markup"),
+        ("def difference(first, second): the first image is larger", "markup"),
+        ("As an AI language model, I do not see the first image or the second.", "refusal"),
+        ("I'm sorry, but I can't compare the first image with the second.", "refusal"),
+        ("I cannot see images, so I do not know what looks different.", "refusal"),
+        ("The first image shows a dog on a dog on a dog on a dog on a dog on a dog on a dog on a", "repetition"),
+        ("The first image shows a dog. " * 6, "repetition"),
+        ("".join(f"The image {c} is one of many. " for c in "abcdefghijklmnopq"), "repetition"),
+        ("第一张图片显示一只狗在沙发上，而第二张图片显示一只猫在厨房里睡觉。", "not_english"),
+        ("Первое изображение показывает собаку, а второе кошку.", "not_english"),
+    ],
+)
+def test_what_is_no_difference_is_rejected_with_a_reason(raw, reason):
+    assert clean(raw) == (None, reason)
+
+
+@pytest.mark.xfail(strict=True, reason="the blank line before it is stripped, so the question passes for the answer")
+@pytest.mark.parametrize("next_one", ["Question: What is the difference between them?", "Picture 1: A dog on a sofa."])
+def test_an_empty_answer_before_the_next_question_is_rejected(next_one):
+    assert clean(f"\n\n{next_one}")[0] is None
+
+
+TALK = (
+    "The first image shows a dog. Sure, sure! Answer: Question: note Note: one two cat, while second larger! image 1: "
+    "Here is the difference: okay quickly Let me know please"
+)
+chunks = st.sampled_from(TALK.split())
+gaps = st.sampled_from([" ", "\n", "  ", "\t", "\r\n", "\n\n", "\u00a0"])
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.lists(st.tuples(chunks, gaps), min_size=4, max_size=25).map(lambda parts: "".join(w + g for w, g in parts)))
+@example("The first image shows a dog.\nThe second\nimage shows\na cat.")
+def test_words_never_fuse_nor_change_and_no_space_is_left_over(raw):
+    kept, reason = clean(raw)
+    if kept is None:
+        assert reason not in ("kept", "trimmed")
+        return
+    assert kept == " ".join(kept.split())
+    assert f" {kept} " in f" {' '.join(raw.split())} "
+    assert (reason == "kept") == (kept == " ".join(raw.split()))
+
+
+def test_newlines_become_spaces():
+    raw = "The first image shows a dog.\nThe second\nimage shows a cat on a sofa.\n"
+    assert clean(raw) == ("The first image shows a dog. The second image shows a cat on a sofa.", "kept")

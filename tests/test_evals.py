@@ -1,0 +1,263 @@
+"""Each evaluation on hand-made embeddings whose right answer is known by arithmetic."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from pc_clip.config import EvaluateConfig
+from pc_clip.datasets import Attribute, Dataset, Question, open_dataset
+from pc_clip.differences import Difference, swap_roles, to_line
+from pc_clip.errors import UserError
+from pc_clip.evals import Subject, comparative, compositional, difference, rank, retrieve, zeroshot
+
+
+class FakeClip:
+    """Texts and images have the embeddings they are given. Any other text gets a vector of its own."""
+
+    def __init__(self, texts: dict[str, list[float]], z) -> None:
+        self.texts, self.z = texts, F.normalize(torch.tensor(z, dtype=torch.float32), dim=-1)
+
+    def embed_texts(self, texts):
+        return F.normalize(torch.tensor([self.texts[t] for t in texts], dtype=torch.float32), dim=-1)
+
+
+def subject(texts, z, config=None, base=True, **known) -> Subject:
+    clip = FakeClip(texts, z)
+    data = Dataset(
+        "made", "test", [str(n) for n in range(len(z))], lambda row: Image.new("RGB", (8, 8)), "f", **known
+    )
+    found = Subject(clip, clip if base else None, data, config or EvaluateConfig(pairs=50))
+    found.__dict__["z"] = found.__dict__["base_z"] = clip.z
+    return found
+
+
+# -- zero-shot ---------------------------------------------------------------------------------------------
+
+
+def test_zeroshot_counts_what_is_right_and_where_it_goes_wrong():
+    question = Question("animal", ("cat", "dog", "cow"), np.arange(4), np.array([0, 1, 1, 2]), ("a {}",))
+    texts = {"a cat": [1, 0, 0], "a dog": [0, 1, 0], "a cow": [0, 0, 1]}
+    found = zeroshot.evaluate(subject(texts, [[1, 0.1, 0], [0, 1, 0.2], [0.9, 0.5, 0], [0, 0.4, 0.6]], questions=(question,)))
+    assert found.metrics == {"zeroshot": 0.75, "zeroshot_animal": 0.75}
+    assert found.n == 4
+    assert found.details["animal"]["per_class"] == {"cat": 1.0, "dog": 0.5, "cow": 1.0}
+    assert found.details["animal"]["confusions"] == [{"true": "dog", "guessed": "cat", "share": 0.5}]
+    assert found.details["animal"]["worst"][0] == "dog"
+
+
+def test_the_mean_over_templates_is_of_unit_vectors():
+    question = Question("q", ("x", "y"), np.arange(1), np.array([0]), ("a {}", "the {}"))
+    clip = FakeClip({"a x": [1, 0], "the x": [0, 1], "a y": [-1, 0], "the y": [-1, 0]}, [[1, 0]])
+    assert torch.allclose(zeroshot.class_embeddings(clip, question), F.normalize(torch.tensor([[1.0, 1.0], [-1.0, 0.0]])))
+
+
+def test_top5_of_six_classes():
+    names = tuple("abcdef")
+    question = Question("q", names, np.arange(2), np.array([5, 0]), ("{}",))
+    z = [[1.0, 0.9, 0.8, 0.7, 0.6, 0.5], [1.0, 0.9, 0.8, 0.7, 0.6, 0.5]]
+    found = zeroshot.evaluate(subject({n: np.eye(6)[k].tolist() for k, n in enumerate(names)}, z, questions=(question,)))
+    assert found.metrics["top5_q"] == 0.5
+    assert found.metrics["zeroshot_q"] == 0.5
+
+
+# -- differences -------------------------------------------------------------------------------------------
+
+SIZE = Attribute("size", np.array([1.0, 2.0, 3.0, np.nan]), "more", "less", "big", "small", gap=0.5)
+
+
+def sentences(vector_if_up, also_reversed=True):
+    """Embeddings for all wordings: along +v when the first image has more, -v when it has less."""
+    v = np.array(vector_if_up, dtype=float)
+    found = {"big": [1, 0, 0], "small": [-1, 0, 0]}
+    for wording in range(4):
+        sign = 1 if also_reversed or wording % 2 == 0 else -1
+        found[difference.contrast("more", "less", wording)] = (sign * v).tolist()
+        found[difference.contrast("less", "more", wording)] = (-sign * v).tolist()
+    return found
+
+
+Z = [[-1, 1, 0], [0, 1, 0], [1, 1, 0], [5, -1, 2]]  # the first coordinate grows with size
+
+
+def test_sentences_along_the_attribute_are_all_right_and_against_it_all_wrong():
+    right = difference.evaluate(subject(sentences([1, 0, 0]), Z, attributes=(SIZE,)))
+    wrong = difference.evaluate(subject(sentences([-1, 0, 0]), Z, attributes=(SIZE,)))
+    for name in ("difference", "two_way", "reversed"):
+        assert (right.metrics[name], wrong.metrics[name]) == (1.0, 0.0)
+    assert right.metrics["caption_subtraction"] == wrong.metrics["caption_subtraction"] == 1.0
+
+
+def test_a_model_that_knows_only_what_is_mentioned_first_fails_when_reversed():
+    found = difference.evaluate(subject(sentences([1, 0, 0], also_reversed=False), Z, attributes=(SIZE,)))
+    assert found.metrics["difference"] == 1.0
+    assert found.metrics["reversed"] == 0.0
+
+
+def test_a_scorer_that_says_the_same_of_every_sentence_is_at_chance():
+    """Pairs come in random order, so leaning to one side cannot help."""
+    texts = dict.fromkeys(sentences([1, 0, 0]), [1.0, 0, 0])
+    found = difference.evaluate(subject(texts, Z, EvaluateConfig(pairs=2000), attributes=(SIZE,)))
+    assert found.metrics["difference"] == pytest.approx(0.5, abs=0.05)
+    assert found.metrics["two_way"] == 0.0
+
+
+def test_without_the_untrained_model_its_baseline_is_not_made_up():
+    found = difference.evaluate(subject(sentences([1, 0, 0]), Z, base=False, attributes=(SIZE,)))
+    assert "caption_subtraction" not in found.metrics
+
+
+@given(st.integers(0, 30))
+def test_claims_are_true_clear_and_drawn_by_seed(seed):
+    data = open_dataset("example", split="val")
+    for attribute in data.attributes:
+        claims = difference.draw_claims(attribute, 50, seed)
+        gaps = attribute.value[claims.pairs[:, 0]] - attribute.value[claims.pairs[:, 1]]
+        assert (np.abs(gaps) > attribute.gap).all()
+        for up, text, opposite, other in zip(gaps > 0, claims.text, claims.opposite, claims.reversed):
+            said = (attribute.more, attribute.less) if up else (attribute.less, attribute.more)
+            assert text.index("first") < text.index("second")
+            assert text.index(said[0]) < text.index(said[1])
+            assert opposite.index(said[1]) < opposite.index(said[0])
+            assert other.index("second") < other.index("first")
+            assert other.index(said[1]) < other.index(said[0])
+        assert claims.text == difference.draw_claims(attribute, 50, seed).text
+
+
+def test_recall_at_1_is_over_disjoint_blocks_and_ties_are_shared():
+    eye = torch.eye(4)
+    assert difference.recall_at_1(eye, eye, candidates=2) == 1.0
+    assert difference.recall_at_1(eye, eye.roll(1, 0), candidates=4) == 0.0
+    assert difference.recall_at_1(torch.ones(4, 2), torch.ones(4, 2), candidates=4) == 0.25
+    assert difference.recall_at_1(eye, eye[[1, 0, 2, 3]], candidates=2) == 0.5
+
+
+def test_sentences_of_a_file_sign_two_way_mirrored_and_recall(tmp_path):
+    texts, rows = {}, []
+    for n in range(3):
+        text = f"The first image shows a{n}, while the second shows b."
+        texts[text], texts[swap_roles(text)] = np.eye(3)[n].tolist(), (-np.eye(3)[n]).tolist()
+        rows.append(to_line(Difference(str(2 * n), str(2 * n + 1), text)))
+    z = np.concatenate([np.stack([np.ones(3) + e, np.ones(3) - e]) for e in np.eye(3)])
+    (tmp_path / "d.jsonl").write_text("".join(rows))
+    found = difference.evaluate(subject(texts, z.tolist(), EvaluateConfig(differences="d.jsonl")))
+    assert found.metrics == {"sign": 1.0, "difference_r1": 1.0, "two_way": 1.0, "mirrored": 1.0}
+
+
+# -- ranking -----------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(0, 4), min_size=2, max_size=12), st.integers(0, 99))
+def test_pair_accuracy_is_the_share_of_clear_pairs_in_order(values, seed):
+    value = np.array(values, dtype=float)
+    score = np.random.default_rng(seed).integers(0, 4, len(value)).astype(float)
+    attribute = Attribute("a", value, "", "", "", "", gap=1.0)
+    pairs = [(i, j) for i in range(len(value)) for j in range(len(value)) if value[i] - value[j] > 1]
+    if pairs:
+        expected = np.mean([1.0 if score[i] > score[j] else 0.5 if score[i] == score[j] else 0.0 for i, j in pairs])
+        assert rank.pair_accuracy(score, attribute) == pytest.approx(expected)
+
+
+def test_known_attributes_are_ranked_and_drawn():
+    found = rank.evaluate(subject(sentences([1, 0, 0]), Z, attributes=(SIZE,)))
+    assert found.metrics["rank"] == found.metrics["spearman_size"] == found.metrics["caption_subtraction"] == 1.0
+    assert found.pictures["size.png"].size[0] > 300
+
+
+def test_a_folder_is_ranked_by_a_phrase_and_by_a_phrase_against_another():
+    texts = {"warm": [1.0, 0.0], "cold": [0.0, 1.0]}
+    z = [[0.2, 1.0], [1.0, 0.9], [1.0, 0.1]]
+    alone = rank.evaluate(subject(texts, z, EvaluateConfig(attribute="warm")))
+    against = rank.evaluate(subject(texts, z, EvaluateConfig(attribute="warm", against="cold")))
+    for found in (alone, against):
+        assert [row["image"] for row in found.details["order"]] == ["2", "1", "0"]
+    unit = np.array([1.0, 0.9]) / np.hypot(1.0, 0.9)
+    assert against.details["order"][1]["score"] == pytest.approx(unit[0] - unit[1], abs=1e-6)
+
+
+# -- comparative prompting ---------------------------------------------------------------------------------
+
+
+def test_prompts_are_corrected_by_the_mean_of_the_comparisons():
+    question = Question("q", ("a", "b", "c"), np.arange(3), np.arange(3), ("{}",))
+    texts = {"a": [1, 0, 0], "b": [0, 1, 0], "c": [0, 0, 1], "a over b": [0.6, 0.8, 0], "c over b": [0, 0.6, 0.8]}
+    clip = FakeClip(texts, np.eye(3))
+    prompts = zeroshot.class_embeddings(clip, question)
+    comparisons = [{"class_a": "a", "class_b": "b", "text": "a over b"}, {"class_a": "c", "class_b": "b", "text": "c over b"}]
+    found = comparative.corrected_prompts(clip, question, prompts, comparisons)
+    expected = ((np.array([1, 0, 0]) - [0.6, 0.8, 0]) + (np.array([0, 0, 1]) - [0, 0.6, 0.8])) / 2
+    assert np.allclose(found[1], expected, atol=1e-6)
+    assert torch.equal(found[[0, 2]], prompts[[0, 2]])
+
+
+def test_alpha_is_chosen_on_validation_and_reported_on_test(monkeypatch, tmp_path):
+    """On validation alpha 0 is best; on test it is worse than plain zero-shot, and that is what is reported."""
+    question = Question("q", ("a", "b"), np.arange(2), np.array([0, 1]), ("{}",))
+    flipped = Question("q", ("a", "b"), np.arange(2), np.array([1, 0]), ("{}",))
+    texts = {"a": [1, 0], "b": [0, 1], "worse": [-1.0, 2.0], "more": [2.0, -1.0]}
+    test = subject(texts, [[1, 0.2], [0.2, 1]], questions=(question,))
+    held_out = subject(texts, [[1, 0.2], [0.2, 1]], questions=(flipped,))
+    monkeypatch.setattr(Subject, "validation", lambda self: held_out)
+    monkeypatch.setattr(comparative, "FOLDER", tmp_path)
+    comparisons = {"q": [{"class_a": "b", "class_b": "a", "text": "worse"}, {"class_a": "a", "class_b": "b", "text": "more"}]}
+    (tmp_path / "made.yaml").write_text(json.dumps(comparisons))
+    found = comparative.evaluate(test)
+    curve = {row["alpha"]: row for row in found.details["q"]["curve"]}
+    best = found.details["q"]["alpha"]
+    assert curve[best]["validation"] == max(row["validation"] for row in curve.values())
+    assert found.metrics["comparative"] == curve[best]["test"]
+    assert found.metrics["zeroshot"] == 1.0
+
+
+def test_comparisons_of_classes_that_do_not_exist_are_refused(tmp_path):
+    data = open_dataset("example", split="val")
+    (tmp_path / "c.yaml").write_text("size:\n  - {class_a: huge, class_b: small, text: x}\n")
+    with pytest.raises(UserError, match="'huge' is no class of size: small, medium, large"):
+        comparative.read_comparisons(tmp_path / "c.yaml", data)
+    (tmp_path / "c.yaml").write_text("weight:\n  - {class_a: a, class_b: b, text: x}\n")
+    with pytest.raises(UserError, match="compares classes of 'weight'"):
+        comparative.read_comparisons(tmp_path / "c.yaml", data)
+
+
+# -- retrieval and SugarCrepe --------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 60))
+def test_ranks_equal_sorting_one_query_at_a_time(seed):
+    rng = np.random.default_rng(seed)
+    queries, items = (torch.from_numpy(rng.integers(-2, 3, (n, 3)).astype(np.float32)) for n in (5, 8))
+    right = [rng.choice(8, rng.integers(1, 4), replace=False) for _ in range(5)]
+    for n, found in enumerate(retrieve.ranks(queries, items, right, block=2)):
+        scores = [float(queries[n] @ item) for item in items]
+        best = max(scores[k] for k in right[n])
+        others = [scores[k] for k in range(8) if k not in right[n]]
+        assert found == sum(s > best for s in others) + sum(s == best for s in others) / 2
+
+
+def test_retrieval_both_ways():
+    texts = {"a": [1, 0, 0], "also a": [0.9, 0.1, 0], "b": [0, 1, 0], "c": [1, 0.1, 0]}
+    found = retrieve.evaluate(subject(texts, np.eye(3).tolist(), captions=[("a", "also a"), ("b",), ("c",)]))
+    assert found.metrics["t2i_r1"] == 0.75  # "c" is nearest to the first image
+    assert found.metrics["i2t_r1"] == pytest.approx(2 / 3)
+    assert found.metrics["t2i_r5"] == found.metrics["i2t_r5"] == 1.0
+
+
+def test_sugar_crepe_is_scored_on_the_photographs_that_are_there(tmp_path):
+    texts = {"good": [1, 0], "bad": [0, 1], "good2": [0, 1], "bad2": [1, 0]}
+    rows = {"0": {"filename": "000000000000.jpg", "caption": "good", "negative_caption": "bad"},
+            "1": {"filename": "000000000001.jpg", "caption": "good2", "negative_caption": "bad2"},
+            "2": {"filename": "000000000077.jpg", "caption": "good", "negative_caption": "bad"}}  # fmt: skip
+    (tmp_path / "sugar").mkdir()
+    (tmp_path / "sugar" / "swap_att.json").write_text(json.dumps(rows))
+    found = compositional.evaluate(subject(texts, [[1, 0.1], [1, 0.2]], EvaluateConfig(sugar_crepe="sugar")))
+    assert found.n == 2
+    assert found.metrics["sugarcrepe"] == 0.5
+    assert found.metrics["sugarcrepe_blind"] == 0.5
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="holds no SugarCrepe files"):
+        compositional.read_sugar_crepe("empty")

@@ -1,0 +1,270 @@
+"""The loop: resuming is exact, schedules are right, several processes equal one, and NaN stops with names."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from pc_clip import methods
+from pc_clip.clip import Clip
+from pc_clip.config import FinetuneConfig, TrainConfig, dump
+from pc_clip.datasets import open_dataset
+from pc_clip.differences import Difference, swap_roles, to_line
+from pc_clip.errors import UserError
+from pc_clip.methods import captions, pairwise
+from pc_clip.training import finetune, learning_rate
+
+
+@pytest.fixture
+def config(small_example, tmp_path) -> FinetuneConfig:
+    """A run of twelve steps over the first training scenes, with anchor and mirror pairs."""
+    ids = open_dataset("example", split="train").ids
+    rng = np.random.default_rng(0)
+    lines = []
+    for n in range(60):
+        i, j = rng.choice(len(ids), 2, replace=False)
+        text = f"The first image shows {['a star', 'two rings', 'hearts'][n % 3]}, while the second shows thing {n}."
+        lines.append(to_line(Difference(ids[i], ids[j], text)))
+    (tmp_path / "d.jsonl").write_text("".join(lines))
+    found = FinetuneConfig(name="a", out="runs", device="cpu")
+    found.model.train = "text_blocks"
+    found.data.split, found.data.differences = "train", "d.jsonl"
+    found.train = TrainConfig(batch_size=16, steps=12, lr=1e-3, save_every=5, log_every=2, threads=1)
+    found.pairwise = pairwise.Config(anchor=1.0, anchor_captions=40, anchor_batch=4, mirror=True)
+    found.captions = captions.Config()
+    return found
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "model.safetensors")
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def stop_at(monkeypatch, step: int) -> None:
+    """Interrupt training when a batch of that step is asked for."""
+    from pc_clip import training
+
+    original = training.batches
+
+    def interrupted(method, done, total):
+        for n, batch in original(method, done, total):
+            if n == step:
+                raise KeyboardInterrupt
+            yield n, batch
+
+    monkeypatch.setattr(training, "batches", interrupted)
+
+
+@pytest.mark.parametrize("step", [5, 6, 9, 11])
+def test_a_resumed_run_ends_with_the_same_weights_bit_for_bit(config, monkeypatch, step):
+    straight = weights(finetune(config))
+    config.name = "b"
+    with monkeypatch.context() as context:
+        stop_at(context, step)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(config)
+    with pytest.raises(UserError, match="was interrupted. Continue it with --resume true"):
+        finetune(config)
+    config.resume = True
+    assert same(straight, weights(finetune(config)))
+    rows = [json.loads(line) for line in Path("runs/b/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == sorted({row["step"] for row in rows})
+    assert rows[-1]["step"] == 12
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_does_not(config):
+    one = weights(finetune(config))
+    config.name = "b"
+    assert same(one, weights(finetune(config)))
+    config.name, config.seed = "c", 1
+    assert not same(one, weights(finetune(config)))
+
+
+@pytest.mark.parametrize("which", ["text_blocks", "all_text_but_embeddings", "text", "both"])
+def test_only_what_was_named_changes(config, which):
+    config.model.train, config.train.steps = which, 2
+    start, end = Clip.create("example"), weights(finetune(config))
+    expected = {n for n in start.trainable(which) if not n.startswith("logit_")}
+    changed = {n for n, p in start.model.state_dict().items() if not torch.equal(p, end[n])}
+    assert changed <= expected
+    assert len(changed) > 0.8 * len(expected)
+
+
+@pytest.mark.parametrize("option", ["mse", "captions", "plain"])
+def test_every_ablation_learns(config, option):
+    if option == "mse":
+        config.pairwise.loss = "mse"
+    elif option == "captions":
+        config.method, config.captions.temperature = "captions", 1.0  # at the model's own it is near its floor already
+    else:
+        config.pairwise = pairwise.Config()
+    config.train.steps, config.train.lr = 40, 3e-3
+    run = finetune(config)
+    loss = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert np.mean(loss[-3:]) < np.mean(loss[:3])
+
+
+def test_the_folder_holds_what_is_needed_to_repeat_it(config):
+    run = finetune(config)
+    assert yaml.safe_load((run / "config.yaml").read_text()) == yaml.safe_load(dump(config))
+    about = json.loads((run / "environment.json").read_text())
+    assert about["versions"]["torch"]
+    assert about["start"] == Clip.create("example").weights_hash()
+    assert set(about["data"]) == {"differences", "images"}
+    assert str(Path.cwd()) not in (run / "environment.json").read_text() + (run / "config.yaml").read_text()
+
+
+def test_a_finished_run_is_not_run_again_and_another_is_not_overwritten(config):
+    run = finetune(config)
+    written = (run / "model.safetensors").stat().st_mtime_ns
+    finetune(config)
+    assert (run / "model.safetensors").stat().st_mtime_ns == written
+    config.train.lr = 2e-3
+    with pytest.raises(UserError, match=r"other settings \(train\.lr: 0\.001 there, 0\.002 now\)"):
+        finetune(config)
+    config.overwrite = True
+    finetune(config)
+    assert (run / "model.safetensors").stat().st_mtime_ns > written
+
+
+def test_averaging_with_the_start_is_halfway_between(config):
+    end = weights(finetune(config))
+    config.name, config.train.blend = "b", 0.5
+    half, start = weights(finetune(config)), Clip.create("example").model.state_dict()
+    name = "transformer.resblocks.0.mlp.c_fc.weight"
+    assert torch.allclose(half[name], (start[name] + end[name]) / 2, atol=1e-7)
+
+
+def test_a_loss_that_is_no_number_stops_with_step_and_ids_and_keeps_the_last_good_state(config, monkeypatch):
+    original = pairwise.Method.forward
+    calls = []
+
+    def broken(self, batch):
+        calls.append(batch)
+        loss, logs = original(self, batch)
+        return (loss * float("nan") if len(calls) == 8 else loss), logs
+
+    monkeypatch.setattr(pairwise.Method, "forward", broken)
+    with pytest.raises(UserError, match=r"became nan at step 8, on 16 items beginning with train-\d+\|train-\d+.*state") as error:
+        finetune(config)
+    assert calls[7].ids[0] in str(error.value)
+    monkeypatch.undo()
+    state = load_file("runs/a/state.safetensors") if Path("runs/a/state.safetensors").exists() else None
+    assert state is None or all(torch.isfinite(v).all() for v in state.values())
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [0.5, 1, 1, 1, 1, 1, 1, 1, 1, 1]),
+        ("exponential", [0.5, 1, 1, 0.9, 0.9, 0.9, 0.81, 0.81, 0.81, 0.729]),
+        ("cosine", [0.5] + [0.5 * (1 + np.cos(np.pi * (s - 2) / 8)) if s >= 2 else 1 for s in range(1, 10)]),
+    ],
+)
+def test_schedules(schedule, expected):
+    train = TrainConfig(schedule=schedule, lr=1.0, decay=0.9, warmup_steps=2)
+    assert [learning_rate(train, s, 3, 10) for s in range(10)] == pytest.approx(expected)
+
+
+# -- pairwise --------------------------------------------------------------------------------------------
+
+
+def make(config) -> pairwise.Method:
+    return methods.find("pairwise").Method(Clip.create("example"), config)
+
+
+def test_mirror_pairs_put_both_orders_in_the_batch_with_first_and_second_exchanged(config):
+    method = make(config)
+    batch = next(method.loader(0))
+    half = len(batch.first) // 2
+    assert torch.equal(batch.first[:half], batch.second[half:])
+    assert torch.equal(batch.second[:half], batch.first[half:])
+    decode = method.clip.tokenizer.decode
+    texts = [decode([t for t in batch.tokens[row].tolist() if 0 < t < 49406]) for row in batch.text]
+    for forward, backward in zip(texts[:half], texts[half:]):
+        assert swap_roles(forward) == backward
+
+
+def test_every_pair_comes_once_an_epoch_and_epochs_differ(config):
+    method = make(config)
+    first, second = ([key for batch in method.loader(epoch) for key in batch.ids[:8]] for epoch in (0, 1))
+    assert len(first) == len(set(first)) == method.steps_per_epoch * 8
+    assert first != second
+    assert first == [key for batch in method.loader(0) for key in batch.ids[:8]]
+
+
+def test_pairs_that_cannot_teach_are_dropped_and_counted(config, tmp_path, monkeypatch):
+    ids = open_dataset("example", split="train").ids
+    with Path("d.jsonl").open("a") as file:
+        file.write(to_line(Difference(ids[3], ids[3], "The first image equals the second.")))
+        file.write(to_line(Difference(ids[3], ids[4], "Something is different.")))
+    notes = make(config).notes
+    assert "1 pairs of equal images dropped" in notes
+    assert any(note.startswith("1 sentences dropped that do not name both images") for note in notes)
+
+
+def test_the_step_is_the_loss_of_the_papers_equation(config):
+    config.pairwise.anchor = 0.0
+    method = make(config)
+    batch = next(method.loader(0))
+    with torch.no_grad():
+        found = method(batch)[0].item()
+        text = method.clip.model.encode_text(torch.nn.functional.pad(batch.tokens, (0, 77 - batch.tokens.shape[1])))
+    z = (batch.images / batch.images.norm(dim=-1, keepdim=True)).double().numpy()
+    t = text[batch.text].double().numpy()
+    d = z[batch.first] - z[batch.second]
+    logits = (t / np.linalg.norm(t, axis=1, keepdims=True)) @ (d / np.linalg.norm(d, axis=1, keepdims=True)).T
+    log_softmax = [x - np.log(np.exp(x).sum(1, keepdims=True)) for x in (logits, logits.T)]
+    assert found == pytest.approx(-np.mean([np.diag(x).mean() for x in log_softmax]), rel=1e-5)
+
+
+def test_differences_about_unknown_images_name_the_image_and_a_small_file_says_so(config):
+    Path("d.jsonl").write_text(to_line(Difference("train-00001", "cat", "The first is not the second one.")))
+    with pytest.raises(UserError, match=r"difference 1 of d\.jsonl is about image 'cat'"):
+        make(config)
+    Path("d.jsonl").write_text(to_line(Difference("train-00001", "train-00002", "The first is not the second one.")))
+    with pytest.raises(UserError, match="1 differences do not fill one batch of 16"):
+        make(config)
+
+
+WORKER = """
+import sys
+import torch
+from test_training import *  # noqa: F403
+from pc_clip import datasets
+from accelerate import Accelerator
+datasets.EXAMPLE_SIZES = {"train": 300, "val": 60, "test": 80}
+config = FinetuneConfig(name=sys.argv[1], out="runs", device="cpu")
+config.data.split, config.data.differences = "train", "d.jsonl"
+config.train = TrainConfig(batch_size=16, steps=4, lr=1e-3, threads=1)
+config.pairwise = pairwise.Config(anchor=1.0, anchor_captions=40, anchor_batch=4, mirror=True)
+finetune(config)
+"""
+
+
+def test_two_processes_train_as_one_with_the_whole_batch_does(config):
+    """Same global batch, same loss, same weights up to the order of summation."""
+    Path("worker.py").write_text(WORKER)
+    here = str(Path(__file__).parent)
+    environment = os.environ | {"PYTHONPATH": f"{here}:{Path(here).parent}", "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
+    subprocess.run([sys.executable, "worker.py", "one"], env=environment, check=True, capture_output=True)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29511"]
+    subprocess.run([*launch, "worker.py", "two"], env=environment, check=True, capture_output=True)
+    one, two = weights(Path("runs/one")), weights(Path("runs/two"))
+    start = Clip.create("example").model.state_dict()
+    learnt = Clip.create("example").trainable("text_blocks")
+    moved, apart = (torch.cat([(one[k] - other[k]).flatten() for k in learnt]).norm() for other in (start, two))
+    assert moved > 0.1
+    assert apart < 0.02 * moved  # Adam's first steps are signs, so gradients near zero may part
+    loss = [[json.loads(line)["loss"] for line in Path(f"runs/{n}/metrics.jsonl").read_text().splitlines()] for n in ("one", "two")]
+    assert loss[0] == pytest.approx(loss[1], rel=1e-4)
