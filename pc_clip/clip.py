@@ -291,7 +291,7 @@ def _nearest_models(name: str) -> str:
     import difflib
 
     close = difflib.get_close_matches(name, open_clip.list_models(), n=4, cutoff=0.4)
-    return f"Nearest: {', '.join(close) or 'none'}; python -c 'import open_clip; print(open_clip.list_models())' lists all."
+    return f"Nearest: {', '.join(close) or 'none'}. open_clip.list_models() lists all; local-dir:FOLDER names your own."
 
 
 def _resolve_local_text_tower(name: str) -> dict[str, Any]:

@@ -254,8 +254,11 @@ def configure(
     parser.add_class_arguments(kind, None)
     for name, group in (options or {}).items():
         parser.add_class_arguments(group, name)
-    if default is not None and not any(a == "--config" or a.startswith("--config=") for a in argv):
-        argv = ["--config", str(default), *argv]
+    files, flags = _split(argv)
+    files = files or ([default] if default else [])
+    for path in files:
+        _check_file(path, _keys(kind, options or {}))
+    argv = [word for path in files for word in ("--config", str(path))] + flags  # flags win wherever they stood
     try:
         found = parser.instantiate(parser.parse_args(argv))
     except (argparse.ArgumentError, TypeError) as error:
@@ -272,13 +275,13 @@ def configure(
 
 def peek(argv: Sequence[str] | None, key: str, default: Path | None, otherwise: str) -> str:
     """The value a top-level setting will have, before the parser that needs to know it is built."""
+    argv = list(sys.argv[1:] if argv is None else argv)
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument(f"--{key}")
-    finder.add_argument("--config", action="append")
-    found, _ = finder.parse_known_args(list(sys.argv[1:] if argv is None else argv))
+    found, _ = finder.parse_known_args(argv)
     if (named := getattr(found, key)) is not None:
         return named
-    for path in reversed(found.config or [default]):
+    for path in reversed(_split(argv)[0] or [default]):
         try:
             content = yaml.safe_load(Path(path).read_text()) if path else None
         except (OSError, yaml.YAMLError):
@@ -303,6 +306,34 @@ def load_dataset(data: DataConfig) -> Dataset:
     return open_dataset(data.dataset, data.root, data.split, missing=data.missing)
 
 
+def _split(argv: list[str]) -> tuple[list[Path], list[str]]:
+    """The config files named in a command line, and the rest of it."""
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--config", action="append", type=Path, default=[])
+    found, rest = finder.parse_known_args(argv)
+    return found.config, rest
+
+
+def _check_file(path: Path, known: list[str]) -> None:
+    """Names in a config file, before their values are looked at: each must be a setting."""
+    if not path.is_file():
+        there = sorted(p.name for p in (Path(__file__).parents[1] / "configs").glob("*.yaml"))
+        raise UserError(f"no config at {path}; in configs/: {', '.join(there)}")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no settings: expected lines like `name: example`")
+    groups = {key.split(".")[0] for key in known if "." in key}
+    for name, value in content.items():
+        if name in groups and not isinstance(value, dict):
+            raise UserError(f"{path}: {name} is a group of settings, not {value!r}; put them below it, indented")
+        for key in [f"{name}.{inner}" for inner in value] if name in groups else [name]:
+            if key not in known:
+                raise UserError(f"{path}: there is no setting {key}. {nearest(key, known)}")
+
+
 def _keys(kind: type, options: dict[str, type]) -> list[str]:
     keys = []
     for prefix, group in [("", kind), *((f"{name}.", group) for name, group in options.items())]:
@@ -318,10 +349,4 @@ def _explain(message: str, known: list[str]) -> str:
     if found := re.search(r"unrecognized arguments: (.*)", message):
         word = found.group(1).split()[0]
         return f"there is no setting {word.split('=')[0]}. {nearest(word.lstrip('-').split('=')[0], known)}"
-    if found := re.search(
-        r"Group '(.*)' does not accept option '(.*)'|Key '(.*)' is not expected|option '(.*)' is not", message
-    ):
-        group, option, *others = found.groups()
-        name = f"{group}.{option}" if option else next(filter(None, others))
-        return f"there is no setting {name}. {nearest(name, known)}"
     return message.replace("<class '", "").replace("'>", "")

@@ -152,8 +152,8 @@ def _example_attribute(name: str, shown: list[scenes.Scene]) -> Attribute:
         "background": ("an object on a light background", "an object on a dark background"),
         "count": ("three objects", "one object"),
     }[name]
-    # A clear difference is wider than the spread within one class: 1.6 pixels at most, 50 grey levels.
-    gap = {"size": 2.0, "background": 50.0, "count": 0.5}[name]
+    # A clear difference is wider than the spread within one class: 2.4 pixels at most, 50 grey levels.
+    gap = {"size": 2.4, "background": 50.0, "count": 0.5}[name]
     return Attribute(name, value, more, less, high, low, gap)
 
 
@@ -309,7 +309,9 @@ def _open_torchvision(kind: str, root: Path, split: str) -> Dataset:
 
 
 READERS: dict[str, Reader] = {
-    "example": Reader(_open_example, None, ("train", "val", "test"), "Nothing to fetch.", "none", "MIT, as this project"),
+    "example": Reader(
+        _open_example, None, ("train", "val", "test"), "Nothing to fetch.", "none", "MIT, as this project",
+    ),
     "coco": Reader(
         _open_coco, "data/coco", ("train2017", "val2017"),
         "Fetch train2017.zip, val2017.zip and annotations_trainval2017.zip of cocodataset.org and unpack them there.",
@@ -342,9 +344,8 @@ def main() -> None:
     """List the data sets: found or not, where they are looked for, what to fetch."""
     for name, reader in READERS.items():
         found = reader.root is None or Path(reader.root).is_dir()
-        print(
-            f"{name:10} {'found' if found else 'not found':10} {reader.root or 'embedded':15} {reader.size:8} {reader.licence}"
-        )
+        state, place = "found" if found else "not found", reader.root or "embedded"
+        print(f"{name:10} {state:10} {place:15} {reader.size:8} {reader.licence}")
         if not found:
             print(f"{'':10} {reader.fetch}")
 

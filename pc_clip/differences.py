@@ -38,13 +38,19 @@ def read(path: str | Path) -> list[Difference]:
 
     Raises UserError for a missing or empty file, and for a line that is no difference (with its number).
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"no differences at {path}. Write them with generate_diffs.py, or name a file that exists.")
+    path = find(path)
     found = [_parse(line, f"{path} line {n}") for n, line in enumerate(_lines(path), 1) if line.strip()]
     if not found:
         raise UserError(f"{path} holds no differences; write them again with generate_diffs.py")
     return found
+
+
+def find(path: str | Path) -> Path:
+    """The path of a file of differences that is there."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no differences at {path}. Write them with generate_diffs.py, or name a file that exists.")
+    return path
 
 
 def _lines(path: Path) -> Iterator[str]:
@@ -147,7 +153,7 @@ MIN_CHARACTERS = 20
 _FENCE = re.compile(r"```|<\w+>|</\w+>|\bdef \w+\(|[{};]\s*$", re.MULTILINE)
 _REFUSAL = re.compile(r"\b(as an ai|i cannot|i can't|i am unable|i'm unable|i do not have access)\b", re.IGNORECASE)
 _CHATTER = re.compile(
-    r"^(sure[,!.]?|of course[,!.]?|certainly[,!.]?|okay[,!.]?|here(?: is|'s) (?:the|a|one)[^:\n]{0,80}:|answer:|difference:)\s*",
+    r"^(?:(?:sure|of course|certainly|okay)[,!.]?\s*)?(?:here(?: is|'s) (?:the|a|one)[^:\n]{0,80}:|answer:|difference:)?\s*",
     re.IGNORECASE,
 )
 _FOLLOW_UP = re.compile(  # after the answer, on a line or in a sentence of its own: the next question, a note, an offer

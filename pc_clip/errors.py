@@ -13,11 +13,12 @@ class UserError(Exception):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A sentence for a name that is not among the known ones: the nearest, and the whole list."""
+    """A sentence for a name that is not among the known ones: the nearest, and all of them unless they are many."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    guess = f"Did you mean {' or '.join(repr(c) for c in close)}? " if close else ""
-    return f"{guess}Known: {', '.join(known)}."
+    guess = f"Did you mean {' or '.join(repr(c) for c in close)}?" if close else ""
+    listed = f"Known: {', '.join(known)}." if len(known) <= 12 or not close else ""
+    return f"{guess} {listed}".strip()
 
 
 def check_choice(setting: str, value: str, known: Iterable[str]) -> None:

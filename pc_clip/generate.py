@@ -55,7 +55,7 @@ def generate(config: GenerateConfig) -> Path:
 
     with (
         partial.path.open("a", encoding="utf-8") as file,
-        tqdm(total=len(pairs), initial=partial.done, desc=config.name) as bar,
+        tqdm(total=len(pairs), initial=partial.done, desc=config.name, disable=None) as bar,
     ):
         for start in range(partial.done, len(pairs), config.chunk):
             chunk = pairs[start : start + config.chunk]

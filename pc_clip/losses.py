@@ -40,7 +40,7 @@ def anchor(now: Tensor, start: Tensor) -> Tensor:
 def unit_differences(first: Tensor, second: Tensor) -> Tensor:
     """Unit differences of unit image embeddings: normalise(z_i - z_j).  [B, D], [B, D] -> [B, D]
 
-    PC-CLIP, section 3. Two images with equal embeddings have no difference: such a row comes out as zero,
+    PC-CLIP (arXiv 2409.09721). Two images with equal embeddings have no difference: such a row comes out as zero,
     never NaN, but it teaches nothing and is to be left out before (see methods.pairwise).
     """
     return F.normalize(F.normalize(first, dim=-1) - F.normalize(second, dim=-1), dim=-1)

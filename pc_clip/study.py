@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,7 +57,9 @@ class Study:
         try:
             return cls(**yaml.safe_load(path.read_text(encoding="utf-8")))
         except (TypeError, yaml.YAMLError) as error:
-            raise UserError(f"{path} is no study ({error}); it needs name, variants, evaluations and metrics") from error
+            raise UserError(
+                f"{path} is no study ({error}); it needs name, variants, evaluations and metrics"
+            ) from error
 
 
 @dataclass
@@ -99,6 +102,7 @@ class Job:
 def conduct(study: Study, seeds: list[int], workers: int) -> pd.DataFrame:
     """Run what is not done yet and return the table. Raises UserError when a command fails, with its last lines."""
     for command in study.prepare:
+        tqdm.write(f"python {' '.join(command)}")
         _call(command, study.results / "logs" / "prepare.log")
     jobs = [
         Job(study, variant, seed)
@@ -110,14 +114,15 @@ def conduct(study: Study, seeds: list[int], workers: int) -> pd.DataFrame:
     stop = threading.Event()
 
     def work(job: Job) -> None:
-        running[job.label] = job
+        running[job.label], then = job, time.perf_counter()
         for command in job.commands():
             if stop.is_set():
                 return
             _call(command, study.results / "logs" / f"{job.label}.log")
         del running[job.label]
+        tqdm.write(f"{job.label}: trained and evaluated in {time.perf_counter() - then:.0f} s")
 
-    with ThreadPoolExecutor(workers) as pool, tqdm(total=len(jobs), desc=study.name, unit="run") as bar:
+    with ThreadPoolExecutor(workers) as pool, tqdm(total=len(jobs), desc=study.name, unit="run", disable=None) as bar:
         waiting = {pool.submit(work, job) for job in jobs}
         try:
             while waiting:
@@ -150,7 +155,9 @@ def _call(command: list[str], log: Path) -> None:
     with log.open("a") as out:
         out.write(f"$ python {' '.join(command)}\n")
         out.flush()
-        code = subprocess.run([sys.executable, *command], stdout=out, stderr=subprocess.STDOUT, env=environment).returncode
+        code = subprocess.run(
+            [sys.executable, *command], stdout=out, stderr=subprocess.STDOUT, env=environment
+        ).returncode
     if code:
         last = [line for line in log.read_text().replace("\r", "\n").splitlines() if line.strip()][-3:]
         raise UserError(f"python {' '.join(command)} failed with {code}: {' | '.join(last)} (all of it in {log})")
@@ -194,7 +201,9 @@ def plot(study: Study, table: pd.DataFrame, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    wide = table[table.evaluation != "rank"].pivot_table(index="metric", columns="variant", values=["mean", "std"], sort=False)
+    wide = table[table.evaluation != "rank"].pivot_table(
+        index="metric", columns="variant", values=["mean", "std"], sort=False
+    )
     order = [m for m in study.metrics if m in wide.index]
     variants = [v for v in study.variants if v in wide["mean"].columns]
     figure, axes = plt.subplots(figsize=(2.2 + 1.7 * len(order), 4.2), layout="constrained")
@@ -203,7 +212,9 @@ def plot(study: Study, table: pd.DataFrame, path: Path) -> None:
         x = [n + (k - (len(variants) - 1) / 2) * width for n in range(len(order))]
         heights = [100 * wide["mean"][variant].get(m, float("nan")) for m in order]
         spread = [100 * wide["std"][variant].get(m, float("nan")) for m in order] if "std" in wide else None
-        bars = axes.bar(x, heights, width * 0.92, label=variant, yerr=spread, capsize=2, color=plt.cm.viridis(k / len(variants)))
+        bars = axes.bar(
+            x, heights, width * 0.92, label=variant, yerr=spread, capsize=2, color=plt.cm.viridis(k / len(variants))
+        )
         axes.bar_label(bars, [f"{h:.0f}" if h == h else "" for h in heights], fontsize=8, padding=2)
     axes.set_xticks(range(len(order)), [m.replace("_", " ") for m in order])
     axes.set(ylabel="per cent", ylim=(0, 108), title=f"{study.name}: {table.dataset.iloc[0]}")

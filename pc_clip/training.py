@@ -21,9 +21,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pc_clip import checkpoint, environment, methods
+from pc_clip import checkpoint, differences, environment, methods
 from pc_clip.clip import Clip, blend
-from pc_clip.config import FinetuneConfig, TrainConfig, dump
+from pc_clip.config import FinetuneConfig, TrainConfig, dump, load_dataset
 from pc_clip.errors import UserError, check_choice
 from pc_clip.files import write_json, write_text
 
@@ -48,8 +48,11 @@ def finetune(config: FinetuneConfig) -> Path:
         log_with=train.tracker or None,
         project_dir=run if train.tracker else None,
     )
+    data = load_dataset(config.data)  # before the model, whose weights may take long to fetch
+    if config.data.differences:
+        differences.find(config.data.differences)
     clip = Clip.create(config.model.name, config.model.pretrained, device=accelerator.device)
-    method = methods.find(config.method).Method(clip, config)
+    method = methods.find(config.method).Method(clip, data, config)
     if accelerator.is_main_process:
         _open_folder(run, config, clip, method)
     accelerator.wait_for_everyone()
@@ -83,7 +86,7 @@ def _loop(accelerator: Accelerator, method: nn.Module, config: FinetuneConfig, r
             log.info("%s", line)
         log.info("%s: %d steps of %d, %.1f M parameters learn", config.method, total, train.batch_size, count / 1e6)
     since, then = done, time.perf_counter()
-    bar = tqdm(total=total, initial=done, desc=config.name, disable=not main)
+    bar = tqdm(total=total, initial=done, desc=config.name, disable=None if main else True)
     for step, batch in batches(method, done, total):
         lr = learning_rate(train, step, per_epoch, total)
         for group in optimizer.param_groups:
@@ -102,10 +105,12 @@ def _loop(accelerator: Accelerator, method: nn.Module, config: FinetuneConfig, r
             rate = (step - since) * train.batch_size / (time.perf_counter() - then)
             since, then = step, time.perf_counter()
             row = accelerator.reduce({"loss": loss.detach()} | logs, "mean")
-            row = {"step": step, "epoch": step / per_epoch, "lr": lr, "pairs_per_second": rate} | {k: v.item() for k, v in row.items()}
+            row = {"step": step, "epoch": step / per_epoch, "lr": lr, "pairs_per_second": rate} | {
+                k: v.item() for k, v in row.items()
+            }
             if main:
                 metrics.write(row)
-            bar.set_postfix(loss=f"{row['loss']:.4f}", lr=f"{lr:.1e}")
+                tqdm.write(f"step {step}/{total}  loss {row['loss']:.4f}  lr {lr:.2e}  {rate:.0f} pairs/s")
         if main and (step % train.save_every == 0 or step == total):
             checkpoint.save_state(run, step, parameters, optimizer.optimizer)
     bar.close()

@@ -4,10 +4,10 @@ import os
 import pickle
 from pathlib import Path
 
+import open_clip
 import pytest
 import torch
 
-import open_clip
 from pc_clip import checkpoint
 from pc_clip.clip import Clip
 from pc_clip.errors import UserError

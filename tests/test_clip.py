@@ -1,9 +1,9 @@
 """The model: trimmed texts, towers that train, hashes, averaging, and guessing an architecture."""
 
+import open_clip
 import pytest
 import torch
 
-import open_clip
 from pc_clip.clip import Clip, blend, guess_architecture, hash_tensors
 from pc_clip.errors import UserError
 
@@ -51,10 +51,17 @@ def test_towers_that_cannot_be_cut_short_go_through_open_clip():
 
 
 def test_what_trains_is_what_its_name_says(example_clip):
-    counts = {which: set(example_clip.trainable(which)) for which in ("text_blocks", "all_text_but_embeddings", "text", "both")}
+    counts = {
+        which: set(example_clip.trainable(which))
+        for which in ("text_blocks", "all_text_but_embeddings", "text", "both")
+    }
     assert all("resblocks" in name and not name.startswith("visual") for name in counts["text_blocks"])
     assert counts["text_blocks"] < counts["all_text_but_embeddings"] < counts["text"] < counts["both"]
-    assert counts["all_text_but_embeddings"] - counts["text_blocks"] == {"ln_final.weight", "ln_final.bias", "text_projection"}
+    assert counts["all_text_but_embeddings"] - counts["text_blocks"] == {
+        "ln_final.weight",
+        "ln_final.bias",
+        "text_projection",
+    }
     assert counts["text"] - counts["all_text_but_embeddings"] == {"token_embedding.weight", "positional_embedding"}
     with pytest.raises(UserError, match=r"model\.train is 'text_block'.*'text_blocks'"):
         example_clip.trainable("text_block")

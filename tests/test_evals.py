@@ -29,9 +29,7 @@ class FakeClip:
 
 def subject(texts, z, config=None, base=True, **known) -> Subject:
     clip = FakeClip(texts, z)
-    data = Dataset(
-        "made", "test", [str(n) for n in range(len(z))], lambda row: Image.new("RGB", (8, 8)), "f", **known
-    )
+    data = Dataset("made", "test", [str(n) for n in range(len(z))], lambda row: Image.new("RGB", (8, 8)), "f", **known)
     found = Subject(clip, clip if base else None, data, config or EvaluateConfig(pairs=50))
     found.__dict__["z"] = found.__dict__["base_z"] = clip.z
     return found
@@ -43,7 +41,9 @@ def subject(texts, z, config=None, base=True, **known) -> Subject:
 def test_zeroshot_counts_what_is_right_and_where_it_goes_wrong():
     question = Question("animal", ("cat", "dog", "cow"), np.arange(4), np.array([0, 1, 1, 2]), ("a {}",))
     texts = {"a cat": [1, 0, 0], "a dog": [0, 1, 0], "a cow": [0, 0, 1]}
-    found = zeroshot.evaluate(subject(texts, [[1, 0.1, 0], [0, 1, 0.2], [0.9, 0.5, 0], [0, 0.4, 0.6]], questions=(question,)))
+    found = zeroshot.evaluate(
+        subject(texts, [[1, 0.1, 0], [0, 1, 0.2], [0.9, 0.5, 0], [0, 0.4, 0.6]], questions=(question,))
+    )
     assert found.metrics == {"zeroshot": 0.75, "zeroshot_animal": 0.75}
     assert found.n == 4
     assert found.details["animal"]["per_class"] == {"cat": 1.0, "dog": 0.5, "cow": 1.0}
@@ -54,14 +54,18 @@ def test_zeroshot_counts_what_is_right_and_where_it_goes_wrong():
 def test_the_mean_over_templates_is_of_unit_vectors():
     question = Question("q", ("x", "y"), np.arange(1), np.array([0]), ("a {}", "the {}"))
     clip = FakeClip({"a x": [1, 0], "the x": [0, 1], "a y": [-1, 0], "the y": [-1, 0]}, [[1, 0]])
-    assert torch.allclose(zeroshot.class_embeddings(clip, question), F.normalize(torch.tensor([[1.0, 1.0], [-1.0, 0.0]])))
+    assert torch.allclose(
+        zeroshot.class_embeddings(clip, question), F.normalize(torch.tensor([[1.0, 1.0], [-1.0, 0.0]]))
+    )
 
 
 def test_top5_of_six_classes():
     names = tuple("abcdef")
     question = Question("q", names, np.arange(2), np.array([5, 0]), ("{}",))
     z = [[1.0, 0.9, 0.8, 0.7, 0.6, 0.5], [1.0, 0.9, 0.8, 0.7, 0.6, 0.5]]
-    found = zeroshot.evaluate(subject({n: np.eye(6)[k].tolist() for k, n in enumerate(names)}, z, questions=(question,)))
+    found = zeroshot.evaluate(
+        subject({n: np.eye(6)[k].tolist() for k, n in enumerate(names)}, z, questions=(question,))
+    )
     assert found.metrics["top5_q"] == 0.5
     assert found.metrics["zeroshot_q"] == 0.5
 
@@ -188,7 +192,10 @@ def test_prompts_are_corrected_by_the_mean_of_the_comparisons():
     texts = {"a": [1, 0, 0], "b": [0, 1, 0], "c": [0, 0, 1], "a over b": [0.6, 0.8, 0], "c over b": [0, 0.6, 0.8]}
     clip = FakeClip(texts, np.eye(3))
     prompts = zeroshot.class_embeddings(clip, question)
-    comparisons = [{"class_a": "a", "class_b": "b", "text": "a over b"}, {"class_a": "c", "class_b": "b", "text": "c over b"}]
+    comparisons = [
+        {"class_a": "a", "class_b": "b", "text": "a over b"},
+        {"class_a": "c", "class_b": "b", "text": "c over b"},
+    ]
     found = comparative.corrected_prompts(clip, question, prompts, comparisons)
     expected = ((np.array([1, 0, 0]) - [0.6, 0.8, 0]) + (np.array([0, 0, 1]) - [0, 0.6, 0.8])) / 2
     assert np.allclose(found[1], expected, atol=1e-6)
@@ -204,7 +211,9 @@ def test_alpha_is_chosen_on_validation_and_reported_on_test(monkeypatch, tmp_pat
     held_out = subject(texts, [[1, 0.2], [0.2, 1]], questions=(flipped,))
     monkeypatch.setattr(Subject, "validation", lambda self: held_out)
     monkeypatch.setattr(comparative, "FOLDER", tmp_path)
-    comparisons = {"q": [{"class_a": "b", "class_b": "a", "text": "worse"}, {"class_a": "a", "class_b": "b", "text": "more"}]}
+    comparisons = {
+        "q": [{"class_a": "b", "class_b": "a", "text": "worse"}, {"class_a": "a", "class_b": "b", "text": "more"}]
+    }
     (tmp_path / "made.yaml").write_text(json.dumps(comparisons))
     found = comparative.evaluate(test)
     curve = {row["alpha"]: row for row in found.details["q"]["curve"]}

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from pc_clip import methods
 from pc_clip.clip import Clip
-from pc_clip.config import FinetuneConfig, TrainConfig, dump
+from pc_clip.config import FinetuneConfig, TrainConfig, dump, load_dataset
 from pc_clip.datasets import open_dataset
 from pc_clip.differences import Difference, swap_roles, to_line
 from pc_clip.errors import UserError
@@ -155,7 +155,9 @@ def test_a_loss_that_is_no_number_stops_with_step_and_ids_and_keeps_the_last_goo
         return (loss * float("nan") if len(calls) == 8 else loss), logs
 
     monkeypatch.setattr(pairwise.Method, "forward", broken)
-    with pytest.raises(UserError, match=r"became nan at step 8, on 16 items beginning with train-\d+\|train-\d+.*state") as error:
+    with pytest.raises(
+        UserError, match=r"became nan at step 8, on 16 items beginning with train-\d+\|train-\d+.*state"
+    ) as error:
         finetune(config)
     assert calls[7].ids[0] in str(error.value)
     monkeypatch.undo()
@@ -180,7 +182,7 @@ def test_schedules(schedule, expected):
 
 
 def make(config) -> pairwise.Method:
-    return methods.find("pairwise").Method(Clip.create("example"), config)
+    return methods.find("pairwise").Method(Clip.create("example"), load_dataset(config.data), config)
 
 
 def test_mirror_pairs_put_both_orders_in_the_batch_with_first_and_second_exchanged(config):
@@ -256,7 +258,11 @@ def test_two_processes_train_as_one_with_the_whole_batch_does(config):
     """Same global batch, same loss, same weights up to the order of summation."""
     Path("worker.py").write_text(WORKER)
     here = str(Path(__file__).parent)
-    environment = os.environ | {"PYTHONPATH": f"{here}:{Path(here).parent}", "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
+    environment = os.environ | {
+        "PYTHONPATH": f"{here}:{Path(here).parent}",
+        "OMP_NUM_THREADS": "1",
+        "MASTER_ADDR": "127.0.0.1",
+    }
     subprocess.run([sys.executable, "worker.py", "one"], env=environment, check=True, capture_output=True)
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29511"]
     subprocess.run([*launch, "worker.py", "two"], env=environment, check=True, capture_output=True)
@@ -266,5 +272,8 @@ def test_two_processes_train_as_one_with_the_whole_batch_does(config):
     moved, apart = (torch.cat([(one[k] - other[k]).flatten() for k in learnt]).norm() for other in (start, two))
     assert moved > 0.1
     assert apart < 0.02 * moved  # Adam's first steps are signs, so gradients near zero may part
-    loss = [[json.loads(line)["loss"] for line in Path(f"runs/{n}/metrics.jsonl").read_text().splitlines()] for n in ("one", "two")]
+    loss = [
+        [json.loads(line)["loss"] for line in Path(f"runs/{n}/metrics.jsonl").read_text().splitlines()]
+        for n in ("one", "two")
+    ]
     assert loss[0] == pytest.approx(loss[1], rel=1e-4)

@@ -1,6 +1,6 @@
 """Comparative prompting: what is known of how two classes differ is put into their prompts.
 
-PC-CLIP (arXiv 2409.09721), section 4: the prompt of class b becomes
+PC-CLIP (arXiv 2409.09721): the prompt of class b becomes
     alpha * t_b + (1 - alpha) * mean over a of (t_a - enc(how a differs from b)),
 where t is a class's ordinary prompt embedding. alpha = 1 is ordinary zero-shot. It is chosen on validation
 images and reported on test images.
@@ -60,7 +60,7 @@ def evaluate(subject: Subject) -> Result:
 
 
 def corrected_prompts(clip: Clip, question: Question, prompts: Tensor, comparisons: list[dict[str, str]]) -> Tensor:
-    """mean over a of (t_a - enc(difference of a from b)) for each class b; t_b where nothing is compared.  [classes, D]"""
+    """mean over a of (t_a - enc(difference of a from b)) for each class b; t_b where none is known.  [classes, D]"""
     corrected = prompts.clone()
     for b, name in enumerate(question.classes):
         about = [c for c in comparisons if c["class_b"] == name]

@@ -1,6 +1,6 @@
 """Does the embedding of a difference sentence point along the difference of the two images?
 
-PC-CLIP's difference classification (arXiv 2409.09721, section 4): is cos(text, z_i - z_j) > 0 for a
+PC-CLIP's difference classification (arXiv 2409.09721): is cos(text, z_i - z_j) > 0 for a
 sentence that is true of (i, j)? That figure flatters, so its companions are always beside it: two_way (the
 true sentence against its opposite), reversed (the same fact told of the second image first) and
 caption_subtraction (two plain phrases and the untrained model, no training at all).

@@ -9,7 +9,6 @@ FOLDER, the photographs they ask about are held out, so that every one of its ro
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 from pathlib import Path

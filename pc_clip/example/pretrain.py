@@ -37,7 +37,9 @@ CONFIG = {
 
 def render(split: str, n: int) -> torch.Tensor:
     """The first `n` pictures of a split, normalised as the model's transform does.  [n, 3, 64, 64] uint8"""
-    pictures = [np.asarray(draw(scene(split, i))) for i in tqdm(range(n), f"drawing {split}", leave=False)]
+    pictures = [
+        np.asarray(draw(scene(split, i))) for i in tqdm(range(n), f"drawing {split}", leave=False, disable=None)
+    ]
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
 
 

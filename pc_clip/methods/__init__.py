@@ -3,7 +3,7 @@
 Such a file has a dataclass `Config`, whose options appear as `--NAME.option`, and a class `Method`, a
 torch module with
 
-    Method(clip, config)     config: the run's FinetuneConfig; its own options are config.NAME
+    Method(clip, data, config)   config: the run's FinetuneConfig; its own options are config.NAME
     forward(batch)           -> (loss, logs): a scalar, and numbers for the log
     loader(epoch)            batches of one epoch, the same every time; batch.ids names what is in it
     steps_per_epoch          how many batches that is

@@ -27,7 +27,7 @@ class Texts:
         self.distinct = list(dict.fromkeys(texts))
         self.row = {text: n for n, text in enumerate(self.distinct)}
         chunks = range(0, len(self.distinct), 4096)
-        bar = tqdm(chunks, "tokenising", leave=False, disable=len(chunks) < 3)
+        bar = tqdm(chunks, "tokenising", leave=False, disable=None if len(chunks) > 2 else True)
         self.tokens = torch.cat([clip.tokenizer(self.distinct[n : n + 4096]).int() for n in bar])
         self.truncated = int((self.tokens[:, -1] != 0).sum()) if clip._causal_tower is not None else 0
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from pc_clip import losses
 from pc_clip.clip import Clip
-from pc_clip.config import FinetuneConfig, load_dataset
+from pc_clip.config import FinetuneConfig
+from pc_clip.datasets import Dataset
 from pc_clip.distributed import gather
 from pc_clip.errors import UserError
 from pc_clip.methods._batches import Images, Texts, my_share, shuffled_batches
@@ -39,10 +40,9 @@ class Batch(NamedTuple):
 class Method(nn.Module):
     """One step of symmetric InfoNCE between captions and images. Each image comes once an epoch."""
 
-    def __init__(self, clip: Clip, config: FinetuneConfig) -> None:
+    def __init__(self, clip: Clip, data: Dataset, config: FinetuneConfig) -> None:
         super().__init__()
         self.model, self.clip, self.config = clip.model, clip, config
-        data = load_dataset(config.data)
         if not data.captions:
             raise UserError(f"method captions needs captions, and {config.data.dataset} has none")
         self.images = Images(clip, data, config)

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from pc_clip import differences, losses
 from pc_clip.clip import Clip
-from pc_clip.config import FinetuneConfig, load_dataset
+from pc_clip.config import FinetuneConfig
+from pc_clip.datasets import Dataset
 from pc_clip.distributed import gather
 from pc_clip.errors import UserError, check_choice
 from pc_clip.methods._batches import Images, Texts, file_hash, my_share, shuffled_batches
@@ -59,13 +60,12 @@ class Batch(NamedTuple):
 class Method(nn.Module):
     """One step: unit differences of unit image embeddings against unit text embeddings."""
 
-    def __init__(self, clip: Clip, config: FinetuneConfig) -> None:
+    def __init__(self, clip: Clip, data: Dataset, config: FinetuneConfig) -> None:
         super().__init__()
         self.options: Config = config.pairwise
         check_choice("pairwise.loss", self.options.loss, ("info_nce", "mse"))
         self.model, self.clip, self.config = clip.model, clip, config
         self.notes: list[str] = []
-        data = load_dataset(config.data)
         self.images = Images(clip, data, config)
         self._read_differences(config.data.differences)
         self._draw_anchor(data.captions or [])

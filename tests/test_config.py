@@ -1,0 +1,127 @@
+"""Settings: YAML and flags, strict, with the nearest name where one is wrong; every config of the project."""
+
+from pathlib import Path
+
+import jsonargparse
+import pytest
+import yaml
+
+from pc_clip import methods
+from pc_clip.config import (
+    EvaluateConfig,
+    FinetuneConfig,
+    GenerateConfig,
+    configure,
+    dump,
+    peek,
+)
+from pc_clip.errors import UserError
+from pc_clip.methods.pairwise import Config as Pairwise
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+def finetune(*argv, **kwargs) -> FinetuneConfig:
+    parser = jsonargparse.ArgumentParser()
+    return configure(FinetuneConfig, parser, argv, options={"pairwise": Pairwise}, **kwargs)
+
+
+def test_flags_override_the_file_and_types_are_kept(tmp_path):
+    (tmp_path / "c.yaml").write_text("train:\n  lr: 1.0e-8\n  steps: 5\npairwise:\n  mirror: true\n")
+    found = finetune(
+        "--config", "c.yaml", "--train.lr", "1e-3", "--model.pretrained", "openai", "--train.steps", "null"
+    )
+    assert (found.train.lr, found.train.steps, found.model.pretrained) == (1e-3, None, "openai")
+    assert found.pairwise == Pairwise(mirror=True)
+
+
+def test_the_default_file_is_read_only_when_none_is_named(tmp_path):
+    (tmp_path / "default.yaml").write_text("seed: 7\nname: d\n")
+    (tmp_path / "other.yaml").write_text("name: o\n")
+    assert finetune(default=tmp_path / "default.yaml").seed == 7
+    found = finetune("--config", "other.yaml", default=tmp_path / "default.yaml")
+    assert (found.seed, found.name) == (0, "o")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--train.lrr", "1"], r"no setting --train\.lrr.*'train\.lr'"),
+        (["--trian.lr=1"], r"no setting --trian\.lr\..*'train\.lr'"),
+        (["--pairwise.miror", "true"], r"no setting --pairwise\.miror.*'pairwise\.mirror'"),
+        (["--train.lr", "fast"], r'"train\.lr".*float.*fast'),
+        (["--resume", "perhaps"], r'"resume".*perhaps'),
+        (["--config", "absent.yaml"], r"no config at absent\.yaml; in configs.*example\.yaml"),
+        (["zeroshot"], "no setting zeroshot"),
+    ],
+)
+def test_a_wrong_flag_is_one_line_that_names_it_and_the_nearest(argv, message):
+    with pytest.raises(UserError, match=message) as error:
+        finetune(*argv)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train:\n  learning_rate: 1\n", r"no setting train\.learning_rate"),
+        ("tain:\n  lr: 1\n", r"no setting tain\. Did you mean .*train\.lr"),
+        ("train: [", "is not YAML"),
+        ("train: 3\n", "train is a group of settings, not 3"),
+        ("train:\n  epochs: many\n", r"epochs"),
+    ],
+)
+def test_a_wrong_key_in_a_file_is_named(tmp_path, text, message):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(UserError, match=message) as error:
+        finetune("--config", "c.yaml")
+    assert "\n" not in str(error.value)
+
+
+def test_dumped_settings_read_back_equal(tmp_path):
+    found = finetune("--train.lr", "3e-7", "--pairwise.anchor", "2", "--data.differences", "x.jsonl")
+    (tmp_path / "again.yaml").write_text(dump(found))
+    assert finetune("--config", "again.yaml") == found
+
+
+def test_the_method_is_known_before_its_options_are(tmp_path):
+    (tmp_path / "c.yaml").write_text("method: captions\n")
+    assert peek(["--config", "c.yaml"], "method", None, "pairwise") == "captions"
+    assert peek(["--config", "c.yaml", "--method", "pairwise"], "method", None, "x") == "pairwise"
+    assert peek([], "method", tmp_path / "c.yaml", "pairwise") == "captions"
+    assert peek(["--config", "absent.yaml"], "method", None, "pairwise") == "pairwise"
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_config_parses(path):
+    argv = ["--config", str(path)]
+    content = yaml.safe_load(path.read_text())
+    if "writer" in content:
+        found = configure(GenerateConfig, jsonargparse.ArgumentParser(), argv)
+        assert found.writer in ("rules", "transformers")
+    else:
+        options = {content["method"]: methods.find(content["method"]).Config}
+        found = configure(FinetuneConfig, jsonargparse.ArgumentParser(), argv, options=options)
+        assert found.method == content["method"]
+    assert found.name == content["name"]
+
+
+def test_the_papers_config_holds_the_papers_numbers():
+    """arXiv 2409.09721 and the authors' code."""
+    found = finetune("--config", str(CONFIGS / "pc_clip_coco.yaml"))
+    assert (found.model.name, found.model.pretrained) == ("ViT-L-14", "datacomp_xl_s13b_b90k")
+    assert found.model.train == "text_blocks"
+    train = found.train
+    assert (train.optimizer, train.lr, train.schedule, train.decay) == ("adam", 1e-8, "exponential", 0.9)
+    assert (train.epochs, train.batch_size, train.steps, found.seed) == (20, 512, None, 0)
+    assert found.pairwise == Pairwise(loss="info_nce", temperature=1.0, anchor=0.0, mirror=False)
+
+
+def test_unknown_methods_and_modes_name_the_known():
+    from pc_clip import evals
+
+    with pytest.raises(UserError, match="method is 'pairwize'. Did you mean 'pairwise'"):
+        methods.find("pairwize")
+    with pytest.raises(UserError, match="Known: comparative, compositional, difference, rank, retrieve, zeroshot"):
+        evals.find("everything")
+    assert EvaluateConfig().mode == ""

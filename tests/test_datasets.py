@@ -1,0 +1,479 @@
+"""Readers: what they give on miniatures in each layout, and what they say when something is missing."""
+
+import hashlib
+import io
+import json
+import math
+import pickle
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pc_clip import datasets
+from pc_clip._torchvision import torchvision
+from pc_clip.datasets import open_dataset, read_captions, read_coco_captions, read_image, read_simclip_tsv
+from pc_clip.errors import UserError
+from pc_clip.example import scenes, world
+from pc_clip.example.captions import parse
+
+DATA = Path(__file__).parents[1].parent / "shared" / "data" / "coco_mini"
+real_data = pytest.mark.skipif(not DATA.is_dir(), reason="the real data are not part of the project")
+
+
+def picture(path, colour=(10, 20, 30), mode="RGB"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 6), colour).convert(mode).save(path)
+    return path
+
+
+def noise():
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 24, 3), dtype=np.uint8))
+
+
+def write(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text if isinstance(text, str) else json.dumps(text), encoding="utf-8")
+    return path
+
+
+# -- the table -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, split, said",
+    [
+        ("cifar01", None, r"unknown data set 'cifar01'.*Did you mean .*'cifar10'.*Known: .*example"),
+        ("exmple", None, r"Did you mean 'example'"),
+        ("example", "tset", r"no split 'tset'.*Did you mean 'test'"),
+    ],
+)
+def test_an_unknown_name_gets_the_nearest_known_one(name, split, said):
+    with pytest.raises(UserError, match=said):
+        open_dataset(name, split=split)
+
+
+@pytest.mark.parametrize("name", ["coco", "folder", "cifar10", "cifar100"])
+def test_a_data_set_that_is_not_there_says_where_it_was_looked_for_and_what_to_fetch(name, tmp_path):
+    with pytest.raises(UserError, match=rf"{name} is not at .*nowhere\. (Fetch|Put) .*--root"):
+        open_dataset(name, tmp_path / "nowhere")
+
+
+def test_the_list_says_which_are_found_and_what_to_fetch(tmp_path, monkeypatch, capsys):
+    (tmp_path / "data" / "coco").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    datasets.main()
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if not line.startswith(" ")}
+    assert lines.keys() == datasets.READERS.keys()
+    found = {name for name, line in lines.items() if "not found" not in line}
+    assert found == {"example", "coco"}
+
+
+# -- the embedded example ------------------------------------------------------------------------------
+
+
+def test_splits_of_the_example_share_no_scene_and_no_id():
+    shown = {split: [world.scene(split, n) for n in range(300)] for split in ("train", "val", "test")}
+    assert len(set().union(*shown.values())) == 900
+    assert len(set().union(*(datasets.example(split, 20).ids for split in shown))) == 60
+
+
+def test_the_example_is_the_same_every_time_and_a_prefix_of_a_longer_one():
+    one, same, longer = datasets.example("val", 12), datasets.example("val", 12), datasets.example("val", 30)
+    world.scene.cache_clear()
+    again = datasets.example("val", 12)
+    for other in (same, longer, again):
+        assert other.ids[:12] == one.ids and other.captions[:12] == one.captions
+        assert all(one.load(n) == other.load(n) for n in range(12))
+    assert one.fingerprint == same.fingerprint == again.fingerprint != longer.fingerprint
+    assert one.fingerprint != datasets.example("test", 12).fingerprint
+
+
+def test_opening_the_example_gives_the_whole_split():
+    data = open_dataset("example")
+    assert data.label == "example/test" and len(data) == len(data.captions) == datasets.EXAMPLE_SIZES["test"]
+    assert len(set(data.ids)) == len(data)
+    assert data.load(3) == scenes.draw(world.scene("test", 3)) and data.load(3).mode == "RGB"
+
+
+def test_questions_about_the_example_have_true_answers():
+    data = datasets.example("val", 400)
+    assert {q.name for q in data.questions} == world.CLASSES.keys()
+    for question in data.questions:
+        assert question.rows.dtype == question.target.dtype == np.int64
+        assert set(question.target.tolist()) == set(range(len(question.classes))), question.name
+        asked = dict(zip(question.rows.tolist(), question.target.tolist()))
+        for row in range(400):
+            scene = world.scene("val", row)
+            said = {key: value for text in data.captions[row] for key, value in parse(text).items()}
+            if question.name == "count":
+                assert asked[row] + 1 == len(scene.things)
+            elif question.name in said:
+                assert question.classes[asked[row]] == said[question.name]  # as the captions have it
+            elif question.name not in ("background", "position"):
+                looks = {getattr(thing, question.name) for thing in scene.things}
+                assert row not in asked or {question.classes[asked[row]]} == looks
+
+
+def test_attributes_of_the_example_order_its_scenes():
+    data = datasets.example("val", 400)
+    values = {attribute.name: attribute.value for attribute in data.attributes}
+    assert values.keys() == {"size", "background", "count"}
+    shown = [world.scene("val", row) for row in range(400)]
+    assert values["background"].tolist() == [s.level for s in shown]
+    assert values["count"].tolist() == [len(s.things) for s in shown]
+    for scene, size in zip(shown, values["size"]):
+        assert math.isnan(size) != scene.alike
+        assert math.isnan(size) or min(t.radius for t in scene.things) <= size <= max(t.radius for t in scene.things)
+
+
+SPREAD = pytest.mark.xfail(strict=True, reason="large radii spread over 14.5 * 0.16 = 2.3 pixels, the gap is 2.0")
+
+
+@pytest.mark.parametrize("name", [pytest.param("size", marks=SPREAD), "background", "count"])
+def test_a_clear_difference_is_one_that_words_can_tell(name):
+    data = datasets.example("val", 400)
+    attribute = next(a for a in data.attributes if a.name == name)
+    assert {attribute.more, attribute.less} == set(world.COMPARATIVES[name])
+    question = next(q for q in data.questions if q.name == name)
+    value, target = attribute.value[question.rows], question.target
+    by_class = [value[(target == c) & ~np.isnan(value)] for c in range(3)]
+    assert by_class[0].max() < by_class[1].min() and by_class[1].max() < by_class[2].min()
+    assert max(np.ptp(values) for values in by_class) <= attribute.gap < by_class[2].min() - by_class[0].max()
+
+
+# -- captions ------------------------------------------------------------------------------------------
+
+COCO = {
+    "images": [{"id": 9, "file_name": "9.jpg"}, {"id": 5, "file_name": "5.jpg"}, {"id": 7, "file_name": "7.jpg"}],
+    "annotations": [
+        {"image_id": 5, "caption": "A dog.\n"},
+        {"image_id": 9, "caption": " A  cat. "},
+        {"image_id": 5, "caption": "One dog"},
+        {"image_id": 9, "caption": "  "},
+    ],
+}
+
+
+def test_coco_captions_come_by_image_and_without_needless_space(tmp_path):
+    found = read_coco_captions(write(tmp_path / "c.json", COCO))
+    assert found == {"9": ("9.jpg", ("A cat.",)), "5": ("5.jpg", ("A dog.", "One dog"))}
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        ('{"images": [', r"c\.json is not JSON.*fetch it again"),
+        ("[]", r"c\.json is no COCO captions file"),
+        ({"annotations": []}, r'"images" and "annotations"'),
+        (COCO | {"annotations": []}, r"c\.json holds no captions: 3 images, 0 annotations"),
+        (COCO | {"annotations": [{"image_id": 5, "caption": " "}]}, "holds no captions"),
+        (
+            COCO | {"annotations": [{"image_id": 5, "bbox": [0, 0, 1, 1], "category_id": 3}]},
+            r"without captions.*instances",
+        ),
+        (COCO | {"annotations": [{"image_id": 1, "caption": "A horse."}]}, "holds no captions"),
+    ],
+)
+def test_a_file_that_holds_no_coco_captions_is_an_error_that_says_why(tmp_path, content, said):
+    with pytest.raises(UserError, match=said):
+        read_coco_captions(write(tmp_path / "c.json", content))
+
+
+@pytest.mark.xfail(strict=True, reason="KeyError and AttributeError come through")
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"annotations": [{"caption": "A dog."}]},
+        {"annotations": ["A dog."]},
+        {"images": [{"id": 5}]},
+        {"images": ["5.jpg"]},
+    ],
+    ids=str,
+)
+def test_a_damaged_entry_of_a_coco_file_is_an_error_with_its_path(tmp_path, change):
+    with pytest.raises(UserError, match=r"c\.json"):
+        read_coco_captions(write(tmp_path / "c.json", COCO | change))
+
+
+def test_missing_captions_files_are_errors_with_their_path(tmp_path):
+    for name in ("absent.json", "absent.tsv"):
+        with pytest.raises(UserError, match=name):
+            read_captions(tmp_path / name)
+
+
+def test_a_table_is_read_by_its_columns(tmp_path):
+    text = 'caption1\tid\timage\tcaption2\nA "big" dog\t7\ta.jpg\t\n\t8\tb.jpg\t A  cat \n\t9\tc.jpg\t\nNA\t\td.jpg\n'
+    assert read_captions(write(tmp_path / "t.tsv", text)) == {
+        "7": ("a.jpg", ('A "big" dog',)),
+        "8": ("b.jpg", ("A cat",)),
+        "d.jpg": ("d.jpg", ("NA",)),
+    }
+
+
+@pytest.mark.parametrize("rest", ["", "\t", "\t "])
+def test_a_missing_caption_is_never_nan(tmp_path, rest):
+    path = write(tmp_path / "t.tsv", f"image\tcaption1\tcaption2\na.jpg\tA dog\tOne dog\nb.jpg\tA cat{rest}\n")
+    assert read_simclip_tsv(path) == {"a.jpg": ("a.jpg", ("A dog", "One dog")), "b.jpg": ("b.jpg", ("A cat",))}
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("image,caption1\na.jpg,A dog\n", r"t\.tsv needs a column image"),
+        ("picture\tcaption1\na.jpg\tA dog\n", r"found picture, caption1"),
+        ("image\ttext\na.jpg\tA dog\n", r"caption1, caption2.*found image, text"),
+        ("image\tcaption1\na.jpg\t\n", r"t\.tsv holds no captions: 1 rows"),
+        ("image\tcaption1\n", r"t\.tsv holds no captions: 0 rows"),
+    ],
+)
+def test_a_table_that_cannot_be_used_is_an_error_that_says_why(tmp_path, text, said):
+    with pytest.raises(UserError, match=said):
+        read_simclip_tsv(write(tmp_path / "t.tsv", text))
+
+
+@pytest.mark.xfail(strict=True, reason="pandas' errors and UnicodeDecodeError come through")
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"image\tcaption1\na.jpg\tA dog\nb.jpg\tA\tcat\n", "image\tcaption1\na.jpg\tcafé\n".encode("latin-1")],
+    ids=["empty", "a field too many", "Latin-1"],
+)
+def test_a_damaged_table_is_an_error_with_its_path(tmp_path, content):
+    (tmp_path / "t.tsv").write_bytes(content)
+    with pytest.raises(UserError, match=r"t\.tsv"):
+        read_simclip_tsv(tmp_path / "t.tsv")
+
+
+@pytest.mark.xfail(strict=True, reason="pandas takes the first column for an index: the file is named 'A dog'")
+def test_a_tab_at_the_end_of_each_row_shifts_no_column(tmp_path):
+    path = write(tmp_path / "t.tsv", "image\tcaption1\tcaption2\na.jpg\tA dog\tOne dog\t\nb.jpg\tA cat\tOne cat\t\n")
+    try:
+        assert [file for file, _ in read_simclip_tsv(path).values()] == ["a.jpg", "b.jpg"]
+    except UserError as error:
+        assert "t.tsv" in str(error)
+
+
+@pytest.mark.xfail(strict=True, reason="the later row silently replaces the earlier one")
+def test_two_rows_about_one_image_lose_no_caption(tmp_path):
+    path = write(tmp_path / "t.tsv", "image\tcaption1\na.jpg\tA dog\na.jpg\tOne dog\n")
+    try:
+        assert read_simclip_tsv(path) == {"a.jpg": ("a.jpg", ("A dog", "One dog"))}
+    except UserError as error:
+        assert "a.jpg" in str(error)
+
+
+@real_data
+def test_the_captions_of_coco_as_published():
+    found = read_captions(DATA / "captions_val2017.json")
+    assert len(found) == 5000 and sum(len(texts) for _, texts in found.values()) == 25014
+    assert found["139"][0] == "000000000139.jpg"
+    assert all(text == " ".join(text.split()) != "" for _, texts in found.values() for text in texts)
+
+
+@real_data
+def test_the_table_of_simclip_as_published():
+    path = DATA / "simclip_example.tsv"
+    found = read_captions(path)
+    lines = path.read_text(encoding="utf-8").splitlines()[1:]
+    assert len(found) == len(lines) >= 4 and all(len(texts) == 5 for _, texts in found.values())
+    assert found["391895"][0] == "000000391895.jpg"
+    assert found["391895"][1][0] == "A man with a red helmet on a small moped on a dirt road."
+
+
+# -- COCO's pictures -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("annotations", ["annotations", "."])
+@pytest.mark.parametrize("pictures", ["mini", "images/mini", "images", "."])
+def test_coco_is_read_in_any_of_its_layouts(tmp_path, annotations, pictures):
+    write(tmp_path / annotations / "captions_mini.json", COCO)
+    picture(tmp_path / pictures / "9.jpg", (200, 0, 0)), picture(tmp_path / pictures / "5.jpg", (0, 0, 200))
+    data = open_dataset("coco", tmp_path, "mini")
+    assert (data.ids, data.captions) == (["9", "5"], [("A cat.",), ("A dog.", "One dog")])
+    assert [np.asarray(data.load(n)).mean((0, 1)).argmax() for n in (0, 1)] == [0, 2]
+    assert data.label == "coco/mini" and data.note == ""
+
+
+def test_absent_pictures_are_an_error_or_left_out_and_counted(tmp_path):
+    write(tmp_path / "annotations" / "captions_mini.json", COCO)
+    picture(tmp_path / "mini" / "5.jpg")
+    with pytest.raises(UserError, match=r"1 of the 2 pictures .*9\.jpg.*--data\.missing skip"):
+        open_dataset("coco", tmp_path, "mini")
+    data = open_dataset("coco", tmp_path, "mini", missing="skip")
+    assert data.ids == ["5"] and data.captions == [("A dog.", "One dog")]
+    assert data.load(0).size == (8, 6)
+    assert data.note.startswith("1 pictures") and "captions_mini.json" in data.note
+
+
+def test_without_any_picture_there_is_nothing_to_skip(tmp_path):
+    write(tmp_path / "annotations" / "captions_mini.json", COCO)
+    with pytest.raises(UserError, match=r"2 of the 2 pictures"):
+        open_dataset("coco", tmp_path, "mini", missing="skip")
+
+
+@pytest.mark.xfail(strict=True, reason="any word but error means skip")
+def test_another_word_than_error_or_skip_is_refused(tmp_path):
+    write(tmp_path / "annotations" / "captions_mini.json", COCO)
+    picture(tmp_path / "mini" / "5.jpg")
+    with pytest.raises(UserError, match="Error"):
+        open_dataset("coco", tmp_path, "mini", missing="Error")
+
+
+def test_a_split_without_a_captions_file_names_those_that_have_one(tmp_path):
+    write(tmp_path / "annotations" / "captions_val2017.json", COCO)
+    write(tmp_path / "captions_mini.json", COCO)
+    write(tmp_path / "annotations" / "instances_train2017.json", COCO)
+    with pytest.raises(UserError, match=r"no captions_train2017\.json; splits found there: mini, val2017"):
+        open_dataset("coco", tmp_path, "train2017")
+
+
+def test_the_fingerprint_of_coco_follows_its_pictures(tmp_path):
+    write(tmp_path / "captions_mini.json", COCO)
+    for name in ("5.jpg", "9.jpg"):
+        picture(tmp_path / "mini" / name)
+    before = open_dataset("coco", tmp_path, "mini").fingerprint
+    assert open_dataset("coco", tmp_path, "mini").fingerprint == before
+    noise().save(tmp_path / "mini" / "5.jpg")
+    assert open_dataset("coco", tmp_path, "mini").fingerprint != before
+
+
+@real_data
+def test_the_photographs_of_coco_at_hand_are_opened():
+    data = open_dataset("coco", DATA, "val2017", missing="skip")
+    assert len(data) == len(list((DATA / "val2017").glob("*.jpg"))) == 283 and "4717 pictures" in data.note
+    assert all(4 < len(texts) < 8 for texts in data.captions)
+    assert min(data.load(0).size) == 256
+
+
+# -- folders -------------------------------------------------------------------------------------------
+
+
+def test_a_folder_of_folders_has_a_question_about_its_classes(tmp_path):
+    for name in ("hot_dog/b.png", "hot_dog/a.JPG", "cat/deep/c.png", "cat/.hidden.png"):
+        picture(tmp_path / name)
+    write(tmp_path / "cat" / "notes.txt", "not an image")
+    data = open_dataset("folder", tmp_path)
+    assert data.ids == ["cat/deep/c.png", "hot_dog/a.JPG", "hot_dog/b.png"]
+    (question,) = data.questions
+    assert question.classes == ("cat", "hot dog")
+    assert (question.rows.tolist(), question.target.tolist()) == ([0, 1, 2], [0, 1, 1])
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "1", "I;16"])
+def test_a_folder_without_folders_has_no_question_and_gives_rgb(tmp_path, mode):
+    picture(tmp_path / "a.png", mode="RGB" if mode == "I;16" else mode)
+    if mode == "I;16":
+        Image.fromarray(np.full((6, 8), 300, dtype=np.uint16)).save(tmp_path / "a.png")
+    data = open_dataset("folder", tmp_path)
+    assert data.ids == ["a.png"] and data.questions == () and data.captions is None
+    assert data.load(0).mode == "RGB" and data.load(0).size == (8, 6)
+
+
+def test_images_beside_class_folders_are_an_error_that_names_one(tmp_path):
+    picture(tmp_path / "cat" / "a.png"), picture(tmp_path / "loose.png")
+    with pytest.raises(UserError, match=r"loose\.png"):
+        open_dataset("folder", tmp_path)
+
+
+def test_a_folder_without_images_is_an_error_with_the_known_endings(tmp_path):
+    write(tmp_path / "a.txt", "")
+    with pytest.raises(UserError, match=r"holds no images.*\.png"):
+        open_dataset("folder", tmp_path)
+
+
+@pytest.mark.xfail(strict=True, reason="a folder whose name ends like an image's, or begins with a dot, is taken in")
+@pytest.mark.parametrize("name", ["odd.png", ".thumbnails"])
+def test_only_visible_files_are_images(tmp_path, name):
+    picture(tmp_path / "a.png")
+    (tmp_path / name).mkdir(parents=True)
+    if name != "odd.png":
+        picture(tmp_path / ".thumbnails" / "a.png")
+    assert open_dataset("folder", tmp_path).ids == ["a.png"]
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow's, about the damage
+@pytest.mark.parametrize("kind", ["png", "jpeg", "gif", "bmp", "tiff", "webp"])
+def test_a_damaged_image_opens_or_is_an_error_with_its_path(tmp_path, kind):
+    buffer, path, rng = io.BytesIO(), tmp_path / f"damaged.{kind}", random.Random(0)
+    noise().save(buffer, kind)
+    path.write_bytes(buffer.getvalue())
+    assert read_image(path).size == (24, 20)
+    refused = 0
+    for trial in range(60):
+        content = bytearray(buffer.getvalue())
+        if trial % 2:
+            del content[rng.randrange(len(content)) :]
+        else:
+            content[rng.randrange(min(len(content), 100))] ^= rng.randrange(1, 256)
+        path.write_bytes(content)
+        try:
+            assert read_image(path).mode == "RGB"
+        except UserError as error:
+            refused += 1
+            assert str(path) in str(error) and "cannot be read" in str(error)
+    assert refused > 10
+
+
+def test_an_image_that_vanished_is_an_error_with_its_path(tmp_path):
+    path = picture(tmp_path / "a.png")
+    data = open_dataset("folder", tmp_path)
+    path.unlink()
+    with pytest.raises(UserError, match=r"no image at .*a\.png"):
+        data.load(0)
+
+
+# -- CIFAR ---------------------------------------------------------------------------------------------
+
+
+def write_cifar(monkeypatch, root, kind, files):
+    """Python pickles as they are published, with the checksums torchvision knows changed to theirs."""
+    data = getattr(torchvision.datasets, kind)
+    folder, sums = root / data.base_folder, {}
+    folder.mkdir(parents=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(pickle.dumps(content, protocol=2))
+        sums[name] = hashlib.md5((folder / name).read_bytes()).hexdigest()
+    for key in ("train_list", "test_list"):
+        monkeypatch.setattr(data, key, [[name, sums[name]] for name, _ in getattr(data, key)])
+    monkeypatch.setattr(data, "meta", data.meta | {"md5": sums[data.meta["filename"]]})
+
+
+def pixels(values):
+    """Rows of 3072 bytes: 1024 of red, of green, of blue. The red of each picture is its value."""
+    rows = np.zeros((len(values), 3, 1024), dtype=np.uint8)
+    rows[:, 0] = np.array(values)[:, None]
+    return rows.reshape(len(values), 3072)
+
+
+def test_cifar10_is_read_in_its_own_layout(tmp_path, monkeypatch):
+    files = {f"data_batch_{n}": {"data": pixels([n, n + 100]), "labels": [n, 0]} for n in range(1, 6)}
+    files |= {"test_batch": {"data": pixels([77]), "labels": [9]}}
+    names = [f"big_{n}" for n in range(10)]
+    write_cifar(monkeypatch, tmp_path, "CIFAR10", files | {"batches.meta": {"label_names": names}})
+    train, test = open_dataset("cifar10", tmp_path, "train"), open_dataset("cifar10", tmp_path)
+    assert (train.label, len(train), test.label, test.ids) == ("cifar10/train", 10, "cifar10/test", ["0"])
+    assert train.questions[0].target.tolist() == [1, 0, 2, 0, 3, 0, 4, 0, 5, 0]
+    assert train.questions[0].classes[2] == "big 2"
+    assert train.load(3).getpixel((5, 5)) == (102, 0, 0) and test.load(0).getpixel((0, 31)) == (77, 0, 0)
+    assert train.fingerprint != test.fingerprint
+
+
+def test_cifar100_is_read_by_its_fine_classes(tmp_path, monkeypatch):
+    names = [f"fine_{n}" for n in range(100)]
+    files = {
+        "train": {"data": pixels([1, 2]), "fine_labels": [99, 4], "coarse_labels": [0, 1]},
+        "test": {"data": pixels([3]), "fine_labels": [50], "coarse_labels": [2]},
+        "meta": {"fine_label_names": names, "coarse_label_names": names[:20]},
+    }
+    write_cifar(monkeypatch, tmp_path, "CIFAR100", files)
+    (question,) = open_dataset("cifar100", tmp_path, "train").questions
+    assert [question.classes[n] for n in question.target] == ["fine 99", "fine 4"]
+    assert open_dataset("cifar100", tmp_path, "test").load(0).getpixel((0, 0)) == (3, 0, 0)
+
+
+@pytest.mark.parametrize("name, folder", [("cifar10", "cifar-10-batches-py"), ("cifar100", "cifar-100-python")])
+def test_a_folder_without_cifar_in_it_says_what_to_fetch(tmp_path, name, folder):
+    with pytest.raises(UserError, match=rf"{name} is not at .*tar\.gz.*{folder}"):
+        open_dataset(name, tmp_path)

@@ -1,0 +1,250 @@
+"""The three scripts run for real: with no argument, on small settings, and on every bad input."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import finetune
+import generate_diffs
+import run
+from pc_clip import generate
+from pc_clip.config import GenerateConfig
+from pc_clip.datasets import open_dataset
+from pc_clip.differences import Difference, to_line
+from pc_clip.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+
+
+def script(name: str, *argv: str) -> subprocess.CompletedProcess:
+    """A script as a user runs it, in the test's own folder."""
+    return subprocess.run([sys.executable, str(ROOT / name), *argv], env=ENVIRONMENT, capture_output=True, text=True)
+
+
+def test_with_no_argument_each_runs_in_any_order_and_says_what_it_made(small_example, monkeypatch, capsys, caplog):
+    caplog.set_level("INFO")
+    small = GenerateConfig(n_images=100, n_pairs=200)
+    monkeypatch.setattr(generate, "EXAMPLE", small)
+    run.main([])
+    assert "no finetuned example yet" in caplog.text
+    finetune.main(["--train.steps", "3", "--data.dataset", "example", "--config", str(finetune.DEFAULT)])
+    assert "is not there yet; writing it" in caplog.text
+    assert Path("runs/example/model.safetensors").is_file()
+    assert len(Path("llm_diffs/example.jsonl").read_text().splitlines()) == 200
+    run.main([])
+    shown = capsys.readouterr().out
+    assert "example-pretrained" in shown
+    assert "caption_subtraction" in shown
+    with pytest.raises(UserError, match="written with other settings"):
+        generate_diffs.main([])  # the shipped settings are not the small ones of this test
+
+
+def test_an_evaluation_that_is_done_is_skipped_and_done_again_on_request(small_example, caplog):
+    caplog.set_level("INFO")
+    argv = ["--mode", "zeroshot", "--split", "val"]
+    run.main(argv)
+    path = Path("results/example-pretrained/zeroshot-example-val.json")
+    first = json.loads(path.read_text())
+    assert first["n"] > 0
+    assert first["versions"]["torch"]
+    run.main(argv)
+    assert "already in" in caplog.text
+    assert json.loads(path.read_text()) == first
+    run.main([*argv, "--again", "true"])
+    assert json.loads(path.read_text())["date"] >= first["date"]
+    run.main(["--mode", "zeroshot", "--split", "val", "--templates", '["{}"]'])
+    assert json.loads(path.read_text())["key"] != first["key"]
+
+
+def test_the_pc_clip_authors_kind_of_checkpoint_evaluates_unchanged(small_example, example_clip):
+    """A bare state dict, as torch.save writes it; its architecture is given because it is in no list of open_clip's."""
+    torch.save(example_clip.model.state_dict(), "ckpt.pt")
+    folder = ROOT / "pc_clip" / "example" / "model"
+    run.main(["--checkpoint", "ckpt.pt", "--model.name", f"local-dir:{folder}", "--mode", "zeroshot"])
+    run.main(["--mode", "zeroshot"])
+    found = [
+        json.loads(Path(f"results/{n}/zeroshot-example-test.json").read_text()) for n in ("ckpt", "example-pretrained")
+    ]
+    assert found[0]["metrics"] == found[1]["metrics"]
+
+
+def test_a_folder_of_images_is_ranked_into_a_csv_and_a_sheet(tmp_path):
+    from pc_clip.example.scenes import draw
+    from pc_clip.example.world import scene
+
+    (tmp_path / "mine").mkdir()
+    for i in range(10):
+        draw(scene("val", i)).save(tmp_path / "mine" / f"{i}.png")
+    run.main(["--mode", "rank", "--images", "mine", "--attribute", "a large object", "--against", "a small object"])
+    lines = Path("results/example-pretrained/rank-folder-mine-a_large_object.csv").read_text().splitlines()
+    assert lines[0] == "rank,image,score"
+    assert len(lines) == 11
+    radius = {i: max(t.radius for t in scene("val", i).things) for i in range(10)}
+    order = [int(line.split(",")[1].strip('"').removesuffix(".png")) for line in lines[1:]]
+    assert sum(radius[i] for i in order[:3]) > sum(radius[i] for i in order[-3:])
+    assert list(Path("results/example-pretrained").glob("*ranked.png"))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_config_shrunk_runs(path, small_example, monkeypatch, coco_folder):
+    """The same settings with a tiny model, few items and few steps."""
+    content = yaml.safe_load(path.read_text())
+    if "writer" in content:
+        if content["writer"] == "transformers":
+            pytest.skip("language models are run by test_writers.py on a tiny random one")
+        captions = (
+            ["--captions", str(coco_folder / "annotations" / "captions_val2017.json")] if "captions" in content else []
+        )
+        generate_diffs.main(["--config", str(path), *captions, "--n_images", "10", "--n_pairs", "12"])
+        return
+    data = ["--data.dataset", "coco", "--data.root", str(coco_folder), "--data.split", "val2017"]
+    lines = [
+        to_line(Difference(str(i), str(j), f"The first image shows {i}, the second {j}."))
+        for i in range(4)
+        for j in range(4, 8)
+    ]
+    Path("d.jsonl").write_text("".join(lines))
+    files = ["--data.differences", "d.jsonl"] if content["method"] == "pairwise" else []
+    size = ["--train.batch_size", "4", "--train.steps", "2"]
+    finetune.main(
+        ["--config", str(path), "--model.name", "example", "--model.pretrained", "null", *data, *files, *size]
+    )
+    assert Path(f"runs/{content['name']}/model.safetensors").is_file()
+
+
+# -- bad input: one line, exit code 2, no traceback, nothing half-written -----------------------------------
+
+
+def test_a_users_mistake_is_one_line_and_exit_code_2():
+    for name, argv in (
+        ("finetune.py", ["--train.lrr", "1"]),
+        ("run.py", ["--mode", "zeroshots"]),
+        ("generate_diffs.py", ["--writer", "x"]),
+    ):
+        found = script(name, *argv)
+        assert found.returncode == 2
+        assert found.stderr.startswith("error: ")
+        assert "Traceback" not in found.stderr
+        assert len(found.stderr.strip().splitlines()) == 1
+    assert not any(Path(name).exists() for name in ("runs", "results", "llm_diffs"))
+
+
+@pytest.mark.parametrize("name", ["finetune.py", "run.py", "generate_diffs.py"])
+def test_help_is_complete(name):
+    found = script(name, "--help")
+    assert found.returncode == 0
+    expected = {
+        "finetune.py": ["--train.lr", "--pairwise.mirror", "--model.train", "--resume", "accelerate launch"],
+        "run.py": ["--dataset", "--checkpoint", "--mode", "--attribute"],
+        "generate_diffs.py": ["--writer", "--transformers.model", "--n_pairs"],
+    }
+    assert all(option in found.stdout for option in expected[name])
+
+
+def call(main, *argv):
+    with pytest.raises(UserError) as error:
+        main(list(argv))
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+def test_captions_files_that_cannot_be_used(tmp_path):
+    Path("empty.json").write_text("")
+    Path("none.json").write_text('{"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": []}')
+    assert "no captions file at absent.json" in call(generate_diffs.main, "--captions", "absent.json")
+    assert "empty.json is not JSON" in call(generate_diffs.main, "--captions", "empty.json")
+    assert "none.json holds no captions" in call(generate_diffs.main, "--captions", "none.json")
+    assert not Path("llm_diffs").exists()
+
+
+def test_differences_that_cannot_be_used(small_example):
+    start = [
+        "--data.dataset",
+        "example",
+        "--data.split",
+        "train",
+        "--data.differences",
+        "d.jsonl",
+        "--config",
+        str(finetune.DEFAULT),
+    ]
+    assert "no differences at d.jsonl" in call(finetune.main, *start)
+    Path("d.jsonl").write_text('{"first": "train-00001", "second": "train-00002", "text": "ok"}\n{"first": \n')
+    assert "d.jsonl line 2 is not JSON" in call(finetune.main, *start)
+    Path("d.jsonl").write_text('{"first": "cat", "second": "dog", "text": "The first is not the second."}\n')
+    assert "about image 'cat'" in call(finetune.main, *start)
+    assert not Path("runs").exists()
+
+
+def test_the_papers_run_says_what_to_fetch():
+    message = call(finetune.main, "--config", str(ROOT / "configs" / "pc_clip_coco.yaml"))
+    assert "ViT-L-14" in message or "coco is not at data/coco" in message
+    message = call(run.main, "--dataset", "cifar100")
+    assert "cifar-100-python.tar.gz" in message
+
+
+def test_unknown_names_in_run():
+    assert "unknown data set 'cifar1000'. Did you mean 'cifar100'" in call(run.main, "--dataset", "cifar1000")
+    assert "mode is 'zeroshots'. Did you mean 'zeroshot'" in call(run.main, "--mode", "zeroshots")
+    assert "example has no split 'testing'" in call(run.main, "--split", "testing")
+    assert "no checkpoint at absent.pt" in call(run.main, "--checkpoint", "absent.pt")
+    assert "--images ranks a folder" in call(run.main, "--images", ".")
+    assert "compositional cannot be measured on example/test" in call(run.main, "--mode", "compositional")
+
+
+def test_no_permission_and_no_space_are_said(small_example, monkeypatch, capsys):
+    from pc_clip.errors import run_script
+
+    for number, words in ((13, "permission denied"), (28, "no space is left"), (30, "read-only")):
+
+        def fail(number=number):
+            raise OSError(number, "x", "runs/a/model.safetensors")
+
+        with pytest.raises(SystemExit) as stop:
+            run_script(fail)
+        assert stop.value.code == 2
+        assert words in (shown := capsys.readouterr().err)
+        assert "runs/a/model.safetensors" in shown
+
+
+def test_an_interruption_says_how_to_go_on(capsys):
+    from pc_clip.errors import run_script
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stop:
+        run_script(interrupted)
+    assert stop.value.code == 130
+    assert "continues" in capsys.readouterr().err
+
+
+def test_a_run_whose_data_set_is_there_but_whose_pictures_are_not(coco_folder):
+    (coco_folder / "val2017" / "000000000005.jpg").unlink()
+    message = call(run.main, "--dataset", "coco", "--root", str(coco_folder), "--split", "val2017")
+    assert "1 of the 12 pictures" in message
+    assert "000000000005.jpg" in message
+    run.main(
+        [
+            "--dataset",
+            "coco",
+            "--root",
+            str(coco_folder),
+            "--split",
+            "val2017",
+            "--missing",
+            "skip",
+            "--mode",
+            "retrieve",
+        ]
+    )
+    found = json.loads(Path("results/example-pretrained/retrieve-coco-val2017.json").read_text())
+    assert found["n"] == len(open_dataset("coco", coco_folder, "val2017", missing="skip")) == 11
