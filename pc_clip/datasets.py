@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +18,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image, UnidentifiedImageError
 
-from pc_clip.errors import UserError, nearest
+from pc_clip.errors import UserError, check_choice, nearest
 from pc_clip.example import scenes, world
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
@@ -98,6 +99,7 @@ def open_dataset(
     missing: what a caption file's absent pictures mean, "error" or "skip" (counted in the note).
     Raises UserError for an unknown name or split and for a data set that is not there, with what to fetch.
     """
+    check_choice("missing", missing, ("error", "skip"))
     if name not in READERS:
         raise UserError(f"unknown data set {name!r}. {nearest(name, READERS)}")
     reader = READERS[name]
@@ -171,9 +173,17 @@ def read_coco_captions(path: Path) -> dict[str, tuple[str, tuple[str, ...]]]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not JSON ({error}); fetch it again, it may have been cut short") from error
-    if not isinstance(content, dict) or not isinstance(content.get("images"), list) or "annotations" not in content:
-        raise UserError(f'{path} is no COCO captions file: it needs the keys "images" and "annotations"')
+    if (
+        not isinstance(content, dict)
+        or not isinstance(content.get("images"), list)
+        or not isinstance(content.get("annotations"), list)
+    ):
+        raise UserError(f'{path} is no COCO captions file: it needs the lists "images" and "annotations"')
     captions: dict[str, list[str]] = {}
+    for kind, key in (("annotations", "image_id"), ("images", "id"), ("images", "file_name")):
+        for n, entry in enumerate(content[kind]):
+            if not isinstance(entry, dict) or key not in entry:
+                raise UserError(f"{path}: entry {n} of {kind} has no {key}: {str(entry)[:80]}")
     for annotation in content["annotations"]:
         if not isinstance(annotation.get("caption"), str):
             raise UserError(
@@ -196,7 +206,12 @@ def read_simclip_tsv(path: Path) -> dict[str, tuple[str, tuple[str, ...]]]:
     """
     if not path.is_file():
         raise UserError(f"no captions file at {path}; give --data.captions a tab-separated file")
-    table = pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False, quoting=3)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", pd.errors.ParserWarning)  # about a tab at the end of each row
+            table = pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False, quoting=3, index_col=False)
+    except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is no tab-separated UTF-8 table: {str(error).strip()}") from error
     columns = [c for c in table.columns if c.startswith("caption")]
     if "image" not in table.columns or not columns:
         raise UserError(
@@ -205,8 +220,11 @@ def read_simclip_tsv(path: Path) -> dict[str, tuple[str, tuple[str, ...]]]:
     found = {}
     for row in table.to_dict("records"):
         texts = tuple(" ".join(row[c].split()) for c in columns if row[c].strip())
+        key = row.get("id") or row["image"]
+        if key in found:
+            raise UserError(f"{path} has two rows for {key!r}; put all captions of an image into one row")
         if texts:
-            found[row.get("id") or row["image"]] = (row["image"], texts)
+            found[key] = (row["image"], texts)
     if not found:
         raise UserError(f"{path} holds no captions: {len(table)} rows, all without one")
     return found
@@ -264,7 +282,7 @@ def read_image(path: Path) -> Image.Image:
 
 def _open_folder(root: Path, _: str) -> Dataset:
     """Any folder of images. Sub-folders are classes, named by the folder; without them there are none."""
-    files = sorted(p for p in root.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
+    files = sorted(p for p in root.rglob("*") if _is_image_file(p, root))
     if not files:
         raise UserError(f"{root} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
     folders = [p.relative_to(root).parts[0] if p.parent != root else None for p in files]
@@ -287,6 +305,11 @@ def _open_folder(root: Path, _: str) -> Dataset:
         fingerprint=_digest(*[(str(p.relative_to(root)), *_stat(p)) for p in files]),
         questions=questions,
     )
+
+
+def _is_image_file(path: Path, root: Path) -> bool:
+    hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
+    return path.suffix.lower() in IMAGE_SUFFIXES and not hidden and path.is_file()
 
 
 def _open_torchvision(kind: str, root: Path, split: str) -> Dataset:

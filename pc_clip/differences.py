@@ -55,7 +55,7 @@ def find(path: str | Path) -> Path:
 
 def _lines(path: Path) -> Iterator[str]:
     try:
-        yield from path.read_text(encoding="utf-8").splitlines()
+        yield from path.read_text(encoding="utf-8").split("\n")  # splitlines() would also split at U+2028
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
 
@@ -114,23 +114,33 @@ def _unrank(k: int, n: int) -> tuple[int, int]:
 
 # -- wording -------------------------------------------------------------------------------------------
 
-_SWAP = {"first": "second", "second": "first", "1": "2", "2": "1", "former": "latter", "latter": "former"}
-_ORDINAL = re.compile(r"\b(first|second|former|latter)\b|(?<=\bimage )([12])\b|(?<=\bpicture )([12])\b", re.IGNORECASE)
+_SWAP = {"first": "second", "second": "first", "former": "latter", "latter": "former", "1": "2", "2": "1"}
+_ORDINAL = re.compile(r"\b(?:first|second|former|latter)\b|(?<=\bimage )[12]\b|(?<=\bpicture )[12]\b", re.IGNORECASE)
+_IMAGES = "image|images|picture|pictures|photo|photos|photograph|scene|one"
+_VERBS = (
+    "shows?|has|have|is|are|was|does|contains?|features?|depicts?|displays?|includes?|captures?|lacks?|appears?|looks?"
+)
+_OF_AN_IMAGE = re.compile(  # what follows an ordinal that stands for an image: "second base" is none
+    rf"\s+(?:{_IMAGES}|{_VERBS}|only|while|but|and|whereas|with|there)\b|\s*(?:[.,;:!?)]|'s\b|$)", re.IGNORECASE
+)
 
 
 def swap_roles(text: str) -> str | None:
     """The sentence with "first" and "second" exchanged: of (i, j) it is false, of (j, i) it is true.
 
-    None when the sentence does not name both images, because then the exchange may say nothing new.
+    None when the sentence does not name both images, because then the exchange may say nothing new, and
+    when it has an ordinal that may not be an image's ("a runner on second base").
     """
-    named = {match.group(0).lower() for match in _ORDINAL.finditer(text)}
-    if not any({word, _SWAP[word]} <= named for word in named):
+    found = list(_ORDINAL.finditer(text))
+    named = {match.group().lower() for match in found}
+    words = [match for match in found if match.group().lower() in ("first", "second")]
+    if not any(_SWAP[word] in named for word in named) or not all(_OF_AN_IMAGE.match(text, m.end()) for m in words):
         return None
 
     def swap(match: re.Match) -> str:
-        word = match.group(0)
+        word = match.group()
         other = _SWAP[word.lower()]
-        return other.capitalize() if word[0].isupper() else other
+        return other.upper() if word.isupper() else other.capitalize() if word[0].isupper() else other
 
     return _ORDINAL.sub(swap, text)
 
@@ -143,8 +153,8 @@ def contrast(a: str, b: str, wording: int) -> str:
 WORDINGS = (
     "The first image shows {a}, while the second shows {b}.",
     "The second image shows {b}, while the first shows {a}.",
-    "In the first image one sees {a}, in the second {b}.",
-    "In the second image one sees {b}, in the first {a}.",
+    "In the first image one sees {a}, in the second image {b}.",
+    "In the second image one sees {b}, in the first image {a}.",
 )
 
 # -- cleaning ------------------------------------------------------------------------------------------
@@ -152,10 +162,12 @@ WORDINGS = (
 MIN_CHARACTERS = 20
 _FENCE = re.compile(r"```|<\w+>|</\w+>|\bdef \w+\(|[{};]\s*$", re.MULTILINE)
 _REFUSAL = re.compile(r"\b(as an ai|i cannot|i can't|i am unable|i'm unable|i do not have access)\b", re.IGNORECASE)
-_CHATTER = re.compile(
-    r"^(?:(?:sure|of course|certainly|okay)[,!.]?\s*)?(?:here(?: is|'s) (?:the|a|one)[^:\n]{0,80}:|answer:|difference:)?\s*",
+_CHATTER = re.compile(  # "Sure! Here is the difference between the two images:"
+    r"^\s*(?:(?:sure|of course|certainly|okay|absolutely)\b[,!.]*\s*)*"
+    r"(?:[^.!?\n:]{0,80}\bhere(?: is| are|'s|’s)\b[^.!?\n:]{0,120}:|(?:answer|differences?)\s*:)?\s*",
     re.IGNORECASE,
 )
+_ECHO = re.compile(r"\s*(?:question|q|(?:caption|picture|image) \d)\s*:", re.IGNORECASE)
 _FOLLOW_UP = re.compile(  # after the answer, on a line or in a sentence of its own: the next question, a note, an offer
     r"(?:\n\s*\n|(?:\n|(?<=[.!?])\s+)"
     r"(?:(?:question|answer|note|q|(?:caption|picture|image) \d)\s*:|(?:please )?let me know\b)).*$",
@@ -168,13 +180,16 @@ def clean(text: str) -> tuple[str | None, str]:
     """Keep, trim or reject a writer's sentence.
 
     Returns (the text to keep, or None when it is rejected; the reason). Reasons of a kept text are "kept"
-    and "trimmed"; of a rejected one "empty", "too_short", "markup", "refusal", "repetition" and
-    "not_english". Newlines become spaces, never nothing: words must not fuse.
+    and "trimmed"; of a rejected one "empty", "prompt_echo" (it goes on with the prompt instead of answering),
+    "too_short", "markup", "refusal", "repetition" and "not_english".
+    Newlines become spaces, never nothing: words must not fuse.
     """
     original = re.sub(r"\s+", " ", text).strip()
     if not original:
         return None, "empty"
-    kept = _FOLLOW_UP.sub("", _CHATTER.sub("", text.strip()), count=1) or text
+    if _ECHO.match(text):
+        return None, "prompt_echo"
+    kept = _FOLLOW_UP.sub("", _CHATTER.sub("", text, count=1), count=1)
     kept = re.sub(r"\s+", " ", kept).strip().strip('"').strip()
     if kept and kept[-1] not in ".!?" and re.search(r"[.!?]\s", kept):
         kept = _PARTIAL.sub("", kept)  # the writer ran out of tokens within its last sentence

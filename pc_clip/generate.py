@@ -7,6 +7,7 @@ line with the settings. Started again, it continues after the last whole line.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import logging
 import os
@@ -36,17 +37,20 @@ def generate(config: GenerateConfig) -> Path:
     Raises UserError when the file exists with other settings, and for captions that cannot be used.
     """
     check_choice("writer", config.writer, ("rules", "transformers"))
+    for name in ("n_images", "n_pairs", "chunk"):
+        if (value := getattr(config, name)) is not None and value < 1:
+            raise UserError(f"{name} is {value}; it must be at least 1")
     out = Path(config.out) / f"{config.name}.jsonl"
+    captions = _captions(config)
     settings = _settings(config)
     if out.is_file() and not config.overwrite:
         if _made_with(out.with_suffix(".meta.json")) == settings:
             log.info("%s is complete; --overwrite true writes it again", out)
             return out
         raise UserError(f"{out} exists and was written with other settings; choose another --name or --overwrite true")
-    captions = _captions(config)
     ids = _draw_images(sorted(captions), config)
     pairs = choose_pairs(ids, config.n_pairs, config.seed, config.both_orders)
-    partial = _Partial(out.with_suffix(".partial.jsonl"), settings, start_again=config.overwrite)
+    partial = _Partial(out.with_suffix(".partial.jsonl"), settings, drop_others=config.overwrite)
     if partial.done:
         log.info("%d of %d pairs are done; continuing", partial.done, len(pairs))
     writer: Writer = RulesWriter()
@@ -112,6 +116,8 @@ def _settings(config: GenerateConfig) -> dict[str, Any]:
         found.pop(name)
     if config.writer != "transformers":
         found.pop("transformers")
+    if config.captions:  # by content, so that an edited file is not taken for the same
+        found["captions_sha256"] = hashlib.sha256(Path(config.captions).read_bytes()).hexdigest()
     return found
 
 
@@ -128,12 +134,14 @@ def _made_with(meta: Path) -> dict[str, Any] | None:
 class _Partial:
     """The working file. A last line that was torn by an interruption is cut off; its pair is written again."""
 
-    def __init__(self, path: Path, settings: dict[str, Any], start_again: bool) -> None:
+    def __init__(self, path: Path, settings: dict[str, Any], drop_others: bool) -> None:
         self.path = path
         head = (json.dumps({"settings": settings}, ensure_ascii=False) + "\n").encode()
         path.parent.mkdir(parents=True, exist_ok=True)
-        content = path.read_bytes() if path.is_file() and not start_again else b""
+        content = path.read_bytes() if path.is_file() else b""
         content = content[: content.rfind(b"\n") + 1]
+        if drop_others and not content.startswith(head):
+            content = b""
         if content and not content.startswith(head):
             raise UserError(
                 f"{path} was begun with other settings; choose another --name, or --overwrite true to drop it"
@@ -143,7 +151,7 @@ class _Partial:
         self.done = content.count(b"\n") - 1
 
     def rows(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()[1:]]
+        return [json.loads(line) for line in self.path.read_text(encoding="utf-8").split("\n")[1:-1]]
 
 
 def _finish(out: Path, partial: _Partial, settings: dict[str, Any], writer: Writer) -> None:

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+from jinja2 import TemplateError
+from safetensors import SafetensorError
 
 from pc_clip.differences import contrast
-from pc_clip.errors import UserError
+from pc_clip.errors import UserError, check_choice
 from pc_clip.example.captions import OPENINGS, parse
 from pc_clip.example.world import COMPARATIVES
 
@@ -85,14 +87,16 @@ def _phrases(kind: str, a: str | int, b: str | int) -> tuple[str, str]:
 
 
 def _as_phrase(caption: str) -> str:
-    """A caption as it stands inside a sentence: no full stop, no capital unless it is a name or an acronym."""
+    """A caption as it stands inside a sentence: no full stop, no capital at its start unless it has more of them.
+
+    A name loses its capital too; CLIP's tokenizer lowercases everything anyway.
+    """
     caption = " ".join(caption.split()).rstrip(" .!")
     for opening in filter(None, OPENINGS):
         if caption.lower().startswith(opening):
             caption = caption[len(opening) :]
     first, *rest = caption.split(" ")
-    common = first.lower() in {"a", "an", "the", "two", "three", "four", "some", "several", "many", "this", "there"}
-    return " ".join([first.lower() if common else first, *rest])
+    return " ".join([first.lower() if first.istitle() else first, *rest])
 
 
 # -- a causal language model ---------------------------------------------------------------------------
@@ -128,7 +132,7 @@ class LanguageModelConfig:
         dtype: float32, bfloat16 or float16.
         batch_size: Prompts generated together.
         max_new_tokens: The longest answer.
-        temperature: 0 for the most likely answer; above it, answers are drawn with the run's seed.
+        temperature: 0 for the most likely answer; above it, answers are drawn, one at a time, by the run's seed.
         device: Where the model runs; empty for the GPU if there is one.
     """
 
@@ -151,13 +155,14 @@ class LanguageModelWriter:
 
         import transformers  # isort: skip
 
+        check_choice("transformers.dtype", config.dtype, ("float32", "bfloat16", "float16"))
         transformers.utils.logging.disable_progress_bar()
         self.config, self.torch = config, torch
         source = {"gguf_file": config.gguf_file} if config.gguf_file else {}
         try:
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(config.model, **source)
             model = transformers.AutoModelForCausalLM.from_pretrained(config.model, dtype=config.dtype, **source)
-        except (OSError, ValueError, ImportError) as error:
+        except (OSError, ValueError, ImportError, AttributeError, SafetensorError) as error:
             reason = str(error).strip().splitlines()[0][:200]
             raise UserError(
                 f"the language model {config.model!r} could not be loaded ({reason}). Give "
@@ -171,7 +176,8 @@ class LanguageModelWriter:
             self.tokenizer.pad_token = self.tokenizer.eos_token
 
     def write(self, jobs: Sequence[Job]) -> list[str]:
-        torch, size = self.torch, self.config.batch_size
+        torch = self.torch
+        size = 1 if self.config.temperature > 0 else self.config.batch_size  # a draw must not depend on its neighbours
         prompts = [self.prompt(job) for job in jobs]
         order = sorted(range(len(jobs)), key=lambda n: len(prompts[n]))  # like lengths together: little padding
         answers = [""] * len(jobs)
@@ -195,10 +201,17 @@ class LanguageModelWriter:
         """The text the model continues."""
         question = INSTRUCTION.format(first=job.first.strip(), second=job.second.strip())
         if self.tokenizer.chat_template:
-            chat = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}]
-            return self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+            return self._chat(question)
         shown = [f"{INSTRUCTION.format(first=a, second=b)}\nAnswer: {answer}" for a, b, answer in EXAMPLES]
         return "\n\n".join([*shown, f"{question}\nAnswer:"])
+
+    def _chat(self, question: str) -> str:
+        chat = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}]
+        try:
+            return self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        except TemplateError:  # some templates, Gemma's for one, know no system role
+            chat = [{"role": "user", "content": f"{SYSTEM}\n\n{question}"}]
+            return self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
 
     def _generation(self) -> dict[str, Any]:
         options: dict[str, Any] = {

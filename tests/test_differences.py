@@ -40,7 +40,6 @@ def test_what_is_written_is_read_back(tmp_path_factory, items):
     assert read(path) == items
 
 
-@pytest.mark.xfail(strict=True, reason="read() splits at every Unicode line break, to_line() escapes only some")
 @pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85"])
 def test_a_line_separator_within_a_sentence_is_read_back(tmp_path, mark):
     item = Difference("1", "2", f"The first image shows a dog,{mark}the second a cat.")
@@ -178,7 +177,6 @@ def test_the_roles_are_exchanged_only_where_both_images_are_named(text, swapped)
     assert swap_roles(text) == swapped
 
 
-@pytest.mark.xfail(strict=True, reason="an ordinal that is no image's (second base, first floor) is exchanged too")
 def test_an_ordinal_that_names_no_image_stays():
     text = "The first image shows a runner on second base, while the second shows a cat."
     assert swap_roles(text) in (None, "The second image shows a runner on second base, while the first shows a cat.")
@@ -232,7 +230,6 @@ def test_what_surrounds_the_sentence_is_trimmed(raw):
     assert clean(raw) == (DOG_CAT, "trimmed")
 
 
-@pytest.mark.xfail(strict=True, reason="one opener is taken off, and a blank line after it ends the answer")
 @pytest.mark.parametrize(
     "raw",
     [
@@ -246,7 +243,6 @@ def test_a_heading_before_the_sentence_is_trimmed(raw):
     assert clean(raw) == (DOG_CAT, "trimmed")
 
 
-@pytest.mark.xfail(strict=True, reason="an opener is cut out of a longer word: 'ly the first image ...'")
 @pytest.mark.parametrize("opener", ["Surely", "Okayish as it is,"])
 def test_a_word_that_only_begins_like_an_opener_stays_whole(opener):
     assert clean(f"{opener} {DOG_CAT}") == (f"{opener} {DOG_CAT}", "kept")
@@ -276,7 +272,6 @@ def test_what_is_no_difference_is_rejected_with_a_reason(raw, reason):
     assert clean(raw) == (None, reason)
 
 
-@pytest.mark.xfail(strict=True, reason="the blank line before it is stripped, so the question passes for the answer")
 @pytest.mark.parametrize("next_one", ["Question: What is the difference between them?", "Picture 1: A dog on a sofa."])
 def test_an_empty_answer_before_the_next_question_is_rejected(next_one):
     assert clean(f"\n\n{next_one}")[0] is None

@@ -22,8 +22,8 @@ import transformers  # isort: skip
 CLAIMS = (
     re.compile(r"The first image shows (?P<a>.+), while the second shows (?P<b>.+)\."),
     re.compile(r"The second image shows (?P<b>.+), while the first shows (?P<a>.+)\."),
-    re.compile(r"In the first image one sees (?P<a>.+), in the second (?P<b>.+)\."),
-    re.compile(r"In the second image one sees (?P<b>.+), in the first (?P<a>.+)\."),
+    re.compile(r"In the first image one sees (?P<a>.+), in the second image (?P<b>.+)\."),
+    re.compile(r"In the second image one sees (?P<b>.+), in the first image (?P<a>.+)\."),
 )
 
 
@@ -87,9 +87,6 @@ def test_any_other_captions_are_set_against_each_other(seed):
     assert (a, b) == ("a man with a red helmet on a small moped", "there is {a} TV, and two cats near it")
 
 
-@pytest.mark.xfail(
-    strict=True, reason="only articles and numbers lose their capital; a tenth of COCO's captions keep it"
-)
 @pytest.mark.parametrize("caption", ["Man riding a motor bike on a dirt road.", "People standing around a table."])
 def test_a_capital_does_not_stay_within_the_sentence(caption):
     text = RulesWriter().write([Job(caption, "A cat.", 0)])[0]
@@ -168,9 +165,6 @@ def test_drawn_answers_repeat_themselves_and_leave_the_global_generator_alone(fo
     assert first != writer(folders["chat"]).write(JOBS)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a batch is seeded by its shortest prompt: after an interruption it is another batch"
-)
 def test_drawn_answers_do_not_depend_on_the_batch(folders):
     model = writer(folders["chat"], temperature=1.0)
     assert model.write(JOBS)[2:] == model.write(JOBS[2:])
@@ -190,7 +184,6 @@ def test_a_model_without_a_chat_template_gets_worked_examples(folders):
     assert prompt.endswith("\nAnswer:")
 
 
-@pytest.mark.xfail(strict=True, reason="Gemma's and Mistral's templates refuse a system message: TemplateError")
 def test_a_chat_template_without_a_system_role_gets_it_in_the_question(folders, tmp_path):
     shutil.copytree(folders["chat"], tmp_path / "m")
     (tmp_path / "m" / "chat_template.jinja").write_text(NO_SYSTEM)
@@ -224,7 +217,6 @@ def test_a_folder_without_weights_is_an_error_with_its_name(folders, tmp_path):
         writer(tmp_path / "weightless")
 
 
-@pytest.mark.xfail(strict=True, reason="safetensors.SafetensorError is neither an OSError nor a ValueError")
 def test_weights_that_were_cut_short_are_an_error_with_their_folder(folders, tmp_path):
     shutil.copytree(folders["base"], tmp_path / "cut")
     weights = tmp_path / "cut" / "model.safetensors"
@@ -233,7 +225,6 @@ def test_weights_that_were_cut_short_are_an_error_with_their_folder(folders, tmp
         writer(tmp_path / "cut")
 
 
-@pytest.mark.xfail(strict=True, reason="AttributeError: module 'torch' has no attribute 'float61'")
 def test_an_unknown_dtype_is_an_error_with_the_known_ones(folders):
     with pytest.raises(UserError, match=r"float61.*bfloat16"):
         writer(folders["base"], dtype="float61")
