@@ -183,8 +183,7 @@ def render(study: Study, table: pd.DataFrame) -> str:
     cells: dict[str, dict[str, str]] = {}
     for row in table.itertuples():
         spread = f" ± {100 * row.std:.1f}" if row.seeds > 1 and row.std == row.std else ""
-        name = row.metric if row.evaluation != "rank" or row.metric == "rank" else f"rank {row.metric}"
-        cells.setdefault(row.variant, {})[name] = f"{100 * row.mean:.1f}{spread}"
+        cells.setdefault(row.variant, {})[row.metric] = f"{100 * row.mean:.1f}{spread}"
     columns = list(dict.fromkeys(name for row in cells.values() for name in row))
     columns.sort(key=lambda name: study.metrics.index(name) if name in study.metrics else len(study.metrics))
     lines = [["variant", *columns]] + [[v, *(row.get(c, "") for c in columns)] for v, row in cells.items()]
@@ -201,9 +200,7 @@ def plot(study: Study, table: pd.DataFrame, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    wide = table[table.evaluation != "rank"].pivot_table(
-        index="metric", columns="variant", values=["mean", "std"], sort=False
-    )
+    wide = table.pivot_table(index="metric", columns="variant", values=["mean", "std"], sort=False)
     order = [m for m in study.metrics if m in wide.index]
     variants = [v for v in study.variants if v in wide["mean"].columns]
     figure, axes = plt.subplots(figsize=(2.2 + 1.7 * len(order), 4.2), layout="constrained")

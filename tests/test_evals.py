@@ -169,7 +169,7 @@ def test_pair_accuracy_is_the_share_of_clear_pairs_in_order(values, seed):
 
 def test_known_attributes_are_ranked_and_drawn():
     found = rank.evaluate(subject(sentences([1, 0, 0]), Z, attributes=(SIZE,)))
-    assert found.metrics["rank"] == found.metrics["spearman_size"] == found.metrics["caption_subtraction"] == 1.0
+    assert found.metrics["rank"] == found.metrics["spearman_size"] == found.metrics["rank_by_subtraction"] == 1.0
     assert found.pictures["size.png"].size[0] > 300
 
 
@@ -220,7 +220,7 @@ def test_alpha_is_chosen_on_validation_and_reported_on_test(monkeypatch, tmp_pat
     best = found.details["q"]["alpha"]
     assert curve[best]["validation"] == max(row["validation"] for row in curve.values())
     assert found.metrics["comparative"] == curve[best]["test"]
-    assert found.metrics["zeroshot"] == 1.0
+    assert found.metrics["plain"] == 1.0
 
 
 def test_comparisons_of_classes_that_do_not_exist_are_refused(tmp_path):

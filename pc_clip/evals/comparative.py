@@ -52,10 +52,10 @@ def evaluate(subject: Subject) -> Result:
         details[question.name] = {
             "alpha": best,
             "comparative": curve[best][1],
-            "zeroshot": curve[1.0][1],
+            "plain": curve[1.0][1],
             "curve": [{"alpha": alpha, "validation": val, "test": test} for alpha, (val, test) in curve.items()],
         }
-    metrics = {name: mean([d[name] for d in details.values()]) for name in ("comparative", "zeroshot")}
+    metrics = {name: mean([d[name] for d in details.values()]) for name in ("comparative", "plain")}
     return Result({**metrics, **{f"comparative_{q}": d["comparative"] for q, d in details.items()}}, total, details)
 
 

@@ -48,7 +48,7 @@ def _known(subject: Subject) -> Result:
         found = {"rank": pair_accuracy(score, attribute), "spearman": _spearman(score, attribute)}
         if subject.base is not None:
             baseline = (subject.base_z @ direction(subject.base, attribute.high, attribute.low)).numpy()
-            found["caption_subtraction"] = pair_accuracy(baseline, attribute)
+            found["rank_by_subtraction"] = pair_accuracy(baseline, attribute)
         details[attribute.name] = found | {"sentence": more_first, "against": less_first}
         title = f"{attribute.name}: from {attribute.less} to {attribute.more}"
         pictures[f"{attribute.name}.png"] = _sheet(subject.data, score, title, ~np.isnan(attribute.value))
