@@ -30,14 +30,21 @@ class ModelConfig:
     """The model a run starts from.
 
     Args:
-        name: open_clip's name of the architecture, "example" for the embedded model, or local-dir:FOLDER.
+        name: open_clip's name of the architecture, "example" for the embedded model, or local-dir:FOLDER; empty for
+            the embedded model on the example, and the paper's (ViT-L-14, datacomp_xl_s13b_b90k) on anything else.
         pretrained: One of open_clip's tags for it, or a file of weights.
         train: Which parameters learn: text_blocks, text, all_text_but_embeddings or both.
     """
 
-    name: str = "example"
+    name: str = ""
     pretrained: str | None = None
     train: str = "text_blocks"
+
+    def source(self, dataset: str) -> tuple[str, str | None]:
+        """The architecture and the weights a model is made of, when it is used on `dataset`."""
+        if self.name:
+            return self.name, self.pretrained
+        return ("example", None) if dataset == "example" else ("ViT-L-14", self.pretrained or "datacomp_xl_s13b_b90k")
 
 
 @dataclass
@@ -76,7 +83,7 @@ class TrainConfig:
         decay: Factor of the exponential schedule.
         warmup_steps: Steps of linear warm-up.
         clip_norm: Largest gradient norm; 0 for none.
-        precision: "no" for float32, or bf16 or fp16 for mixed precision; the weights stay float32.
+        precision: "no" for float32, or bf16 for mixed precision; the weights stay float32.
         blend: Averages the weights with the start at the end: 1 is as trained, 0.5 half way, 0 the start.
         log_every: Steps between two lines of the log.
         save_every: Steps between two saves of the state that --resume continues from.

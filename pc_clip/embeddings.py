@@ -126,8 +126,8 @@ def main() -> None:
     config = configure(
         EmbedConfig, jsonargparse.ArgumentParser(prog="python -m pc_clip.embeddings", description=main.__doc__)
     )
-    clip = Clip.create(config.model.name, config.model.pretrained, device=config.device)
     data = load_dataset(config.data)
+    clip = Clip.create(*config.model.source(config.data.dataset), device=config.device)
     embeddings = embed_images(clip, data, batch_size=config.batch_size, workers=config.workers)
     print(f"{data.label}: {len(embeddings.ids)} images, {embeddings.z.shape[1]} numbers each, in {CACHE}")
 

@@ -37,7 +37,10 @@ def run_script(main: Callable[[], None]) -> None:
     except UserError as error:
         _stop(str(error))
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command continues where this one stopped", file=sys.stderr)
+        print(
+            "\ninterrupted; what is done is kept. The same command continues (finetune.py with --resume true).",
+            file=sys.stderr,
+        )
         sys.exit(130)
     except OSError as error:
         what = {

@@ -51,6 +51,8 @@ def evaluate(config: EvaluateConfig, checkpoint: str | None) -> list[dict[str, A
     subject = Subject(clip, evals.base_of(clip) if checkpoint else clip, data, config)
     if data.note:
         log.info("%s", data.note)
+    if subject.base is None:
+        log.info("baselines of the untrained model are left out: name its weights with --model.pretrained to have them")
     return [_one(subject, mode, folder, weights) for mode in modes]
 
 
@@ -73,9 +75,8 @@ def _data(config: EvaluateConfig) -> Dataset:
 
 def _model(config: EvaluateConfig, checkpoint: str | None) -> Clip:
     if checkpoint is None:
-        return Clip.create(config.model.name, config.model.pretrained, device=config.device)
-    name = None if config.model.name == "example" else config.model.name  # the default says nothing of a file
-    return checkpoints.load_model(checkpoint, name, config.model.pretrained, device=config.device)
+        return Clip.create(*config.model.source(config.dataset if config.images is None else ""), device=config.device)
+    return checkpoints.load_model(checkpoint, config.model.name or None, config.model.pretrained, device=config.device)
 
 
 def _one(subject: Subject, mode: str, folder: Path, weights: str) -> dict[str, Any]:

@@ -200,20 +200,18 @@ def plot(study: Study, table: pd.DataFrame, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    wide = table.pivot_table(index="metric", columns="variant", values=["mean", "std"], sort=False)
-    order = [m for m in study.metrics if m in wide.index]
-    variants = [v for v in study.variants if v in wide["mean"].columns]
-    figure, axes = plt.subplots(figsize=(2.2 + 1.7 * len(order), 4.2), layout="constrained")
-    width = 0.8 / len(variants)
+    figures = {(row.variant, row.metric): (100 * row.mean, 100 * row.std) for row in table.itertuples()}
+    metrics = [m for m in study.metrics if m in set(table.metric)]
+    variants = list(dict.fromkeys(table.variant))
+    figure, axes = plt.subplots(figsize=(2.2 + 1.7 * len(metrics), 4.2), layout="constrained")
+    width, nothing = 0.8 / len(variants), (float("nan"),) * 2
     for k, variant in enumerate(variants):
-        x = [n + (k - (len(variants) - 1) / 2) * width for n in range(len(order))]
-        heights = [100 * wide["mean"][variant].get(m, float("nan")) for m in order]
-        spread = [100 * wide["std"][variant].get(m, float("nan")) for m in order] if "std" in wide else None
-        bars = axes.bar(
-            x, heights, width * 0.92, label=variant, yerr=spread, capsize=2, color=plt.cm.viridis(k / len(variants))
-        )
+        x = [n + (k - (len(variants) - 1) / 2) * width for n in range(len(metrics))]
+        heights, spread = zip(*[figures.get((variant, m), nothing) for m in metrics])
+        colour = plt.cm.viridis(k / len(variants))
+        bars = axes.bar(x, heights, width * 0.92, label=variant, yerr=spread, capsize=2, color=colour)
         axes.bar_label(bars, [f"{h:.0f}" if h == h else "" for h in heights], fontsize=8, padding=2)
-    axes.set_xticks(range(len(order)), [m.replace("_", " ") for m in order])
+    axes.set_xticks(range(len(metrics)), [m.replace("_", " ") for m in metrics])
     axes.set(ylabel="per cent", ylim=(0, 108), title=f"{study.name}: {table.dataset.iloc[0]}")
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=min(6, len(variants)), frameon=False)

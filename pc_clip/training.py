@@ -10,6 +10,8 @@ import json
 import logging
 import math
 import shutil
+import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,7 +43,7 @@ def finetune(config: FinetuneConfig) -> Path:
     train = config.train
     if train.threads:
         torch.set_num_threads(train.threads)
-    check_choice("train.precision", train.precision, ("no", "bf16", "fp16"))
+    check_choice("train.precision", train.precision, ("no", "bf16"))
     accelerator = Accelerator(
         mixed_precision=train.precision,
         cpu=config.device == "cpu",
@@ -51,15 +53,17 @@ def finetune(config: FinetuneConfig) -> Path:
     data = load_dataset(config.data)  # before the model, whose weights may take long to fetch
     if config.data.differences:
         differences.find(config.data.differences)
-    clip = Clip.create(config.model.name, config.model.pretrained, device=accelerator.device)
+    source = config.model.source(config.data.dataset)
+    clip = Clip.create(*source, device=accelerator.device)
     method = methods.find(config.method).Method(clip, data, config)
     if accelerator.is_main_process:
         _open_folder(run, config, clip, method)
     accelerator.wait_for_everyone()
-    _loop(accelerator, method, config, run)
+    with _Stop() as stop:
+        _loop(accelerator, method, config, run, stop)
     if accelerator.is_main_process:
         if train.blend != 1.0:
-            start = Clip.create(config.model.name, config.model.pretrained).model.state_dict()
+            start = Clip.create(*source).model.state_dict()
             end = {name: value.cpu() for name, value in clip.model.state_dict().items()}
             clip.model.load_state_dict(blend(start, end, train.blend))
         checkpoint.save_model(run / checkpoint.MODEL_FILE, clip)
@@ -67,7 +71,7 @@ def finetune(config: FinetuneConfig) -> Path:
     return run
 
 
-def _loop(accelerator: Accelerator, method: nn.Module, config: FinetuneConfig, run: Path) -> None:
+def _loop(accelerator: Accelerator, method: nn.Module, config: FinetuneConfig, run: Path, stop: _Stop) -> None:
     train, parameters = config.train, method.trainable()
     for parameter in method.parameters():
         parameter.requires_grad_(False)
@@ -111,9 +115,30 @@ def _loop(accelerator: Accelerator, method: nn.Module, config: FinetuneConfig, r
             if main:
                 metrics.write(row)
                 tqdm.write(f"step {step}/{total}  loss {row['loss']:.4f}  lr {lr:.2e}  {rate:.0f} pairs/s")
-        if main and (step % train.save_every == 0 or step == total):
+        if main and (step % train.save_every == 0 or step == total or stop.asked):
             checkpoint.save_state(run, step, parameters, optimizer.optimizer)
+        if stop.asked:
+            raise KeyboardInterrupt
     bar.close()
+
+
+class _Stop:
+    """Turns the first Ctrl-C (or SIGTERM) into a wish, so that the step ends and is saved; the second acts at once."""
+
+    def __enter__(self) -> _Stop:
+        self.asked = False
+        here = threading.current_thread() is threading.main_thread()  # only there may handlers be set
+        self.before = {n: signal.signal(n, self._ask) for n in (signal.SIGINT, signal.SIGTERM) if here}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: object) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
 
 
 def batches(method: nn.Module, done: int, total: int) -> Iterator[tuple[int, Any]]:

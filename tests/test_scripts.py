@@ -82,7 +82,20 @@ def test_a_folder_of_images_is_ranked_into_a_csv_and_a_sheet(tmp_path):
     (tmp_path / "mine").mkdir()
     for i in range(10):
         draw(scene("val", i)).save(tmp_path / "mine" / f"{i}.png")
-    run.main(["--mode", "rank", "--images", "mine", "--attribute", "a large object", "--against", "a small object"])
+    run.main(
+        [
+            "--model.name",
+            "example",
+            "--mode",
+            "rank",
+            "--images",
+            "mine",
+            "--attribute",
+            "a large object",
+            "--against",
+            "a small object",
+        ]
+    )
     lines = Path("results/example-pretrained/rank-folder-mine-a_large_object.csv").read_text().splitlines()
     assert lines[0] == "rank,image,score"
     assert len(lines) == 11
@@ -106,7 +119,7 @@ def test_every_config_shrunk_runs(path, small_example, monkeypatch, coco_folder)
         return
     data = ["--data.dataset", "coco", "--data.root", str(coco_folder), "--data.split", "val2017"]
     lines = [
-        to_line(Difference(str(i), str(j), f"The first image shows {i}, the second {j}."))
+        to_line(Difference(str(i), str(j), f"The first image shows {i}, the second image {j}."))
         for i in range(4)
         for j in range(4, 8)
     ]
@@ -229,11 +242,15 @@ def test_an_interruption_says_how_to_go_on(capsys):
 
 def test_a_run_whose_data_set_is_there_but_whose_pictures_are_not(coco_folder):
     (coco_folder / "val2017" / "000000000005.jpg").unlink()
-    message = call(run.main, "--dataset", "coco", "--root", str(coco_folder), "--split", "val2017")
+    message = call(
+        run.main, "--model.name", "example", "--dataset", "coco", "--root", str(coco_folder), "--split", "val2017"
+    )
     assert "1 of the 12 pictures" in message
     assert "000000000005.jpg" in message
     run.main(
         [
+            "--model.name",
+            "example",
             "--dataset",
             "coco",
             "--root",

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +64,27 @@ def stop_at(monkeypatch, step: int) -> None:
             yield n, batch
 
     monkeypatch.setattr(training, "batches", interrupted)
+
+
+def test_ctrl_c_ends_the_step_saves_it_and_resuming_loses_nothing(config, monkeypatch):
+    straight = weights(finetune(config))
+    config.name = "b"
+    original = pairwise.Method.forward
+    calls = []
+
+    def forward(self, batch):
+        calls.append(batch)
+        if len(calls) == 8:
+            signal.raise_signal(signal.SIGINT)
+        return original(self, batch)
+
+    monkeypatch.setattr(pairwise.Method, "forward", forward)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(config)
+    assert len(calls) == 8
+    config.resume = True
+    assert same(straight, weights(finetune(config)))
+    assert len(calls) == 12
 
 
 @pytest.mark.parametrize("step", [5, 6, 9, 11])
@@ -228,6 +250,12 @@ def test_the_step_is_the_loss_of_the_papers_equation(config):
     logits = (t / np.linalg.norm(t, axis=1, keepdims=True)) @ (d / np.linalg.norm(d, axis=1, keepdims=True)).T
     log_softmax = [x - np.log(np.exp(x).sum(1, keepdims=True)) for x in (logits, logits.T)]
     assert found == pytest.approx(-np.mean([np.diag(x).mean() for x in log_softmax]), rel=1e-5)
+
+
+def test_a_file_without_one_usable_difference_says_why(config):
+    Path("d.jsonl").write_text(to_line(Difference("train-00001", "train-00002", "Something is different.")))
+    with pytest.raises(UserError, match="none of the 1 differences in d.jsonl can be used: 1 sentences dropped that do not"):
+        make(config)
 
 
 def test_differences_about_unknown_images_name_the_image_and_a_small_file_says_so(config):

@@ -52,7 +52,8 @@ class Images:
                 raise UserError("model.train both learns from images; data.embeddings cannot stand in for them")
             self.z, self.ids = load_embeddings(config.data.embeddings, clip)
         elif not self.learns:
-            self.z, self.ids = embed_images(clip, data)
+            with PartialState().main_process_first():  # the others then find them in the cache
+                self.z, self.ids = embed_images(clip, data)
 
     def batch(self, rows: np.ndarray) -> Tensor:
         """[B, D] embeddings, or [B, 3, H, W] pixels when the image tower learns."""

@@ -94,6 +94,8 @@ class Method(nn.Module):
             self._note((usable & ~has_roles).sum(), "sentences dropped that do not name both images, so have no mirror")
             usable &= has_roles
         kept = np.flatnonzero(usable)
+        if not len(kept):
+            raise UserError(f"none of the {len(found)} differences in {path} can be used: {'; '.join(self.notes)}")
         self.texts = Texts(self.clip, [texts[n] for n in kept] + [swapped[n] for n in kept if self.options.mirror])
         self._note(self.texts.truncated, "texts longer than the context, cut")
         self.pairs = pairs[kept]  # [N, 2]
