@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from pc_clip import _torchvision  # noqa: F401  (before open_clip)
 from pc_clip.errors import UserError, check_choice, nearest
@@ -135,7 +136,8 @@ class Clip:
         distinct = {text: row for row, text in enumerate(dict.fromkeys(texts))}
         ordered = sorted(distinct, key=len)  # like lengths together, so that little padding is computed
         rows = torch.empty(len(ordered), self.embed_dim)
-        for start in range(0, len(ordered), batch_size):
+        starts = range(0, len(ordered), batch_size)
+        for start in tqdm(starts, "encoding texts", leave=False, disable=None if len(starts) > 4 else True):
             batch = ordered[start : start + batch_size]
             z = self.encode_text(self.tokenize(batch).to(self.device)).float().cpu()
             rows[[distinct[text] for text in batch]] = nn.functional.normalize(z, dim=-1)

@@ -18,7 +18,7 @@ import jsonargparse
 import torch
 import yaml
 
-from pc_clip.datasets import Dataset, open_dataset
+from pc_clip.datasets import READERS, Dataset, open_dataset
 from pc_clip.errors import UserError, nearest
 from pc_clip.writers import LanguageModelConfig
 
@@ -54,7 +54,7 @@ class DataConfig:
     Args:
         dataset: A name that `python -m pc_clip.datasets` lists.
         root: The folder it is in, unless it is where that list says.
-        split: Which part of it.
+        split: Which part of it; empty for train.
         missing: What pictures absent from a captions file's list mean, error or skip.
         differences: The JSONL file of difference sentences; only methods that learn from them read it.
         embeddings: A file of image embeddings to use in place of the images.
@@ -310,7 +310,9 @@ def dump(config: Any) -> str:
 
 
 def load_dataset(data: DataConfig) -> Dataset:
-    return open_dataset(data.dataset, data.root, data.split, missing=data.missing)
+    """The data a run learns from: its first split, train, unless another is named."""
+    splits = READERS[data.dataset].splits if data.dataset in READERS else ()
+    return open_dataset(data.dataset, data.root, data.split or next(iter(splits), None), missing=data.missing)
 
 
 def _split(argv: list[str]) -> tuple[list[Path], list[str]]:

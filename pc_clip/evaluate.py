@@ -9,6 +9,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from PIL import Image
 
@@ -48,11 +49,9 @@ def evaluate(config: EvaluateConfig, checkpoint: str | None) -> list[dict[str, A
         config, checkpoints.describe_checkpoint(checkpoint) if checkpoint else f"{Path(clip.name).name}-pretrained"
     )
     weights = clip.weights_hash()
-    subject = Subject(clip, evals.base_of(clip) if checkpoint else clip, data, config)
+    subject = Subject(clip, (lambda: evals.base_of(clip)) if checkpoint else (lambda: clip), data, config)
     if data.note:
         log.info("%s", data.note)
-    if subject.base is None:
-        log.info("baselines of the untrained model are left out: name its weights with --model.pretrained to have them")
     return [_one(subject, mode, folder, weights) for mode in modes]
 
 
@@ -85,7 +84,7 @@ def _one(subject: Subject, mode: str, folder: Path, weights: str) -> dict[str, A
         raise UserError(
             f"mode {mode} cannot be measured on {data.label} with these settings; see run.py --help for what it needs"
         )
-    key = _key(config, data, mode, weights, subject.base.weights_hash() if subject.base else None)
+    key = _key(config, data, mode, weights, subject.clip.describe())
     path = folder / f"{mode}-{data.label.replace('/', '-')}{_suffix(config)}.json"
     known = _read(path)
     if known and known["key"] == key and not config.again:
@@ -102,7 +101,7 @@ def _one(subject: Subject, mode: str, folder: Path, weights: str) -> dict[str, A
     return result
 
 
-def _key(config: EvaluateConfig, data: Dataset, mode: str, weights: str, base: str | None) -> str:
+def _key(config: EvaluateConfig, data: Dataset, mode: str, weights: str, base: str) -> str:
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in _ASIDE}
     for name in ("differences", "sugar_crepe"):  # by content, so that an edited file is evaluated again
         if settings[name]:
@@ -131,11 +130,9 @@ def _write(path: Path, result: dict[str, Any], found: Result) -> None:
     for name, picture in found.pictures.items():
         _save_picture(path.with_name(f"{path.stem}-{name}"), picture)
     if "order" in found.details:
-        lines = [
-            "rank,image,score",
-            *(f'{n},"{r["image"]}",{r["score"]:.6f}' for n, r in enumerate(found.details["order"], 1)),
-        ]
-        write_text(path.with_suffix(".csv"), "\n".join(lines) + "\n")
+        table = pd.DataFrame(found.details["order"])
+        table.insert(0, "rank", range(1, len(table) + 1))
+        write_text(path.with_suffix(".csv"), table.to_csv(index=False, float_format="%.6f"))
     write_json(path, result)
 
 

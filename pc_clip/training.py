@@ -56,7 +56,7 @@ def finetune(config: FinetuneConfig) -> Path:
     source = config.model.source(config.data.dataset)
     clip = Clip.create(*source, device=accelerator.device)
     method = methods.find(config.method).Method(clip, data, config)
-    if accelerator.is_main_process:
+    if accelerator.is_main_process and not config.resume:
         _open_folder(run, config, clip, method)
     accelerator.wait_for_everyone()
     with _Stop() as stop:
@@ -108,13 +108,10 @@ def _loop(accelerator: Accelerator, method: nn.Module, config: FinetuneConfig, r
         if step % train.log_every == 0 or step == total:
             rate = (step - since) * train.batch_size / (time.perf_counter() - then)
             since, then = step, time.perf_counter()
-            row = accelerator.reduce({"loss": loss.detach()} | logs, "mean")
-            row = {"step": step, "epoch": step / per_epoch, "lr": lr, "pairs_per_second": rate} | {
-                k: v.item() for k, v in row.items()
-            }
+            means = {k: v.item() for k, v in accelerator.reduce({"loss": loss.detach()} | logs, "mean").items()}
             if main:
-                metrics.write(row)
-                tqdm.write(f"step {step}/{total}  loss {row['loss']:.4f}  lr {lr:.2e}  {rate:.0f} pairs/s")
+                metrics.write({"step": step, "epoch": step / per_epoch, "lr": lr, "pairs_per_second": rate} | means)
+                tqdm.write(f"step {step}/{total}  loss {means['loss']:.4f}  lr {lr:.2e}  {rate:.0f} pairs/s")
         if main and (step % train.save_every == 0 or step == total or stop.asked):
             checkpoint.save_state(run, step, parameters, optimizer.optimizer)
         if stop.asked:
@@ -237,7 +234,8 @@ def _open_folder(run: Path, config: FinetuneConfig, clip: Clip, method: nn.Modul
     run.mkdir(parents=True, exist_ok=True)
     about = environment.describe() | {"data": method.data_hashes, "start": clip.weights_hash(), "notes": method.notes}
     write_json(run / "environment.json", about)
-    write_text(run / "config.yaml", dump(config))  # its presence marks a run, so it comes last
+    settings = yaml.safe_load(dump(config)) | {"resume": False, "overwrite": False}
+    write_text(run / "config.yaml", yaml.safe_dump(settings, sort_keys=False))  # marks a run, so it comes last
 
 
 class _Metrics:

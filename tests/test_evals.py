@@ -30,7 +30,7 @@ class FakeClip:
 def subject(texts, z, config=None, base=True, **known) -> Subject:
     clip = FakeClip(texts, z)
     data = Dataset("made", "test", [str(n) for n in range(len(z))], lambda row: Image.new("RGB", (8, 8)), "f", **known)
-    found = Subject(clip, clip if base else None, data, config or EvaluateConfig(pairs=50))
+    found = Subject(clip, lambda: clip if base else None, data, config or EvaluateConfig(pairs=50))
     found.__dict__["z"] = found.__dict__["base_z"] = clip.z
     return found
 

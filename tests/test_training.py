@@ -254,7 +254,9 @@ def test_the_step_is_the_loss_of_the_papers_equation(config):
 
 def test_a_file_without_one_usable_difference_says_why(config):
     Path("d.jsonl").write_text(to_line(Difference("train-00001", "train-00002", "Something is different.")))
-    with pytest.raises(UserError, match="none of the 1 differences in d.jsonl can be used: 1 sentences dropped that do not"):
+    with pytest.raises(
+        UserError, match="none of the 1 differences in d.jsonl can be used: 1 sentences dropped that do not"
+    ):
         make(config)
 
 

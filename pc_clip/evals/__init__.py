@@ -11,7 +11,9 @@ All get image embeddings from the cache; none encodes an image twice.
 from __future__ import annotations
 
 import importlib
+import logging
 import pkgutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +29,8 @@ from pc_clip.config import EvaluateConfig
 from pc_clip.datasets import Dataset, open_dataset
 from pc_clip.embeddings import embed_images
 from pc_clip.errors import UserError, check_choice
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -46,14 +50,21 @@ class Result:
 class Subject:
     """The model under evaluation, the model it was before finetuning, and the data.
 
-    base is None when the untrained model is not known or its weights are not at hand; baselines that need
-    it are then reported as not computed.
+    find_base loads the untrained model when an evaluation first asks for it.
     """
 
     clip: Clip
-    base: Clip | None
+    find_base: Callable[[], Clip | None]
     data: Dataset
     config: EvaluateConfig
+
+    @cached_property
+    def base(self) -> Clip | None:
+        """The untrained model; None when it is not known or its weights are not at hand: its baselines are left out."""
+        found = self.find_base()
+        if found is None:
+            log.info("baselines of the untrained model are left out: --model.pretrained names its weights")
+        return found
 
     @cached_property
     def z(self) -> Tensor:
@@ -76,7 +87,7 @@ class Subject:
         if not splits:
             raise UserError(f"{self.data.name} has no split to choose on besides {self.data.split or 'the whole'}")
         data = open_dataset(self.data.name, self.config.root, splits[0], missing=self.config.missing)
-        return Subject(self.clip, self.base, data, self.config)
+        return Subject(self.clip, self.find_base, data, self.config)
 
     def _embed(self, clip: Clip, data: Dataset) -> Tensor:
         found = embed_images(clip, data, batch_size=self.config.batch_size, workers=self.config.workers)
