@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -311,7 +312,7 @@ def _resolve_local_text_tower(name: str) -> dict[str, Any]:
 
 
 def _cannot_load(name: str, pretrained: str | None, error: Exception) -> UserError:
-    reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+    reason = textwrap.shorten(str(error) or type(error).__name__, 160, placeholder=" ...")
     config = open_clip.get_pretrained_cfg(name, pretrained) if pretrained else {}
     if config:
         source = config.get("hf_hub", "").rstrip("/") or config.get("url", "")

@@ -23,7 +23,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def check_choice(setting: str, value: str, known: Iterable[str]) -> None:
     """Raise UserError unless `value` is one of the known ones."""
-    if value not in set(known):
+    known = list(known)
+    if value not in known:
         raise UserError(f"{setting} is {value!r}. {nearest(value, known)}")
 
 
@@ -49,10 +50,13 @@ def run_script(main: Callable[[], None]) -> None:
             errno.EACCES: "permission denied",
             errno.EPERM: "permission denied",
             errno.EROFS: "the file system is read-only",
+            errno.ENOTDIR: "a file stands where a folder is wanted",
+            errno.EEXIST: "a file stands where a folder is wanted",
+            errno.EISDIR: "a folder stands where a file is wanted",
         }.get(error.errno)
         if what is None:
             raise
-        _stop(f"cannot write or read {error.filename or 'a file'}: {what}. Free some space or choose another folder.")
+        _stop(f"cannot write or read {error.filename or 'a file'}: {what}. Mend that, or choose another folder.")
     except Exception as error:
         if "No space left on device" in str(error):  # safetensors reports it in a class of its own
             _stop(f"no space is left on the disk ({error}). Free some space; the same command continues.")

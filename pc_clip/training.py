@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -44,6 +45,11 @@ def finetune(config: FinetuneConfig) -> Path:
     if train.threads:
         torch.set_num_threads(train.threads)
     check_choice("train.precision", train.precision, ("no", "bf16"))
+    installed = [str(tracker) for tracker in get_available_trackers()]
+    if train.tracker and train.tracker not in installed:
+        raise UserError(
+            f"tracker {train.tracker!r} is not installed (found: {', '.join(installed) or 'none'}); pip install it"
+        )
     accelerator = Accelerator(
         mixed_precision=train.precision,
         cpu=config.device == "cpu",
