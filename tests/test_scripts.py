@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from test_writers import TEMPLATE, save_llama
 
 import finetune
 import generate_diffs
@@ -110,12 +111,23 @@ def test_every_config_shrunk_runs(path, small_example, monkeypatch, coco_folder)
     """The same settings with a tiny model, few items and few steps."""
     content = yaml.safe_load(path.read_text())
     if "writer" in content:
-        if content["writer"] == "transformers":
-            pytest.skip("language models are run by test_writers.py on a tiny random one")
         captions = (
             ["--captions", str(coco_folder / "annotations" / "captions_val2017.json")] if "captions" in content else []
         )
-        generate_diffs.main(["--config", str(path), *captions, "--n_images", "10", "--n_pairs", "12"])
+        model = []
+        if content["writer"] == "transformers":
+            save_llama(Path("llama"), TEMPLATE)
+            model = [
+                "--transformers.model",
+                "llama",
+                "--transformers.gguf_file",
+                "null",
+                "--transformers.dtype",
+                "float32",
+            ]
+            monkeypatch.setattr(generate, "clean", lambda raw: (raw, "kept"))  # a random model writes nothing of use
+        found = generate_diffs.main(["--config", str(path), *captions, *model, "--n_images", "10", "--n_pairs", "12"])
+        assert len(found.read_text().splitlines()) == 12
         return
     data = ["--data.dataset", "coco", "--data.root", str(coco_folder), "--data.split", "val2017"]
     lines = [

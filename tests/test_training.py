@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -294,7 +295,10 @@ def test_two_processes_train_as_one_with_the_whole_batch_does(config):
         "MASTER_ADDR": "127.0.0.1",
     }
     subprocess.run([sys.executable, "worker.py", "one"], env=environment, check=True, capture_output=True)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29511"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
     subprocess.run([*launch, "worker.py", "two"], env=environment, check=True, capture_output=True)
     one, two = weights(Path("runs/one")), weights(Path("runs/two"))
     start = Clip.create("example").model.state_dict()
