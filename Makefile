@@ -5,7 +5,7 @@ RUN    := $(VENV)/bin/python
 READY  := $(VENV)/.ready
 DATA   ?= data/coco
 
-.PHONY: quickstart reproduce test photo llm clean help
+.PHONY: quickstart reproduce test photo clean help
 
 help:
 	@echo "make quickstart   write differences, finetune, evaluate on the embedded example; print one table"

@@ -81,9 +81,7 @@ def _model(config: EvaluateConfig, checkpoint: str | None) -> Clip:
 def _one(subject: Subject, mode: str, folder: Path, weights: str) -> dict[str, Any]:
     config, data = subject.config, subject.data
     if not evals.find(mode).applies(data, config):
-        raise UserError(
-            f"mode {mode} cannot be measured on {data.label} with these settings; see run.py --help for what it needs"
-        )
+        raise UserError(f"mode {mode} cannot be measured on {data.label}: it needs {evals.find(mode).NEEDS}")
     key = _key(config, data, mode, weights, subject.clip.describe())
     path = folder / f"{mode}-{data.label.replace('/', '-')}{_suffix(config)}.json"
     known = _read(path)

@@ -13,6 +13,7 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 import hypothesis
 import torch
+from accelerate.state import AcceleratorState
 
 from pc_clip import datasets
 from pc_clip.clip import Clip
@@ -26,8 +27,9 @@ hypothesis.settings.load_profile("shared machine")
 
 @pytest.fixture(autouse=True)
 def _here(tmp_path, monkeypatch):
-    """Each test works in a folder of its own: runs, results and caches never meet."""
+    """Each test works in a folder of its own: runs, results and caches never meet. accelerate starts anew."""
     monkeypatch.chdir(tmp_path)
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture

@@ -222,7 +222,9 @@ def test_unknown_names_in_run():
     assert "example has no split 'testing'" in call(run.main, "--split", "testing")
     assert "no checkpoint at absent.pt" in call(run.main, "--checkpoint", "absent.pt")
     assert "--images ranks a folder" in call(run.main, "--images", ".")
-    assert "compositional cannot be measured on example/test" in call(run.main, "--mode", "compositional")
+    assert "compositional cannot be measured on example/test: it needs --sugar_crepe" in call(
+        run.main, "--mode", "compositional"
+    )
 
 
 def test_no_permission_and_no_space_are_said(small_example, monkeypatch, capsys):

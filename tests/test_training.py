@@ -123,10 +123,12 @@ def test_only_what_was_named_changes(config, which):
     assert len(changed) > 0.8 * len(expected)
 
 
-@pytest.mark.parametrize("option", ["mse", "captions", "plain"])
+@pytest.mark.parametrize("option", ["mse", "captions", "bf16", "plain"])
 def test_every_ablation_learns(config, option):
     if option == "mse":
         config.pairwise.loss = "mse"
+    elif option == "bf16":
+        config.train.precision = "bf16"
     elif option == "captions":
         config.method, config.captions.temperature = "captions", 1.0  # at the model's own it is near its floor already
     else:

@@ -2,7 +2,8 @@
 
 Such a file has
 
-    applies(data, config)    whether the data set has what it needs (and the settings name what it needs)
+    applies(data, config)    whether data set and settings have what it needs
+    NEEDS                    what that is, in words, for the error
     evaluate(subject)        -> Result
 
 All get image embeddings from the cache; none encodes an image twice.

@@ -24,6 +24,8 @@ from pc_clip.evals.zeroshot import class_embeddings, score
 
 FOLDER = Path(__file__).parents[2] / "configs" / "comparisons"
 
+NEEDS = "a data set with classes and comparisons of them in configs/comparisons/"
+
 
 def applies(data: Dataset, config: EvaluateConfig) -> bool:
     return bool(data.questions) and (FOLDER / f"{data.name}.yaml").is_file()

@@ -13,9 +13,11 @@ from pc_clip.datasets import Dataset
 from pc_clip.errors import UserError
 from pc_clip.evals import Result, Subject
 
+NEEDS = "--sugar_crepe FOLDER with SugarCrepe's JSON files, and a data set that holds their photographs (coco)"
+
 
 def applies(data: Dataset, config: EvaluateConfig) -> bool:
-    return bool(config.sugar_crepe)
+    return bool(config.sugar_crepe) and Path(config.sugar_crepe).is_dir()
 
 
 def evaluate(subject: Subject) -> Result:

@@ -23,6 +23,8 @@ from pc_clip.evals import Result, Subject, mean
 
 CANDIDATES = 100  # of which one pair is a sentence's own, for difference_r1
 
+NEEDS = "a data set with graded attributes (example), or --differences FILE"
+
 
 def applies(data: Dataset, config: EvaluateConfig) -> bool:
     return bool(data.attributes) or bool(config.differences)

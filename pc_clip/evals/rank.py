@@ -21,6 +21,8 @@ from pc_clip.sheets import contact_sheet
 
 SHOWN = 24  # images on a contact sheet, evenly spaced along the order
 
+NEEDS = "a data set with graded attributes (example), or --attribute with --images FOLDER"
+
 
 def applies(data: Dataset, config: EvaluateConfig) -> bool:
     return bool(data.attributes) or bool(config.attribute)

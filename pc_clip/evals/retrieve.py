@@ -12,6 +12,8 @@ from pc_clip.evals import Result, Subject, mean
 
 KS = (1, 5, 10)
 
+NEEDS = "a data set with captions (example, coco)"
+
 
 def applies(data: Dataset, config: EvaluateConfig) -> bool:
     return bool(data.captions)

@@ -12,6 +12,8 @@ from pc_clip.config import EvaluateConfig
 from pc_clip.datasets import Dataset, Question
 from pc_clip.evals import Result, Subject, mean
 
+NEEDS = "a data set with classes"
+
 
 def applies(data: Dataset, config: EvaluateConfig) -> bool:
     return bool(data.questions)
