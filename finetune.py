@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jsonargparse
+from accelerate import PartialState
 
 from pc_clip import methods
 from pc_clip.config import FinetuneConfig, configure, peek
@@ -27,7 +28,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
     method = peek(argv, "method", DEFAULT, FinetuneConfig.method)
     options = {method: methods.find(method).Config}
     config = configure(FinetuneConfig, parser, argv, default=DEFAULT, options=options)
-    write_missing_example(config.data)
+    with PartialState(cpu=config.device == "cpu").main_process_first():
+        write_missing_example(config.data)
     run = finetune(config)
     print(f"the model is in {run}; evaluate it: python run.py --dataset {config.data.dataset} --checkpoint {run}")
     return run

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 import pc_clip
-from pc_clip.clip import Clip, guess_architecture
+from pc_clip.clip import Clip, guess_architecture, preprocess_of_tag
 from pc_clip.errors import UserError
 from pc_clip.files import write_tensors
 
@@ -29,7 +29,13 @@ STATE_FILE = "state.safetensors"
 
 def save_model(path: Path, clip: Clip) -> None:
     """Every weight of a model under open_clip's names, and what it was made from, in one file."""
-    about = {"model": clip.name, "pretrained": clip.pretrained, "pc_clip": pc_clip.__version__}
+    preprocess = clip.model.visual.preprocess_cfg
+    about = {
+        "model": clip.name,
+        "pretrained": clip.pretrained,
+        "preprocess": preprocess,
+        "pc_clip": pc_clip.__version__,
+    }
     write_tensors(path, clip.model.state_dict(), {"format": "pt", "pc_clip": json.dumps(about)})
 
 
@@ -48,8 +54,10 @@ def load_model(path: str | Path, name: str | None = None, pretrained: str | None
         raise UserError(f"no checkpoint at {path}. Give a run's folder, a .safetensors or a .pt file.")
     state, about = _read_safetensors(path) if path.suffix == ".safetensors" else (_read_torch(path), {})
     name = name or about.get("model") or guess_architecture(state)
-    clip = Clip.create(name, load_weights=False, device=device)
-    clip.pretrained = about.get("pretrained", pretrained)
+    pretrained = about.get("pretrained", pretrained)
+    preprocess = about.get("preprocess") or preprocess_of_tag(name, pretrained)
+    clip = Clip.create(name, load_weights=False, device=device, preprocess=preprocess)
+    clip.pretrained = pretrained
     _load_strictly(clip, state, path)
     return clip
 

@@ -49,15 +49,22 @@ class Clip:
 
     @classmethod
     def create(
-        cls, name: str, pretrained: str | None = None, *, load_weights: bool = True, device: str | torch.device = "cpu"
+        cls,
+        name: str,
+        pretrained: str | None = None,
+        *,
+        load_weights: bool = True,
+        device: str | torch.device = "cpu",
+        preprocess: dict[str, Any] | None = None,
     ) -> Clip:
         """Build the architecture and load its weights.
 
+        preprocess: the image transform in place of the one that comes with the weights (mean, std, ...).
         Raises UserError for an unknown name, an unknown tag, or weights that cannot be had.
         """
         known_as, name = name, f"local-dir:{model_folder('example')}" if name == "example" else name
         _check_name(name)
-        options = _resolve_local_text_tower(name)
+        options = _resolve_local_text_tower(name) | ({"force_preprocess_cfg": preprocess} if preprocess else {})
         if load_weights and not name.startswith("local-dir:") and pretrained is None:
             tags = [tag for architecture, tag in open_clip.list_pretrained() if architecture == name]
             raise UserError(
@@ -219,6 +226,12 @@ def blend(start: Mapping[str, Tensor], end: Mapping[str, Tensor], alpha: float) 
         else end[k]
         for k in start
     }
+
+
+def preprocess_of_tag(name: str, pretrained: str | None) -> dict[str, Any] | None:
+    """The image transform that belongs to one of open_clip's pretrained tags; None for anything else."""
+    found = open_clip.get_pretrained_cfg(name, pretrained) if pretrained else {}
+    return {key: found[key] for key in ("mean", "std", "interpolation", "resize_mode") if key in found} or None
 
 
 def guess_architecture(state: Mapping[str, Tensor]) -> str:

@@ -19,7 +19,7 @@ import torch
 import yaml
 
 from pc_clip.datasets import READERS, Dataset, open_dataset
-from pc_clip.errors import UserError, nearest
+from pc_clip.errors import UserError, check_at_least, check_choice, nearest
 from pc_clip.writers import LanguageModelConfig
 
 Config = TypeVar("Config")
@@ -58,6 +58,7 @@ class DataConfig:
         missing: What pictures absent from a captions file's list mean, error or skip.
         differences: The JSONL file of difference sentences; only methods that learn from them read it.
         embeddings: A file of image embeddings to use in place of the images.
+        workers: Processes that read images.
     """
 
     dataset: str = "example"
@@ -66,6 +67,7 @@ class DataConfig:
     missing: str = "error"
     differences: str = ""
     embeddings: str | None = None
+    workers: int = 0
 
 
 @dataclass
@@ -227,12 +229,10 @@ class EmbedConfig:
 
     Args:
         batch_size: Images encoded together.
-        workers: Processes that read images.
         device: cpu or cuda; empty for the GPU if there is one.
     """
 
     batch_size: int = 128
-    workers: int = 0
     device: str = ""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -265,6 +265,7 @@ def configure(
     files = files or ([default] if default else [])
     for path in files:
         _check_file(path, _keys(kind, options or {}))
+    flags = _complete_switches(flags, kind, options or {})
     argv = [word for path in files for word in ("--config", str(path))] + flags  # flags win wherever they stood
     try:
         found = parser.instantiate(parser.parse_args(argv))
@@ -274,10 +275,18 @@ def configure(
     config = kind(**{f.name: getattr(found, f.name) for f in dataclasses.fields(kind)})
     for name, group in groups.items():
         setattr(config, name, group)
-    config.device = (
-        config.device or ("cuda" if torch.cuda.is_available() else "cpu") if hasattr(config, "device") else ""
-    )
+    if hasattr(config, "device"):
+        config.device = _device(config.device)
+    if hasattr(config, "batch_size"):
+        check_at_least("batch_size", config.batch_size, 1)
     return config
+
+
+def _device(asked: str) -> str:
+    check_choice("device", asked or "cpu", ("cpu", "cuda"))
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise UserError("device is cuda, but torch finds no GPU here; leave it out, or install a CUDA build of torch")
+    return asked or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def peek(argv: Sequence[str] | None, key: str, default: Path | None, otherwise: str) -> str:
@@ -313,6 +322,20 @@ def load_dataset(data: DataConfig) -> Dataset:
     """The data a run learns from: its first split, train, unless another is named."""
     splits = READERS[data.dataset].splits if data.dataset in READERS else ()
     return open_dataset(data.dataset, data.root, data.split or next(iter(splits), None), missing=data.missing)
+
+
+def _complete_switches(flags: list[str], kind: type, options: dict[str, type]) -> list[str]:
+    """`--resume` alone means `--resume true`, for every setting that is true or false."""
+    groups = [("", kind), *((f"{name}.", group) for name, group in options.items())]
+    switches = {
+        f"--{prefix}{f.name}" for prefix, group in groups for f in dataclasses.fields(group) if f.type == "bool"
+    }
+    following = [*flags[1:], "--"]
+    return [
+        word
+        for flag, after in zip(flags, following)
+        for word in ((flag, "true") if flag in switches and after.startswith("--") else (flag,))
+    ]
 
 
 def _split(argv: list[str]) -> tuple[list[Path], list[str]]:

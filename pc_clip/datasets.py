@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -113,6 +114,21 @@ def open_dataset(
     return opener(folder, split)
 
 
+# What `load` is made of; plain functions, because worker processes are sent them.
+
+
+def _draw_scene(shown: list[scenes.Scene], row: int) -> Image.Image:
+    return scenes.draw(shown[row])
+
+
+def _read_file(files: list[Path], row: int) -> Image.Image:
+    return read_image(files[row])
+
+
+def _read_torchvision(data: Any, row: int) -> Image.Image:
+    return data[row][0].convert("RGB")
+
+
 # -- the embedded example ------------------------------------------------------------------------------
 
 EXAMPLE_SIZES = {"train": 6000, "val": 1000, "test": 2000}
@@ -131,7 +147,7 @@ def example(split: str, n: int) -> Dataset:
         name="example",
         split=split,
         ids=[f"{split}-{i:05d}" for i in range(n)],
-        load=lambda row: scenes.draw(shown[row]),
+        load=partial(_draw_scene, shown),
         fingerprint=_digest(split, n, hashlib.sha256(pixels).hexdigest()),
         captions=[world.captions(split, i) for i in range(n)],
         questions=tuple(_example_question(name, shown) for name in world.CLASSES),
@@ -205,7 +221,7 @@ def read_simclip_tsv(path: Path) -> dict[str, tuple[str, tuple[str, ...]]]:
     never "nan". Raises UserError when the file or its columns are missing, or it has no captions.
     """
     if not path.is_file():
-        raise UserError(f"no captions file at {path}; give --data.captions a tab-separated file")
+        raise UserError(f"no captions file at {path}; give --captions a tab-separated file")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", pd.errors.ParserWarning)  # about a tab at the end of each row
@@ -259,7 +275,7 @@ def _open_coco(root: Path, split: str, missing: str = "error") -> Dataset:
         name="coco",
         split=split,
         ids=kept,
-        load=lambda row: read_image(files[kept[row]]),
+        load=partial(_read_file, [files[key] for key in kept]),
         fingerprint=_digest(*[(key, *_stat(files[key])) for key in kept]),
         captions=[entries[key][1] for key in kept],
         note=f"{len(absent)} pictures named in {path.name} are absent and left out" if absent else "",
@@ -301,7 +317,7 @@ def _open_folder(root: Path, _: str) -> Dataset:
         name="folder",
         split=root.name,
         ids=[str(p.relative_to(root)) for p in files],
-        load=lambda row: read_image(files[row]),
+        load=partial(_read_file, files),
         fingerprint=_digest(*[(str(p.relative_to(root)), *_stat(p)) for p in files]),
         questions=questions,
     )
@@ -325,7 +341,7 @@ def _open_torchvision(kind: str, root: Path, split: str) -> Dataset:
         name=kind.lower(),
         split=split,
         ids=[str(i) for i in range(len(data))],
-        load=lambda row: data[row][0].convert("RGB"),
+        load=partial(_read_torchvision, data),
         fingerprint=_digest(kind, split, len(data), hashlib.sha256(data.data[:64].tobytes()).hexdigest()),
         questions=(question,),
     )

@@ -157,6 +157,8 @@ WORDINGS = (
     "In the second image one sees {b}, in the first image {a}.",
 )
 
+UNSEEN = ("{a} in the first image, {b} in the second.", "{b} in the second image, {a} in the first.")  # only evaluated
+
 # -- cleaning ------------------------------------------------------------------------------------------
 
 MIN_CHARACTERS = 20

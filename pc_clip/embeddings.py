@@ -94,13 +94,20 @@ class _Pictures(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.data)
 
-    def __getitem__(self, row: int) -> Tensor:
-        return self.preprocess(self.data.load(row))
+    def __getitem__(self, row: int) -> Tensor | UserError:
+        try:
+            return self.preprocess(self.data.load(row))
+        except UserError as error:  # raised where it can be caught: a worker process would wrap it in its traceback
+            return error
 
 
 def pixels(clip: Clip, data: Dataset, batch_size: int, workers: int) -> Iterator[Tensor]:
     """The images of a data set as the tower takes them, in order: [B, 3, H, W] float32 each."""
-    yield from DataLoader(_Pictures(data, clip.preprocess), batch_size, num_workers=workers)
+    for batch in DataLoader(_Pictures(data, clip.preprocess), batch_size, num_workers=workers, collate_fn=list):
+        for image in batch:
+            if isinstance(image, UserError):
+                raise image
+        yield torch.stack(batch)
 
 
 @torch.no_grad()
@@ -128,7 +135,7 @@ def main() -> None:
     )
     data = load_dataset(config.data)
     clip = Clip.create(*config.model.source(config.data.dataset), device=config.device)
-    embeddings = embed_images(clip, data, batch_size=config.batch_size, workers=config.workers)
+    embeddings = embed_images(clip, data, batch_size=config.batch_size, workers=config.data.workers)
     print(f"{data.label}: {len(embeddings.ids)} images, {embeddings.z.shape[1]} numbers each, in {CACHE}")
 
 

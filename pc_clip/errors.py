@@ -28,6 +28,12 @@ def check_choice(setting: str, value: str, known: Iterable[str]) -> None:
         raise UserError(f"{setting} is {value!r}. {nearest(value, known)}")
 
 
+def check_at_least(setting: str, value: int, least: int) -> None:
+    """Raise UserError when a number is too small."""
+    if value < least:
+        raise UserError(f"{setting} is {value}; it must be at least {least}")
+
+
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's `main`: 0 when done, 2 with one line for a user's error, 130 when interrupted.
 

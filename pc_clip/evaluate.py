@@ -18,8 +18,10 @@ from pc_clip import environment, evals
 from pc_clip.clip import Clip
 from pc_clip.config import EvaluateConfig
 from pc_clip.datasets import Dataset, open_dataset
+from pc_clip.differences import UNSEEN, WORDINGS
 from pc_clip.errors import UserError
 from pc_clip.evals import Result, Subject
+from pc_clip.evals.comparative import FOLDER as COMPARISONS
 from pc_clip.files import write_json, write_text
 
 log = logging.getLogger(__name__)
@@ -91,7 +93,8 @@ def _one(subject: Subject, mode: str, folder: Path, weights: str) -> dict[str, A
     log.info("%s %s on %s ...", folder.name, mode, data.label)
     found = evals.find(mode).evaluate(subject)
     result = {
-        "model": folder.name, "evaluation": mode, "dataset": data.label, "metrics": found.metrics, "n": found.n,
+        "model": folder.name, "evaluation": mode, "dataset": data.label, "about": _suffix(config).strip("-"),
+        "metrics": found.metrics, "n": found.n,
         "details": found.details, "key": key, "weights": weights, "checkpoint_of": subject.clip.describe(),
         "seed": config.seed, **environment.describe(),
     }  # fmt: skip
@@ -106,7 +109,13 @@ def _key(config: EvaluateConfig, data: Dataset, mode: str, weights: str, base: s
             path = Path(settings[name])
             files = sorted(path.glob("*.json")) if path.is_dir() else [path] if path.is_file() else []
             settings[name] = [hashlib.sha256(f.read_bytes()).hexdigest() for f in files]
-    return hashlib.sha256(repr((settings, data.fingerprint, mode, weights, base)).encode()).hexdigest()[:16]
+    known = data.captions, [(q.name, q.classes, q.templates, q.target.tolist()) for q in data.questions]
+    graded = [(a.name, a.more, a.less, a.high, a.low, a.gap, a.value.tolist()) for a in data.attributes]
+    compared = (
+        (COMPARISONS / f"{data.name}.yaml").read_bytes() if (COMPARISONS / f"{data.name}.yaml").is_file() else b""
+    )
+    content = repr((settings, data.fingerprint, mode, weights, base, known, graded, WORDINGS, UNSEEN, compared))
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def _suffix(config: EvaluateConfig) -> str:

@@ -22,7 +22,7 @@ from pc_clip import environment
 from pc_clip.config import DataConfig, GenerateConfig
 from pc_clip.datasets import open_dataset, read_captions
 from pc_clip.differences import Difference, choose_pairs, clean, to_line
-from pc_clip.errors import UserError, check_choice
+from pc_clip.errors import UserError, check_at_least, check_choice
 from pc_clip.files import write_json, write_text
 from pc_clip.writers import Job, LanguageModelWriter, RulesWriter, Writer
 
@@ -38,8 +38,8 @@ def generate(config: GenerateConfig) -> Path:
     """
     check_choice("writer", config.writer, ("rules", "transformers"))
     for name in ("n_images", "n_pairs", "chunk"):
-        if (value := getattr(config, name)) is not None and value < 1:
-            raise UserError(f"{name} is {value}; it must be at least 1")
+        if (value := getattr(config, name)) is not None:
+            check_at_least(name, value, 1)
     out = Path(config.out) / f"{config.name}.jsonl"
     captions = _captions(config)
     settings = _settings(config)
@@ -71,7 +71,7 @@ def generate(config: GenerateConfig) -> Path:
             file.flush()
             os.fsync(file.fileno())
             bar.update(len(chunk))
-    _finish(out, partial, settings, writer)
+    _finish(out, partial, settings, writer, len(pairs))
     return out
 
 
@@ -114,7 +114,10 @@ def _settings(config: GenerateConfig) -> dict[str, Any]:
     found = dataclasses.asdict(config)
     for name in ("out", "overwrite", "chunk"):
         found.pop(name)
-    if config.writer != "transformers":
+    if config.writer == "transformers":
+        for name in ("batch_size", "device"):  # how, not what
+            found["transformers"].pop(name)
+    else:
         found.pop("transformers")
     if config.captions:  # by content, so that an edited file is not taken for the same
         found["captions_sha256"] = hashlib.sha256(Path(config.captions).read_bytes()).hexdigest()
@@ -146,16 +149,22 @@ class _Partial:
             raise UserError(
                 f"{path} was begun with other settings; choose another --name, or --overwrite true to drop it"
             )
-        content = content or head
-        path.write_bytes(content)
+        if not content:
+            path.write_bytes(content := head)
+        elif len(content) < path.stat().st_size:
+            os.truncate(path, len(content))  # never rewritten: what is done stays on the disk whatever happens now
         self.done = content.count(b"\n") - 1
 
     def rows(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.path.read_text(encoding="utf-8").split("\n")[1:-1]]
 
 
-def _finish(out: Path, partial: _Partial, settings: dict[str, Any], writer: Writer) -> None:
+def _finish(out: Path, partial: _Partial, settings: dict[str, Any], writer: Writer, pairs: int) -> None:
     rows = partial.rows()
+    if len(rows) != pairs:
+        raise UserError(
+            f"{partial.path} has {len(rows)} lines for {pairs} pairs; did two processes write it? Delete it."
+        )
     reasons = Counter(row["reason"] for row in rows)
     kept = [Difference(row["first"], row["second"], row["text"]) for row in rows if row["text"] is not None]
     if not kept:

@@ -15,9 +15,10 @@ def info_nce(a: Tensor, b: Tensor, temperature: float | Tensor) -> Tensor:
     similarities are equal. Radford et al. 2021, figure 3; PC-CLIP (arXiv 2409.09721) uses it between text
     embeddings and image differences with temperature 1.
     """
-    logits = F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).T / temperature  # [B, B]
-    target = torch.arange(len(logits), device=logits.device)
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+    with torch.autocast(a.device.type, enabled=False):  # bf16 would round cosines by more than a step changes them
+        logits = F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).T / temperature  # [B, B]
+        target = torch.arange(len(logits), device=logits.device)
+        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
 def squared_distance(a: Tensor, b: Tensor) -> Tensor:

@@ -27,21 +27,21 @@ def read(paths: Iterable[Path]) -> list[dict[str, Any]]:
 
 
 def long_table(results: Iterable[dict[str, Any]]) -> pd.DataFrame:
-    """One row a figure: model, evaluation, dataset, metric, value, n."""
+    """One row a figure: model, evaluation, dataset, about (which sentences or attribute), metric, value, n."""
     rows = [
-        (r["model"], r["evaluation"], r["dataset"], metric, value, r["n"])
+        (r["model"], r["evaluation"], r["dataset"], r.get("about", ""), metric, value, r["n"])
         for r in results
         for metric, value in r["metrics"].items()
     ]
-    return pd.DataFrame(rows, columns=["model", "evaluation", "dataset", "metric", "value", "n"])
+    return pd.DataFrame(rows, columns=["model", "evaluation", "dataset", "about", "metric", "value", "n"])
 
 
 def show(results: Iterable[dict[str, Any]]) -> None:
     """Print results: one block an evaluation, one column a model. Fractions are shown in per cent."""
     table = long_table(results)
-    for (evaluation, dataset), block in table.groupby(["evaluation", "dataset"], sort=False):
+    for (evaluation, dataset, about), block in table.groupby(["evaluation", "dataset", "about"], sort=False):
         wide = block.pivot_table(index="metric", columns="model", values="value", sort=False)
-        print(f"\n{evaluation} on {dataset} (n = {block.n.max()})")
+        print(f"\n{evaluation} on {dataset}{about and f', {about}'} (n = {block.n.max()})")
         print(
             wide.map(lambda v: f"{100 * v:.1f}" if abs(v) <= 1 else f"{v:g}")
             .rename_axis(None)

@@ -81,8 +81,9 @@ class Job:
     def commands(self) -> list[list[str]]:
         arguments = self.study.variants[self.variant]
         found = []
-        if self.seed is not None and not (self.run / MODEL_FILE).is_file():
-            resume = ["--resume", "true"] if (self.run / STATE_FILE).is_file() else []
+        if self.seed is not None:  # also when it is finished: finetune.py then checks that it is this very run
+            begun = (self.run / STATE_FILE).is_file() and not (self.run / MODEL_FILE).is_file()
+            resume = ["--resume", "true"] if begun else []
             name = f"{self.study.name}/{self.label}"
             found.append(["finetune.py", *arguments, "--name", name, "--seed", str(self.seed), *resume])
         for evaluation in self.study.evaluations:
@@ -168,10 +169,15 @@ def tabulate(study: Study, seeds: list[int]) -> pd.DataFrame:
     frames = []
     for variant, arguments in study.variants.items():
         for seed in seeds if arguments is not None else [None]:
-            table = long_table(read([study.results / Job(study, variant, seed).label]))
+            label = Job(study, variant, seed).label
+            table = long_table(read([study.results / label]))
+            table = table[table.metric.isin(study.metrics)]
+            if twice := table[table.duplicated(["dataset", "metric"])].metric.tolist():
+                raise UserError(
+                    f"{study.results / label} holds {twice[0]} twice; delete the result that is not of this study"
+                )
             frames.append(table.assign(variant=variant))
     table = pd.concat(frames)
-    table = table[table.metric.isin(study.metrics)]
     keys = ["variant", "evaluation", "dataset", "metric"]
     found = table.groupby(keys, sort=False).value.agg(mean="mean", std="std", seeds="count").reset_index()[COLUMNS]
     found.to_csv(study.results / "table.csv", index=False, float_format="%.6f")
@@ -225,8 +231,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one finetuning a seed and variant")
     parser.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1), help="commands at a time")
     arguments = parser.parse_args()
-    os.chdir(ROOT)
     study = Study.read(arguments.study.resolve())
+    os.chdir(ROOT)
     table = conduct(study, arguments.seeds, arguments.workers)
     text = render(study, table)
     (study.results / "table.md").write_text(text + "\n", encoding="utf-8")

@@ -6,6 +6,7 @@ commit, hashes of data and start), metrics.jsonl, state.safetensors (to continue
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -14,23 +15,29 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
+from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from pc_clip import checkpoint, differences, environment, methods
 from pc_clip.clip import Clip, blend
 from pc_clip.config import FinetuneConfig, TrainConfig, dump, load_dataset
-from pc_clip.errors import UserError, check_choice
+from pc_clip.datasets import Dataset
+from pc_clip.errors import UserError, check_at_least, check_choice
 from pc_clip.files import write_json, write_text
 
 log = logging.getLogger(__name__)
+
+# Settings that say how a run is done, not what it is: they may change between a run and its continuation.
+HOW = ("resume", "overwrite", "out", "device", "train.threads", "train.log_every", "train.save_every", "data.workers")
 
 
 def finetune(config: FinetuneConfig) -> Path:
@@ -38,10 +45,15 @@ def finetune(config: FinetuneConfig) -> Path:
 
     Raises UserError for what a user can mend, and when the loss is no longer a number.
     """
-    run = Path(config.out) / config.name
-    if _already_done(run, config):
+    run, train = Path(config.out) / config.name, config.train
+    for name in ("batch_size", "epochs", "log_every", "save_every"):
+        check_at_least(f"train.{name}", getattr(train, name), 1)
+    if train.steps is not None:
+        check_at_least("train.steps", train.steps, 1)
+    data = load_dataset(config.data)  # before the model, whose weights may take long to fetch
+    learnt_from = _hashes(data, config)
+    if _already_done(run, config, learnt_from):
         return run
-    train = config.train
     if train.threads:
         torch.set_num_threads(train.threads)
     check_choice("train.precision", train.precision, ("no", "bf16"))
@@ -55,15 +67,14 @@ def finetune(config: FinetuneConfig) -> Path:
         cpu=config.device == "cpu",
         log_with=train.tracker or None,
         project_dir=run if train.tracker else None,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],  # the others wait while one embeds
     )
-    data = load_dataset(config.data)  # before the model, whose weights may take long to fetch
-    if config.data.differences:
-        differences.find(config.data.differences)
     source = config.model.source(config.data.dataset)
     clip = Clip.create(*source, device=accelerator.device)
     method = methods.find(config.method).Method(clip, data, config)
     if accelerator.is_main_process and not config.resume:
-        _open_folder(run, config, clip, method)
+        about = {"data": learnt_from, "start": clip.weights_hash(), "notes": method.notes}
+        _open_folder(run, config, environment.describe() | about)
     accelerator.wait_for_everyone()
     with _Stop() as stop:
         _loop(accelerator, method, config, run, stop)
@@ -119,6 +130,8 @@ def _loop(accelerator: Accelerator, method: nn.Module, config: FinetuneConfig, r
                 metrics.write({"step": step, "epoch": step / per_epoch, "lr": lr, "pairs_per_second": rate} | means)
                 tqdm.write(f"step {step}/{total}  loss {means['loss']:.4f}  lr {lr:.2e}  {rate:.0f} pairs/s")
         if main and (step % train.save_every == 0 or step == total or stop.asked):
+            if not all(torch.isfinite(p).all() for p in parameters.values()):
+                _stop_at_nan(run, step - 1, batch.ids, float("nan"))
             checkpoint.save_state(run, step, parameters, optimizer.optimizer)
         if stop.asked:
             raise KeyboardInterrupt
@@ -189,10 +202,13 @@ def to_device(batch: Any, device: torch.device) -> Any:
 # -- the folder ----------------------------------------------------------------------------------------
 
 
-def _already_done(run: Path, config: FinetuneConfig) -> bool:
+def _already_done(run: Path, config: FinetuneConfig, learnt_from: dict[str, str]) -> bool:
     """Whether this very run is finished. Raises UserError when the folder holds another, or an unfinished one."""
-    if config.overwrite and run.is_dir() and not config.resume:
-        shutil.rmtree(run)
+    process = PartialState(cpu=config.device == "cpu")
+    if config.overwrite and not config.resume:
+        if process.is_main_process and run.is_dir():
+            shutil.rmtree(run)
+        process.wait_for_everyone()
     settings = run / "config.yaml"
     if not settings.is_file():
         if config.resume:
@@ -206,6 +222,12 @@ def _already_done(run: Path, config: FinetuneConfig) -> bool:
             f"{run} holds a run with other settings ({', '.join(changed[:4])}). "
             "Choose another --name, or --overwrite true to delete it."
         )
+    before = json.loads((run / "environment.json").read_text())["data"]
+    if others := [name for name, value in learnt_from.items() if before.get(name, value) != value]:
+        raise UserError(
+            f"{run} learnt from other data: its {' and '.join(others)} have changed since. "
+            "Choose another --name, or --overwrite true to delete it."
+        )
     if (run / checkpoint.MODEL_FILE).is_file():
         log.info("%s is finished already; --overwrite true runs it again", run)
         return True
@@ -215,18 +237,10 @@ def _already_done(run: Path, config: FinetuneConfig) -> bool:
 
 
 def _changes(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """Settings that differ, by dotted name; how a run is started does not count."""
+    """Settings that differ, by dotted name."""
     found = []
     for key in sorted(old.keys() | new.keys()):
-        if f"{prefix}{key}" in {
-            "resume",
-            "overwrite",
-            "out",
-            "device",
-            "train.threads",
-            "train.log_every",
-            "train.save_every",
-        }:
+        if f"{prefix}{key}" in HOW:
             continue
         a, b = old.get(key), new.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
@@ -236,9 +250,16 @@ def _changes(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list
     return found
 
 
-def _open_folder(run: Path, config: FinetuneConfig, clip: Clip, method: nn.Module) -> None:
-    run.mkdir(parents=True, exist_ok=True)
-    about = environment.describe() | {"data": method.data_hashes, "start": clip.weights_hash(), "notes": method.notes}
+def _hashes(data: Dataset, config: FinetuneConfig) -> dict[str, str]:
+    """What a run learns from, by content."""
+    found = {"images": data.fingerprint, "captions": hashlib.sha256(repr(data.captions).encode()).hexdigest()[:16]}
+    if config.data.differences:
+        path = differences.find(config.data.differences)
+        found["differences"] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    return found
+
+
+def _open_folder(run: Path, config: FinetuneConfig, about: dict[str, Any]) -> None:
     write_json(run / "environment.json", about)
     settings = yaml.safe_load(dump(config)) | {"resume": False, "overwrite": False}
     write_text(run / "config.yaml", yaml.safe_dump(settings, sort_keys=False))  # marks a run, so it comes last
@@ -265,6 +286,7 @@ def _stop_at_nan(run: Path, step: int, ids: list[str], value: float) -> None:
     state = run / checkpoint.STATE_FILE
     kept = f"the last good state is {state}" if state.is_file() else "nothing had been saved yet"
     raise UserError(
-        f"the loss became {value} at step {step + 1}, on {len(ids)} items beginning with {', '.join(ids[:5])}; {kept}. "
+        f"the loss or a weight became {value} at step {step + 1}, on {len(ids)} items beginning with "
+        f"{', '.join(ids[:5])}; {kept}. "
         "Lower train.lr, set train.clip_norm 1, or look at these items."
     )

@@ -232,4 +232,5 @@ class LanguageModelWriter:
             "chat_template": bool(self.tokenizer.chat_template),
             "system": SYSTEM,
             "instruction": INSTRUCTION,
+            "worked_examples": [] if self.tokenizer.chat_template else [list(example) for example in EXAMPLES],
         }

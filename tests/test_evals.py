@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from pc_clip import differences
 from pc_clip.config import EvaluateConfig
 from pc_clip.datasets import Attribute, Dataset, Question, open_dataset
 from pc_clip.differences import Difference, swap_roles, to_line
@@ -83,6 +84,10 @@ def sentences(vector_if_up, also_reversed=True):
         sign = 1 if also_reversed or wording % 2 == 0 else -1
         found[difference.contrast("more", "less", wording)] = (sign * v).tolist()
         found[difference.contrast("less", "more", wording)] = (-sign * v).tolist()
+    for n, unseen in enumerate(differences.UNSEEN):
+        sign = 1 if also_reversed or n == 0 else -1
+        found[unseen.format(a="more", b="less")] = (sign * v).tolist()
+        found[unseen.format(a="less", b="more")] = (-sign * v).tolist()
     return found
 
 
@@ -92,7 +97,7 @@ Z = [[-1, 1, 0], [0, 1, 0], [1, 1, 0], [5, -1, 2]]  # the first coordinate grows
 def test_sentences_along_the_attribute_are_all_right_and_against_it_all_wrong():
     right = difference.evaluate(subject(sentences([1, 0, 0]), Z, attributes=(SIZE,)))
     wrong = difference.evaluate(subject(sentences([-1, 0, 0]), Z, attributes=(SIZE,)))
-    for name in ("difference", "two_way", "reversed"):
+    for name in ("difference", "two_way", "reversed", "unseen"):
         assert (right.metrics[name], wrong.metrics[name]) == (1.0, 0.0)
     assert right.metrics["caption_subtraction"] == wrong.metrics["caption_subtraction"] == 1.0
 
@@ -101,6 +106,7 @@ def test_a_model_that_knows_only_what_is_mentioned_first_fails_when_reversed():
     found = difference.evaluate(subject(sentences([1, 0, 0], also_reversed=False), Z, attributes=(SIZE,)))
     assert found.metrics["difference"] == 1.0
     assert found.metrics["reversed"] == 0.0
+    assert 0 < found.metrics["unseen"] < 1  # half of it tells of the second image first
 
 
 def test_a_scorer_that_says_the_same_of_every_sentence_is_at_chance():
@@ -130,6 +136,10 @@ def test_claims_are_true_clear_and_drawn_by_seed(seed):
             assert opposite.index(said[1]) < opposite.index(said[0])
             assert other.index("second") < other.index("first")
             assert other.index(said[1]) < other.index(said[0])
+        for up, text in zip(gaps > 0, claims.unseen):
+            said = (attribute.more, attribute.less) if up else (attribute.less, attribute.more)
+            assert f"{said[0]} in the first" in text
+            assert f"{said[1]} in the second" in text
         assert claims.text == difference.draw_claims(attribute, 50, seed).text
 
 

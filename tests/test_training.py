@@ -145,7 +145,7 @@ def test_the_folder_holds_what_is_needed_to_repeat_it(config):
     about = json.loads((run / "environment.json").read_text())
     assert about["versions"]["torch"]
     assert about["start"] == Clip.create("example").weights_hash()
-    assert set(about["data"]) == {"differences", "images"}
+    assert set(about["data"]) == {"differences", "images", "captions"}
     assert str(Path.cwd()) not in (run / "environment.json").read_text() + (run / "config.yaml").read_text()
 
 

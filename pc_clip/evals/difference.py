@@ -1,9 +1,10 @@
 """Does the embedding of a difference sentence point along the difference of the two images?
 
-PC-CLIP's difference classification (arXiv 2409.09721): is cos(text, z_i - z_j) > 0 for a
-sentence that is true of (i, j)? That figure flatters, so its companions are always beside it: two_way (the
-true sentence against its opposite), reversed (the same fact told of the second image first) and
-caption_subtraction (two plain phrases and the untrained model, no training at all).
+PC-CLIP's difference classification (arXiv 2409.09721): is cos(text, z_i - z_j) > 0 for a sentence that is
+true of (i, j)? That figure flatters, so its companions are always beside it: two_way (the true sentence
+against its opposite), reversed (the same fact told of the second image first), unseen (a wording no writer
+of ours uses, in either order) and caption_subtraction (two plain phrases and the untrained model, no
+training at all). The wordings of all but the last two are also those of the rules writer.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 from pc_clip import differences
 from pc_clip.config import EvaluateConfig
 from pc_clip.datasets import Attribute, Dataset
-from pc_clip.differences import contrast, swap_roles
+from pc_clip.differences import UNSEEN, contrast, swap_roles
 from pc_clip.evals import Result, Subject, mean
 
 CANDIDATES = 100  # of which one pair is a sentence's own, for difference_r1
@@ -46,6 +47,7 @@ class Claims(NamedTuple):
     text: list[str]
     opposite: list[str]
     reversed: list[str]
+    unseen: list[str]
 
 
 def draw_claims(attribute: Attribute, n: int, seed: int) -> Claims:
@@ -64,6 +66,7 @@ def draw_claims(attribute: Attribute, n: int, seed: int) -> Claims:
         [contrast(a, b, w) for (a, b), w in zip(said, wording)],
         [contrast(b, a, w) for (a, b), w in zip(said, wording)],
         [contrast(a, b, w + 1) for (a, b), w in zip(said, wording)],
+        [UNSEEN[int(w) // 2].format(a=a, b=b) for (a, b), w in zip(said, wording)],
     )
 
 
@@ -72,12 +75,15 @@ def _of_attributes(subject: Subject) -> Result:
     for k, attribute in enumerate(subject.data.attributes):
         claims = draw_claims(attribute, subject.config.pairs, seed=subject.config.seed + 1000 * k)
         gaps = pair_differences(subject.z, claims.pairs)  # [P, D]
-        texts = {name: subject.clip.embed_texts(getattr(claims, name)) for name in ("text", "opposite", "reversed")}
+        texts = {
+            name: subject.clip.embed_texts(getattr(claims, name)) for name in ("text", "opposite", "reversed", "unseen")
+        }
         cosine = {name: (z * gaps).sum(-1) for name, z in texts.items()}
         found = {
             "difference": share(cosine["text"] > 0),
             "two_way": share(cosine["text"] > cosine["opposite"]),
             "reversed": share(cosine["reversed"] > 0),
+            "unseen": share(cosine["unseen"] > 0),
         }
         if subject.base is not None:
             high, low = subject.base.embed_texts([attribute.high, attribute.low])

@@ -99,8 +99,7 @@ def download(requirements: Path, pins: list[str], folder: Path) -> None:
 
 def check(file: Path, expected: str) -> None:
     """Raise UserError when a file's SHA-256 is not the one expected."""
-    with file.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    found = hashlib.sha256(file.read_bytes()).hexdigest()
     if found != expected:
         raise UserError(f"{file} is not the expected file: its SHA-256 is {found}, not {expected}. Delete it, rerun.")
 

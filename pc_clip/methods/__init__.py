@@ -9,7 +9,6 @@ torch module with
     steps_per_epoch          how many batches that is
     trainable()              the parameters that learn, by name
     notes                    lines for the log: what was counted, dropped, truncated
-    data_hashes              what it learnt from, for the run's folder
 
 The loop in training.py asks for nothing else.
 """

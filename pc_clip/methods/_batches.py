@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -53,7 +51,7 @@ class Images:
             self.z, self.ids = load_embeddings(config.data.embeddings, clip)
         elif not self.learns:
             with PartialState().main_process_first():  # the others then find them in the cache
-                self.z, self.ids = embed_images(clip, data)
+                self.z, self.ids = embed_images(clip, data, workers=config.data.workers)
 
     def batch(self, rows: np.ndarray) -> Tensor:
         """[B, D] embeddings, or [B, 3, H, W] pixels when the image tower learns."""
@@ -66,11 +64,11 @@ class Images:
         return images if self.z is not None else self.clip.encode_image(images)
 
 
-def my_share(batch_size: int) -> slice:
+def my_share(setting: str, batch_size: int) -> slice:
     """Which part of each global batch this process takes. Raises UserError when it cannot be dealt out evenly."""
     state = PartialState()
     if batch_size % state.num_processes:
-        raise UserError(f"train.batch_size {batch_size} cannot be dealt out to {state.num_processes} processes")
+        raise UserError(f"{setting} {batch_size} cannot be dealt out to {state.num_processes} processes")
     each = batch_size // state.num_processes
     return slice(state.process_index * each, (state.process_index + 1) * each)
 
@@ -80,7 +78,3 @@ def shuffled_batches(n: int, batch_size: int, rng: np.random.Generator) -> Itera
     order = rng.permutation(n)
     for start in range(0, n - batch_size + 1, batch_size):
         yield order[start : start + batch_size]
-
-
-def file_hash(path: str | Path) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from pc_clip import losses
@@ -56,7 +57,6 @@ class Method(nn.Module):
         self.steps_per_epoch = len(self.images.ids) // config.train.batch_size
         if not self.steps_per_epoch:
             raise UserError(f"{len(self.images.ids)} images do not fill one batch of {config.train.batch_size}")
-        self.data_hashes = {"images": data.fingerprint}
 
     def trainable(self) -> dict[str, nn.Parameter]:
         fixed = self.config.captions.temperature is not None or self.config.model.train != "both"
@@ -66,7 +66,7 @@ class Method(nn.Module):
     def loader(self, epoch: int) -> Iterator[Batch]:
         """This process's part of each batch; which of an image's captions it has is drawn anew each epoch."""
         rng = np.random.default_rng([self.config.seed, 2, epoch])
-        share = my_share(self.config.train.batch_size)
+        share = my_share("train.batch_size", self.config.train.batch_size)
         for images in shuffled_batches(len(self.images.ids), self.config.train.batch_size, rng):
             texts = np.array([rng.choice(self.caption_rows[n]) for n in images])
             images, texts = images[share], texts[share]
@@ -77,4 +77,4 @@ class Method(nn.Module):
         image = gather(self.images.encode(batch.images).float())  # [B, D]
         temperature = self.config.captions.temperature or 1 / self.model.logit_scale.exp()
         loss = losses.info_nce(text, image, temperature)
-        return loss, {"temperature": 1 / self.model.logit_scale.exp().detach()}
+        return loss, {"temperature": torch.as_tensor(temperature).detach()}

@@ -19,8 +19,8 @@ from pc_clip.clip import Clip
 from pc_clip.config import FinetuneConfig
 from pc_clip.datasets import Dataset
 from pc_clip.distributed import gather
-from pc_clip.errors import UserError, check_choice
-from pc_clip.methods._batches import Images, Texts, file_hash, my_share, shuffled_batches
+from pc_clip.errors import UserError, check_at_least, check_choice
+from pc_clip.methods._batches import Images, Texts, my_share, shuffled_batches
 
 
 @dataclass
@@ -64,6 +64,10 @@ class Method(nn.Module):
         super().__init__()
         self.options: Config = config.pairwise
         check_choice("pairwise.loss", self.options.loss, ("info_nce", "mse"))
+        check_at_least("pairwise.anchor_batch", self.options.anchor_batch, 1)
+        check_at_least("pairwise.anchor_captions", self.options.anchor_captions, 1)
+        if self.options.mirror and config.train.batch_size % 2:
+            raise UserError(f"train.batch_size {config.train.batch_size} is odd; mirror pairs come by twos")
         self.model, self.clip, self.config = clip.model, clip, config
         self.notes: list[str] = []
         self.images = Images(clip, data, config)
@@ -76,7 +80,6 @@ class Method(nn.Module):
             raise UserError(
                 f"{len(self.pairs)} differences do not fill one batch of {config.train.batch_size}; make it smaller"
             )
-        self.data_hashes = {"differences": file_hash(config.data.differences), "images": data.fingerprint}
 
     def _read_differences(self, path: str) -> None:
         """Sentences as tokens, pairs as rows; those that cannot teach anything are dropped and counted."""
@@ -128,7 +131,8 @@ class Method(nn.Module):
     def loader(self, epoch: int) -> Iterator[Batch]:
         """This process's part of each batch. Every pair comes once an epoch, in whole batches."""
         rng = np.random.default_rng([self.config.seed, 2, epoch])
-        share, anchor_share = my_share(self.config.train.batch_size), my_share(self.options.anchor_batch)
+        share = my_share("train.batch_size", self.config.train.batch_size)
+        anchor_share = my_share("pairwise.anchor_batch", self.options.anchor_batch) if self.anchors else slice(0)
         for chosen in shuffled_batches(len(self.pairs), self.pairs_per_batch, rng):
             pairs, rows = self.pairs[chosen], self.text_rows[chosen]
             if self.mirror_rows is not None:
