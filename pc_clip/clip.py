@@ -89,7 +89,9 @@ class Clip:
         folder = f"local-dir:{model_folder('example')}" if name == "example" else name
         with _quiet_open_clip():
             tokenizer = open_clip.get_tokenizer(folder)
-        preprocess = image_transform_v2(PreprocessCfg(**model.visual.preprocess_cfg), is_train=False)
+        # JSON has no tuples: without this, one transform would have two names, and so two caches.
+        settings = {k: tuple(v) if isinstance(v, list) else v for k, v in model.visual.preprocess_cfg.items()}
+        preprocess = image_transform_v2(PreprocessCfg(**settings), is_train=False)
         return cls(model.to(device).eval(), tokenizer, preprocess, name, pretrained)
 
     # -- using it --------------------------------------------------------------------------------------

@@ -36,6 +36,18 @@ def test_open_clip_loads_our_checkpoint_itself(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values()))
 
 
+def test_the_image_transform_comes_back_too(tmp_path):
+    """Some pretrained tags have a transform of their own; a finetuned model must keep it."""
+    model = open_clip.create_model(
+        "RN50", load_weights=False, force_preprocess_cfg={"mean": (0.5,) * 3, "std": (0.5,) * 3}
+    )
+    clip = Clip._complete(model, "RN50", None, "cpu")
+    checkpoint.save_model(tmp_path / "model.safetensors", clip)
+    found = checkpoint.load_model(tmp_path / "model.safetensors")
+    assert repr(found.preprocess) == repr(clip.preprocess)
+    assert found.image_tower_hash() == clip.image_tower_hash()
+
+
 def test_another_architecture_is_named_with_the_first_weight_that_differs(example_clip, tmp_path):
     state = dict(example_clip.model.state_dict())
     state["text_projection"] = torch.zeros(64, 64)

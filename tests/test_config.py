@@ -78,6 +78,19 @@ def test_a_wrong_key_in_a_file_is_named(tmp_path, text, message):
     assert "\n" not in str(error.value)
 
 
+def test_a_switch_alone_means_true():
+    assert finetune("--resume").resume
+    found = finetune("--pairwise.mirror", "--overwrite", "--seed", "3")
+    assert (found.pairwise.mirror, found.overwrite, found.seed, found.resume) == (True, True, 3, False)
+    assert not finetune("--resume", "false").resume
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda"])
+def test_a_device_that_is_not_there_is_said(device):
+    with pytest.raises(UserError, match="device is 'gpu'|torch finds no GPU"):
+        finetune("--device", device)
+
+
 def test_dumped_settings_read_back_equal(tmp_path):
     found = finetune("--train.lr", "3e-7", "--pairwise.anchor", "2", "--data.differences", "x.jsonl")
     (tmp_path / "again.yaml").write_text(dump(found))

@@ -65,4 +65,6 @@ def test_an_image_that_cannot_be_read_stops_with_its_path_and_leaves_no_file(exa
     data = open_dataset("coco", coco_folder, "val2017")
     with pytest.raises(UserError, match=r"000000000003\.jpg cannot be read as an image"):
         embeddings.embed_images(example_clip, data, cache=tmp_path / "cache")
-    assert not list((tmp_path / "cache").rglob("*")) if (tmp_path / "cache").exists() else True
+    with pytest.raises(UserError, match=r"000000000003\.jpg cannot be read as an image"):
+        embeddings.embed_images(example_clip, data, cache=tmp_path / "cache", workers=2)
+    assert not (tmp_path / "cache").exists()

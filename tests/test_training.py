@@ -162,6 +162,50 @@ def test_a_finished_run_is_not_run_again_and_another_is_not_overwritten(config):
     assert (run / "model.safetensors").stat().st_mtime_ns > written
 
 
+def test_a_run_whose_sentences_changed_is_neither_finished_nor_resumed(config):
+    finetune(config)
+    lines = Path("d.jsonl").read_text().splitlines(keepends=True)
+    Path("d.jsonl").write_text("".join(reversed(lines)))
+    for config.resume in (False, True):
+        with pytest.raises(UserError, match="learnt from other data: its differences have changed"):
+            finetune(config)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("batch_size", 0, "batch_size is 0"),
+        ("steps", 0, "steps is 0"),
+        ("log_every", 0, "log_every is 0"),
+        ("batch_size", 15, "odd"),
+    ],
+)
+def test_numbers_that_cannot_be_are_refused(config, setting, value, message):
+    setattr(config.train, setting, value)
+    with pytest.raises(UserError, match=message):
+        finetune(config)
+    assert not Path("runs").exists()
+
+
+def test_weights_that_are_no_numbers_are_never_saved(config, monkeypatch):
+    """A finite loss can still have an infinite gradient; the state on the disk must stay good."""
+    real = torch.optim.Adam.step
+    steps = []
+
+    def step(self, *args, **kwargs):
+        steps.append(0)
+        real(self, *args, **kwargs)
+        if len(steps) == 7:
+            self.param_groups[0]["params"][0].data[0, 0] = float("inf")
+
+    monkeypatch.setattr(torch.optim.Adam, "step", step)
+    with pytest.raises(UserError, match="became nan"):
+        finetune(config)
+    state = load_file("runs/a/state.safetensors")
+    assert all(torch.isfinite(value).all() for value in state.values())
+    assert not Path("runs/a/model.safetensors").exists()
+
+
 def test_averaging_with_the_start_is_halfway_between(config):
     end = weights(finetune(config))
     config.name, config.train.blend = "b", 0.5
