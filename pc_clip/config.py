@@ -148,6 +148,7 @@ class GenerateConfig:
         n_images: How many images are drawn; empty for all.
         n_pairs: How many pairs of them are drawn; empty for all.
         both_orders: Whether each pair is written about in both orders.
+        caption: Which of an image's captions is used: random (drawn for each pair) or longest (it says most).
         writer: rules or transformers.
         seed: Of every random choice.
         out: Where the sentences are kept.
@@ -161,6 +162,7 @@ class GenerateConfig:
     n_images: int | None = None
     n_pairs: int | None = None
     both_orders: bool = False
+    caption: str = "random"
     writer: str = "rules"
     seed: int = 0
     out: str = "llm_diffs"

@@ -28,7 +28,7 @@ from pc_clip.writers import Job, LanguageModelWriter, RulesWriter, Writer
 
 log = logging.getLogger(__name__)
 
-EXAMPLE = GenerateConfig(n_images=3000, n_pairs=20000)  # configs/diffs_example.yaml, which a test compares
+EXAMPLE = GenerateConfig(n_images=3000, n_pairs=20000, caption="longest")  # configs/diffs_example.yaml, which a test compares
 
 
 def generate(config: GenerateConfig) -> Path:
@@ -37,11 +37,14 @@ def generate(config: GenerateConfig) -> Path:
     Raises UserError when the file exists with other settings, and for captions that cannot be used.
     """
     check_choice("writer", config.writer, ("rules", "transformers"))
+    check_choice("caption", config.caption, ("random", "longest"))
     for name in ("n_images", "n_pairs", "chunk"):
         if (value := getattr(config, name)) is not None:
             check_at_least(name, value, 1)
     out = Path(config.out) / f"{config.name}.jsonl"
     captions = _captions(config)
+    if config.caption == "longest":
+        captions = {key: (max(texts, key=len),) for key, texts in captions.items()}
     settings = _settings(config)
     if out.is_file() and not config.overwrite:
         if _made_with(out.with_suffix(".meta.json")) == settings:
