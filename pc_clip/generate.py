@@ -28,7 +28,9 @@ from pc_clip.writers import Job, LanguageModelWriter, RulesWriter, Writer
 
 log = logging.getLogger(__name__)
 
-EXAMPLE = GenerateConfig(n_images=3000, n_pairs=20000, caption="longest")  # configs/diffs_example.yaml, which a test compares
+EXAMPLE = GenerateConfig(
+    n_images=3000, n_pairs=20000, caption="longest"
+)  # configs/diffs_example.yaml, which a test compares
 
 
 def generate(config: GenerateConfig) -> Path:
