@@ -15,7 +15,8 @@ from pc_clip.errors import UserError, run_script
 
 def read(paths: Iterable[Path]) -> list[dict[str, Any]]:
     """All results in files and below folders. Raises UserError where there are none."""
-    files = [f for path in paths for f in (sorted(path.rglob("*.json")) if path.is_dir() else [path])]
+    paths = list(paths)
+    files = [f for path in paths for f in (sorted(path.rglob("*.json")) if path.is_dir() else [path]) if f.is_file()]
     results = []
     for file in files:
         content = json.loads(file.read_text(encoding="utf-8"))
