@@ -193,7 +193,7 @@ def test_other_captions_under_the_same_name_are_other_settings(config):
 
 @pytest.fixture
 def example(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["/home/somebody/generate_diffs.py", "--seed", "3"])
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / "generate_diffs.py"), "--seed", "3"])
     return generate.generate(
         GenerateConfig(name="val", split="val", n_images=40, n_pairs=120, seed=3, out=str(tmp_path / "out"))
     )
@@ -215,7 +215,7 @@ def test_the_file_beside_it_says_how_it_was_made(example, tmp_path):
     assert said["writer"] == {"writer": "rules"}
     assert said["versions"]["torch"] and said["pc_clip"] and said["command"] == ["generate_diffs.py", "--seed", "3"]
     text = example.with_suffix(".meta.json").read_text(encoding="utf-8")
-    assert not any(str(path) in text for path in (tmp_path, ROOT, Path.home(), "/home/somebody"))
+    assert not any(str(path) in text for path in (tmp_path, ROOT, Path.home()))
 
 
 def test_rejected_sentences_are_counted_by_reason_and_left_out(config, monkeypatch):
