@@ -95,6 +95,10 @@ def _one(subject: Subject, mode: str, folder: Path, weights: str) -> dict[str, A
     result = {
         "model": folder.name, "evaluation": mode, "dataset": data.label, "about": _suffix(config).strip("-"),
         "metrics": found.metrics, "n": found.n,
+        "intervals": found.intervals, "curves": [curve._asdict() for curve in found.curves],
+        "pictures": [
+            {"file": f"{path.stem}-{name}", "alt": picture.alt} for name, picture in found.pictures.items()
+        ],
         "details": found.details, "key": key, "weights": weights, "checkpoint_of": subject.clip.describe(),
         "seed": config.seed, **environment.describe(),
     }  # fmt: skip
@@ -135,7 +139,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 def _write(path: Path, result: dict[str, Any], found: Result) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     for name, picture in found.pictures.items():
-        _save_picture(path.with_name(f"{path.stem}-{name}"), picture)
+        _save_picture(path.with_name(f"{path.stem}-{name}"), picture.image)
     if "order" in found.details:
         table = pd.DataFrame(found.details["order"])
         table.insert(0, "rank", range(1, len(table) + 1))

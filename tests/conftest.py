@@ -15,8 +15,9 @@ import hypothesis
 import torch
 from accelerate.state import AcceleratorState
 
-from pc_clip import datasets
 from pc_clip.clip import Clip
+from pc_clip.datasets import embedded
+from pc_clip.example import scenes
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -35,7 +36,7 @@ def _here(tmp_path, monkeypatch):
 @pytest.fixture
 def small_example(monkeypatch):
     """The embedded example with few scenes, for tests that only need it to run."""
-    monkeypatch.setattr(datasets, "EXAMPLE_SIZES", {"train": 300, "val": 60, "test": 80})
+    monkeypatch.setattr(embedded, "EXAMPLE_SIZES", {"train": 300, "val": 60, "test": 80})
 
 
 @pytest.fixture(scope="session")
@@ -55,7 +56,7 @@ def coco_folder(tmp_path) -> Path:
     images, annotations = [], []
     for i in range(12):
         name = f"{i:012d}.jpg"
-        datasets.scenes.draw(scene("val", i)).save(root / "val2017" / name)
+        scenes.draw(scene("val", i)).save(root / "val2017" / name)
         images.append({"id": i, "file_name": name})
         annotations += [{"image_id": i, "id": 10 * i + k, "caption": c} for k, c in enumerate(captions("val", i)[:2])]
     path = root / "annotations" / "captions_val2017.json"

@@ -14,7 +14,15 @@ from PIL import Image
 
 from pc_clip import datasets
 from pc_clip._torchvision import torchvision
-from pc_clip.datasets import open_dataset, read_captions, read_coco_captions, read_image, read_simclip_tsv
+from pc_clip.datasets import (
+    __main__,
+    embedded,
+    open_dataset,
+    read_captions,
+    read_coco_captions,
+    read_image,
+    read_simclip_tsv,
+)
 from pc_clip.errors import UserError
 from pc_clip.example import scenes, world
 from pc_clip.example.captions import parse
@@ -64,7 +72,7 @@ def test_a_data_set_that_is_not_there_says_where_it_was_looked_for_and_what_to_f
 def test_the_list_says_which_are_found_and_what_to_fetch(tmp_path, monkeypatch, capsys):
     (tmp_path / "data" / "coco").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    datasets.main()
+    __main__.main()
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if not line.startswith(" ")}
     assert lines.keys() == datasets.READERS.keys()
     found = {name for name, line in lines.items() if "not found" not in line}
@@ -77,29 +85,29 @@ def test_the_list_says_which_are_found_and_what_to_fetch(tmp_path, monkeypatch, 
 def test_splits_of_the_example_share_no_scene_and_no_id():
     shown = {split: [world.scene(split, n) for n in range(300)] for split in ("train", "val", "test")}
     assert len(set().union(*shown.values())) == 900
-    assert len(set().union(*(datasets.example(split, 20).ids for split in shown))) == 60
+    assert len(set().union(*(embedded.example(split, 20).ids for split in shown))) == 60
 
 
 def test_the_example_is_the_same_every_time_and_a_prefix_of_a_longer_one():
-    one, same, longer = datasets.example("val", 12), datasets.example("val", 12), datasets.example("val", 30)
+    one, same, longer = embedded.example("val", 12), embedded.example("val", 12), embedded.example("val", 30)
     world.scene.cache_clear()
-    again = datasets.example("val", 12)
+    again = embedded.example("val", 12)
     for other in (same, longer, again):
         assert other.ids[:12] == one.ids and other.captions[:12] == one.captions
         assert all(one.load(n) == other.load(n) for n in range(12))
     assert one.fingerprint == same.fingerprint == again.fingerprint != longer.fingerprint
-    assert one.fingerprint != datasets.example("test", 12).fingerprint
+    assert one.fingerprint != embedded.example("test", 12).fingerprint
 
 
 def test_opening_the_example_gives_the_whole_split():
     data = open_dataset("example")
-    assert data.label == "example/test" and len(data) == len(data.captions) == datasets.EXAMPLE_SIZES["test"]
+    assert data.label == "example/test" and len(data) == len(data.captions) == embedded.EXAMPLE_SIZES["test"]
     assert len(set(data.ids)) == len(data)
     assert data.load(3) == scenes.draw(world.scene("test", 3)) and data.load(3).mode == "RGB"
 
 
 def test_questions_about_the_example_have_true_answers():
-    data = datasets.example("val", 400)
+    data = embedded.example("val", 400)
     assert {q.name for q in data.questions} == world.CLASSES.keys()
     for question in data.questions:
         assert question.rows.dtype == question.target.dtype == np.int64
@@ -118,7 +126,7 @@ def test_questions_about_the_example_have_true_answers():
 
 
 def test_attributes_of_the_example_order_its_scenes():
-    data = datasets.example("val", 400)
+    data = embedded.example("val", 400)
     values = {attribute.name: attribute.value for attribute in data.attributes}
     assert values.keys() == {"size", "background", "count"}
     shown = [world.scene("val", row) for row in range(400)]
@@ -131,7 +139,7 @@ def test_attributes_of_the_example_order_its_scenes():
 
 @pytest.mark.parametrize("name", ["size", "background", "count"])
 def test_a_clear_difference_is_one_that_words_can_tell(name):
-    data = datasets.example("val", 400)
+    data = embedded.example("val", 400)
     attribute = next(a for a in data.attributes if a.name == name)
     assert {attribute.more, attribute.less} == set(world.COMPARATIVES[name])
     question = next(q for q in data.questions if q.name == name)

@@ -5,7 +5,8 @@ import torch
 
 from pc_clip import embeddings
 from pc_clip.clip import Clip
-from pc_clip.datasets import example, open_dataset
+from pc_clip.datasets import open_dataset
+from pc_clip.datasets.embedded import example
 from pc_clip.errors import UserError
 
 

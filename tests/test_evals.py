@@ -180,7 +180,7 @@ def test_pair_accuracy_is_the_share_of_clear_pairs_in_order(values, seed):
 def test_known_attributes_are_ranked_and_drawn():
     found = rank.evaluate(subject(sentences([1, 0, 0]), Z, attributes=(SIZE,)))
     assert found.metrics["rank"] == found.metrics["spearman_size"] == found.metrics["rank_by_subtraction"] == 1.0
-    assert found.pictures["size.png"].size[0] > 300
+    assert found.pictures["size.png"].image.size[0] > 300
 
 
 def test_a_folder_is_ranked_by_a_phrase_and_by_a_phrase_against_another():

@@ -320,9 +320,9 @@ WORKER = """
 import sys
 import torch
 from test_training import *  # noqa: F403
-from pc_clip import datasets
+from pc_clip.datasets import embedded
 from accelerate import Accelerator
-datasets.EXAMPLE_SIZES = {"train": 300, "val": 60, "test": 80}
+embedded.EXAMPLE_SIZES = {"train": 300, "val": 60, "test": 80}
 config = FinetuneConfig(name=sys.argv[1], out="runs", device="cpu")
 config.data.split, config.data.differences = "train", "d.jsonl"
 config.train = TrainConfig(batch_size=16, steps=4, lr=1e-3, threads=1)

@@ -19,10 +19,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from pc_clip.clip import Clip
@@ -34,17 +35,37 @@ from pc_clip.errors import UserError, check_choice
 log = logging.getLogger(__name__)
 
 
+class Curve(NamedTuple):
+    """A figure over a setting: series name -> [(x, y), ...]. `marked` is the x that was chosen, if one was."""
+
+    title: str
+    x: str
+    y: str
+    series: dict[str, list[tuple[float, float]]]
+    marked: float | None = None
+
+
+class Picture(NamedTuple):
+    """A picture, and in words what it shows, for those who cannot see it."""
+
+    image: Image.Image
+    alt: str
+
+
 @dataclass
 class Result:
-    """metrics: fractions by name; n: how many items they are over; details: whatever explains them.
+    """What an evaluation found.
 
-    pictures: file name -> PIL image, written beside the result.
+    metrics: fractions by name; n: how many items they are over; intervals: metric -> its bootstrap 95 %
+    interval; details: whatever explains them; curves, and pictures by file name, are for people to look at.
     """
 
     metrics: dict[str, float]
     n: int
     details: dict[str, Any] = field(default_factory=dict)
-    pictures: dict[str, Any] = field(default_factory=dict)
+    pictures: dict[str, Picture] = field(default_factory=dict)
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+    curves: list[Curve] = field(default_factory=list)
 
 
 @dataclass

@@ -8,7 +8,6 @@ so only the order and a contact sheet come out.
 from __future__ import annotations
 
 import numpy as np
-from PIL import Image
 from scipy.stats import spearmanr
 from torch import Tensor
 
@@ -16,7 +15,7 @@ from pc_clip.clip import Clip
 from pc_clip.config import EvaluateConfig
 from pc_clip.datasets import Attribute, Dataset
 from pc_clip.differences import contrast
-from pc_clip.evals import Result, Subject, mean
+from pc_clip.evals import Picture, Result, Subject, mean
 from pc_clip.sheets import contact_sheet
 
 SHOWN = 24  # images on a contact sheet, evenly spaced along the order
@@ -89,9 +88,10 @@ def _spearman(score: np.ndarray, attribute: Attribute) -> float:
     return float(spearmanr(score[known], attribute.value[known]).statistic)
 
 
-def _sheet(data: Dataset, score: np.ndarray, title: str, among: np.ndarray | None = None) -> Image.Image:
+def _sheet(data: Dataset, score: np.ndarray, title: str, among: np.ndarray | None = None) -> Picture:
     rows = np.flatnonzero(among) if among is not None else np.arange(len(score))
     order = rows[np.argsort(score[rows], kind="stable")]
     shown = order[np.unique(np.linspace(0, len(order) - 1, min(SHOWN, len(order))).round().astype(int))]
     place = {row: n for n, row in enumerate(order, 1)}
-    return contact_sheet([data.load(int(row)) for row in shown], title, [f"{place[row]}" for row in shown])
+    sheet = contact_sheet([data.load(int(row)) for row in shown], title, [f"{place[row]}" for row in shown])
+    return Picture(sheet, f"{len(shown)} of {len(order)} images in the order of their score, {title}")

@@ -10,7 +10,9 @@ from torch import Tensor
 from pc_clip.clip import Clip
 from pc_clip.config import EvaluateConfig
 from pc_clip.datasets import Dataset, Question
-from pc_clip.evals import Result, Subject, mean
+from pc_clip.evals import Result, Subject, _intervals, mean
+
+LARGEST_CONFUSION = 120  # classes; a larger table says nothing to anyone and swells the result
 
 NEEDS = "a data set with classes"
 
@@ -21,17 +23,22 @@ def applies(data: Dataset, config: EvaluateConfig) -> bool:
 
 def evaluate(subject: Subject) -> Result:
     """Top-1 and top-5 accuracy for each question the data set asks; `zeroshot` is the mean of the top-1."""
-    metrics, details, total = {}, {}, 0
+    metrics, details, intervals, total = {}, {}, {}, 0
     for question in subject.data.questions:
         prompts = class_embeddings(subject.clip, question, subject.config.templates)
         scores = subject.z[torch.from_numpy(question.rows)] @ prompts.T  # [M, classes]
         found = score(scores, question)
         total += len(question.rows)
         details[question.name] = found
+        right = (scores.argmax(1) == torch.from_numpy(question.target)).numpy()
+        intervals[f"zeroshot_{question.name}"] = _intervals.of_mean(right, subject.config.seed)
         metrics[f"zeroshot_{question.name}"] = found["top1"]
         if len(question.classes) > 5:
             metrics[f"top5_{question.name}"] = found["top5"]
-    return Result({"zeroshot": mean([d["top1"] for d in details.values()]), **metrics}, total, details)
+    if len(details) == 1:
+        intervals["zeroshot"] = next(iter(intervals.values()))
+    overall = mean([d["top1"] for d in details.values()])
+    return Result({"zeroshot": overall, **metrics}, total, details, intervals=intervals)
 
 
 def class_embeddings(clip: Clip, question: Question, templates: list[str] | None = None) -> Tensor:
@@ -63,4 +70,6 @@ def score(scores: Tensor, question: Question) -> dict:
             for a, b in largest
             if wrong[a, b]
         ],
+        "classes": list(question.classes),
+        "confusion": confusion.tolist() if len(question.classes) <= LARGEST_CONFUSION else None,
     }

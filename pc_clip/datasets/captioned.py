@@ -1,0 +1,117 @@
+"""Images with captions: COCO's layout, and SimCLIP's table."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from functools import partial
+from pathlib import Path
+
+import pandas as pd
+
+from pc_clip.datasets.dataset import Dataset, digest, read_file, stat
+from pc_clip.errors import UserError
+
+
+def read_coco_captions(path: Path) -> dict[str, tuple[str, tuple[str, ...]]]:
+    """A COCO captions file: image id -> (file name, its captions). Images without a caption are left out.
+
+    Raises UserError when the file is missing, is not JSON, or holds no captions.
+    """
+    if not path.is_file():
+        raise UserError(f"no captions file at {path}. COCO's are in annotations_trainval2017.zip of cocodataset.org.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not JSON ({error}); fetch it again, it may have been cut short") from error
+    if (
+        not isinstance(content, dict)
+        or not isinstance(content.get("images"), list)
+        or not isinstance(content.get("annotations"), list)
+    ):
+        raise UserError(f'{path} is no COCO captions file: it needs the lists "images" and "annotations"')
+    captions: dict[str, list[str]] = {}
+    for kind, key in (("annotations", "image_id"), ("images", "id"), ("images", "file_name")):
+        for n, entry in enumerate(content[kind]):
+            if not isinstance(entry, dict) or key not in entry:
+                raise UserError(f"{path}: entry {n} of {kind} has no {key}: {str(entry)[:80]}")
+    for annotation in content["annotations"]:
+        if not isinstance(annotation.get("caption"), str):
+            raise UserError(
+                f"{path} has annotations without captions (COCO's instances file? captions_*.json is wanted)"
+            )
+        if annotation["caption"].strip():
+            captions.setdefault(str(annotation["image_id"]), []).append(" ".join(annotation["caption"].split()))
+    files = {str(image["id"]): image["file_name"] for image in content["images"]}
+    found = {key: (file, tuple(captions[key])) for key, file in files.items() if key in captions}
+    if not found:
+        raise UserError(f"{path} holds no captions: {len(files)} images, {len(content['annotations'])} annotations")
+    return found
+
+
+def read_simclip_tsv(path: Path) -> dict[str, tuple[str, tuple[str, ...]]]:
+    """SimCLIP's table, `image caption1 caption2 ...`, tab-separated: image id -> (file name, its captions).
+
+    The id is the column `id` where there is one, else the file's name. A missing caption is left out,
+    never "nan". Raises UserError when the file or its columns are missing, or it has no captions.
+    """
+    if not path.is_file():
+        raise UserError(f"no captions file at {path}; give --captions a tab-separated file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", pd.errors.ParserWarning)  # about a tab at the end of each row
+            table = pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False, quoting=3, index_col=False)
+    except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is no tab-separated UTF-8 table: {str(error).strip()}") from error
+    columns = [c for c in table.columns if c.startswith("caption")]
+    if "image" not in table.columns or not columns:
+        raise UserError(
+            f"{path} needs a column image and columns caption1, caption2, ...; found {', '.join(table.columns)}"
+        )
+    found = {}
+    for row in table.to_dict("records"):
+        texts = tuple(" ".join(row[c].split()) for c in columns if row[c].strip())
+        key = row.get("id") or row["image"]
+        if key in found:
+            raise UserError(f"{path} has two rows for {key!r}; put all captions of an image into one row")
+        if texts:
+            found[key] = (row["image"], texts)
+    if not found:
+        raise UserError(f"{path} holds no captions: {len(table)} rows, all without one")
+    return found
+
+
+def read_captions(path: str | Path) -> dict[str, tuple[str, tuple[str, ...]]]:
+    """Captions by image id from either format, told apart by the file's ending."""
+    path = Path(path)
+    return read_simclip_tsv(path) if path.suffix in {".tsv", ".txt", ".csv"} else read_coco_captions(path)
+
+
+def open_coco(root: Path, split: str, missing: str = "error") -> Dataset:
+    """COCO's layout: {root}/[annotations/]captions_{split}.json, pictures in {root}/{split}/."""
+    candidates = [folder / f"captions_{split}.json" for folder in (root / "annotations", root)]
+    path = next((p for p in candidates if p.is_file()), None)
+    if path is None:
+        present = sorted(
+            p.stem.removeprefix("captions_") for f in (root / "annotations", root) for p in f.glob("captions_*.json")
+        )
+        raise UserError(f"{root} has no captions_{split}.json; splits found there: {', '.join(present) or 'none'}")
+    entries = read_coco_captions(path)
+    folders = [root / split, root / "images" / split, root / "images", root]
+    files = {key: next((f / name for f in folders if (f / name).is_file()), None) for key, (name, _) in entries.items()}
+    absent = [entries[key][0] for key, file in files.items() if file is None]
+    if absent and (missing == "error" or len(absent) == len(files)):
+        raise UserError(
+            f"{len(absent)} of the {len(files)} pictures in {path} are not in {root / split}, first {absent[0]}. "
+            f"Get {split}.zip of cocodataset.org, or use only those that are there with --data.missing skip."
+        )
+    kept = [key for key, file in files.items() if file is not None]
+    return Dataset(
+        name="coco",
+        split=split,
+        ids=kept,
+        load=partial(read_file, [files[key] for key in kept]),
+        fingerprint=digest(*[(key, *stat(files[key])) for key in kept]),
+        captions=[entries[key][1] for key in kept],
+        note=f"{len(absent)} pictures named in {path.name} are absent and left out" if absent else "",
+    )

@@ -1,0 +1,104 @@
+"""What a data set is: images with ids, and whatever is known about them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from pc_clip.errors import UserError
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
+PHOTO_TEMPLATE = ("This is a photo of a {}.",)
+
+
+@dataclass(frozen=True)
+class Question:
+    """A classification task: which of `classes` each of some images belongs to.
+
+    rows, target: [M] int64, into the data set's images and into `classes`.
+    graded: what the data set's own files say of each class: attribute -> class -> how much of it. Empty for most.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    rows: np.ndarray
+    target: np.ndarray
+    templates: tuple[str, ...] = PHOTO_TEMPLATE
+    graded: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """Something images have more or less of.
+
+    value: [N] float, NaN where it is not defined. more/less complete "The first image shows ...";
+    high/low name one image that has much or little of it, for a prompt. Two images differ clearly when
+    their values are more than `gap` apart.
+    """
+
+    name: str
+    value: np.ndarray
+    more: str
+    less: str
+    high: str
+    low: str
+    gap: float = 0.0
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Images and what is known about them. `load(row)` gives an RGB image or raises UserError with its path."""
+
+    name: str
+    split: str
+    ids: list[str]
+    load: Callable[[int], Image.Image]
+    fingerprint: str
+    captions: list[tuple[str, ...]] | None = None
+    questions: tuple[Question, ...] = ()
+    attributes: tuple[Attribute, ...] = ()
+    note: str = ""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}/{self.split}" if self.split else self.name
+
+
+# -- for readers --------------------------------------------------------------------------------------
+
+
+def read_image(path: Path) -> Image.Image:
+    """An RGB image, or a UserError that names the path."""
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except FileNotFoundError as error:
+        raise UserError(f"no image at {path}") from error
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} cannot be read as an image ({error}); replace or remove it") from error
+
+
+def read_file(files: list[Path], row: int) -> Image.Image:
+    return read_image(files[row])
+
+
+def is_image_file(path: Path, root: Path) -> bool:
+    hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
+    return path.suffix.lower() in IMAGE_SUFFIXES and not hidden and path.is_file()
+
+
+def stat(path: Path) -> tuple[int, int]:
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
+
+
+def digest(*parts: object) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
