@@ -180,16 +180,27 @@ class EvaluateConfig:
         root: The folder it is in, unless it is where that list says.
         split: Which part of it; empty for the test split.
         missing: What pictures absent from a captions file's list mean, error or skip.
+        download: Fetch the data set if it is not there.
         mode: Evaluations, separated by commas; empty for all that the data set allows.
         checkpoint: A run's folder, a .safetensors or .pt file; empty for the model as it was pretrained.
-        differences: A JSONL file of sentences about this data set's images, for --mode difference.
+        differences: A JSONL file of sentences about this data set's images or classes, for --mode difference.
+        tasks: Attributes to ask about, by file in configs/attributes/; empty for all that fit the data set.
+        n_pairs: Pairs of images drawn for each attribute, each time.
+        draws: How often pairs, or the shots of a probe, are drawn anew; the mean is reported.
         images: A folder of images to put in order, for --mode rank.
         attribute: The sentence or phrase they are ordered by.
         against: Its opposite, if there is one.
         sugar_crepe: The folder of SugarCrepe's JSON files, for --mode compositional.
-        templates: Prompts with {} for the class, in place of the data set's own.
-        alphas: The values tried for comparative prompting.
-        pairs: Pairs of images drawn for each attribute.
+        prompts: paper for "This is a photo of a {}.", several for the mean over the data set's own list of prompts.
+        templates: Prompts with {} for the class, in place of either.
+        alphas: The values tried for comparative prompting and for averaging weights.
+        pairs: Which classes --mode comparative compares: file for configs/comparisons/, auto for those most confused
+            on validation images, described by the writer.
+        n_comparisons: How many confused pairs of classes auto compares.
+        calibrate: How comparisons are brought to the scale of prompts, one or more of none, norm and offset.
+        descriptions: A file of class descriptions (generate_diffs.py --task describe), for --mode extended.
+        writer: What writes comparisons when pairs is auto, rules or transformers.
+        shots: Labelled images a class for --mode probe.
         seed: Of every random choice.
         label: The name of the results' folder; empty for the checkpoint's.
         out: Where results are kept.
@@ -204,16 +215,26 @@ class EvaluateConfig:
     root: str | None = None
     split: str | None = None
     missing: str = "error"
+    download: bool = False
     mode: str = ""
     checkpoint: str | None = None
     differences: str | None = None
+    tasks: list[str] = field(default_factory=list)
+    n_pairs: int = 2000
+    draws: int = 5
     images: str | None = None
     attribute: str | None = None
     against: str | None = None
     sugar_crepe: str | None = None
+    prompts: str = "paper"
     templates: list[str] = field(default_factory=list)
     alphas: list[float] = field(default_factory=lambda: [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0])
-    pairs: int = 2000
+    pairs: str = "file"
+    n_comparisons: int = 10
+    calibrate: list[str] = field(default_factory=lambda: ["none", "norm", "offset"])
+    descriptions: str | None = None
+    writer: str = "rules"
+    shots: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16])
     seed: int = 0
     label: str | None = None
     out: str = "results"
@@ -223,6 +244,7 @@ class EvaluateConfig:
     device: str = ""
     threads: int = 0
     model: ModelConfig = field(default_factory=ModelConfig)
+    transformers: LanguageModelConfig = field(default_factory=LanguageModelConfig)
 
 
 @dataclass

@@ -31,7 +31,7 @@ class FakeClip:
 def subject(texts, z, config=None, base=True, **known) -> Subject:
     clip = FakeClip(texts, z)
     data = Dataset("made", "test", [str(n) for n in range(len(z))], lambda row: Image.new("RGB", (8, 8)), "f", **known)
-    found = Subject(clip, lambda: clip if base else None, data, config or EvaluateConfig(pairs=50))
+    found = Subject(clip, lambda: clip if base else None, data, config or EvaluateConfig(n_pairs=50))
     found.__dict__["z"] = found.__dict__["base_z"] = clip.z
     return found
 
@@ -112,7 +112,7 @@ def test_a_model_that_knows_only_what_is_mentioned_first_fails_when_reversed():
 def test_a_scorer_that_says_the_same_of_every_sentence_is_at_chance():
     """Pairs come in random order, so leaning to one side cannot help."""
     texts = dict.fromkeys(sentences([1, 0, 0]), [1.0, 0, 0])
-    found = difference.evaluate(subject(texts, Z, EvaluateConfig(pairs=2000), attributes=(SIZE,)))
+    found = difference.evaluate(subject(texts, Z, EvaluateConfig(n_pairs=2000), attributes=(SIZE,)))
     assert found.metrics["difference"] == pytest.approx(0.5, abs=0.05)
     assert found.metrics["two_way"] == 0.0
 

@@ -73,7 +73,7 @@ def draw_claims(attribute: Attribute, n: int, seed: int) -> Claims:
 def _of_attributes(subject: Subject) -> Result:
     details, total = {}, 0
     for k, attribute in enumerate(subject.data.attributes):
-        claims = draw_claims(attribute, subject.config.pairs, seed=subject.config.seed + 1000 * k)
+        claims = draw_claims(attribute, subject.config.n_pairs, seed=subject.config.seed + 1000 * k)
         gaps = pair_differences(subject.z, claims.pairs)  # [P, D]
         texts = {
             name: subject.clip.embed_texts(getattr(claims, name)) for name in ("text", "opposite", "reversed", "unseen")
