@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from pc_clip import checkpoint as checkpoints
-from pc_clip import environment, evals
+from pc_clip import attributes, environment, evals
 from pc_clip.clip import Clip
 from pc_clip.config import EvaluateConfig
 from pc_clip.datasets import Dataset, open_dataset
@@ -27,7 +27,7 @@ from pc_clip.files import write_json, write_text
 log = logging.getLogger(__name__)
 
 # Settings that say where and how, not what: a result does not depend on them.
-_ASIDE = {"out", "label", "again", "batch_size", "workers", "device", "threads", "mode", "checkpoint", "model", "root"}
+_ASIDE = {"out", "label", "again", "batch_size", "workers", "device", "threads", "mode", "checkpoint", "model", "root", "download"}
 
 
 def evaluate(config: EvaluateConfig, checkpoint: str | None) -> list[dict[str, Any]]:
@@ -108,7 +108,7 @@ def _one(subject: Subject, mode: str, folder: Path, weights: str) -> dict[str, A
 
 def _key(config: EvaluateConfig, data: Dataset, mode: str, weights: str, base: str) -> str:
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in _ASIDE}
-    for name in ("differences", "sugar_crepe"):  # by content, so that an edited file is evaluated again
+    for name in ("differences", "descriptions", "sugar_crepe"):  # by content, so that an edited file is evaluated again
         if settings[name]:
             path = Path(settings[name])
             files = sorted(path.glob("*.json")) if path.is_dir() else [path] if path.is_file() else []
@@ -118,7 +118,8 @@ def _key(config: EvaluateConfig, data: Dataset, mode: str, weights: str, base: s
     compared = (
         (COMPARISONS / f"{data.name}.yaml").read_bytes() if (COMPARISONS / f"{data.name}.yaml").is_file() else b""
     )
-    content = repr((settings, data.fingerprint, mode, weights, base, known, graded, WORDINGS, UNSEEN, compared))
+    tasks = [(attributes.FOLDER / f"{task}.yaml").read_bytes() for task in attributes.tasks_of(data.name)]
+    content = repr((settings, data.fingerprint, mode, weights, base, known, graded, tasks, WORDINGS, UNSEEN, compared))
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 

@@ -38,7 +38,7 @@ class Attribute:
 
     value: [N] float, NaN where it is not defined. more/less complete "The first image shows ...";
     high/low name one image that has much or little of it, for a prompt. Two images differ clearly when
-    their values are more than `gap` apart.
+    their values are more than `gap` apart. task: the group it is reported in; empty for its own.
     """
 
     name: str
@@ -48,6 +48,7 @@ class Attribute:
     high: str
     low: str
     gap: float = 0.0
+    task: str = ""
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from pc_clip import attributes
 from pc_clip.clip import Clip
 from pc_clip.config import EvaluateConfig
-from pc_clip.datasets import Dataset, open_dataset
+from pc_clip.datasets import Attribute, Dataset, open_dataset
 from pc_clip.embeddings import embed_images
 from pc_clip.errors import UserError, check_choice
 
@@ -100,6 +101,11 @@ class Subject:
             return None
         same = self.base.image_tower_hash() == self.clip.image_tower_hash()
         return self.z if same else self._embed(self.base, self.data)
+
+    @cached_property
+    def attributes(self) -> tuple[Attribute, ...]:
+        """What images are asked about: the data set's own attributes and the tasks of configs/attributes/."""
+        return attributes.of(self.data, self.config)
 
     def validation(self) -> Subject:
         """The same model on images that are not reported on, for choosing. Raises UserError where there are none."""

@@ -19,17 +19,25 @@ def of_mean(values: np.ndarray, seed: int, draws: int = DRAWS) -> tuple[float, f
     return _middle(weights @ values / len(values))
 
 
-def of_pairs(values: np.ndarray, pairs: np.ndarray, seed: int, draws: int = DRAWS) -> tuple[float, float]:
-    """The interval of a mean over pairs of images, by drawing images. values: [P], pairs: [P, 2] image numbers."""
-    values = np.asarray(values, dtype=np.float64)
+def of_pairs(
+    values: np.ndarray, pairs: np.ndarray, seed: int, weight: np.ndarray | None = None, draws: int = DRAWS
+) -> list[tuple[float, float]]:
+    """The intervals of means over pairs of images, by drawing images.
+
+    values: [P, K], K figures a pair; pairs: [P, 2] image numbers; weight: [P], how much a pair counts.
+    Returns K intervals.
+    """
     images, places = np.unique(pairs, return_inverse=True)
     first, second = places.reshape(pairs.shape).T  # [P] each
-    rng, found = np.random.default_rng(seed), np.empty(draws)
-    for n in range(draws):
+    weight = np.ones(len(pairs)) if weight is None else weight
+    values = np.asarray(values, dtype=np.float64)
+    rng, found = np.random.default_rng(seed), []
+    for _ in range(draws):
         times = rng.multinomial(len(images), np.full(len(images), 1 / len(images)))
-        weight = times[first] * times[second]
-        found[n] = (weight @ values) / weight.sum() if weight.any() else np.nan
-    return _middle(found[~np.isnan(found)]) if not np.isnan(found).all() else (float("nan"), float("nan"))
+        counted = weight * times[first] * times[second]  # [P]
+        if counted.any():
+            found.append(counted @ values / counted.sum())
+    return [_middle(of_one) for of_one in np.array(found).T]
 
 
 def _middle(found: np.ndarray) -> tuple[float, float]:

@@ -5,10 +5,14 @@ true of (i, j)? That figure flatters, so its companions are always beside it: tw
 against its opposite), reversed (the same fact told of the second image first), unseen (a wording no writer
 of ours uses, in either order) and caption_subtraction (two plain phrases and the untrained model, no
 training at all). The wordings of all but the last two are also those of the rules writer.
+
+Pairs are drawn `draws` times; figures are means over the draws, their standard error is in the details, and
+the interval is a bootstrap over images.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,24 +20,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pc_clip import differences
+from pc_clip import attributes, differences
 from pc_clip.config import EvaluateConfig
-from pc_clip.datasets import Attribute, Dataset
-from pc_clip.differences import UNSEEN, contrast, swap_roles
-from pc_clip.evals import Result, Subject, mean
+from pc_clip.datasets import Attribute, Dataset, Question
+from pc_clip.differences import UNSEEN, Difference, contrast, swap_roles
+from pc_clip.errors import UserError, check_at_least
+from pc_clip.evals import Result, Subject, _intervals
+from pc_clip.evals.zeroshot import class_embeddings, templates_of
 
 CANDIDATES = 100  # of which one pair is a sentence's own, for difference_r1
 
-NEEDS = "a data set with graded attributes (example), or --differences FILE"
+NEEDS = "a data set with graded attributes (example, awa2, cifar100, flowers102), or --differences FILE"
 
 
 def applies(data: Dataset, config: EvaluateConfig) -> bool:
-    return bool(data.attributes) or bool(config.differences)
+    return bool(data.attributes) or bool(attributes.tasks_of(data.name)) or bool(config.differences)
 
 
 def evaluate(subject: Subject) -> Result:
-    """With --differences the sentences of that file, else the data set's own graded attributes."""
-    return _of_file(subject) if subject.config.differences else _of_attributes(subject)
+    """With --differences the sentences of that file, about images or about classes; else the attributes' own."""
+    check_at_least("n_pairs", subject.config.n_pairs, 1)
+    check_at_least("draws", subject.config.draws, 1)
+    if not subject.config.differences:
+        return _of_attributes(subject)
+    found = differences.read(subject.config.differences)
+    asked = next((q for q in subject.data.questions if found[0].first in q.classes), None)
+    images = found[0].first in set(subject.data.ids)
+    return _of_classes(subject, found, asked) if asked and not images else _of_images(subject, found)
 
 
 # -- graded attributes ---------------------------------------------------------------------------------
@@ -51,13 +64,13 @@ class Claims(NamedTuple):
 
 
 def draw_claims(attribute: Attribute, n: int, seed: int) -> Claims:
-    """Pairs that clearly differ in one attribute, in random order, each with sentences about it."""
+    """Pairs that clearly differ in one attribute, in random order, each with sentences about it.
+
+    Raises UserError when no two images differ in it.
+    """
     rng = np.random.default_rng(seed)
-    rows = np.flatnonzero(~np.isnan(attribute.value))
-    pairs = rng.choice(rows, size=(8 * n, 2))
-    gap = attribute.value[pairs[:, 0]] - attribute.value[pairs[:, 1]]
-    clear = np.abs(gap) > attribute.gap
-    pairs, up = pairs[clear][:n], gap[clear][:n] > 0
+    pairs = draw_pairs(attribute, n, rng)
+    up = attribute.value[pairs[:, 0]] > attribute.value[pairs[:, 1]]
     wording = 2 * rng.integers(2, size=len(pairs))  # even wordings tell of the first image first, odd ones do not
     said = [(attribute.more, attribute.less) if u else (attribute.less, attribute.more) for u in up]
     return Claims(
@@ -70,59 +83,179 @@ def draw_claims(attribute: Attribute, n: int, seed: int) -> Claims:
     )
 
 
+def draw_pairs(attribute: Attribute, n: int, rng: np.random.Generator, tries: int = 200) -> np.ndarray:
+    """n pairs of images that clearly differ in an attribute, with replacement, in random order.  -> [n, 2]
+
+    Fewer when hardly any pair differs. Raises UserError when none does.
+    """
+    rows = np.flatnonzero(~np.isnan(attribute.value))
+    value = attribute.value[rows]
+    if len(rows) < 2 or value.max() - value.min() <= attribute.gap:
+        raise UserError(f"no two of the images differ in {attribute.name}; it is known of {len(rows)} images")
+    found, total = [], 0
+    for _ in range(tries):
+        drawn = rng.choice(rows, size=(8 * n, 2))
+        clear = drawn[np.abs(attribute.value[drawn[:, 0]] - attribute.value[drawn[:, 1]]) > attribute.gap]
+        found.append(clear)
+        total += len(clear)
+        if total >= n:
+            break
+    return np.concatenate(found)[:n]
+
+
 def _of_attributes(subject: Subject) -> Result:
-    details, total = {}, 0
-    for k, attribute in enumerate(subject.data.attributes):
-        claims = draw_claims(attribute, subject.config.n_pairs, seed=subject.config.seed + 1000 * k)
-        gaps = pair_differences(subject.z, claims.pairs)  # [P, D]
-        texts = {
-            name: subject.clip.embed_texts(getattr(claims, name)) for name in ("text", "opposite", "reversed", "unseen")
-        }
-        cosine = {name: (z * gaps).sum(-1) for name, z in texts.items()}
-        found = {
-            "difference": share(cosine["text"] > 0),
-            "two_way": share(cosine["text"] > cosine["opposite"]),
-            "reversed": share(cosine["reversed"] > 0),
-            "unseen": share(cosine["unseen"] > 0),
-        }
-        if subject.base is not None:
-            high, low = subject.base.embed_texts([attribute.high, attribute.low])
-            along = pair_differences(subject.base_z, claims.pairs) @ (high - low)
-            found["caption_subtraction"] = share((along > 0) == torch.from_numpy(claims.up))
-        details[attribute.name] = found | {"pairs": len(claims.pairs)}
-        total += len(claims.pairs)
-    names = [name for name in next(iter(details.values())) if name != "pairs"]
-    metrics = {name: mean([d[name] for d in details.values()]) for name in names}
-    by_attribute = {f"{name}_{a}": d[name] for a, d in details.items() for name in names}
-    return Result(metrics | by_attribute, total, details)
+    known = subject.attributes
+    if not known:
+        raise UserError(f"{subject.data.label} has no graded attributes for mode difference; it needs {NEEDS}")
+    answers = {a.name: _draws_of(subject, a, seed=subject.config.seed + 1000 * k) for k, a in enumerate(known)}
+    names = next(iter(answers.values())).names
+    details = {
+        name: dict(zip(names, answer.figures().tolist()))
+        | {"standard_error": dict(zip(names, answer.standard_error().tolist())), "pairs": answer.pairs_a_draw()}
+        for name, answer in answers.items()
+    }
+    groups: dict[str, list[_Answers]] = {}
+    for attribute in known:
+        groups.setdefault(attribute.task or attribute.name, []).append(answers[attribute.name])
+    metrics = dict(zip(names, np.mean([a.figures() for a in answers.values()], axis=0).tolist()))
+    intervals = dict(zip(names, _interval_of(list(answers.values()), subject.config.seed)))
+    for group, members in groups.items():
+        metrics |= {f"{n}_{group}": v for n, v in zip(names, np.mean([m.figures() for m in members], axis=0).tolist())}
+        intervals |= {f"{n}_{group}": v for n, v in zip(names, _interval_of(members, subject.config.seed))}
+    return Result(metrics, sum(len(a.pairs) for a in answers.values()), details, intervals=intervals)
 
 
-# -- sentences of a file -------------------------------------------------------------------------------
+class _Answers(NamedTuple):
+    """Which figures were right for which pair. right: [P, K], pairs: [P, 2], draw: [P], names of length K."""
+
+    names: list[str]
+    right: np.ndarray
+    pairs: np.ndarray
+    draw: np.ndarray
+
+    def by_draw(self) -> np.ndarray:
+        return np.array([self.right[self.draw == d].mean(0) for d in np.unique(self.draw)])  # [draws, K]
+
+    def figures(self) -> np.ndarray:
+        return self.by_draw().mean(0)
+
+    def standard_error(self) -> np.ndarray:
+        """Of the mean over the draws, as far as drawing other pairs goes."""
+        found = self.by_draw()
+        return found.std(0, ddof=1) / np.sqrt(len(found)) if len(found) > 1 else np.full(found.shape[1], np.nan)
+
+    def pairs_a_draw(self) -> int:
+        return int(np.bincount(self.draw).max())
 
 
-def _of_file(subject: Subject) -> Result:
-    """sign, two_way, mirrored and R@1 among 100 pairs, for held-out sentences of their own.
+def _interval_of(answers: Sequence[_Answers], seed: int) -> list[tuple[float, float]]:
+    weight = np.concatenate([np.full(len(a.pairs), 1 / len(a.pairs)) for a in answers])  # each attribute counts alike
+    right, pairs = np.concatenate([a.right for a in answers]), np.concatenate([a.pairs for a in answers])
+    return _intervals.of_pairs(right, pairs, seed, weight)
+
+
+def _draws_of(subject: Subject, attribute: Attribute, seed: int) -> _Answers:
+    """All draws of one attribute, answered."""
+    drawn = [draw_claims(attribute, subject.config.n_pairs, seed + 100_000 * d) for d in range(subject.config.draws)]
+    claims = Claims(
+        np.concatenate([c.pairs for c in drawn]),
+        np.concatenate([c.up for c in drawn]),
+        *([text for c in drawn for text in getattr(c, kind)] for kind in Claims._fields[2:]),
+    )
+    gaps = pair_differences(subject.z, claims.pairs)  # [P, D]
+    cosine = {kind: (subject.clip.embed_texts(getattr(claims, kind)) * gaps).sum(-1) for kind in Claims._fields[2:]}
+    right = {
+        "difference": cosine["text"] > 0,
+        "two_way": cosine["text"] > cosine["opposite"],
+        "reversed": cosine["reversed"] > 0,
+        "unseen": cosine["unseen"] > 0,
+    }
+    if subject.base is not None:
+        high, low = subject.base.embed_texts([attribute.high, attribute.low])
+        along = pair_differences(subject.base_z, claims.pairs) @ (high - low)
+        right["caption_subtraction"] = (along > 0) == torch.from_numpy(claims.up)
+    draw = np.concatenate([np.full(len(c.pairs), d) for d, c in enumerate(drawn)])
+    return _Answers(list(right), torch.stack(list(right.values()), dim=1).double().numpy(), claims.pairs, draw)
+
+
+# -- sentences of a file, about images -----------------------------------------------------------------
+
+
+def _of_images(subject: Subject, found: list[Difference]) -> Result:
+    """sign, two_way, mirrored and R@1 among 100 pairs, for held-out sentences about these images.
 
     mirrored: the sentence with first and second exchanged, on the pair in the other order. two_way and
     mirrored are over the sentences that name both images.
     """
-    found = differences.read(subject.config.differences)
     pairs = differences.rows(found, subject.data.ids, subject.config.differences)
-    gaps = pair_differences(subject.z, pairs)
-    text = subject.clip.embed_texts([d.text for d in found])
-    cosine = (text * gaps).sum(-1)
-    metrics = {"sign": share(cosine > 0), "difference_r1": recall_at_1(text, gaps)}
-    swapped = [(n, swap) for n, d in enumerate(found) if (swap := swap_roles(d.text))]
-    if swapped:
-        rows = torch.tensor([n for n, _ in swapped])
-        against = (subject.clip.embed_texts([swap for _, swap in swapped]) * gaps[rows]).sum(-1)
-        metrics["two_way"] = share(cosine[rows] > against)
-        metrics["mirrored"] = share(against < 0)
+    texts = [d.text for d in found]
+    z = None
     if subject.base is not None and subject.data.captions:
         z = subject.base.embed_texts([captions[0] for captions in subject.data.captions])
-        along = pair_differences(subject.base_z, pairs) * pair_differences(z, pairs)
-        metrics["caption_subtraction"] = share(along.sum(-1) > 0)
-    return Result(metrics, len(found), {"sentences": subject.config.differences})
+        z = pair_differences(z, pairs)
+    answers = _of_sentences(subject, texts, pairs, np.zeros(len(pairs), dtype=int), z)
+    metrics, intervals = _summary(answers, subject.config.seed)
+    metrics["difference_r1"] = recall_at_1(subject.clip.embed_texts(texts), pair_differences(subject.z, pairs))
+    return Result(metrics, len(found), {"sentences": subject.config.differences}, intervals=intervals)
+
+
+# -- sentences of a file, about classes ----------------------------------------------------------------
+
+
+def _of_classes(subject: Subject, found: list[Difference], question: Question) -> Result:
+    """The same for sentences on how one class differs from another: each draw shows two images of the two classes.
+
+    caption_subtraction is that of the two classes' ordinary prompts.
+    """
+    classes = differences.rows(found, question.classes, subject.config.differences)  # [S, 2]
+    of_class = [question.rows[question.target == k] for k in range(len(question.classes))]
+    absent = sorted({question.classes[k] for k in np.unique(classes) if not len(of_class[k])})
+    if absent:
+        raise UserError(f"{subject.data.label} shows no {absent[0]}, which {subject.config.differences} speaks of")
+    rng = np.random.default_rng(subject.config.seed)
+    sentence = np.tile(np.arange(len(found)), subject.config.draws)
+    pairs = np.array([[rng.choice(of_class[k]) for k in classes[n]] for n in sentence])
+    draw = np.repeat(np.arange(subject.config.draws), len(found))
+    named = None
+    if subject.base is not None:
+        named = pair_differences(
+            class_embeddings(subject.base, question, templates_of(question, subject.config)), classes
+        )[sentence]
+    answers = _of_sentences(subject, [found[n].text for n in sentence], pairs, draw, named)
+    metrics, intervals = _summary(answers, subject.config.seed)
+    error = dict(zip(answers.names, answers.standard_error().tolist()))
+    details = {"sentences": subject.config.differences, "classes": len(np.unique(classes)), "standard_error": error}
+    return Result(metrics, len(pairs), details, intervals=intervals)
+
+
+def _of_sentences(
+    subject: Subject, texts: list[str], pairs: np.ndarray, draw: np.ndarray, named: Tensor | None
+) -> _Answers:
+    """named: [P, D], the directions of two captions in the untrained model, for caption_subtraction."""
+    gaps = pair_differences(subject.z, pairs)
+    cosine = (subject.clip.embed_texts(texts) * gaps).sum(-1)
+    right = {"sign": (cosine > 0).double()}
+    swapped = {n: swap for n, text in enumerate(texts) if (swap := swap_roles(text))}
+    if swapped:
+        rows = torch.tensor(list(swapped))
+        against = torch.full_like(cosine, torch.nan)
+        against[rows] = (subject.clip.embed_texts(list(swapped.values())) * gaps[rows]).sum(-1)
+        known = ~against.isnan()
+        right["two_way"] = torch.where(known, cosine > against, torch.nan)
+        right["mirrored"] = torch.where(known, against < 0, torch.nan)
+    if named is not None:
+        right["caption_subtraction"] = ((pair_differences(subject.base_z, pairs) * named).sum(-1) > 0).double()
+    return _Answers(list(right), torch.stack(list(right.values()), dim=1).double().numpy(), pairs, draw)
+
+
+def _summary(answers: _Answers, seed: int) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
+    """Means and intervals of each figure over the pairs it is defined on."""
+    metrics, intervals = {}, {}
+    for name, right in zip(answers.names, answers.right.T):
+        known = ~np.isnan(right)
+        metrics[name] = float(right[known].mean())
+        intervals[name] = _intervals.of_pairs(right[known, None], answers.pairs[known], seed)[0]
+    return metrics, intervals
 
 
 def recall_at_1(text: Tensor, gaps: Tensor, candidates: int = CANDIDATES) -> float:
@@ -143,7 +276,3 @@ def recall_at_1(text: Tensor, gaps: Tensor, candidates: int = CANDIDATES) -> flo
 def pair_differences(z: Tensor, pairs: np.ndarray) -> Tensor:
     """Unit differences of rows of z: [N, D], [P, 2] -> [P, D]. Zero where two rows are equal."""
     return F.normalize(z[torch.from_numpy(pairs[:, 0])] - z[torch.from_numpy(pairs[:, 1])], dim=-1)
-
-
-def share(correct: Tensor) -> float:
-    return float(correct.double().mean())

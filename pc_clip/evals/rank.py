@@ -11,20 +11,25 @@ import numpy as np
 from scipy.stats import spearmanr
 from torch import Tensor
 
+from pc_clip import attributes
 from pc_clip.clip import Clip
 from pc_clip.config import EvaluateConfig
 from pc_clip.datasets import Attribute, Dataset
 from pc_clip.differences import contrast
-from pc_clip.evals import Picture, Result, Subject, mean
+from pc_clip.errors import UserError
+from pc_clip.evals import Picture, Result, Subject, _intervals, mean
+from pc_clip.evals.difference import draw_pairs
 from pc_clip.sheets import contact_sheet
 
 SHOWN = 24  # images on a contact sheet, evenly spaced along the order
+SHEETS = 12  # contact sheets at most; --tasks chooses whose
+SAMPLE = 20_000  # pairs an interval is computed from
 
-NEEDS = "a data set with graded attributes (example), or --attribute with --images FOLDER"
+NEEDS = "a data set with graded attributes (example, awa2, cifar100, flowers102), or --attribute with --images FOLDER"
 
 
 def applies(data: Dataset, config: EvaluateConfig) -> bool:
-    return bool(data.attributes) or bool(config.attribute)
+    return bool(data.attributes) or bool(attributes.tasks_of(data.name)) or bool(config.attribute)
 
 
 def evaluate(subject: Subject) -> Result:
@@ -40,23 +45,67 @@ def direction(clip: Clip, phrase: str, against: str | None = None) -> Tensor:
 
 
 def _known(subject: Subject) -> Result:
-    """Graded attributes, ranked by the difference sentence against its mirror, and by the untrained baseline."""
-    details, pictures = {}, {}
-    for attribute in subject.data.attributes:
-        more_first = contrast(attribute.more, attribute.less, 0)
-        less_first = contrast(attribute.less, attribute.more, 0)
-        score = (subject.z @ direction(subject.clip, more_first, less_first)).numpy()
-        found = {"rank": pair_accuracy(score, attribute), "spearman": _spearman(score, attribute)}
-        if subject.base is not None:
-            baseline = (subject.base_z @ direction(subject.base, attribute.high, attribute.low)).numpy()
-            found["rank_by_subtraction"] = pair_accuracy(baseline, attribute)
-        details[attribute.name] = found | {"sentence": more_first, "against": less_first}
-        title = f"{attribute.name}: from {attribute.less} to {attribute.more}"
-        pictures[f"{attribute.name}.png"] = _sheet(subject.data, score, title, ~np.isnan(attribute.value))
-    names = [name for name in next(iter(details.values())) if name not in ("sentence", "against")]
+    """Graded attributes, put in order by sentences and by the untrained baseline.
+
+    rank: by a difference sentence minus its opposite; rank_one_sentence: by the sentence alone; rank_reversed: by
+    the same fact told of the second image first, minus its opposite; rank_by_subtraction: enc(high) - enc(low) in
+    the untrained model; each is the share of clearly different pairs in the right order. spearman: of the first.
+    """
+    if not subject.attributes:
+        raise UserError(f"{subject.data.label} has no graded attributes for mode rank; it needs {NEEDS}")
+    details, pictures, groups = {}, {}, {}
+    for attribute in subject.attributes:
+        scores = _scores(subject, attribute)
+        found = {name: pair_accuracy(score, attribute) for name, score in scores.items()}
+        interval = _interval(list(scores.values()), attribute, subject.config.seed)
+        details[attribute.name] = {
+            **found,
+            "spearman": _spearman(scores["rank"], attribute),
+            "intervals": dict(zip(scores, interval)),
+            "sentence": contrast(attribute.more, attribute.less, 0),
+        }
+        groups.setdefault(attribute.task or attribute.name, []).append(attribute.name)
+        if len(pictures) < SHEETS:
+            title = f"{attribute.name}: from {attribute.less} to {attribute.more}"
+            pictures[f"{attribute.name}.png"] = _sheet(subject.data, scores["rank"], title, ~np.isnan(attribute.value))
+    names = [name for name in next(iter(details.values())) if name not in ("sentence", "intervals")]
     metrics = {name: mean([d[name] for d in details.values()]) for name in names}
-    by_attribute = {f"{name}_{a}": d[name] for a, d in details.items() for name in names}
-    return Result(metrics | by_attribute, len(subject.data), details, pictures)
+    by_group = {f"{n}_{g}": mean([details[a][n] for a in members]) for g, members in groups.items() for n in names}
+    intervals = {
+        f"{name}_{group}": interval
+        for group, members in groups.items()
+        if len(members) == 1
+        for name, interval in details[members[0]]["intervals"].items()
+    }
+    return Result(metrics | by_group, len(subject.data), details, pictures, intervals)
+
+
+def _scores(subject: Subject, attribute: Attribute) -> dict[str, np.ndarray]:
+    """What each way of ranking scores the images.  [N] each"""
+
+    def of(phrase: str, against: str | None) -> np.ndarray:
+        return (subject.z @ direction(subject.clip, phrase, against)).numpy()
+
+    (told, opposite), (told_last, opposite_last) = (
+        (contrast(attribute.more, attribute.less, w), contrast(attribute.less, attribute.more, w)) for w in (0, 1)
+    )
+    found = {
+        "rank": of(told, opposite),
+        "rank_one_sentence": of(told, None),
+        "rank_reversed": of(told_last, opposite_last),
+    }
+    if subject.base is not None:
+        baseline = direction(subject.base, attribute.high, attribute.low)
+        found["rank_by_subtraction"] = (subject.base_z @ baseline).numpy()
+    return found
+
+
+def _interval(scores: list[np.ndarray], attribute: Attribute, seed: int) -> list[tuple[float, float]]:
+    """Bootstrap intervals of pair_accuracy over images, each from the same sample of clear pairs."""
+    pairs = draw_pairs(attribute, SAMPLE, np.random.default_rng(seed))
+    up = np.sign(attribute.value[pairs[:, 0]] - attribute.value[pairs[:, 1]])
+    right = [0.5 + 0.5 * up * np.sign(score[pairs[:, 0]] - score[pairs[:, 1]]) for score in scores]
+    return _intervals.of_pairs(np.stack(right, axis=1), pairs, seed)
 
 
 def _in_words(subject: Subject) -> Result:
@@ -76,10 +125,11 @@ def pair_accuracy(score: np.ndarray, attribute: Attribute) -> float:
     known = ~np.isnan(attribute.value)
     score, value = score[known], attribute.value[known]
     right = total = 0.0
-    for s, v in zip(score, value):  # a row at a time, so that memory stays linear
-        above = value > v + attribute.gap
-        right += (score[above] > s).sum() + 0.5 * (score[above] == s).sum()
-        total += above.sum()
+    for v in np.unique(value):  # a value at a time: linear memory, and two steps where classes are graded 0 or 1
+        above, here = np.sort(score[value > v + attribute.gap]), score[value == v]
+        lower, upper = np.searchsorted(above, here, "left"), np.searchsorted(above, here, "right")
+        right += (len(above) - upper).sum() + 0.5 * (upper - lower).sum()
+        total += len(above) * len(here)
     return float(right / total)
 
 

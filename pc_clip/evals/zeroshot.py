@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,7 @@ from torch import Tensor
 from pc_clip.clip import Clip
 from pc_clip.config import EvaluateConfig
 from pc_clip.datasets import Dataset, Question
+from pc_clip.errors import UserError, check_choice
 from pc_clip.evals import Result, Subject, _intervals, mean
 
 LARGEST_CONFUSION = 120  # classes; a larger table says nothing to anyone and swells the result
@@ -25,7 +28,7 @@ def evaluate(subject: Subject) -> Result:
     """Top-1 and top-5 accuracy for each question the data set asks; `zeroshot` is the mean of the top-1."""
     metrics, details, intervals, total = {}, {}, {}, 0
     for question in subject.data.questions:
-        prompts = class_embeddings(subject.clip, question, subject.config.templates)
+        prompts = class_embeddings(subject.clip, question, templates_of(question, subject.config))
         scores = subject.z[torch.from_numpy(question.rows)] @ prompts.T  # [M, classes]
         found = score(scores, question)
         total += len(question.rows)
@@ -41,10 +44,23 @@ def evaluate(subject: Subject) -> Result:
     return Result({"zeroshot": overall, **metrics}, total, details, intervals=intervals)
 
 
-def class_embeddings(clip: Clip, question: Question, templates: list[str] | None = None) -> Tensor:
+def templates_of(question: Question, config: EvaluateConfig) -> tuple[str, ...]:
+    """The prompts of a question: the user's own, the data set's list with --prompts several, else the one default.
+
+    Raises UserError for a prompt without a place for the class.
+    """
+    check_choice("prompts", config.prompts, ("paper", "several"))
+    found = tuple(config.templates) or (config.prompts == "several" and question.several) or question.templates
+    for template in found:
+        if "{}" not in template:
+            raise UserError(f"the prompt {template!r} has no {{}} where the class belongs")
+    return found
+
+
+def class_embeddings(clip: Clip, question: Question, templates: Sequence[str] = ()) -> Tensor:
     """One unit vector a class: the mean over the templates of the unit embeddings of its prompts.  -> [classes, D]"""
-    used = templates or question.templates
-    prompts = [template.format(name) for name in question.classes for template in used]
+    used = tuple(templates) or question.templates
+    prompts = [template.replace("{}", name) for name in question.classes for template in used]
     z = clip.embed_texts(prompts).view(len(question.classes), len(used), -1)
     return F.normalize(z.mean(1), dim=-1)
 
