@@ -1,8 +1,10 @@
 #!/usr/bin/env python
-"""Write sentences on how one image differs from another: captions -> llm_diffs/NAME.jsonl.
+"""Write sentences on how one image, or class, differs from another: captions -> llm_diffs/NAME.jsonl.
 
 With no argument it writes those of the embedded example, by rule. From COCO's captions, by a language model:
     python generate_diffs.py --config configs/diffs_llama2_coco.yaml
+What classes look like, or how they differ:
+    python generate_diffs.py --task describe --dataset awa2
 Interrupted and started again, it continues where it stopped.
 """
 
@@ -12,7 +14,7 @@ from pathlib import Path
 
 import jsonargparse
 
-from pc_clip.config import GenerateConfig, configure
+from pc_clip.config import GenerateConfig, configure, peek
 from pc_clip.errors import run_script
 from pc_clip.generate import generate
 
@@ -22,7 +24,8 @@ DEFAULT = Path(__file__).parent / "configs" / "diffs_example.yaml"
 def main(argv: Sequence[str] | None = None) -> Path:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     parser = jsonargparse.ArgumentParser(prog="generate_diffs.py", description=__doc__)
-    config = configure(GenerateConfig, parser, argv, default=DEFAULT)
+    default = DEFAULT if peek(argv, "task", None, "pairs") == "pairs" else None
+    config = configure(GenerateConfig, parser, argv, default=default)
     return generate(config)
 
 

@@ -139,31 +139,44 @@ class FinetuneConfig:
 
 @dataclass
 class GenerateConfig:
-    """Write sentences on how one image differs from another, from their captions alone.
+    """Write sentences on how one image differs from another, from their captions alone; or on classes.
 
     Args:
-        name: The sentences go to {out}/{name}.jsonl.
+        name: The sentences go to {out}/{name}.jsonl; empty for example, or for the data set and the task.
+        task: pairs (of images, from their captions), compare (how one class differs from another) or describe (what
+            images of a class look like).
         captions: A COCO captions JSON or a SimCLIP TSV; empty for the captions of the embedded example.
-        split: Which split of the example.
+        dataset: Whose classes are compared or described.
+        root: The folder it is in, unless it is where `python -m pc_clip.datasets` says.
+        question: Which of its classifications, where it has several (the example has).
+        split: Which split of the data set; the first, train, unless named.
         n_images: How many images are drawn; empty for all.
-        n_pairs: How many pairs of them are drawn; empty for all.
+        n_pairs: How many pairs of them, or of classes, are drawn; empty for all.
+        n_each: Descriptions a class.
         both_orders: Whether each pair is written about in both orders.
         caption: Which of an image's captions is used: random (drawn for each pair) or longest (it says most).
         writer: rules or transformers.
+        prompt: What a language model is asked, a YAML like those in configs/prompts/; empty for the task's.
         seed: Of every random choice.
         out: Where the sentences are kept.
         overwrite: Write again what is there already.
         chunk: Sentences between two flushes to the disk.
     """
 
-    name: str = "example"
+    name: str = ""
+    task: str = "pairs"
     captions: str | None = None
-    split: str = "train"
+    dataset: str = "example"
+    root: str | None = None
+    question: str | None = None
+    split: str | None = None
     n_images: int | None = None
     n_pairs: int | None = None
+    n_each: int = 1
     both_orders: bool = False
     caption: str = "random"
     writer: str = "rules"
+    prompt: str | None = None
     seed: int = 0
     out: str = "llm_diffs"
     overwrite: bool = False
@@ -197,7 +210,8 @@ class EvaluateConfig:
         pairs: Which classes --mode comparative compares: file for configs/comparisons/, auto for those most confused
             on validation images, described by the writer.
         n_comparisons: How many confused pairs of classes auto compares.
-        calibrate: How comparisons are brought to the scale of prompts, one or more of none, norm and offset.
+        calibrate: How comparisons are brought to the scale of prompts, one or more of none, norm,
+            offset, centred and shuffled (pc_clip/evals/comparative.py says what they are).
         descriptions: A file of class descriptions (generate_diffs.py --task describe), for --mode extended.
         writer: What writes comparisons when pairs is auto, rules or transformers.
         shots: Labelled images a class for --mode probe.
@@ -231,7 +245,7 @@ class EvaluateConfig:
     alphas: list[float] = field(default_factory=lambda: [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0])
     pairs: str = "file"
     n_comparisons: int = 10
-    calibrate: list[str] = field(default_factory=lambda: ["none", "norm", "offset"])
+    calibrate: list[str] = field(default_factory=lambda: ["none", "norm", "offset", "centred", "shuffled"])
     descriptions: str | None = None
     writer: str = "rules"
     shots: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16])

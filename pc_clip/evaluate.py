@@ -13,8 +13,8 @@ import pandas as pd
 import torch
 from PIL import Image
 
-from pc_clip import checkpoint as checkpoints
 from pc_clip import attributes, environment, evals
+from pc_clip import checkpoint as checkpoints
 from pc_clip.clip import Clip
 from pc_clip.config import EvaluateConfig
 from pc_clip.datasets import Dataset, open_dataset
@@ -27,7 +27,10 @@ from pc_clip.files import write_json, write_text
 log = logging.getLogger(__name__)
 
 # Settings that say where and how, not what: a result does not depend on them.
-_ASIDE = {"out", "label", "again", "batch_size", "workers", "device", "threads", "mode", "checkpoint", "model", "root", "download"}
+_ASIDE = {
+    "out", "label", "again", "batch_size", "workers", "device", "threads", "mode", "checkpoint", "model", "root",
+    "download",
+}  # fmt: skip
 
 
 def evaluate(config: EvaluateConfig, checkpoint: str | None) -> list[dict[str, Any]]:
@@ -125,7 +128,8 @@ def _key(config: EvaluateConfig, data: Dataset, mode: str, weights: str, base: s
 
 def _suffix(config: EvaluateConfig) -> str:
     """Results about different questions to one data set do not overwrite one another."""
-    named = [value for value in (config.differences, config.attribute) if value]
+    named = [config.differences, config.descriptions, config.attribute, *config.tasks]
+    named = [value for value in named if value] + (["auto"] if config.pairs == "auto" else [])
     return "".join(f"-{''.join(c if c.isalnum() else '_' for c in Path(value).stem)[:40]}" for value in named)
 
 

@@ -14,14 +14,19 @@ import numpy as np
 from jinja2 import TemplateError
 from safetensors import SafetensorError
 
+from pc_clip import prompts
 from pc_clip.differences import contrast
 from pc_clip.errors import UserError, check_choice
 from pc_clip.example.captions import OPENINGS, parse
 from pc_clip.example.world import COMPARATIVES
+from pc_clip.prompts import Prompt
 
 
 class Job(NamedTuple):
-    """One sentence to write: the captions of the first and the second image, and a seed of its own."""
+    """One sentence to write: what is known of the first and the second image or class, and a seed of its own.
+
+    second is empty where one class alone is described.
+    """
 
     first: str
     second: str
@@ -64,6 +69,8 @@ class RulesWriter:
         return [self._write(job) for job in jobs]
 
     def _write(self, job: Job) -> str:
+        if not job.second:
+            return job.first  # a description by rule is found where the classes are known (pc_clip/classes.py)
         rng = np.random.default_rng(job.seed)
         a, b = parse(job.first), parse(job.second)
         kinds = [kind for kind in _PREFERENCE if kind in a and kind in b and a[kind] != b[kind]]
@@ -101,26 +108,6 @@ def _as_phrase(caption: str) -> str:
 
 # -- a causal language model ---------------------------------------------------------------------------
 
-SYSTEM = "You compare pictures for someone who cannot see them. You only know what their captions say."
-INSTRUCTION = (
-    "Picture 1: {first}\nPicture 2: {second}\n"
-    "Say in one or two sentences what looks different in the first image compared with the second image."
-)
-EXAMPLES = (  # for models without a chat template: two worked answers show what is wanted
-    (
-        "A brown dog lies on a red sofa.",
-        "Two children fly a kite on a sandy beach.",
-        "The first image shows a brown dog resting on a red sofa indoors, while the second image shows two "
-        "children flying a kite outside on a beach.",
-    ),
-    (
-        "A plate with a slice of pizza and a fork.",
-        "A large white bus on a city street at night.",
-        "The first image shows a close view of food on a plate, while the second image shows a large white bus "
-        "on a dark city street.",
-    ),
-)
-
 
 @dataclass
 class LanguageModelConfig:
@@ -148,7 +135,7 @@ class LanguageModelConfig:
 class LanguageModelWriter:
     """Asks a causal language model, through its chat template or, where it has none, with worked examples."""
 
-    def __init__(self, config: LanguageModelConfig) -> None:
+    def __init__(self, config: LanguageModelConfig, prompt: Prompt | None = None) -> None:
         import torch
 
         from pc_clip import _torchvision  # noqa: F401  (transformers imports torchvision)
@@ -158,6 +145,7 @@ class LanguageModelWriter:
         check_choice("transformers.dtype", config.dtype, ("float32", "bfloat16", "float16"))
         transformers.utils.logging.disable_progress_bar()
         self.config, self.torch = config, torch
+        self.asked = prompt or prompts.read(prompts.FOLDER / "pairs.yaml")
         source = {"gguf_file": config.gguf_file} if config.gguf_file else {}
         try:
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(config.model, **source)
@@ -199,18 +187,16 @@ class LanguageModelWriter:
 
     def prompt(self, job: Job) -> str:
         """The text the model continues."""
-        question = INSTRUCTION.format(first=job.first.strip(), second=job.second.strip())
         if self.tokenizer.chat_template:
-            return self._chat(question)
-        shown = [f"{INSTRUCTION.format(first=a, second=b)}\nAnswer: {answer}" for a, b, answer in EXAMPLES]
-        return "\n\n".join([*shown, f"{question}\nAnswer:"])
+            return self._chat(self.asked.question(job.first, job.second))
+        return self.asked.with_examples(job.first, job.second)
 
     def _chat(self, question: str) -> str:
-        chat = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}]
+        chat = [{"role": "system", "content": self.asked.system}, {"role": "user", "content": question}]
         try:
             return self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
         except TemplateError:  # some templates, Gemma's for one, know no system role
-            chat = [{"role": "user", "content": f"{SYSTEM}\n\n{question}"}]
+            chat = [{"role": "user", "content": f"{self.asked.system}\n\n{question}"}]
             return self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
 
     def _generation(self) -> dict[str, Any]:
@@ -230,7 +216,7 @@ class LanguageModelWriter:
             "writer": "transformers",
             **vars(self.config),
             "chat_template": bool(self.tokenizer.chat_template),
-            "system": SYSTEM,
-            "instruction": INSTRUCTION,
-            "worked_examples": [] if self.tokenizer.chat_template else [list(example) for example in EXAMPLES],
+            "system": self.asked.system,
+            "instruction": self.asked.instruction,
+            "worked_examples": [] if self.tokenizer.chat_template else list(self.asked.examples),
         }

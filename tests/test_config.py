@@ -135,6 +135,6 @@ def test_unknown_methods_and_modes_name_the_known():
 
     with pytest.raises(UserError, match="method is 'pairwize'. Did you mean 'pairwise'"):
         methods.find("pairwize")
-    with pytest.raises(UserError, match="Known: comparative, compositional, difference, rank, retrieve, zeroshot"):
+    with pytest.raises(UserError, match="Known: .*comparative, compositional, difference, .*rank, retrieve, zeroshot"):
         evals.find("everything")
     assert EvaluateConfig().mode == ""

@@ -15,7 +15,7 @@ from pc_clip.config import EvaluateConfig
 from pc_clip.datasets import Attribute, Dataset, Question, open_dataset
 from pc_clip.differences import Difference, swap_roles, to_line
 from pc_clip.errors import UserError
-from pc_clip.evals import Subject, comparative, compositional, difference, rank, retrieve, zeroshot
+from pc_clip.evals import Subject, compositional, difference, rank, retrieve, zeroshot
 
 
 class FakeClip:
@@ -192,55 +192,6 @@ def test_a_folder_is_ranked_by_a_phrase_and_by_a_phrase_against_another():
         assert [row["image"] for row in found.details["order"]] == ["2", "1", "0"]
     unit = np.array([1.0, 0.9]) / np.hypot(1.0, 0.9)
     assert against.details["order"][1]["score"] == pytest.approx(unit[0] - unit[1], abs=1e-6)
-
-
-# -- comparative prompting ---------------------------------------------------------------------------------
-
-
-def test_prompts_are_corrected_by_the_mean_of_the_comparisons():
-    question = Question("q", ("a", "b", "c"), np.arange(3), np.arange(3), ("{}",))
-    texts = {"a": [1, 0, 0], "b": [0, 1, 0], "c": [0, 0, 1], "a over b": [0.6, 0.8, 0], "c over b": [0, 0.6, 0.8]}
-    clip = FakeClip(texts, np.eye(3))
-    prompts = zeroshot.class_embeddings(clip, question)
-    comparisons = [
-        {"class_a": "a", "class_b": "b", "text": "a over b"},
-        {"class_a": "c", "class_b": "b", "text": "c over b"},
-    ]
-    found = comparative.corrected_prompts(clip, question, prompts, comparisons)
-    expected = ((np.array([1, 0, 0]) - [0.6, 0.8, 0]) + (np.array([0, 0, 1]) - [0, 0.6, 0.8])) / 2
-    assert np.allclose(found[1], expected, atol=1e-6)
-    assert torch.equal(found[[0, 2]], prompts[[0, 2]])
-
-
-def test_alpha_is_chosen_on_validation_and_reported_on_test(monkeypatch, tmp_path):
-    """On validation alpha 0 is best; on test it is worse than plain zero-shot, and that is what is reported."""
-    question = Question("q", ("a", "b"), np.arange(2), np.array([0, 1]), ("{}",))
-    flipped = Question("q", ("a", "b"), np.arange(2), np.array([1, 0]), ("{}",))
-    texts = {"a": [1, 0], "b": [0, 1], "worse": [-1.0, 2.0], "more": [2.0, -1.0]}
-    test = subject(texts, [[1, 0.2], [0.2, 1]], questions=(question,))
-    held_out = subject(texts, [[1, 0.2], [0.2, 1]], questions=(flipped,))
-    monkeypatch.setattr(Subject, "validation", lambda self: held_out)
-    monkeypatch.setattr(comparative, "FOLDER", tmp_path)
-    comparisons = {
-        "q": [{"class_a": "b", "class_b": "a", "text": "worse"}, {"class_a": "a", "class_b": "b", "text": "more"}]
-    }
-    (tmp_path / "made.yaml").write_text(json.dumps(comparisons))
-    found = comparative.evaluate(test)
-    curve = {row["alpha"]: row for row in found.details["q"]["curve"]}
-    best = found.details["q"]["alpha"]
-    assert curve[best]["validation"] == max(row["validation"] for row in curve.values())
-    assert found.metrics["comparative"] == curve[best]["test"]
-    assert found.metrics["plain"] == 1.0
-
-
-def test_comparisons_of_classes_that_do_not_exist_are_refused(tmp_path):
-    data = open_dataset("example", split="val")
-    (tmp_path / "c.yaml").write_text("size:\n  - {class_a: huge, class_b: small, text: x}\n")
-    with pytest.raises(UserError, match="'huge' is no class of size: small, medium, large"):
-        comparative.read_comparisons(tmp_path / "c.yaml", data)
-    (tmp_path / "c.yaml").write_text("weight:\n  - {class_a: a, class_b: b, text: x}\n")
-    with pytest.raises(UserError, match="compares classes of 'weight'"):
-        comparative.read_comparisons(tmp_path / "c.yaml", data)
 
 
 # -- retrieval and SugarCrepe --------------------------------------------------------------------------------

@@ -9,11 +9,14 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from pc_clip import _torchvision  # noqa: F401  (before transformers)
+from pc_clip import (
+    _torchvision,  # noqa: F401  (before transformers)
+    prompts,
+)
 from pc_clip.errors import UserError
 from pc_clip.example import world
 from pc_clip.example.captions import PLACES, parse
-from pc_clip.writers import EXAMPLES, SYSTEM, Job, LanguageModelConfig, LanguageModelWriter, RulesWriter
+from pc_clip.writers import Job, LanguageModelConfig, LanguageModelWriter, RulesWriter
 
 import transformers  # isort: skip
 
@@ -109,6 +112,7 @@ def test_the_rules_depend_on_the_job_alone_and_on_its_seed():
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<reply>{% endif %}"
 )
+PAIRS = prompts.read(prompts.FOLDER / "pairs.yaml")
 NO_SYSTEM = (
     "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + TEMPLATE
 )
@@ -172,14 +176,16 @@ def test_drawn_answers_do_not_depend_on_the_batch(folders):
 
 def test_a_chat_template_is_used_where_there_is_one(folders):
     prompt = writer(folders["chat"]).prompt(Job(" A dog.\n", "A cat.", 0))
-    assert prompt.startswith(f"<system>{SYSTEM}\n<user>Picture 1: A dog.\nPicture 2: A cat.\n")
+    assert prompt.startswith(f"<system>{PAIRS.system}\n<user>Picture 1: A dog.\nPicture 2: A cat.\n")
     assert prompt.endswith("\n<reply>")
-    assert not any(answer in prompt for *_, answer in EXAMPLES)
+    assert not any(answer in prompt for answer in (e["answer"] for e in PAIRS.examples))
 
 
 def test_a_model_without_a_chat_template_gets_worked_examples(folders):
     prompt = writer(folders["base"]).prompt(Job("A dog.", "A cat.", 0))
-    ends = [prompt.index(answer) for *_, answer in EXAMPLES] + [prompt.index("Picture 1: A dog.\nPicture 2: A cat.\n")]
+    ends = [prompt.index(answer) for answer in (e["answer"] for e in PAIRS.examples)] + [
+        prompt.index("Picture 1: A dog.\nPicture 2: A cat.\n")
+    ]
     assert ends == sorted(ends)
     assert prompt.endswith("\nAnswer:")
 
@@ -202,7 +208,9 @@ def test_a_base_model_stops_at_the_end_of_the_line(folders):
 
 def test_what_wrote_the_sentences_is_described(folders):
     described = writer(folders["chat"]).describe()
-    assert described["chat_template"] is True and described["temperature"] == 0.0 and described["system"] == SYSTEM
+    assert (
+        described["chat_template"] is True and described["temperature"] == 0.0 and described["system"] == PAIRS.system
+    )
     assert RulesWriter().describe() == {"writer": "rules"}
 
 

@@ -1,0 +1,150 @@
+"""Attribute tasks: joined by the names of classes and attributes, never by where they stand."""
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_evals import FakeClip
+
+from pc_clip import attributes
+from pc_clip.config import EvaluateConfig
+from pc_clip.datasets import Dataset, Question
+from pc_clip.differences import Difference, contrast, to_line
+from pc_clip.errors import UserError
+from pc_clip.evals import Subject, difference, rank
+
+TASK = """dataset: zoo
+attributes:
+  size: {more: a larger animal, less: a smaller animal, high: a large animal, low: a small animal, %s}
+"""
+LISTS = "high_classes: [bear], low_classes: [mouse]"
+GRADED = "graded: big, minus: small, gap: 1.5"
+
+
+def zoo(classes=("bear", "cat", "mouse"), per_class=4) -> Dataset:
+    """Images of a bear, a cat and a mouse in turn, whatever the order in which the classes are listed."""
+    names = np.tile(["bear", "cat", "mouse"], per_class)
+    target = np.array([classes.index(name) for name in names])
+    graded = {"big": {"bear": 1.0, "cat": 0.0, "mouse": 0.0}, "small": {"bear": 0.0, "cat": 0.0, "mouse": 1.0}}
+    question = Question("class", tuple(classes), np.arange(len(names)), target, graded=graded)
+    ids = [f"{n}" for n in range(len(names))]
+    return Dataset("zoo", "test", ids, lambda row: Image.new("RGB", (8, 8)), "f", questions=(question,))
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(attributes, "FOLDER", tmp_path / "tasks")
+    (tmp_path / "tasks").mkdir()
+    return tmp_path / "tasks"
+
+
+@pytest.mark.parametrize("defined", [LISTS, GRADED])
+def test_an_image_has_the_value_of_its_class(folder, defined):
+    (folder / "zoo_size.yaml").write_text(TASK % defined)
+    (found,) = attributes.of(zoo(), EvaluateConfig())
+    assert found.name == found.task == "zoo_size"
+    clear = found.value[:, None] - found.value[None] > found.gap
+    names = np.tile(["bear", "cat", "mouse"], 4)
+    assert {(names[i], names[j]) for i, j in zip(*np.nonzero(clear))} == {("bear", "mouse")}
+
+
+@pytest.mark.parametrize("defined", [LISTS, GRADED])
+def test_the_order_of_the_classes_changes_nothing(folder, defined):
+    """Joined by position, as the reference's Flowers and AwA2 are, this fails."""
+    (folder / "zoo_size.yaml").write_text(TASK % defined)
+    values = [
+        attributes.of(zoo(classes), EvaluateConfig())[0].value
+        for classes in (("bear", "cat", "mouse"), ("mouse", "bear", "cat"), ("cat", "mouse", "bear"))
+    ]
+    for value in values[1:]:
+        np.testing.assert_array_equal(value, values[0])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (TASK % "high_classes: [beer], low_classes: [mouse]", "size: 'beer' is no class .*Did you mean 'bear'"),
+        (TASK % "high_classes: [bear], low_classes: [bear]", "'bear' is named twice"),
+        (TASK % "graded: bigg", "grades no 'bigg'. Did you mean 'big'"),
+        (TASK % "high_classes: [bear]", "needs high_classes and low_classes, or graded"),
+        (TASK % "graded: big, colour: red", "has the unknown colour"),
+        ("dataset: zoo\nattributes: {size: {graded: big}}", "lacks high, less, low, more"),
+        ("attributes: {}", "is no attribute task"),
+    ],
+)
+def test_a_task_that_does_not_fit_says_why(folder, content, message):
+    (folder / "zoo_size.yaml").write_text(content)
+    with pytest.raises(UserError, match=message):
+        attributes.of(zoo(), EvaluateConfig())
+
+
+def test_an_unknown_task_names_the_known(folder):
+    (folder / "zoo_size.yaml").write_text(TASK % LISTS)
+    with pytest.raises(UserError, match="zoo has no task 'zoo_sice'. Did you mean 'zoo_size'"):
+        attributes.of(zoo(), EvaluateConfig(tasks=["zoo_sice"]))
+
+
+def subject_of(data: Dataset, **config) -> Subject:
+    """Bears, cats and mice along one axis; true sentences point from the less to the more, told either way."""
+    texts = {"a large animal": [1.0, 0.0], "a small animal": [-1.0, 0.0]}
+    for wording in range(4):
+        texts[contrast("a larger animal", "a smaller animal", wording)] = [1.0, 0.0]
+        texts[contrast("a smaller animal", "a larger animal", wording)] = [-1.0, 0.0]
+    for template in difference.UNSEEN:
+        texts[template.format(a="a larger animal", b="a smaller animal")] = [-1.0, 0.0]
+        texts[template.format(a="a smaller animal", b="a larger animal")] = [1.0, 0.0]
+    z = np.tile([[1.0, 0.1], [0.5, 1.0], [-1.0, 0.1]], (4, 1))
+    clip = FakeClip(texts | TOLD, z.tolist())
+    found = Subject(clip, lambda: clip, data, EvaluateConfig(**({"n_pairs": 20, "draws": 2} | config)))
+    found.__dict__["z"] = found.__dict__["base_z"] = clip.z
+    return found
+
+
+TOLD = {
+    "The first image shows a heavy animal, while the second shows a tiny one.": [1.0, 0.0],
+    "The second image shows a heavy animal, while the first shows a tiny one.": [-1.0, 0.0],
+    "This is a photo of a bear.": [1.0, 0.0],
+    "This is a photo of a cat.": [0.0, 1.0],
+    "This is a photo of a mouse.": [-1.0, 0.0],
+}
+
+
+def test_difference_and_ranking_of_a_task(folder):
+    (folder / "zoo_size.yaml").write_text(TASK % LISTS)
+    found = difference.evaluate(subject_of(zoo()))
+    for name in ("difference", "two_way", "reversed", "caption_subtraction"):
+        assert found.metrics[name] == found.metrics[f"{name}_zoo_size"] == 1.0
+        assert found.intervals[name] == pytest.approx((1.0, 1.0))
+    assert found.metrics["unseen"] == 0.0
+    assert found.n == 40 and found.details["zoo_size"]["standard_error"]["difference"] == 0.0
+    ranked = rank.evaluate(subject_of(zoo()))
+    assert ranked.metrics["rank"] == ranked.metrics["rank_one_sentence"] == ranked.metrics["rank_by_subtraction"] == 1.0
+    assert ranked.intervals["rank_zoo_size"] == (1.0, 1.0)
+
+
+def test_sentences_about_classes_are_asked_of_images_of_those_classes():
+    (text, *_) = TOLD
+    with open("told.jsonl", "w") as file:
+        file.write(to_line(Difference("bear", "mouse", text)))
+    found = difference.evaluate(subject_of(zoo(("mouse", "bear", "cat")), differences="told.jsonl"))
+    assert found.metrics == {"sign": 1.0, "two_way": 1.0, "mirrored": 1.0, "caption_subtraction": 1.0}
+    assert found.n == 2 and found.details["classes"] == 2
+    with open("told.jsonl", "w") as file:
+        file.write(to_line(Difference("mouse", "bear", text)))
+    found = difference.evaluate(subject_of(zoo(), differences="told.jsonl"))
+    assert (found.metrics["sign"], found.metrics["caption_subtraction"]) == (0.0, 1.0)
+
+
+def test_no_pair_that_differs_is_said(folder):
+    (folder / "zoo_size.yaml").write_text(TASK % "high_classes: [bear], low_classes: []")
+    with pytest.raises(UserError, match="no two of the images differ in zoo_size"):
+        difference.evaluate(subject_of(zoo()))
+
+
+def test_the_tasks_of_the_house_are_well_formed():
+    """Every file reads, and names a data set that has a reader."""
+    from pc_clip.datasets import READERS
+
+    for path in attributes.FOLDER.glob("*.yaml"):
+        content = attributes._read(path)
+        assert content["dataset"] in READERS
+    assert attributes.tasks_of("awa2") == ["awa2", "awa2_size"]

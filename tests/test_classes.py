@@ -1,0 +1,199 @@
+"""What is said of classes: phrases from grades and captions, prompts, and the tasks that write them."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_evals import FakeClip
+
+from pc_clip import attributes, classes, differences, generate, prompts
+from pc_clip.config import EvaluateConfig, GenerateConfig
+from pc_clip.datasets import Dataset, Question, open_dataset
+from pc_clip.errors import UserError
+from pc_clip.evals import Subject, extended
+from pc_clip.writers import RulesWriter
+
+
+def made(graded=None, captions=None) -> Dataset:
+    question = Question("class", ("emu", "owl"), np.arange(4), np.array([0, 0, 1, 1]), graded=graded or {})
+    ids = list("abcd")
+    return Dataset("made", "", ids, lambda row: Image.new("RGB", (8, 8)), "f", captions, questions=(question,))
+
+
+BIRDS = {
+    "has_wing_color::brown": {"emu": 0.7, "owl": 0.1},
+    "has_wing_color::white": {"emu": 0.1, "owl": 0.8},
+    "has_size::large_(16_-_32_in)": {"emu": 0.9, "owl": 0.5},
+    "has_size::small_(5_-_9_in)": {"emu": 0.0, "owl": 0.3},
+}
+
+
+def test_a_class_is_named_as_its_prompt_names_it():
+    data = made()
+    assert classes.phrase(data.questions[0], "emu") == "an emu"
+    assert classes.phrase(data.questions[0], "grizzly bear") == "a grizzly bear"
+    example = {q.name: q for q in open_dataset("example", split="val").questions}
+    assert classes.phrase(example["position"], "on the left") == "an object on the left"
+
+
+def test_birds_are_set_apart_by_the_family_in_which_they_differ_most():
+    data = made(BIRDS)
+    found = classes.opposed(data, data.questions[0], "emu", "owl", seed=0)
+    assert found == ("a bird with brown wing color", "a bird with white wing color")
+    assert classes.opposed(data, data.questions[0], "owl", "emu", seed=0) == found[::-1]
+
+
+def test_graded_animals_are_set_apart_in_the_words_of_the_tasks(tmp_path, monkeypatch):
+    monkeypatch.setattr(attributes, "FOLDER", tmp_path)
+    words = "more: m, less: l, high: a striped animal, low: a plain animal"
+    (tmp_path / "made.yaml").write_text(f"dataset: made\nattributes: {{stripes: {{graded: stripes, {words}}}}}")
+    data = made({"stripes": {"emu": 0.0, "owl": 1.0}, "fast": {"emu": 1.0, "owl": 0.0}})
+    question = data.questions[0]
+    assert classes.opposed(data, question, "emu", "owl", 0) == ("a plain animal", "a striped animal")
+    assert classes.described(data, question, "owl", 0) == "An owl: a striped animal."
+    assert classes.described(data, question, "emu", 0) == "An emu"
+
+
+def test_birds_are_described_by_what_is_most_pronounced_one_part_each():
+    data = made(BIRDS)
+    told = classes.described(data, data.questions[0], "emu", 0)
+    assert told == "An emu: a bird of large size, a bird with brown wing color."
+
+
+def test_without_grades_a_caption_of_the_class_describes_it():
+    data = made(captions=[("an emu runs", "emu"), ("an emu eats", "emu"), ("owl",), ("owl",)])
+    told = {classes.described(data, data.questions[0], "emu", seed) for seed in range(20)}
+    assert told == {"an emu runs", "an emu eats", "emu"}
+    with pytest.raises(UserError, match="the rules know nothing of the classes of made but their names"):
+        classes.described(made(), made().questions[0], "emu", 0)
+
+
+# -- prompts -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", generate.TASKS)
+def test_every_task_has_a_prompt(task):
+    prompt = prompts.read(prompts.FOLDER / f"{task}.yaml")
+    asked = prompt.with_examples("a {second} emu", "an owl")
+    assert "a {second} emu" in asked and asked.endswith("Answer:")
+    assert asked.count("Answer:") == len(prompt.examples) + 1
+    assert ("an owl" in asked) == (task != "describe")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("[", "is no prompt"), ("system: x", "is no prompt .*instruction"), ("{system: x, instruction: y}", "no {first}")],
+)
+def test_a_broken_prompt_is_refused(content, message):
+    Path("p.yaml").write_text(content)
+    with pytest.raises(UserError, match=message):
+        prompts.read("p.yaml")
+    with pytest.raises(UserError, match="no prompt at nowhere.yaml; in configs/prompts: compare.yaml"):
+        prompts.read("nowhere.yaml")
+
+
+# -- writing -------------------------------------------------------------------------------------------
+
+
+def test_descriptions_of_the_example_name_their_class(small_example):
+    path = generate.generate(GenerateConfig(task="describe", question="shape", n_each=2))
+    assert path == Path("llm_diffs/example_shape_describe.jsonl")
+    found = classes.read_descriptions(path)
+    shapes = next(q.classes for q in open_dataset("example", split="val").questions if q.name == "shape")
+    assert list(found) == list(shapes)
+    assert all(name in text and len(texts) == 2 for name, texts in found.items() for text in texts)
+
+
+def test_comparisons_of_the_example_are_sentences_about_its_classes(small_example):
+    path = generate.generate(GenerateConfig(task="compare", question="size", both_orders=True))
+    found = differences.read(path)
+    assert len(found) == 6
+    said = {(d.first, d.second): d.text for d in found}
+    assert "larger objects" in said["large", "small"].split("second")[0].split("while")[0]
+    assert said["large", "small"] != said["small", "large"]
+    assert json.loads(path.with_suffix(".meta.json").read_text())["settings"]["task"] == "compare"
+
+
+def test_another_prompt_is_other_settings(small_example):
+    config = GenerateConfig(task="compare", question="size")
+    generate.generate(config)
+    with pytest.raises(UserError, match="written with other settings"):
+        generate.generate(GenerateConfig(name="example_size_compare", task="compare", question="count"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"task": "summarise"}, "task is 'summarise'.*Known: compare, describe, pairs"),
+        ({"task": "describe"}, "asks about colour, .*say which with --question"),
+        ({"task": "compare", "question": "seize"}, "asks no question 'seize'. Did you mean 'size'"),
+        ({"task": "describe", "question": "size", "n_each": 0}, "n_each is 0"),
+    ],
+)
+def test_tasks_that_cannot_be_done(small_example, settings, message):
+    with pytest.raises(UserError, match=message):
+        generate.generate(GenerateConfig(**settings))
+
+
+def test_sentences_that_cannot_be_used_are_none():
+    class Silent(RulesWriter):
+        def write(self, jobs):
+            return ["" for _ in jobs]
+
+    data = made()
+    assert generate.compare_classes(Silent(), "rules", data, data.questions[0], [("emu", "owl")], 0) == [None]
+    told = generate.compare_classes(RulesWriter(), "rules", data, data.questions[0], [("emu", "owl")], 0)
+    assert "an emu" in told[0] and "an owl" in told[0]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("", "is empty"), ("{}\n", "line 1: wanted JSON with class and text"), ('{"class": "emu", "text"', "line 1")],
+)
+def test_a_broken_file_of_descriptions_is_refused(content, message):
+    Path("d.jsonl").write_text(content)
+    with pytest.raises(UserError, match=message):
+        classes.read_descriptions("d.jsonl")
+    with pytest.raises(UserError, match="no descriptions at nowhere.jsonl"):
+        classes.read_descriptions("nowhere.jsonl")
+
+
+# -- zero-shot with descriptions -----------------------------------------------------------------------
+
+
+def subject(texts, config) -> Subject:
+    clip = FakeClip(texts, [[1, 0.2], [1, 0.9], [0.1, 1], [0.9, 1]])
+    found = Subject(clip, lambda: clip, made(), config)
+    found.__dict__["z"] = clip.z
+    return found
+
+
+def test_descriptions_are_appended_or_averaged():
+    """The prompts are swapped and so always wrong; appended descriptions are right, two averaged ones outvote it."""
+    emu, owl = "This is a photo of a emu.", "This is a photo of a owl."
+    texts = {emu: [0, 1], owl: [1, 0], "tall": [1, 0], "taller": [1, 0], "round": [0, 1], "rounder": [0, 1]}
+    for told in ("tall", "taller"):
+        texts[f"{emu} {told}"] = [1, 0]
+    for told in ("round", "rounder"):
+        texts[f"{owl} {told}"] = [0, 1]
+    rows = [("emu", "tall"), ("emu", "taller"), ("owl", "round"), ("owl", "rounder")]
+    Path("d.jsonl").write_text("".join(json.dumps({"class": c, "text": t}) + "\n" for c, t in rows))
+    found = extended.evaluate(subject(texts, EvaluateConfig(descriptions="d.jsonl")))
+    assert found.metrics["plain"] == 0.0
+    assert found.metrics["extended_append"] == found.metrics["extended_average"] == 1.0
+    assert found.metrics["gain_extended_append"] == 1.0 and found.n == 4
+
+
+def test_a_class_without_a_description_keeps_its_prompt():
+    question = made().questions[0]
+    told = {"emu": ["tall", "grey"]}
+    assert extended.appended(question, ("a {}",), told) == [["a emu. tall", "a emu. grey"], ["a owl"]]
+    assert extended.added(question, ("a {}",), told) == [["a emu", "tall", "grey"], ["a owl"]]
+
+
+def test_descriptions_of_other_classes_are_refused():
+    Path("d.jsonl").write_text(json.dumps({"class": "owll", "text": "round"}) + "\n")
+    with pytest.raises(UserError, match="describes 'owll', which is no class of made. Did you mean 'owl'"):
+        extended.evaluate(subject({}, EvaluateConfig(descriptions="d.jsonl")))

@@ -1,0 +1,144 @@
+"""Comparative prompting on embeddings whose right answer is known by arithmetic."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from test_evals import FakeClip, subject
+
+from pc_clip.config import EvaluateConfig
+from pc_clip.datasets import Question, open_dataset
+from pc_clip.errors import UserError
+from pc_clip.evals import Subject, comparative, zeroshot
+
+ABC = Question("q", ("a", "b", "c"), np.arange(3), np.arange(3), ("{}",))
+TEXTS = {"a": [1, 0, 0], "b": [0, 1, 0], "c": [0, 0, 1], "a over b": [0.6, 0.8, 0], "c over b": [0, 0.6, 0.8]}
+COMPARISONS = [
+    {"class_a": "a", "class_b": "b", "text": "a over b"},
+    {"class_a": "c", "class_b": "b", "text": "c over b"},
+]
+
+
+def corrections(calibration, offset=(0.0, 0.0, 0.0)):
+    clip = FakeClip(TEXTS, np.eye(3))
+    prompts = zeroshot.class_embeddings(clip, ABC)
+    return comparative.corrections(clip, ABC, prompts, COMPARISONS, calibration, torch.tensor(offset)), prompts
+
+
+def test_prompts_are_corrected_by_the_mean_of_the_comparisons():
+    (found, shift), prompts = corrections("none")
+    expected = ((np.array([1, 0, 0]) - [0.6, 0.8, 0]) + (np.array([0, 0, 1]) - [0, 0.6, 0.8])) / 2
+    assert np.allclose(found[1], expected, atol=1e-6)
+    assert torch.equal(found[[0, 2]], prompts[[0, 2]])
+    assert not shift.any()
+
+
+def test_norm_brings_a_difference_to_the_distance_of_the_two_prompts():
+    (found, _), _ = corrections("norm")
+    length = np.sqrt(2)  # between any two of the three axes
+    expected = (
+        (np.array([1, 0, 0]) - length * np.array([0.6, 0.8, 0])) + ([0, 0, 1] - length * np.array([0, 0.6, 0.8]))
+    ) / 2
+    assert np.allclose(found[1], expected, atol=1e-6)
+
+
+def test_offset_gives_back_the_mean_score_of_the_differences():
+    (_, shift), _ = corrections("offset", offset=(0.5, 0.0, 0.25))
+    assert shift[1] == pytest.approx(np.sqrt(2) * (0.6 * 0.5 + 0.8 * 0.25) / 2)
+    assert shift[0] == shift[2] == 0
+
+
+def test_with_the_offset_a_comparison_scores_nothing_on_the_mean_image():
+    """The fault: a difference embedding that all images score alike must not move its class's threshold."""
+    mean = torch.tensor([0.5, 0.0, 0.25])
+    (corrected, shift), prompts = corrections("offset", offset=tuple(mean.tolist()))
+    space = comparative.Space(mean[None], np.array([0]), mean)
+    scored = comparative._scores(space, prompts, corrected, shift, 0.0, "offset")[1, 0] * corrected[1].norm()
+    assert float(scored) == pytest.approx(float((prompts[[0, 2]] @ mean).mean()), abs=1e-6)
+
+
+def test_shuffled_gives_every_pair_the_next_ones_sentence():
+    assert [c["text"] for c in comparative._shifted(COMPARISONS)] == ["c over b", "a over b"]
+    assert [c["class_a"] for c in comparative._shifted(COMPARISONS)] == ["a", "c"]
+
+
+def test_alpha_is_chosen_on_validation_and_reported_on_test(monkeypatch, tmp_path):
+    """On validation alpha 0 is best; on test it is worse than plain zero-shot, and that is what is reported."""
+    question = Question("q", ("a", "b"), np.arange(2), np.array([0, 1]), ("{}",))
+    flipped = Question("q", ("a", "b"), np.arange(2), np.array([1, 0]), ("{}",))
+    texts = {"a": [1, 0], "b": [0, 1], "worse": [1.0, 0.0], "more": [0.0, 1.0]}
+    z = [[1, 0.2], [0.2, 1]]
+    test, held_out = subject(texts, z, questions=(question,)), subject(texts, z, questions=(flipped,))
+    monkeypatch.setattr(Subject, "validation", lambda self: held_out)
+    monkeypatch.setattr(comparative, "FOLDER", tmp_path)
+    comparisons = {
+        "q": [{"class_a": "b", "class_b": "a", "text": "worse"}, {"class_a": "a", "class_b": "b", "text": "more"}]
+    }
+    (tmp_path / "made.yaml").write_text(json.dumps(comparisons))
+    found = comparative.evaluate(test)
+    about = found.details["q"]["table"]["none"]
+    curve = {alpha: (on_val, on_test) for alpha, on_val, on_test in about["curve"]}
+    assert curve[about["alpha"]][0] == max(on_val for on_val, _ in curve.values()) == 1.0
+    assert found.metrics["plain"] == found.metrics["subset_plain"] == 1.0
+    assert found.metrics["comparative_none"] == found.metrics["subset_comparative_none"] == 0.0
+    assert found.metrics["gain_none"] == -1.0
+    assert found.intervals["gain_none"] == (-1.0, -1.0)
+    assert found.details["q"]["classes"]["none"]["worst"]["gain"] == -1.0
+
+
+def test_the_subset_has_its_own_images_and_its_own_choices():
+    scores = torch.tensor([[0.9, 0.1, 0.2], [0.1, 0.2, 0.3], [0.0, 0.9, 0.1]])  # [class, image]
+    assert comparative._subset(scores, np.array([0, 1, 2]), np.array([0, 1])) == 1.0  # class 2 may not be chosen
+    assert comparative._right(scores, np.array([0, 1, 2])).mean() == pytest.approx(1 / 3)
+
+
+def test_the_most_confused_pairs_are_counted_both_ways():
+    target = np.array([0, 0, 0, 1, 1, 2])
+    guess = [1, 1, 0, 0, 2, 1]
+    scores = torch.zeros(3, 6)
+    scores[guess, range(6)] = 1.0
+    assert comparative.most_confused(scores, target, 5) == [(0, 1), (1, 2)]
+    assert comparative.most_confused(scores, target, 1) == [(0, 1)]
+    right = torch.zeros(3, 6)
+    right[target.tolist(), range(6)] = 1.0
+    assert comparative.most_confused(right, target, 5) == []
+
+
+def test_auto_finds_and_describes_the_confused_classes_of_the_example(small_example, example_clip):
+    data = open_dataset("example", split="test")
+    config = EvaluateConfig(pairs="auto", n_comparisons=1, calibrate=["norm", "shuffled"])
+    found = comparative.evaluate(Subject(example_clip, lambda: example_clip, data, config))
+    for about in found.details.values():
+        (ab, ba) = about["comparisons"]
+        assert (ab["class_a"], ab["class_b"]) == (ba["class_b"], ba["class_a"]) and ab["text"] != ba["text"]
+    assert {"plain", "plain_centred", "comparative_norm", "comparative_shuffled", "gain_norm"} <= found.metrics.keys()
+    assert found.intervals["gain_norm"][0] <= found.metrics["gain_norm"] <= found.intervals["gain_norm"][1]
+    assert [curve.title for curve in found.curves] == [
+        f"Comparative prompting on {name}, test" for name in found.details
+    ]
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("pairs", "all", "pairs is 'all'"),
+        ("calibrate", ["length"], "calibrate is 'length'"),
+        ("n_comparisons", 0, "n_comp"),
+    ],
+)
+def test_settings_that_make_no_sense(small_example, example_clip, setting, value, message):
+    config = EvaluateConfig(**({"pairs": "auto"} | {setting: value}))
+    data = open_dataset("example", split="test")
+    with pytest.raises(UserError, match=message):
+        comparative.evaluate(Subject(example_clip, lambda: example_clip, data, config))
+
+
+def test_comparisons_of_classes_that_do_not_exist_are_refused(tmp_path):
+    data = open_dataset("example", split="val")
+    (tmp_path / "c.yaml").write_text("size:\n  - {class_a: huge, class_b: small, text: x}\n")
+    with pytest.raises(UserError, match="'huge' is no class of size: small, medium, large"):
+        comparative.read_comparisons(tmp_path / "c.yaml", data)
+    (tmp_path / "c.yaml").write_text("weight:\n  - {class_a: a, class_b: b, text: x}\n")
+    with pytest.raises(UserError, match="compares classes of 'weight'"):
+        comparative.read_comparisons(tmp_path / "c.yaml", data)

@@ -1,0 +1,43 @@
+"""Bootstrap intervals against what arithmetic says they must be near."""
+
+import numpy as np
+import pytest
+
+from pc_clip.evals import _intervals
+
+
+def test_the_interval_of_a_share_is_the_binomial_one():
+    values = np.repeat([1.0, 0.0], [300, 100])
+    low, high = _intervals.of_mean(values, seed=0, draws=4000)
+    error = 1.96 * np.sqrt(0.75 * 0.25 / 400)
+    assert low == pytest.approx(0.75 - error, abs=0.006) and high == pytest.approx(0.75 + error, abs=0.006)
+
+
+def test_what_never_varies_has_no_width():
+    assert _intervals.of_mean(np.ones(50), seed=1) == (1.0, 1.0)
+    assert _intervals.of_pairs(np.ones((9, 1)), np.arange(18).reshape(9, 2), seed=1) == [(1.0, 1.0)]
+
+
+def test_pairs_that_share_an_image_are_not_independent():
+    """Half the pairs hang on one image that is always wrong: drawing pairs would hide how much that image matters."""
+    others = np.arange(1, 41)
+    hub = np.stack([np.zeros(40, dtype=int), others], axis=1)
+    rest = np.stack([others, np.roll(others, 7)], axis=1)
+    pairs, right = np.concatenate([hub, rest]), np.repeat([0.0, 1.0], 40)
+    low, high = _intervals.of_pairs(right[:, None], pairs, seed=0)[0]
+    naive_low, naive_high = _intervals.of_mean(right, seed=0)
+    assert high - low > 2 * (naive_high - naive_low)
+
+
+def test_weights_let_each_group_count_alike():
+    pairs = np.arange(2400).reshape(1200, 2)
+    right = np.repeat([1.0, 0.0], [900, 300])
+    weight = np.repeat([1 / 900, 1 / 300], [900, 300])
+    (plain,) = _intervals.of_pairs(right[:, None], pairs, 0)
+    (alike,) = _intervals.of_pairs(right[:, None], pairs, 0, weight)
+    assert np.mean(plain) == pytest.approx(0.75, abs=0.04) and np.mean(alike) == pytest.approx(0.5, abs=0.04)
+
+
+def test_the_same_seed_gives_the_same_interval():
+    values = np.random.default_rng(0).random(30)
+    assert _intervals.of_mean(values, 3) == _intervals.of_mean(values, 3) != _intervals.of_mean(values, 4)
