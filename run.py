@@ -8,6 +8,7 @@ The checkpoint is a run's folder, a .safetensors file, or anybody's state dict (
 pretrained model is evaluated (--model.name, --model.pretrained).
 """
 
+import dataclasses
 import logging
 import sys
 from collections.abc import Sequence
@@ -26,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = jsonargparse.ArgumentParser(prog="run.py", description=__doc__)
     config = configure(EvaluateConfig, parser, argv)
     checkpoints = [config.checkpoint] if argv else example_checkpoints()
-    results = [result for checkpoint in checkpoints for result in evaluate(config, checkpoint)]
+    results = [result for each in checkpoints for result in evaluate(dataclasses.replace(config, checkpoint=each))]
     show(results)
 
 

@@ -17,7 +17,7 @@ from pc_clip import attributes, environment, evals
 from pc_clip import checkpoint as checkpoints
 from pc_clip.clip import Clip
 from pc_clip.config import EvaluateConfig
-from pc_clip.datasets import Dataset, open_dataset
+from pc_clip.datasets import Dataset, download, open_dataset
 from pc_clip.differences import UNSEEN, WORDINGS
 from pc_clip.errors import UserError
 from pc_clip.evals import Result, Subject
@@ -33,7 +33,7 @@ _ASIDE = {
 }  # fmt: skip
 
 
-def evaluate(config: EvaluateConfig, checkpoint: str | None) -> list[dict[str, Any]]:
+def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
     """Run what was asked for, except what has been evaluated already; returns all results.
 
     Raises UserError for an unknown mode, one the data set cannot answer, and whatever model or data lack.
@@ -43,8 +43,8 @@ def evaluate(config: EvaluateConfig, checkpoint: str | None) -> list[dict[str, A
     wanted = [mode.strip() for mode in config.mode.split(",") if mode.strip()]
     for mode in wanted:
         evals.find(mode)
-    data = _data(config)
-    clip = _model(config, checkpoint)
+    data, checkpoint = _data(config), config.checkpoint
+    clip = _model(config)
     modes = wanted or [mode for mode in evals.names() if evals.find(mode).applies(data, config)]
     if not modes:
         raise UserError(
@@ -71,16 +71,18 @@ def example_checkpoints() -> list[str | None]:
 
 def _data(config: EvaluateConfig) -> Dataset:
     if config.images is None:
+        if config.download:
+            download(config.dataset, config.root)
         return open_dataset(config.dataset, config.root, config.split, missing=config.missing)
     if not config.attribute:
         raise UserError("--images ranks a folder of images by --attribute; say which, for example 'a larger animal'")
     return open_dataset("folder", config.images)
 
 
-def _model(config: EvaluateConfig, checkpoint: str | None) -> Clip:
-    if checkpoint is None:
+def _model(config: EvaluateConfig) -> Clip:
+    if config.checkpoint is None:
         return Clip.create(*config.model.source(config.dataset if config.images is None else ""), device=config.device)
-    return checkpoints.load_model(checkpoint, config.model.name or None, config.model.pretrained, device=config.device)
+    return checkpoints.load_model(config.checkpoint, config.model.name or None, config.model.pretrained, device=config.device)
 
 
 def _one(subject: Subject, mode: str, folder: Path, weights: str) -> dict[str, Any]:
@@ -116,7 +118,10 @@ def _key(config: EvaluateConfig, data: Dataset, mode: str, weights: str, base: s
             path = Path(settings[name])
             files = sorted(path.glob("*.json")) if path.is_dir() else [path] if path.is_file() else []
             settings[name] = [hashlib.sha256(f.read_bytes()).hexdigest() for f in files]
-    known = data.captions, [(q.name, q.classes, q.templates, q.target.tolist()) for q in data.questions]
+    known = (
+        data.captions,
+        [(q.name, q.classes, q.templates, q.several, q.target.tolist(), repr(q.graded)) for q in data.questions],
+    )
     graded = [(a.name, a.more, a.less, a.high, a.low, a.gap, a.value.tolist()) for a in data.attributes]
     compared = (
         (COMPARISONS / f"{data.name}.yaml").read_bytes() if (COMPARISONS / f"{data.name}.yaml").is_file() else b""

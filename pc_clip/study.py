@@ -36,6 +36,7 @@ class Study:
 
     prepare: commands run once before, each a list. variants: name -> arguments of finetune.py, or null for
     the model as it was. evaluations: lists of arguments of run.py. metrics: the figures of the table.
+    runs: the study whose runs are evaluated; its own unless named.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Study:
     evaluations: list[list[str]]
     metrics: list[str]
     prepare: list[list[str]] = field(default_factory=list)
+    runs: str = ""
 
     @property
     def results(self) -> Path:
@@ -76,7 +78,7 @@ class Job:
 
     @property
     def run(self) -> Path:
-        return Path("runs") / self.study.name / self.label
+        return Path("runs") / (self.study.runs or self.study.name) / self.label
 
     def commands(self) -> list[list[str]]:
         arguments = self.study.variants[self.variant]
@@ -84,7 +86,7 @@ class Job:
         if self.seed is not None:  # also when it is finished: finetune.py then checks that it is this very run
             begun = (self.run / STATE_FILE).is_file() and not (self.run / MODEL_FILE).is_file()
             resume = ["--resume", "true"] if begun else []
-            name = f"{self.study.name}/{self.label}"
+            name = str(self.run.relative_to("runs"))
             found.append(["finetune.py", *arguments, "--name", name, "--seed", str(self.seed), *resume])
         for evaluation in self.study.evaluations:
             checkpoint = ["--checkpoint", str(self.run)] if self.seed is not None else []

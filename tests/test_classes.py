@@ -181,7 +181,7 @@ def test_descriptions_are_appended_or_averaged():
     rows = [("emu", "tall"), ("emu", "taller"), ("owl", "round"), ("owl", "rounder")]
     Path("d.jsonl").write_text("".join(json.dumps({"class": c, "text": t}) + "\n" for c, t in rows))
     found = extended.evaluate(subject(texts, EvaluateConfig(descriptions="d.jsonl")))
-    assert found.metrics["plain"] == 0.0
+    assert found.metrics["extended_plain"] == 0.0
     assert found.metrics["extended_append"] == found.metrics["extended_average"] == 1.0
     assert found.metrics["gain_extended_append"] == 1.0 and found.n == 4
 

@@ -63,20 +63,61 @@ def test_an_unknown_name_gets_the_nearest_known_one(name, split, said):
         open_dataset(name, split=split)
 
 
-@pytest.mark.parametrize("name", ["coco", "folder", "cifar10", "cifar100"])
+@pytest.mark.parametrize("name", [name for name, reader in datasets.READERS.items() if reader.root])
 def test_a_data_set_that_is_not_there_says_where_it_was_looked_for_and_what_to_fetch(name, tmp_path):
     with pytest.raises(UserError, match=rf"{name} is not at .*nowhere\. (Fetch|Put) .*--root"):
         open_dataset(name, tmp_path / "nowhere")
 
 
-def test_the_list_says_which_are_found_and_what_to_fetch(tmp_path, monkeypatch, capsys):
-    (tmp_path / "data" / "coco").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path)
-    __main__.main()
-    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if not line.startswith(" ")}
-    assert lines.keys() == datasets.READERS.keys()
-    found = {name for name, line in lines.items() if "not found" not in line}
-    assert found == {"example", "coco"}
+def listed(capsys):
+    """What `python -m pc_clip.datasets` says of each set: its line, and the text below it."""
+    __main__.main([])
+    blocks, name = {}, ""
+    for line in capsys.readouterr().out.splitlines()[1:]:
+        name = name if line.startswith(" ") else line.split()[0]
+        blocks.setdefault(name, []).append(line)
+    return {name: (lines[0], " ".join(" ".join(lines[1:]).split())) for name, lines in blocks.items()}
+
+
+def test_the_list_says_which_are_found_and_what_to_fetch(tmp_path, capsys):
+    write(tmp_path / "data" / "coco" / "annotations" / "captions_mini.json", COCO)
+    (tmp_path / "data" / "images").mkdir()
+    picture(tmp_path / "data" / "awa2" / "JPEGImages" / "ox" / "1.jpg")
+    found = listed(capsys)
+    assert found.keys() == datasets.READERS.keys()
+    states = {name: line.split()[1] for name, (line, _) in found.items()}
+    assert {name for name, state in states.items() if state == "found"} == {"example", "coco", "folder"}
+    assert {name for name, state in states.items() if state == "incomplete"} == {"awa2"}
+    assert "no classes.txt, predicates.txt, predicate-matrix-binary.txt Fetch it" in found["awa2"][1]
+    for name, (line, below) in found.items():
+        reader = datasets.READERS[name]
+        assert reader.size in line and f"licence: {reader.licence}" in below
+        assert (reader.root or "embedded") in line and (reader.fetch in below) == (states[name] != "found")
+
+
+def test_the_columns_of_the_list_stand_below_one_another(capsys):
+    __main__.main([])
+    lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith(" ")]
+    for title, cells in (("looked for in", [r.root or "(embedded)" for r in datasets.READERS.values()]),
+                         ("size", [r.size for r in datasets.READERS.values()])):  # fmt: skip
+        column = lines[0].index(title)
+        assert [line[column : column + len(cell)] for line, cell in zip(lines[1:], cells)] == cells
+    assert max(map(len, lines)) < 100
+
+
+def test_a_root_without_a_data_set_to_download_is_an_error():
+    with pytest.raises(UserError, match="--root goes with --download"):
+        __main__.main(["--root", "somewhere"])
+
+
+@pytest.mark.parametrize(
+    "name, part, chosen",
+    [("example", "test", "val"), ("example", "val", "train"), ("cifar10", "test", "train"), ("cifar10", "train", None),
+     ("awa2", "test", "train"), ("awa2", "all", None), ("flowers102", "test", "val"), ("folder", "", None)],
+)  # fmt: skip
+def test_settings_are_chosen_on_images_that_are_not_reported_on(name, part, chosen):
+    data = datasets.Dataset(name, f"{part}-renamed", [], print, "", part=part)
+    assert datasets.held_out(data) == chosen
 
 
 # -- the embedded example ------------------------------------------------------------------------------
@@ -449,18 +490,19 @@ def pixels(values):
 def test_cifar10_is_read_in_its_own_layout(tmp_path, monkeypatch):
     files = {f"data_batch_{n}": {"data": pixels([n, n + 100]), "labels": [n, 0]} for n in range(1, 6)}
     files |= {"test_batch": {"data": pixels([77]), "labels": [9]}}
-    names = [f"big_{n}" for n in range(10)]
-    write_cifar(monkeypatch, tmp_path, "CIFAR10", files | {"batches.meta": {"label_names": names}})
+    names = list(datasets.class_names("cifar10").said)
+    write_cifar(monkeypatch, tmp_path, "CIFAR10", files | {"batches.meta": {"label_names": names[::-1]}})
     train, test = open_dataset("cifar10", tmp_path, "train"), open_dataset("cifar10", tmp_path)
     assert (train.label, len(train), test.label, test.ids) == ("cifar10/train", 10, "cifar10/test", ["0"])
     assert train.questions[0].target.tolist() == [1, 0, 2, 0, 3, 0, 4, 0, 5, 0]
-    assert train.questions[0].classes[2] == "big 2"
+    assert train.questions[0].classes == tuple(names[::-1]) and len(train.questions[0].several) > 3
+    assert (train.part, test.part) == ("train", "test")
     assert train.load(3).getpixel((5, 5)) == (102, 0, 0) and test.load(0).getpixel((0, 31)) == (77, 0, 0)
     assert train.fingerprint != test.fingerprint
 
 
 def test_cifar100_is_read_by_its_fine_classes(tmp_path, monkeypatch):
-    names = [f"fine_{n}" for n in range(100)]
+    names = list(datasets.class_names("cifar100").said)
     files = {
         "train": {"data": pixels([1, 2]), "fine_labels": [99, 4], "coarse_labels": [0, 1]},
         "test": {"data": pixels([3]), "fine_labels": [50], "coarse_labels": [2]},
@@ -468,7 +510,8 @@ def test_cifar100_is_read_by_its_fine_classes(tmp_path, monkeypatch):
     }
     write_cifar(monkeypatch, tmp_path, "CIFAR100", files)
     (question,) = open_dataset("cifar100", tmp_path, "train").questions
-    assert [question.classes[n] for n in question.target] == ["fine 99", "fine 4"]
+    assert [question.classes[n] for n in question.target] == [names[99], names[4]]
+    assert question.classes[names.index("aquarium_fish")] == "aquarium fish"
     assert open_dataset("cifar100", tmp_path, "test").load(0).getpixel((0, 0)) == (3, 0, 0)
 
 
@@ -476,3 +519,26 @@ def test_cifar100_is_read_by_its_fine_classes(tmp_path, monkeypatch):
 def test_a_folder_without_cifar_in_it_says_what_to_fetch(tmp_path, name, folder):
     with pytest.raises(UserError, match=rf"{name} is not at .*tar\.gz.*{folder}"):
         open_dataset(name, tmp_path)
+
+
+def test_a_damaged_or_absent_file_of_cifar_is_an_error(tmp_path, monkeypatch):
+    names = list(datasets.class_names("cifar10").said)
+    files = {f"data_batch_{n}": {"data": pixels([n]), "labels": [n]} for n in range(1, 6)}
+    files |= {"test_batch": {"data": pixels([77]), "labels": [9]}, "batches.meta": {"label_names": names}}
+    write_cifar(monkeypatch, tmp_path, "CIFAR10", files)
+    damaged = tmp_path / "cifar-10-batches-py" / "data_batch_3"
+    damaged.write_bytes(damaged.read_bytes()[:-5])
+    with pytest.raises(UserError, match=r"cifar-10-batches-py is damaged"):
+        open_dataset("cifar10", tmp_path)
+    damaged.unlink()
+    with pytest.raises(UserError, match=r"incomplete: no data_batch_3\. Fetch"):
+        open_dataset("cifar10", tmp_path)
+
+
+def test_a_class_of_cifar_without_a_name_is_an_error_that_names_it(tmp_path, monkeypatch):
+    files = {f"data_batch_{n}": {"data": pixels([n]), "labels": [n]} for n in range(1, 6)}
+    names = [*list(datasets.class_names("cifar10").said)[:9], "lorry"]
+    files |= {"test_batch": {"data": pixels([77]), "labels": [9]}, "batches.meta": {"label_names": names}}
+    write_cifar(monkeypatch, tmp_path, "CIFAR10", files)
+    with pytest.raises(UserError, match=r"cifar10\.yaml has no name for 'lorry' \(1 of 10 classes\)"):
+        open_dataset("cifar10", tmp_path)

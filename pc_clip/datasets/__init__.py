@@ -1,6 +1,6 @@
 """Every data set behind one table: `open_dataset(name, ...)`. `python -m pc_clip.datasets` lists them.
 
-Nothing is downloaded here unless a reader is told to.
+Nothing is downloaded unless it is asked for: `python -m pc_clip.datasets --download NAME`.
 """
 
 from __future__ import annotations
@@ -10,29 +10,56 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from pc_clip.datasets import archives
+from pc_clip.datasets.archives import ARCHIVES
+from pc_clip.datasets.awa2 import LAYOUT as AWA2
+from pc_clip.datasets.awa2 import open_awa2
 from pc_clip.datasets.captioned import open_coco, read_captions, read_coco_captions, read_simclip_tsv
-from pc_clip.datasets.classified import open_torchvision
+from pc_clip.datasets.classified import (
+    LAYOUTS,
+    open_cifar,
+    open_eurosat,
+    open_flowers102,
+    open_food101,
+    open_sun397,
+)
+from pc_clip.datasets.classnames import ClassNames, class_names
+from pc_clip.datasets.cub import LAYOUT as CUB
+from pc_clip.datasets.cub import open_cub
 from pc_clip.datasets.dataset import Attribute, Dataset, Question, read_image
 from pc_clip.datasets.embedded import open_example
 from pc_clip.datasets.folder import open_folder
+from pc_clip.datasets.layout import NO_FILES, Layout
+from pc_clip.datasets.shards import LAYOUT as SHARDS
+from pc_clip.datasets.shards import open_webdataset
 from pc_clip.errors import UserError, check_choice, nearest
 
 __all__ = [
-    "READERS", "Attribute", "Dataset", "Question", "Reader", "open_dataset", "read_captions", "read_coco_captions",
-    "read_image", "read_simclip_tsv",
+    "ARCHIVES", "READERS", "Attribute", "ClassNames", "Dataset", "Question", "Reader", "class_names", "download",
+    "held_out", "open_dataset", "read_captions", "read_coco_captions", "read_image", "read_simclip_tsv",
 ]  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Reader:
-    """How a data set is opened, and what a user has to fetch for it."""
+    """How a data set is opened, and what a user has to fetch for it.
+
+    root: where it is looked for unless told otherwise; None: it needs no files. splits: the last is the default of
+    an evaluation, the first of training. any_split: whether others may be named, since the files decide.
+    """
 
     open: Callable[[Path, str], Dataset]
-    root: str | None  # where it is looked for unless told otherwise; None: it needs no files
+    root: str | None
     splits: tuple[str, ...]
     fetch: str
     size: str
     licence: str
+    layout: Layout = NO_FILES
+    any_split: bool = False
+
+
+def _command(name: str, of: str, makes: str) -> str:
+    return f"Fetch it: python -m pc_clip.datasets --download {name} (or unpack {of} there; it makes {makes})."
 
 
 READERS: dict[str, Reader] = {
@@ -41,21 +68,66 @@ READERS: dict[str, Reader] = {
     ),
     "coco": Reader(
         open_coco, "data/coco", ("train2017", "val2017"),
-        "Fetch train2017.zip, val2017.zip and annotations_trainval2017.zip of cocodataset.org and unpack them there.",
-        "25 GB", "pictures: Flickr's terms; captions: CC BY 4.0",
+        _command("coco", "train2017.zip, val2017.zip and annotations_trainval2017.zip of cocodataset.org",
+                 "train2017/, val2017/ and annotations/"),
+        "20 GB", "pictures: Flickr's terms; captions: CC BY 4.0",
+        Layout((), ("annotations/captions_*.json|captions_*.json",)), any_split=True,
     ),
     "folder": Reader(open_folder, "data/images", (), "Put images there, in a folder a class.", "yours", "yours"),
+    "webdataset": Reader(
+        open_webdataset, "data/webdataset", ("train", "test"),
+        "Put a WebDataset of CLIP_benchmark's layout there: classnames.txt and SPLIT/0.tar, 1.tar, ...",
+        "yours", "yours", SHARDS, any_split=True,
+    ),
     "cifar10": Reader(
-        partial(open_torchvision, "CIFAR10"), "data/cifar10", ("train", "test"),
-        "Fetch cifar-10-python.tar.gz of www.cs.toronto.edu/~kriz and unpack it there (it makes cifar-10-batches-py/).",
-        "170 MB", "not stated",
+        partial(open_cifar, "CIFAR10"), "data/cifar10", ("train", "test"),
+        _command("cifar10", "cifar-10-python.tar.gz of www.cs.toronto.edu/~kriz", "cifar-10-batches-py/"),
+        "170 MB", "not stated", LAYOUTS["cifar10"],
     ),
     "cifar100": Reader(
-        partial(open_torchvision, "CIFAR100"), "data/cifar100", ("train", "test"),
-        "Fetch cifar-100-python.tar.gz of www.cs.toronto.edu/~kriz and unpack it there (it makes cifar-100-python/).",
-        "169 MB", "not stated",
+        partial(open_cifar, "CIFAR100"), "data/cifar100", ("train", "test"),
+        _command("cifar100", "cifar-100-python.tar.gz of www.cs.toronto.edu/~kriz", "cifar-100-python/"),
+        "169 MB", "not stated", LAYOUTS["cifar100"],
+    ),
+    "eurosat": Reader(
+        open_eurosat, "data/eurosat", ("train", "test"),
+        _command("eurosat", "EuroSAT.zip, the RGB version, of github.com/phelber/EuroSAT", "2750/"),
+        "94 MB", "MIT", LAYOUTS["eurosat"],
+    ),
+    "sun397": Reader(
+        open_sun397, "data/sun397", ("train", "test"),
+        _command("sun397", "SUN397.tar.gz of vision.princeton.edu/projects/2010/SUN", "SUN397/"),
+        "39 GB", "not stated", LAYOUTS["sun397"],
+    ),
+    "flowers102": Reader(
+        open_flowers102, "data/flowers102", ("train", "val", "test"),
+        _command("flowers102", "102flowers.tgz of www.robots.ox.ac.uk/~vgg/data/flowers/102, with imagelabels.mat and "
+                 "setid.mat beside it, in flowers-102/", "flowers-102/jpg/"),
+        "345 MB", "not stated", LAYOUTS["flowers102"],
+    ),
+    "food101": Reader(
+        open_food101, "data/food101", ("train", "test"),
+        _command("food101", "food-101.tar.gz of data.vision.ee.ethz.ch/cvl", "food-101/"),
+        "5.0 GB", "see license_agreement.txt in the archive", LAYOUTS["food101"],
+    ),
+    "cub": Reader(
+        open_cub, "data/cub", ("train", "test"),
+        _command("cub", "CUB_200_2011.tgz of data.caltech.edu/records/65de6-vp158",
+                 "CUB_200_2011/ and attributes.txt"),
+        "1.2 GB", "see its record at data.caltech.edu", CUB,
+    ),
+    "awa2": Reader(
+        open_awa2, "data/awa2", ("train", "test", "all"),
+        _command("awa2", "AwA2-data.zip of cvml.ista.ac.at/AwA2", "Animals_with_Attributes2/"),
+        "13 GB", "each picture its own: see cvml.ista.ac.at/AwA2", AWA2,
     ),
 }  # fmt: skip
+
+
+def _reader(name: str) -> Reader:
+    if name not in READERS:
+        raise UserError(f"unknown data set {name!r}. {nearest(name, READERS)}")
+    return READERS[name]
 
 
 def open_dataset(
@@ -67,14 +139,51 @@ def open_dataset(
     Raises UserError for an unknown name or split and for a data set that is not there, with what to fetch.
     """
     check_choice("missing", missing, ("error", "skip"))
-    if name not in READERS:
-        raise UserError(f"unknown data set {name!r}. {nearest(name, READERS)}")
-    reader = READERS[name]
+    reader = _reader(name)
     split = split or (reader.splits[-1] if reader.splits else "")
-    if reader.splits and split not in reader.splits and name != "coco":
+    if reader.splits and split not in reader.splits and not reader.any_split:
         raise UserError(f"{name} has no split {split!r}. {nearest(split, reader.splits)}")
     folder = Path(root or reader.root or ".")
     if reader.root is not None and not folder.is_dir():
         raise UserError(f"{name} is not at {folder}. {reader.fetch} Then name the folder with --root (--data.root).")
+    reader.layout.require(name, folder, reader.fetch)
     opener = partial(reader.open, missing=missing) if name == "coco" else reader.open
     return opener(folder, split)
+
+
+def held_out(data: Dataset) -> str | None:
+    """The split to choose settings on: "val", else "train"; None where none is apart from `data`."""
+    part = data.part or data.split
+    if part == "all":
+        return None  # every other split is inside it
+    return next((s for s in ("val", "train") if s in _reader(data.name).splits and s != part), None)
+
+
+def state(name: str, root: str | Path | None = None) -> str:
+    """Whether a data set is there: "found", "not found", or "incomplete" with what is absent."""
+    reader = _reader(name)
+    if reader.root is None:
+        return "found"
+    folder = Path(root or reader.root)
+    if not folder.is_dir():
+        return "not found"
+    missing = reader.layout.missing(folder)
+    return f"incomplete: no {', '.join(missing)}" if missing else "found"
+
+
+def download(name: str, root: str | Path | None = None) -> Path:
+    """Fetch what a data set lacks, and unpack it; the folder it is in. What is there already is not fetched again.
+
+    Raises UserError for a set that cannot be fetched by us, for a failed or damaged download, and where an
+    incomplete copy is in the way.
+    """
+    reader = _reader(name)
+    if name not in ARCHIVES:
+        raise UserError(f"{name} cannot be downloaded. {reader.fetch} Known: {', '.join(sorted(ARCHIVES))}.")
+    folder = Path(root or reader.root)
+    if name != "coco" and folder.is_dir() and not reader.layout.missing(folder):
+        return folder  # perhaps laid out in another way than our archives do it
+    for archive in ARCHIVES[name]:
+        archives.bring(archive, folder)
+    reader.layout.require(name, folder, "What was fetched is not all; move it away and run the same command again.")
+    return folder

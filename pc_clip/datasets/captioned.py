@@ -114,4 +114,5 @@ def open_coco(root: Path, split: str, missing: str = "error") -> Dataset:
         fingerprint=digest(*[(key, *stat(files[key])) for key in kept]),
         captions=[entries[key][1] for key in kept],
         note=f"{len(absent)} pictures named in {path.name} are absent and left out" if absent else "",
+        part=split,
     )

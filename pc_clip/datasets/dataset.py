@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+import io
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +23,7 @@ class Question:
 
     rows, target: [M] int64, into the data set's images and into `classes`.
     graded: what the data set's own files say of each class: attribute -> class -> how much of it. Empty for most.
+    templates: the prompts of the paper; several: the data set's own list of prompts, empty where it has none.
     """
 
     name: str
@@ -30,6 +32,7 @@ class Question:
     target: np.ndarray
     templates: tuple[str, ...] = PHOTO_TEMPLATE
     graded: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    several: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,11 @@ class Attribute:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Images and what is known about them. `load(row)` gives an RGB image or raises UserError with its path."""
+    """Images and what is known about them. `load(row)` gives an RGB image or raises UserError with its path.
+
+    split: how results and files name it; it says how a random split was made ("test-10pct-seed0"). part: the
+    split as it was asked for ("test"); empty for a data set without splits.
+    """
 
     name: str
     split: str
@@ -64,6 +71,7 @@ class Dataset:
     questions: tuple[Question, ...] = ()
     attributes: tuple[Attribute, ...] = ()
     note: str = ""
+    part: str = ""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -79,12 +87,25 @@ class Dataset:
 def read_image(path: Path) -> Image.Image:
     """An RGB image, or a UserError that names the path."""
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
+        return _decode(path, str(path))
     except FileNotFoundError as error:
         raise UserError(f"no image at {path}") from error
+
+
+def decode_image(content: bytes, name: str) -> Image.Image:
+    """An RGB image from a file's bytes, or a UserError with the name it is known by."""
+    return _decode(io.BytesIO(content), name)
+
+
+def _decode(source: Path | io.BytesIO, name: str) -> Image.Image:
+    try:
+        with Image.open(source) as image:
+            return image.convert("RGB")
+    except FileNotFoundError:
+        raise
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} cannot be read as an image ({error}); replace or remove it") from error
+        what = str(error) if isinstance(source, Path) else "it is cut short, or no image"
+        raise UserError(f"{name} cannot be read as an image ({what}); replace or remove it") from error
 
 
 def read_file(files: list[Path], row: int) -> Image.Image:
@@ -99,6 +120,22 @@ def is_image_file(path: Path, root: Path) -> bool:
 def stat(path: Path) -> tuple[int, int]:
     stat = path.stat()
     return stat.st_size, stat.st_mtime_ns
+
+
+def stat_images(files: Sequence[Path], listed_in: Path) -> list[tuple[int, int]]:
+    """Size and time of each image. Raises UserError that counts those absent, where a file lists them."""
+    found, absent = [], []
+    for path in files:
+        try:
+            found.append(stat(path))
+        except (FileNotFoundError, NotADirectoryError):
+            absent.append(path)
+    if absent:
+        raise UserError(
+            f"{len(absent)} of the {len(files)} images that {listed_in} lists are absent, first {absent[0]}; "
+            "unpack the archive again"
+        )
+    return found
 
 
 def digest(*parts: object) -> str:

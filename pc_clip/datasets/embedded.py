@@ -33,6 +33,7 @@ def example(split: str, n: int) -> Dataset:
         captions=[world.captions(split, i) for i in range(n)],
         questions=tuple(_example_question(name, shown) for name in world.CLASSES),
         attributes=tuple(_example_attribute(name, shown) for name in ("size", "background", "count")),
+        part=split,
     )
 
 

@@ -29,7 +29,7 @@ from torch import Tensor
 from pc_clip import attributes
 from pc_clip.clip import Clip
 from pc_clip.config import EvaluateConfig
-from pc_clip.datasets import Attribute, Dataset, open_dataset
+from pc_clip.datasets import Attribute, Dataset, held_out, open_dataset
 from pc_clip.embeddings import embed_images
 from pc_clip.errors import UserError, check_choice
 
@@ -109,12 +109,11 @@ class Subject:
 
     def validation(self) -> Subject:
         """The same model on images that are not reported on, for choosing. Raises UserError where there are none."""
-        from pc_clip.datasets import READERS
-
-        splits = [s for s in ("val", "train") if s in READERS[self.data.name].splits and s != self.data.split]
-        if not splits:
-            raise UserError(f"{self.data.name} has no split to choose on besides {self.data.split or 'the whole'}")
-        data = open_dataset(self.data.name, self.config.root, splits[0], missing=self.config.missing)
+        split = held_out(self.data)
+        if split is None:
+            whole = self.data.split or "the whole"
+            raise UserError(f"{self.data.name} has no split to choose on besides {whole}; --split test may leave one")
+        data = open_dataset(self.data.name, self.config.root, split, missing=self.config.missing)
         return Subject(self.clip, self.find_base, data, self.config)
 
     def _embed(self, clip: Clip, data: Dataset) -> Tensor:

@@ -35,7 +35,7 @@ def evaluate(subject: Subject) -> Result:
     templates = templates_of(question, config)
     z = subject.z[torch.from_numpy(question.rows)]
     ways = {
-        "plain": class_embeddings(subject.clip, question, templates),
+        "extended_plain": class_embeddings(subject.clip, question, templates),
         "extended_append": _from_texts(subject.clip, appended(question, templates, descriptions)),
         "extended_average": _from_texts(subject.clip, added(question, templates, descriptions)),
     }
@@ -44,8 +44,8 @@ def evaluate(subject: Subject) -> Result:
     metrics = {name: f["top1"] for name, f in found.items()}
     intervals = {name: _intervals.of_mean(hits, config.seed) for name, hits in right.items()}
     for name in ("extended_append", "extended_average"):
-        metrics[f"gain_{name}"] = metrics[name] - metrics["plain"]
-        intervals[f"gain_{name}"] = _intervals.of_mean(right[name] - right["plain"], config.seed)
+        metrics[f"gain_{name}"] = metrics[name] - metrics["extended_plain"]
+        intervals[f"gain_{name}"] = _intervals.of_mean(right[name] - right["extended_plain"], config.seed)
     details = {
         "question": question.name,
         "described": sum(name in descriptions for name in question.classes),

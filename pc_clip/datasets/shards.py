@@ -1,0 +1,178 @@
+"""WebDatasets of CLIP_benchmark's layout: images and labels in tar files, read where they are.
+
+ROOT/classnames.txt                             a line a class, by label
+ROOT/zeroshot_classification_templates.txt      a line a prompt, with {c} for the class (may be absent)
+ROOT/dataset_type.txt                           classification (or absent), or retrieval
+ROOT/SPLIT/0.tar, 1.tar, ...                    members KEY.jpg, .jpeg, .png or .webp, and KEY.cls or KEY.txt
+ROOT/SPLIT/nshards.txt                          how many shards there are (may be absent: then all of them)
+"""
+
+from __future__ import annotations
+
+import re
+import tarfile
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from pc_clip.datasets.dataset import Dataset, Question, decode_image, digest, stat
+from pc_clip.datasets.layout import Layout
+from pc_clip.errors import UserError, check_choice
+
+LAYOUT = Layout((), ("*/*.tar",))
+IMAGES = ("webp", "png", "jpg", "jpeg")  # in the order in which CLIP_benchmark looks for them
+
+
+class Place(NamedTuple):
+    """Where the bytes of a member are."""
+
+    shard: Path
+    name: str
+    offset: int
+    size: int
+
+
+class Sample(NamedTuple):
+    """An image, and what stands beside it: the text of its .cls or .txt."""
+
+    image: Place
+    text: str
+
+
+def open_webdataset(root: Path, split: str) -> Dataset:
+    """One split: a question by class for classification, captions for retrieval."""
+    kind = _kind(root)
+    shards = _shards(root, split)
+    beside = "txt" if kind == "retrieval" else "cls"
+    samples = [sample for shard in shards for sample in read_shard(shard, beside)]
+    if not samples:
+        raise UserError(f"the shards in {root / split} hold no images")
+    ids = [f"{place.shard.stem}/{place.name}" for place, _ in samples]
+    captions = None
+    if kind == "retrieval":
+        captions = [tuple(" ".join(t.split()) for t in sample.text.splitlines() if t.strip()) for sample in samples]
+        if () in captions:
+            raise UserError(f"{_name(samples[captions.index(())].image)} has no caption")
+    return Dataset(
+        name="webdataset",
+        split=f"{root.resolve().name}-{split}",
+        ids=ids,
+        load=partial(_load, [sample.image for sample in samples]),
+        fingerprint=digest(kind, [(shard.name, *stat(shard)) for shard in shards]),
+        captions=captions,
+        questions=() if captions else (_question(root, samples),),
+        part=split,
+    )
+
+
+def read_shard(shard: Path, beside: str) -> list[Sample]:
+    """The samples of a tar file in their order; only headers and texts are read.
+
+    beside: the ending of the text that each image needs. Raises UserError for a tar file that is cut short,
+    and for an image without its text or the other way round.
+    """
+    places: dict[str, dict[str, Place]] = {}
+    texts: dict[str, str] = {}
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            for member in tar:
+                found = re.fullmatch(r"((?:.*/)?[^./][^./]*)\.([^/]*)", member.name)
+                if not member.isreg() or found is None or re.match(r"__[^/]*__($|/)", member.name):
+                    continue
+                key, ending = found[1], found[2].lower()
+                if ending in places.setdefault(key, {}):
+                    raise UserError(f"{shard} has two members {member.name}")
+                places[key][ending] = Place(shard, member.name, member.offset_data, member.size)
+                if ending == beside:
+                    texts[key] = tar.extractfile(member).read().decode("utf-8")
+    except (tarfile.TarError, EOFError, UnicodeDecodeError) as error:
+        raise UserError(f"{shard} is cut short or no tar file ({error}); fetch it again") from error
+    samples = []
+    for key, endings in places.items():
+        image = next((endings[e] for e in IMAGES if e in endings), None)
+        if image is None and beside not in endings:
+            continue
+        if image is None or beside not in endings:
+            lacks = f"{key}.{beside}" if image else f"the image of {key} ({', '.join(IMAGES)})"
+            raise UserError(f"{shard} lacks {lacks}; it has {key}.{next(iter(endings))}")
+        samples.append(Sample(image, texts[key]))
+    return samples
+
+
+def _load(places: list[Place], row: int) -> Image.Image:
+    place = places[row]
+    try:
+        with place.shard.open("rb") as file:
+            file.seek(place.offset)
+            content = file.read(place.size)
+    except FileNotFoundError as error:
+        raise UserError(f"no file at {place.shard}") from error
+    return decode_image(content, _name(place))
+
+
+def _name(place: Place) -> str:
+    return f"{place.shard}: {place.name}"
+
+
+def _question(root: Path, samples: list[Sample]) -> Question:
+    path = root / "classnames.txt"
+    if not path.is_file():
+        raise UserError(f"no class names at {path}: a line a class, in the order of the labels")
+    classes = [line.strip() for line in _text(path).splitlines()]
+    if "" in classes or not classes:
+        raise UserError(f"{path} line {classes.index('') + 1 if classes else 1} is blank; each line names a class")
+    target = []
+    for image, text in samples:
+        if not text.strip().isdecimal() or int(text) >= len(classes):
+            raise UserError(f"{_name(image)} has the label {text.strip()[:20]!r}; {path} names 0 to {len(classes) - 1}")
+        target.append(int(text))
+    return Question(
+        "class", tuple(classes), np.arange(len(samples)), np.array(target, dtype=np.int64), several=_templates(root)
+    )
+
+
+def _templates(root: Path) -> tuple[str, ...]:
+    """The set's own prompts, with {} where the file has {c}; none where there is no file."""
+    path = root / "zeroshot_classification_templates.txt"
+    if not path.is_file():
+        return ()
+    found = [(n, line.strip().replace("{c}", "{}")) for n, line in enumerate(_text(path).splitlines(), 1)]
+    for n, template in found:
+        if template and (template.count("{}") != 1 or re.search(r"[{}]", template.replace("{}", ""))):
+            raise UserError(f"{path} line {n}: a prompt needs {{c}} once, for the class, and no other braces")
+    return tuple(template for _, template in found if template)
+
+
+def _kind(root: Path) -> str:
+    path = root / "dataset_type.txt"
+    kind = _text(path).strip().lower() if path.is_file() else "classification"
+    check_choice(str(path), kind, ("classification", "retrieval"))
+    return kind
+
+
+def _shards(root: Path, split: str) -> list[Path]:
+    folder = root / split
+    there = {path.name: path for path in folder.glob("*.tar")}
+    if not there:
+        splits = sorted({path.parent.name for path in root.glob("*/*.tar")})
+        raise UserError(f"{root} has no split {split!r}; splits found there: {', '.join(splits) or 'none'}")
+    counted = folder / "nshards.txt"
+    if not counted.is_file():
+        return [there[name] for name in sorted(there, key=lambda n: (len(n), n))]  # 2.tar before 10.tar
+    text = _text(counted).strip()
+    if not text.isdecimal() or not int(text):
+        raise UserError(f"{counted} must hold the number of shards, found {text[:20]!r}")
+    names = [f"{n}.tar" for n in range(int(text))]
+    if absent := [name for name in names if name not in there]:
+        raise UserError(f"{len(absent)} of the {len(names)} shards that {counted} counts are absent, first {absent[0]}")
+    return [there[name] for name in names]
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no text ({error})") from error
