@@ -1,0 +1,159 @@
+"""The PyPI package clip-benchmark measures our models as run.py does, to the last image."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from clip_benchmark.metrics import zeroshot_classification
+
+import run
+from pc_clip import benchmark as benchmark_command
+from pc_clip import checkpoint, export
+from pc_clip.clip import Clip, model_folder
+from pc_clip.datasets import open_dataset
+from pc_clip.embeddings import embed_images
+from pc_clip.evals import zeroshot
+from pc_clip.example import scenes
+
+PER_CLASS = 5
+TEMPLATES = ["This is a photo of a {}.", "a {}", "two small {}s on a dark background"]
+
+
+@pytest.fixture
+def keys(tmp_path) -> list[str]:
+    """Single shapes as a folder of classes and as a web data set in another order; the keys in that order."""
+    rng = np.random.default_rng(0)
+    pictures: dict[str, bytes] = {}
+    while len(pictures) < PER_CLASS * len(scenes.SHAPES):
+        scene = scenes.sample(rng)
+        shape = scene.things[0].shape
+        if len(scene.things) == 1 and (n := sum(key.startswith(shape) for key in pictures)) < PER_CLASS:
+            scenes.draw(scene).save(stream := io.BytesIO(), "PNG")
+            pictures[f"{shape}/{n}.png"] = stream.getvalue()
+    for key, content in pictures.items():
+        path = tmp_path / "images" / key
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    order = [str(key) for key in rng.permutation(list(pictures))]
+    write_webdataset(tmp_path / "web", [(pictures[key], key.split("/")[0]) for key in order])
+    return order
+
+
+def write_webdataset(root: Path, images: list[tuple[bytes, str]]) -> None:
+    """CLIP_benchmark's layout, in two shards. images: PNG and class of each."""
+    classes = sorted({name for _, name in images})
+    (root / "test").mkdir(parents=True)
+    (root / "classnames.txt").write_text("\n".join(classes))
+    templates = "\n".join(template.replace("{}", "{c}") for template in TEMPLATES)
+    (root / "zeroshot_classification_templates.txt").write_text(templates)
+    (root / "test" / "nshards.txt").write_text("2")
+    half = len(images) // 2
+    for shard, part in enumerate((images[:half], images[half:])):
+        with tarfile.open(root / "test" / f"{shard}.tar", "w") as tar:
+            for k, (png, name) in enumerate(part):
+                for suffix, content in (("png", png), ("cls", str(classes.index(name)).encode())):
+                    member = tarfile.TarInfo(f"s{k:04d}.{suffix}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    """Runs clip_benchmark's own command line.  -> metrics, scores [N, classes], class weights [D, classes]"""
+
+    classify, seen = zeroshot_classification.run_classification, {}
+
+    def remember(*args, **kwargs):
+        seen["scores"], target = classify(*args, **kwargs)
+        return seen["scores"], target
+
+    monkeypatch.setattr(zeroshot_classification, "run_classification", remember)
+
+    def evaluate(model: str, pretrained: str) -> tuple[dict, torch.Tensor, torch.Tensor]:
+        command = ["eval", "--dataset", "wds/scenes", "--dataset_root", "web", "--model", model,
+                   "--pretrained", pretrained, "--task", "zeroshot_classification", "--no_amp", "--num_workers", "0",
+                   "--batch_size", "16", "--output", "theirs.json", "--save_clf", "classifier.pt"]  # fmt: skip
+        with torch.random.fork_rng():
+            benchmark_command.main(command)
+        metrics = json.loads(Path("theirs.json").read_text())["metrics"]
+        return metrics, seen["scores"], torch.load("classifier.pt", weights_only=True)
+
+    return evaluate
+
+
+def measure(*flags: str) -> dict:
+    """The result of one run.py."""
+    run.main([*flags, "--mode", "zeroshot", "--device", "cpu", "--out", "ours"])
+    (path,) = Path("ours").rglob("zeroshot*.json")
+    result = json.loads(path.read_text())
+    shutil.rmtree("ours")
+    return result
+
+
+def assert_agree(theirs: tuple[dict, torch.Tensor, torch.Tensor], path: str, clip: Clip, keys: list[str]) -> int:
+    """The same classifier, the same guess for each image, the same accuracy from run.py. Returns how many are right."""
+    metrics, scores, weights = theirs
+    data = open_dataset("folder", "images")
+    (question,) = data.questions
+    prompts = zeroshot.class_embeddings(clip, question, TEMPLATES)  # [classes, D]
+    assert torch.allclose(prompts, weights.T, atol=1e-6)
+    z = torch.nn.functional.normalize(embed_images(clip, data).z, dim=-1)
+    guesses = dict(zip(data.ids, (z @ prompts.T).argmax(1).tolist()))
+    assert [guesses[key] for key in keys] == scores.argmax(1).tolist()
+    ours = measure(
+        "--dataset", "folder", "--root", "images", "--templates", json.dumps(TEMPLATES), "--checkpoint", path
+    )
+    from_web = measure("--dataset", "webdataset", "--root", "web", "--prompts", "several", "--checkpoint", path)
+    for found in (ours, from_web):
+        assert found["n"] == len(keys)
+        assert (found["metrics"]["zeroshot"], found["metrics"]["top5_class"]) == (metrics["acc1"], metrics["acc5"])
+    return round(metrics["acc1"] * len(keys))
+
+
+def perturbed(clip: Clip, scale: float) -> Clip:
+    """The same model with other text weights, as after finetuning."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in clip.trainable("text_blocks").values():
+            parameter.add_(scale * parameter.std() * torch.randn(parameter.shape, generator=generator))
+    return clip
+
+
+def test_the_embedded_model(keys, benchmark, example_clip):
+    theirs = benchmark(f"local-dir:{model_folder('example')}", "")
+    ours = measure("--dataset", "webdataset", "--root", "web", "--prompts", "several", "--model.name", "example")
+    assert (ours["metrics"]["zeroshot"], ours["metrics"]["top5_class"]) == (theirs[0]["acc1"], theirs[0]["acc5"])
+    checkpoint.save_model(Path("runs/same/model.safetensors"), example_clip)
+    assert assert_agree(theirs, "runs/same", example_clip, keys) > len(keys) / 2
+
+
+def test_a_finetuned_checkpoint_through_its_export(keys, benchmark):
+    clip = perturbed(Clip.create("example"), 1.5)
+    checkpoint.save_model(Path("runs/mine/model.safetensors"), clip)
+    export.main(["runs/mine", "--out", "exported/mine"])
+    theirs = benchmark("local-dir:exported/mine", "")
+    right = assert_agree(theirs, "runs/mine", clip, keys)
+    before, _, _ = benchmark(f"local-dir:{model_folder('example')}", "runs/mine/model.safetensors")
+    assert 0 < right < before["acc1"] * len(keys)  # open_clip takes no file beside local-dir:, hence the export
+
+
+def test_a_checkpoint_by_the_name_of_its_architecture(keys, benchmark, tmp_path, monkeypatch):
+    monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIG_PATHS", list(open_clip.factory._MODEL_CONFIG_PATHS))
+    monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIGS", dict(open_clip.factory._MODEL_CONFIGS))
+    vision = {"image_size": 64, "layers": 2, "width": 64, "head_width": 16, "patch_size": 8}
+    text = {"context_length": 77, "vocab_size": 49408, "width": 48, "heads": 3, "layers": 2}
+    (tmp_path / "tiny-vit.json").write_text(json.dumps({"embed_dim": 24, "vision_cfg": vision, "text_cfg": text}))
+    open_clip.add_model_config(tmp_path / "tiny-vit.json")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        clip = Clip.create("tiny-vit", load_weights=False)
+    checkpoint.save_model(Path("runs/tiny/model.safetensors"), clip)
+    assert_agree(benchmark("tiny-vit", "runs/tiny/model.safetensors"), "runs/tiny", clip, keys)

@@ -1,0 +1,402 @@
+"""Exports: other programs load them and see the same model. Tiny vision transformers of random weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import stat
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from PIL import Image
+
+from pc_clip import checkpoint, export
+from pc_clip.clip import Clip
+from pc_clip.errors import UserError
+from pc_clip.files import write_json
+
+VISION = {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8}
+TEXT = {"context_length": 77, "vocab_size": 49408, "width": 48, "heads": 3, "layers": 2}
+HALVES = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.25, 0.3), "interpolation": "bilinear"}
+SENTENCES = [
+    "a photo of a cat",
+    "Two LARGE dogs, one of which -- it's the older -- sleeps!",
+    "a café in Zürich, naïve façade; e\u0301 in two characters",
+    "10 o'clock: we'll see 1,234.5 things (don't ask) #why @home",
+    "a smiling face 🙂 and a family 👩‍👩‍👧 in 日本",
+    "snake_case\tand  white\nspace ",
+    "",
+    "very " * 100 + "long",
+]
+CLEANED = [  # what open_clip cleans or reads otherwise than CLIPTokenizer does
+    "tom &amp; jerry",
+    "“curly” and it’s",
+    "a ﬁne ligature",
+    "ＦＵＬＬ width",
+    "schÃ¶n",
+    "ΟΔΟΣ",
+]
+
+
+@pytest.fixture
+def architecture(tmp_path, monkeypatch):
+    """Makes architectures known to open_clip by name, for one test."""
+    factory, folder = open_clip.factory, tmp_path / "architectures"
+    folder.mkdir()
+    monkeypatch.setattr(factory, "_MODEL_CONFIG_PATHS", list(factory._MODEL_CONFIG_PATHS))
+    monkeypatch.setattr(factory, "_MODEL_CONFIGS", dict(factory._MODEL_CONFIGS))
+
+    def register(name: str = "tiny-vit", vision: dict | None = None, text: dict | None = None, **top) -> str:
+        config = {"embed_dim": 24, "vision_cfg": VISION | (vision or {}), "text_cfg": TEXT | (text or {}), **top}
+        write_json(folder / f"{name}.json", config)
+        open_clip.add_model_config(folder)
+        return name
+
+    return register
+
+
+def random_clip(name: str, preprocess: dict | None = None) -> Clip:
+    """A model no two of whose weights are equal, so that none can be taken for another unnoticed."""
+    clip = Clip.create(name, load_weights=False, preprocess=preprocess)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in clip.model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return clip
+
+
+def picture(width: int, height: int) -> Image.Image:
+    """A smooth picture with something in every corner."""
+    pixels = np.random.default_rng(0).integers(0, 256, (height // 5 + 2, width // 5 + 2, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@torch.no_grad()
+def embeddings(model, preprocess, tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
+    images = torch.stack([preprocess(picture(40, 46)), preprocess(picture(97, 94))])
+    return model.encode_image(images), model.encode_text(tokenizer(SENTENCES))
+
+
+def assert_same(a: tuple[torch.Tensor, ...], b: tuple[torch.Tensor, ...]) -> None:
+    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def load_in_open_clip(name: str, pretrained: str | None = None):
+    model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=pretrained)
+    return model.eval(), preprocess, open_clip.get_tokenizer(name)
+
+
+# -- open_clip -----------------------------------------------------------------------------------------
+
+
+def test_open_clip_loads_a_checkpoint_by_the_name_of_its_architecture(architecture, tmp_path):
+    clip = random_clip(architecture(quick_gelu=True))
+    path = tmp_path / "run" / "model.safetensors"
+    checkpoint.save_model(path, clip)
+    loaded = load_in_open_clip("tiny-vit", str(path))
+    assert repr(loaded[1]) == repr(clip.preprocess)
+    assert_same(embeddings(*loaded), embeddings(clip.model, clip.preprocess, clip.tokenizer))
+
+
+def test_a_folder_keeps_what_a_checkpoint_alone_cannot_tell_open_clip(architecture, tmp_path):
+    """By name and file open_clip takes its default transform; the folder carries the model's own."""
+    clip = random_clip(architecture(), HALVES)
+    checkpoint.save_model(tmp_path / "model.safetensors", clip)
+    expected = clip.preprocess(picture(50, 41))
+    by_name = load_in_open_clip("tiny-vit", str(tmp_path / "model.safetensors"))[1]
+    assert not torch.allclose(by_name(picture(50, 41)), expected, atol=0.1)
+    export.export(clip, tmp_path / "made", "open_clip")
+    shutil.move(tmp_path / "made", tmp_path / "moved")
+    loaded = load_in_open_clip(f"local-dir:{tmp_path / 'moved'}")
+    assert torch.equal(loaded[1](picture(50, 41)), expected)
+    assert_same(embeddings(*loaded), embeddings(clip.model, clip.preprocess, clip.tokenizer))
+    ours = Clip.create("local-dir:moved")
+    assert (ours.weights_hash(), ours.image_tower_hash()) == (clip.weights_hash(), clip.image_tower_hash())
+    assert sorted(p.name for p in Path("moved").iterdir()) == [
+        "open_clip_config.json", "open_clip_model.safetensors", "pc_clip.json",
+    ]  # fmt: skip
+
+
+def test_the_embedded_model_exports_for_open_clip_and_says_why_not_for_transformers(example_clip, tmp_path, capsys):
+    checkpoint.save_model(Path("runs/mine/model.safetensors"), example_clip)
+    with pytest.raises(UserError, match="example cannot be a CLIPModel.*ModifiedResNet.*--format open_clip"):
+        export.main(["runs/mine", "--out", "exported", "--format", "transformers"])
+    assert not Path("exported").exists()
+    export.main(["runs/mine", "--out", "exported"])
+    assert "transformers: not written, its image tower is a ModifiedResNet" in capsys.readouterr().out
+    assert_same(
+        embeddings(*load_in_open_clip("local-dir:exported")),
+        embeddings(example_clip.model, example_clip.preprocess, example_clip.tokenizer),
+    )
+    about = json.loads(Path("exported/pc_clip.json").read_text())
+    assert about["weights"] == example_clip.weights_hash()
+    assert (about["checkpoint"], about["model"], about["formats"]) == ("mine", "example", ["open_clip"])
+
+
+def write_model_with_a_local_text_tower(folder: Path) -> None:
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "dog"]
+    folder.mkdir(parents=True)
+    (folder / "vocab.txt").write_text("\n".join(words))
+    (folder / "LICENSE-tower").write_text("Take it.")
+    transformers.BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
+    transformers.BertConfig(
+        vocab_size=len(words), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    ).save_pretrained(folder)
+    text = {"hf_model_name": ".", "hf_tokenizer_name": ".", "hf_proj_type": "linear", "context_length": 12}
+    write_json(
+        folder / "open_clip_config.json", {"model_cfg": {"embed_dim": 24, "vision_cfg": VISION, "text_cfg": text}}
+    )
+
+
+def test_a_text_tower_of_hugging_faces_goes_with_the_folder(tmp_path, monkeypatch, capsys):
+    write_model_with_a_local_text_tower(tmp_path / "base")
+    clip = random_clip(f"local-dir:{tmp_path / 'base'}")
+    checkpoint.save_model(Path("runs/mine/model.safetensors"), clip)
+    export.main(["runs/mine", "--out", "exported"])
+    assert "text tower is a HFTextEncoder" in capsys.readouterr().out
+    texts = ["a red dog", "dog"]
+    expected = clip.embed_texts(texts)
+    shutil.rmtree(tmp_path / "base")
+    assert torch.equal(Clip.create("local-dir:exported").embed_texts(texts), expected)
+    assert Path("exported/LICENSE-tower").read_text() == "Take it."
+    assert not any(str(tmp_path) in p.read_text() for p in Path("exported").glob("*.json"))
+    monkeypatch.chdir("exported")  # where open_clip finds a tower that is named "."
+    model, _, tokenizer = load_in_open_clip("local-dir:.")
+    with torch.no_grad():
+        assert torch.allclose(model.encode_text(tokenizer(texts), normalize=True), expected, atol=1e-6)
+
+
+# -- transformers --------------------------------------------------------------------------------------
+
+ARCHITECTURES = {
+    "like ViT-B-32": {},
+    "quick_gelu": {"quick_gelu": True},
+    "text in a module of its own": {"custom_text": True, "vision": {"patch_size": 16}},
+    "other widths and depths": {
+        "vision": {"image_size": 28, "patch_size": 7, "width": 60, "head_width": 20, "layers": 3, "mlp_ratio": 2.5},
+        "text": {"width": 32, "heads": 2, "layers": 1, "context_length": 20, "mlp_ratio": 3.0},
+    },
+    "other norms and gelu": {
+        "vision": {"norm_kwargs": {"eps": 1e-3}, "act_kwargs": {"approximate": "tanh"}},
+        "text": {"norm_kwargs": {"eps": 1e-2}},
+    },
+    "more tokens, pooled at the end by its number": {
+        "text": {"vocab_size": 49500, "pool_type": "eos", "eos_id": 49407}
+    },
+}
+
+
+@pytest.mark.parametrize("changes", ARCHITECTURES.values(), ids=ARCHITECTURES.keys())
+def test_transformers_embeds_images_and_texts_as_open_clip_does(architecture, changes):
+    clip = random_clip(architecture(**changes), HALVES)
+    done = export.export(clip, Path("exported"), "transformers")
+    assert done.difference < 1e-5
+    model = transformers.CLIPModel.from_pretrained("exported").eval()
+    processor = transformers.CLIPProcessor.from_pretrained("exported", backend="pil")
+    images, texts = embeddings(clip.model, clip.preprocess, clip.tokenizer)
+    inputs = processor(
+        text=SENTENCES, images=[picture(40, 46), picture(97, 94)], padding=True, truncation=True, return_tensors="pt"
+    )
+    with torch.no_grad():
+        found = model(**inputs)
+        as_open_clip_pads = model.get_text_features(clip.tokenizer(SENTENCES)).pooler_output
+    assert torch.allclose(found.image_embeds, F.normalize(images, dim=-1), atol=1e-5)
+    assert torch.allclose(found.text_embeds, F.normalize(texts, dim=-1), atol=1e-5)
+    assert torch.allclose(as_open_clip_pads, texts, atol=1e-5, rtol=1e-5)
+    expected = clip.model.logit_scale.exp() * F.normalize(images, dim=-1) @ F.normalize(texts, dim=-1).T
+    assert torch.allclose(found.logits_per_image, expected, atol=1e-3)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory) -> Path:
+    """One folder with both formats."""
+    folder = tmp_path_factory.mktemp("exported")
+    config = {"model_cfg": {"embed_dim": 24, "vision_cfg": VISION, "text_cfg": TEXT}}
+    (folder / "base").mkdir()
+    write_json(folder / "base" / "open_clip_config.json", config)
+    export.export(random_clip(f"local-dir:{folder / 'base'}"), folder / "both")
+    return folder / "both"
+
+
+def tokens_until_the_end(tokens: torch.Tensor) -> list[int]:
+    row = tokens.tolist()
+    return row[: row.index(49407) + 1]
+
+
+def test_the_tokens_are_open_clips_but_for_its_cleaning(exported):
+    theirs = transformers.AutoTokenizer.from_pretrained(exported)
+    tokenize, clean = open_clip.get_tokenizer("ViT-B-32"), open_clip.tokenizer.get_clean_fn("lower")
+
+    def pairs(texts: list[str]):
+        rows = theirs(texts, padding=True, truncation=True, return_tensors="pt").input_ids
+        return [tuple(map(tokens_until_the_end, pair)) for pair in zip(tokenize(texts), rows)]
+
+    assert all(a == b for a, b in pairs(SENTENCES))
+    assert all(a != b for a, b in pairs(CLEANED))  # as the module says; should one become equal, it must say so
+    assert all(a == b for a, b in pairs([clean(text) for text in CLEANED]))
+
+
+def test_vocabulary_and_merges_stand_beside_the_tokenizer_for_other_readers(exported):
+    words = json.loads((exported / "vocab.json").read_text(encoding="utf-8"))
+    merges = (exported / "merges.txt").read_text(encoding="utf-8").splitlines()
+    assert len(words) == 49408 and sorted(words.values()) == list(range(49408))
+    assert (words["<|startoftext|>"], words["<|endoftext|>"], words["cat</w>"]) == (49406, 49407, 2368)
+    assert merges[:2] == ["#version: 0.2", "i n"] and len(merges) == 48895
+    lines = (exported / "merges.txt").read_text(encoding="utf-8").split("\n")[1:-1]
+    assert all(words["".join(line.split(" "))] == 512 + k for k, line in enumerate(lines))
+
+
+# Width and height whose longer side, resized to 32, leaves 0, 2, 5, 1 and 12 pixels to crop ...
+EXACT = [(32, 32), (34, 32), (40, 46), (97, 94), (200, 275)]
+# ... and 3, 7, 15: where transformers rounds 1.5, 3.5, 7.5 down and torchvision up.
+SHIFTED = [(64, 70), (110, 90), (47, 32)]
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_pixels_are_open_clips_but_for_the_rounding_of_the_crop(architecture, interpolation):
+    clip = random_clip(architecture(), HALVES | {"interpolation": interpolation})
+    export.export(clip, Path("exported"), "transformers")
+    pil, default = (
+        transformers.CLIPProcessor.from_pretrained("exported", backend=backend).image_processor
+        for backend in ("pil", "torchvision")
+    )
+    for size in EXACT:
+        expected = clip.preprocess(picture(*size))
+        assert torch.equal(pil(picture(*size), return_tensors="pt").pixel_values[0], expected), size
+        grey_level = 1 / 255 / min(HALVES["std"])
+        other = default(picture(*size), return_tensors="pt").pixel_values[0]
+        assert (other - expected).abs().max() < 1.001 * grey_level, size
+    resize, _, *rest = clip.preprocess.transforms
+    for size in SHIFTED:
+        found = pil(picture(*size), return_tensors="pt").pixel_values[0]
+        assert not torch.allclose(found, clip.preprocess(picture(*size)), atol=0.1), size
+        resized = resize(picture(*size))
+        left, top = (resized.width - 32) // 2, (resized.height - 32) // 2
+        shifted = resized.crop((left, top, left + 32, top + 32))
+        for step in rest:
+            shifted = step(shifted)
+        assert torch.equal(found, shifted), size
+
+
+def test_a_squashing_transform_is_kept(architecture):
+    clip = random_clip(architecture(), HALVES | {"resize_mode": "squash"})
+    export.export(clip, Path("exported"), "transformers")
+    processor = transformers.CLIPProcessor.from_pretrained("exported", backend="pil")
+    for size in EXACT + SHIFTED:
+        found = processor.image_processor(picture(*size), return_tensors="pt").pixel_values[0]
+        assert torch.equal(found, clip.preprocess(picture(*size)))
+
+
+REFUSED = {
+    "blocks are not CLIP's": {"vision": {"ls_init_value": 0.1}},
+    "blocks are not": {"text": {"qk_norm": True}},
+    "not causal": {"custom_text": True, "text": {"no_causal_mask": True}},
+    "does not read the end-of-text": {"text": {"pool_type": "last"}},
+    "class token alone": {"vision": {"pool_type": "avg"}},
+    "no norm before": {"vision": {"no_ln_pre": True}},
+    "not square": {"vision": {"image_size": [32, 64]}},
+    "a bias": {"init_logit_bias": -10.0},
+    "not one matrix": {"text": {"proj_bias": True}},
+    "text tower has a class token": {"custom_text": True, "text": {"embed_cls": True}},
+    "tokenizer is not CLIP's": {"text": {"tokenizer_kwargs": {"clean": "canonicalize"}}},
+    "TimmModel": {"vision": {"timm_model_name": "test_vit", "timm_pool": "", "timm_proj": "linear"}},
+}
+
+
+@pytest.mark.parametrize(("reason", "changes"), REFUSED.items(), ids=[str(list(c.values())) for c in REFUSED.values()])
+def test_what_a_clipmodel_has_no_place_for_is_named(architecture, reason, changes):
+    clip = Clip.create(architecture(**changes), load_weights=False)
+    assert reason in export.why_not_transformers(clip)
+    with pytest.raises(UserError, match=reason):
+        export.export(clip, Path("exported"), "transformers")
+    assert not list(Path().glob("*exported*"))
+
+
+def test_padded_images_are_refused_too(architecture):
+    clip = Clip.create(architecture(), load_weights=False, preprocess={"resize_mode": "longest"})
+    assert export.why_not_transformers(clip) == "it pads its images"
+
+
+@pytest.mark.parametrize("name", ["ViT-B-32", "ViT-B-16-quickgelu", "ViT-L-14", "ViT-L-14-336", "ViT-H-14", "ViT-g-14"])
+def test_the_known_architectures_are_taken(name):
+    with torch.device("meta"):
+        model = open_clip.create_model(name, load_weights=False, device="meta")
+    clip = Clip(model, open_clip.get_tokenizer(name), None, name)
+    assert export.why_not_transformers(clip) is None
+
+
+# -- the folder ----------------------------------------------------------------------------------------
+
+
+def test_both_formats_share_a_folder_that_names_no_place(exported, tmp_path):
+    model = transformers.AutoModel.from_pretrained(exported)
+    clip = Clip.create(f"local-dir:{exported}")
+    assert type(model) is transformers.CLIPModel
+    assert torch.equal(model.text_projection.weight.T, clip.model.text_projection)
+    place = str(exported.parent).encode()
+    for path in exported.iterdir():
+        assert place not in path.read_bytes(), path.name
+        assert stat.S_IMODE(path.stat().st_mode) & 0o044 == 0o044 & ~current_umask(), path.name
+    about = json.loads((exported / "pc_clip.json").read_text())
+    assert (about["model"], about["formats"]) == ("local-dir:base", ["open_clip", "transformers"])
+
+
+def current_umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_a_folder_that_is_there_is_kept_unless_it_is_an_export_to_be_replaced(example_clip):
+    export.export(example_clip, Path("exported"), source="first")
+    with pytest.raises(UserError, match="exported is there already; --overwrite"):
+        export.export(example_clip, Path("exported"), source="second")
+    assert json.loads(Path("exported/pc_clip.json").read_text())["checkpoint"] == "first"
+    export.export(example_clip, Path("exported"), source="second", overwrite=True)
+    assert json.loads(Path("exported/pc_clip.json").read_text())["checkpoint"] == "second"
+    Path("thesis").mkdir()
+    Path("thesis/chapter.tex").write_text("years")
+    with pytest.raises(UserError, match="thesis holds something else than an export"):
+        export.main(["nothing", "--out", "thesis", "--overwrite"])
+    assert [p.name for p in Path("thesis").iterdir()] == ["chapter.tex"]
+
+
+def test_a_failed_export_leaves_nothing_and_keeps_what_was_there(example_clip, monkeypatch):
+    export.export(example_clip, Path("exported"), source="first")
+    before = {p: p.read_bytes() for p in Path("exported").iterdir()}
+
+    def full_disk(path, tensors, metadata):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(export, "write_tensors", full_disk)
+    for out in ("exported", "another"):
+        with pytest.raises(OSError, match="No space"):
+            export.export(example_clip, Path(out), overwrite=True)
+    assert {p: p.read_bytes() for p in Path("exported").iterdir()} == before
+    assert [p.name for p in Path().iterdir()] == ["exported"]
+
+
+def test_a_clipmodel_that_differs_is_not_handed_out(architecture, monkeypatch):
+    clip = random_clip(architecture())
+    monkeypatch.setitem(export.BLOCK_PARTS, "ln_1", "layer_norm2")
+    monkeypatch.setitem(export.BLOCK_PARTS, "ln_2", "layer_norm1")
+    with pytest.raises(RuntimeError, match="the exported CLIPModel differs from tiny-vit"):
+        export.export(clip, Path("exported"), "transformers")
+    assert not Path("exported").exists()
+
+
+def test_a_bare_state_dict_is_exported_by_the_name_given(architecture, capsys):
+    clip = random_clip(architecture())
+    torch.save(clip.model.state_dict(), "theirs.pt")
+    export.main(["theirs.pt", "--model", "tiny-vit", "--out", "exported/theirs"])
+    assert "CLIPModel.from_pretrained('exported/theirs'), equal to within" in capsys.readouterr().out
+    assert Clip.create("local-dir:exported/theirs").weights_hash() == clip.weights_hash()
+    with pytest.raises(UserError, match="no checkpoint at"):
+        export.main(["nothing.pt", "--out", "exported/nothing"])
