@@ -45,7 +45,8 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
         evals.find(mode)
     data, checkpoint = _data(config), config.checkpoint
     clip = _model(config)
-    modes = wanted or [mode for mode in evals.names() if evals.find(mode).applies(data, config)]
+    subject = Subject(clip, (lambda: evals.base_of(clip)) if checkpoint else (lambda: clip), data, config)
+    modes = wanted or [mode for mode in evals.names() if _can_be_measured(mode, subject)]
     if not modes:
         raise UserError(
             f"nothing can be measured on {data.label} with these settings; modes: {', '.join(evals.names())}"
@@ -54,10 +55,19 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
         config, checkpoints.describe_checkpoint(checkpoint) if checkpoint else f"{Path(clip.name).name}-pretrained"
     )
     weights = clip.weights_hash()
-    subject = Subject(clip, (lambda: evals.base_of(clip)) if checkpoint else (lambda: clip), data, config)
     if data.note:
         log.info("%s", data.note)
     return [_one(subject, mode, folder, weights) for mode in modes]
+
+
+def _can_be_measured(mode: str, subject: Subject) -> bool:
+    """Whether data, settings and weights allow a mode that was not asked for by name."""
+    module = evals.find(mode)
+    if not module.applies(subject.data, subject.config):
+        return False
+    if why := getattr(module, "lacks", lambda _: None)(subject):
+        log.info("%s is left out: %s", mode, why)
+    return not why
 
 
 def example_checkpoints() -> list[str | None]:

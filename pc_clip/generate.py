@@ -207,7 +207,8 @@ def _settings(config: GenerateConfig, made_from: dict[str, Any]) -> dict[str, An
     found = dataclasses.asdict(config) | made_from
     for name in ("out", "overwrite", "chunk", "prompt"):
         found.pop(name)
-    for name in ("dataset", "root", "question", "n_each") if config.task == "pairs" else ("captions", "root"):
+    unused = ("task", "dataset", "root", "question", "n_each") if config.task == "pairs" else ("captions", "root")
+    for name in unused:
         found.pop(name)
     if config.writer == "transformers":
         for name in ("batch_size", "device"):  # how, not what

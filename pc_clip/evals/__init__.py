@@ -5,8 +5,10 @@ Such a file has
     applies(data, config)    whether data set and settings have what it needs
     NEEDS                    what that is, in words, for the error
     evaluate(subject)        -> Result
+    lacks(subject)           optional: why the weights do not allow it, in words; None when they do
 
-All get image embeddings from the cache; none encodes an image twice.
+All get image embeddings from the cache; none encodes an image twice, except average where the image tower
+was finetuned too.
 """
 
 from __future__ import annotations

@@ -1,0 +1,483 @@
+"""What the embedding space looks like: where texts lie, where images lie, and whether their differences agree.
+
+z_i is the unit embedding of image i, m(a) the mean of z over the images of class a, t_a the unit embedding of a's
+prompts, enc(s) that of a sentence. Each figure of the model is there for the untrained one too, as base_*, where
+that one is another.
+
+- difference_alignment_phrases: mean of cos(enc(high) - enc(low), z_i - z_j) over pairs of images that differ
+  clearly in a graded attribute, i having more of it; mean over attributes.
+- difference_alignment_sentences: the same of cos(enc("The first image shows MORE, while the second shows LESS."),
+  z_i - z_j). _reversed: the same fact told of the second image first.
+- difference_alignment_classes: mean of cos(t_a - t_b, m(a) - m(b)) over pairs of classes; mean over questions.
+- analogy_image: for two questions, classes a, b of the first and c, d of the second, and m(a, c) the mean of z over
+  the images that are both: is m(a, d) - m(b, d) + m(b, c) nearer (in Euclidean distance) to m(a, c) than to any
+  other such mean? Share of all (a, b, c, d) whose four means are over CELL or more images; mean over ordered pairs
+  of questions. All means are candidates, those put in as well, so that "nothing changed" is a wrong answer.
+- analogy_text: the same, with t_a - t_b at the length of m(a, d) - m(b, d) in that one's place.
+- modality_gap: |mean of z - mean of the text embeddings|, from 0 to 2 (Liang et al. 2022). The texts are one
+  caption an image where there are captions, else the prompts of all classes.
+- image_cosine, text_cosine: mean cosine of two different random images, of two different random texts. The nearer
+  to 1, the narrower the cone that they fill.
+
+Where there are more, pairs and analogies are n_pairs random ones, and images and texts for gap and cosine MOST.
+"""
+
+from __future__ import annotations
+
+import logging
+import textwrap
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import CSS4_COLORS, to_rgb
+from matplotlib.figure import Figure
+from PIL import Image
+from scipy.optimize import linear_sum_assignment
+from sklearn.decomposition import PCA
+from sklearn.manifold import TSNE
+from torch import Tensor
+
+from pc_clip import attributes
+from pc_clip.clip import Clip
+from pc_clip.config import EvaluateConfig
+from pc_clip.datasets import Attribute, Dataset, Question
+from pc_clip.differences import contrast
+from pc_clip.errors import UserError
+from pc_clip.evals import Picture, Result, Subject, mean
+from pc_clip.evals.difference import draw_pairs, pair_differences
+from pc_clip.evals.zeroshot import class_embeddings, templates_of
+
+log = logging.getLogger(__name__)
+
+CELL = 5  # images that a mean of two classes has to be over
+MOST = 5000  # images, and captions, of which gap and cosines are taken
+TUPLES = 1_000_000  # analogies looked at for one pair of questions
+ON_MAP = 500  # images on a map
+FEW = 30  # points of which t-SNE makes nothing
+
+NEEDS = "a data set with classes, graded attributes or captions"
+
+
+def applies(data: Dataset, config: EvaluateConfig) -> bool:
+    return bool(data.questions or data.attributes or data.captions or attributes.tasks_of(data.name))
+
+
+def evaluate(subject: Subject) -> Result:
+    """The figures above, as far as the data set has what they need, and maps in two dimensions."""
+    metrics, details = measure(subject, subject.clip, subject.z)
+    before = subject.base is not None and subject.base.weights_hash() != subject.clip.weights_hash()
+    if before:
+        base, base_details = measure(subject, subject.base, subject.base_z)
+        metrics |= {f"base_{name}": value for name, value in base.items()}
+        details["base"] = base_details
+    views = [View("before finetuning", subject.base, subject.base_z)] if before else []
+    views.append(View("after finetuning" if before else "", subject.clip, subject.z))
+    pictures = {}
+    if subject.data.questions:
+        pictures["map.png"] = map_of_images(subject, views)
+    if subject.attributes and (picture := map_of_differences(subject, views)):
+        pictures["differences.png"] = picture
+    return Result(metrics, len(subject.data), details, pictures)
+
+
+def measure(subject: Subject, clip: Clip, z: Tensor) -> tuple[dict[str, float], dict]:
+    """All figures of one model, and what they are made of. z: [N, D], its unit image embeddings."""
+    data, config = subject.data, subject.config
+    metrics, details = {}, {}
+    if subject.attributes:
+        found, details["attributes"] = _alignment_of_attributes(clip, z, subject.attributes, config)
+        metrics |= found
+    prompts = [class_embeddings(clip, question, templates_of(question, config)) for question in data.questions]
+    if data.questions:
+        aligned = {
+            question.name: alignment_of_classes(z, question, t, config.n_pairs, config.seed)
+            for question, t in zip(data.questions, prompts)
+        }
+        aligned = {name: value for name, value in aligned.items() if value is not None}
+        if aligned:
+            metrics["difference_alignment_classes"] = mean(list(aligned.values()))
+        details["classes"] = aligned
+    found, details["analogies"] = _analogies(z, data.questions, prompts, config)
+    metrics |= found
+    return metrics | _gap(clip, z, data, prompts, config.seed), details
+
+
+# -- differences ---------------------------------------------------------------------------------------
+
+
+def clear_pairs(attribute: Attribute, n: int, seed: int) -> np.ndarray:
+    """Up to n random pairs of images that differ clearly, the one with more first; none where no two do.  -> [P, 2]"""
+    try:
+        pairs = draw_pairs(attribute, n, np.random.default_rng(seed))
+    except UserError:
+        return np.empty((0, 2), dtype=np.int64)
+    first_has_more = attribute.value[pairs[:, 0]] > attribute.value[pairs[:, 1]]
+    return np.where(first_has_more[:, None], pairs, pairs[:, ::-1])
+
+
+def _alignment_of_attributes(
+    clip: Clip, z: Tensor, known: tuple[Attribute, ...], config: EvaluateConfig
+) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    details = {}
+    for k, attribute in enumerate(known):
+        pairs = clear_pairs(attribute, config.n_pairs, config.seed + 1000 * k)
+        if not len(pairs):
+            log.info("  no two images differ clearly in %s, which is left out", attribute.name)
+            continue
+        gaps = pair_differences(z, pairs)  # [P, D]
+        first, second = (contrast(attribute.more, attribute.less, wording) for wording in (0, 1))
+        high, low, told, told_reversed = clip.embed_texts([attribute.high, attribute.low, first, second])
+        details[attribute.name] = {
+            "phrases": float((gaps @ F.normalize(high - low, dim=0)).mean()),
+            "sentences": float((gaps @ told).mean()),
+            "sentences_reversed": float((gaps @ told_reversed).mean()),
+            "pairs": len(pairs),
+        }
+    names = ("phrases", "sentences", "sentences_reversed") if details else ()
+    return {f"difference_alignment_{name}": mean([d[name] for d in details.values()]) for name in names}, details
+
+
+def alignment_of_classes(z: Tensor, question: Question, prompts: Tensor, n: int, seed: int) -> float | None:
+    """Mean of cos(t_a - t_b, m(a) - m(b)) over pairs of classes, at most n of them; None with fewer than two."""
+    means, counts = _means(z[torch.from_numpy(question.rows)], question.target, len(question.classes))
+    there = np.flatnonzero(counts)
+    a, b = (there[side] for side in np.triu_indices(len(there), 1))
+    if not len(a):
+        return None
+    if len(a) > n:
+        kept = np.random.default_rng(seed).choice(len(a), n, replace=False)
+        a, b = a[kept], b[kept]
+    pairs = np.stack([a, b], axis=1)
+    return float((pair_differences(prompts, pairs) * pair_differences(means, pairs)).sum(-1).mean())
+
+
+def _means(z: Tensor, group: np.ndarray, groups: int) -> tuple[Tensor, np.ndarray]:
+    """Mean of each group of rows, zero for an empty one.  [M, D], [M] -> [groups, D], counts [groups]"""
+    counts = np.bincount(group, minlength=groups)
+    sums = z.new_zeros(groups, z.shape[1]).index_add_(0, torch.from_numpy(group), z)
+    return sums / torch.from_numpy(counts).clamp(min=1)[:, None], counts
+
+
+# -- analogies -----------------------------------------------------------------------------------------
+
+
+class Analogies(NamedTuple):
+    """Of one ordered pair of questions. image, text: shares of right answers; cells: candidates; n: how many."""
+
+    image: float
+    text: float
+    cells: int
+    n: int
+
+
+def _analogies(
+    z: Tensor, questions: tuple[Question, ...], prompts: list[Tensor], config: EvaluateConfig
+) -> tuple[dict[str, float], dict]:
+    found = {}
+    for n, p in enumerate(questions):
+        for q in questions:
+            if p is not q and (of_pair := analogies(z, p, q, prompts[n], config.n_pairs, config.seed)):
+                found[f"{p.name}, {q.name}"] = of_pair
+    if not found:
+        return {}, {}
+    metrics = {
+        "analogy_image": mean([of_pair.image for of_pair in found.values()]),
+        "analogy_text": mean([of_pair.text for of_pair in found.values()]),
+    }
+    chance = mean([1 / of_pair.cells for of_pair in found.values()])
+    return metrics, {"chance": chance, "pairs": {name: of_pair._asdict() for name, of_pair in found.items()}}
+
+
+def analogies(z: Tensor, p: Question, q: Question, prompts: Tensor, n: int, seed: int) -> Analogies | None:
+    """a is to b as it is among images of d, so what is a among images of c? At most n analogies; None without any.
+
+    prompts: [classes of p, D], of which analogy_text takes the differences.
+    """
+    _, in_p, in_q = np.intersect1d(p.rows, q.rows, return_indices=True)
+    if not len(in_p):
+        return None
+    shape = len(p.classes), len(q.classes)
+    cell = np.ravel_multi_index((p.target[in_p], q.target[in_q]), shape)
+    means, counts = _means(z[torch.from_numpy(p.rows[in_p])], cell, shape[0] * shape[1])
+    enough = (counts >= CELL).reshape(shape)
+    a, b, c, d = _quadruples(enough, n, seed)
+    if not len(a):
+        return None
+    cells = np.flatnonzero(enough.ravel())
+    of = means.view(*shape, -1)
+    step = of[a, d] - of[b, d]  # [Q, D]
+    said = F.normalize(prompts[a] - prompts[b], dim=-1) * step.norm(dim=-1, keepdim=True)
+    right = torch.from_numpy(np.searchsorted(cells, np.ravel_multi_index((a, c), shape)))
+    image, text = (
+        float((torch.cdist(of[b, c] + moved, means[cells]).argmin(1) == right).double().mean())
+        for moved in (step, said)
+    )
+    return Analogies(image, text, len(cells), len(a))
+
+
+def _quadruples(enough: np.ndarray, n: int, seed: int) -> tuple[np.ndarray, ...]:
+    """a != b and c != d whose four cells are all large enough. enough: [P, Q] bool  -> four of [<= n]"""
+    shape = (enough.shape[0],) * 2 + (enough.shape[1],) * 2
+    rng, total = np.random.default_rng(seed), int(np.prod(shape, dtype=np.int64))
+    every = np.arange(total) if total <= TUPLES else np.unique(rng.integers(total, size=TUPLES))
+    a, b, c, d = np.unravel_index(every, shape)
+    good = (a != b) & (c != d) & enough[a, c] & enough[a, d] & enough[b, c] & enough[b, d]
+    kept = np.flatnonzero(good)
+    if len(kept) > n:
+        kept = np.sort(rng.choice(kept, n, replace=False))
+    return a[kept], b[kept], c[kept], d[kept]
+
+
+# -- gap -----------------------------------------------------------------------------------------------
+
+
+def _gap(clip: Clip, z: Tensor, data: Dataset, prompts: list[Tensor], seed: int) -> dict[str, float]:
+    """Modality gap and mean cosines."""
+    rng = np.random.default_rng(seed)
+    rows = np.sort(rng.permutation(len(z))[:MOST])
+    found = {} if len(rows) < 2 else {"image_cosine": mean_cosine(z[rows])}
+    if data.captions:
+        text = clip.embed_texts([data.captions[row][0] for row in rows if data.captions[row]])
+    elif prompts:
+        text = torch.cat(prompts)
+    else:
+        return found
+    if len(text) > 1:
+        found["text_cosine"] = mean_cosine(text)
+    return found | {"modality_gap": float((z[rows].mean(0) - text.mean(0)).norm())}
+
+
+def mean_cosine(z: Tensor) -> float:
+    """Mean over all pairs of different rows of unit vectors [N, D], from |sum of z|^2 = N + sum of their cosines."""
+    z = z.double()
+    n = len(z)
+    return float((z.sum(0).square().sum() - z.square().sum()) / (n * (n - 1)))
+
+
+# -- maps ----------------------------------------------------------------------------------------------
+
+# Okabe and Ito's palette, which people with any colour blindness can tell apart, its yellow and black made visible
+# on white and in small; shapes say the same again.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#C4B000", "#3D1A78")
+MARKS = "osD^vP*X"
+OTHER = "#B0B0B0"
+
+
+class View(NamedTuple):
+    """A model at one time. z: [N, D], its unit image embeddings."""
+
+    title: str
+    clip: Clip
+    z: Tensor
+
+
+class Layer(NamedTuple):
+    """Points of one kind, a key of STYLES. places: [P, 2]; target: [P], their classes."""
+
+    kind: str
+    places: np.ndarray
+    target: np.ndarray
+
+
+STYLES = {  # as matplotlib's scatter takes them; what is large is drawn over what is small
+    "image": {"s": 24, "alpha": 0.55, "linewidths": 0},
+    "text": {"s": 210, "edgecolors": "black", "linewidths": 1.5, "zorder": 3},
+    "turned": {"s": 420, "facecolors": "none", "linewidths": 2.8, "zorder": 4},
+}
+
+
+def map_of_images(subject: Subject, views: list[View]) -> Picture:
+    """Images and class prompts of the first question, on one map for all views, so that places can be compared.
+
+    Texts lie far from images (the modality gap); prompts are moved by the first view's gap, the same for all
+    views, or the map would show nothing else. Of many classes the most frequent have a colour and a prompt.
+    """
+    question = subject.data.questions[0]
+    drawn = np.sort(np.random.default_rng(subject.config.seed).permutation(len(question.rows))[:ON_MAP])
+    rows, target = torch.from_numpy(question.rows[drawn]), question.target[drawn]
+    shown = _most_common(target, len(question.classes))
+    prompts = [class_embeddings(view.clip, question, templates_of(question, subject.config)) for view in views]
+    gap = views[0].z[rows].mean(0) - prompts[0].mean(0)
+    texts = [t[shown] + gap for t in prompts]
+    places, method = _on_one_map([view.z[rows] for view in views], texts, subject.config.seed)
+    panels = [
+        (view.title, [Layer("image", of_images, target), Layer("text", of_texts, np.array(shown))])
+        for view, (of_images, of_texts) in zip(views, places)
+    ]
+    names = {c: question.classes[c] for c in shown}
+    note = f"{method}. Large: class prompts, moved onto the images by the modality gap."
+    image = draw(f"{question.name}: images and class prompts", panels, names, note)
+    every = torch.from_numpy(question.rows)
+    own = [f"{_share_nearest_own(view.z[every], t, question):.0%}" for view, t in zip(views, prompts)]
+    alt = (
+        f"Map of {len(drawn)} images of {subject.data.label} and of {len(shown)} of the {len(question.classes)} class "
+        f"prompts for {question.name}{_when(views)}, coloured by class. In the space itself the nearest prompt is "
+        f"that of the image's own class for {' and then '.join(own)} of the images."
+    )
+    return Picture(image, alt)
+
+
+def map_of_differences(subject: Subject, views: list[View]) -> Picture | None:
+    """Unit differences of images that differ in one attribute alone, and sentences about them, on one map for all.
+
+    A sentence is there twice: telling of the first image first, and of the second first. Attributes beyond the
+    colours are left out. None where too few images differ.
+    """
+    known = subject.attributes[: len(COLOURS) // 2]
+    drawn = [_pairs_of_one(known, k, subject.config.seed + k) for k in range(len(known))]
+    usable = [(a, pairs) for a, pairs in zip(known, drawn) if len(pairs) > 1]
+    if not usable:
+        return None
+    rows, target, names, told = [], [], [], {"text": [], "turned": []}
+    for attribute, pairs in usable:
+        half = len(pairs) // 2
+        for part, more, less in (
+            (pairs[:half], attribute.more, attribute.less),
+            (pairs[half:, ::-1], attribute.less, attribute.more),
+        ):
+            rows.append(part)
+            target += [len(names)] * len(part)
+            names.append(more)
+            for wording, kind in enumerate(told):
+                told[kind].append(contrast(more, less, wording))
+    target, ends = np.array(target), np.arange(len(names))
+    gaps = [pair_differences(view.z, np.concatenate(rows)) for view in views]
+    texts = [view.clip.embed_texts([*told["text"], *told["turned"]]) for view in views]
+    places, method = _on_one_map(gaps, texts, subject.config.seed)
+    panels = [
+        (view.title, [Layer("image", of_pairs, target), *map(Layer, told, np.split(of_texts, 2), (ends, ends))])
+        for view, (of_pairs, of_texts) in zip(views, places)
+    ]
+    image = draw(
+        "image differences and sentences",
+        panels,
+        {c: f"first: {name}" for c, name in enumerate(names)},
+        f"{method}. Large: sentences, hollow if they tell of the second image first.",
+    )
+    return Picture(image, _differences_in_words(subject, views, target, gaps, texts))
+
+
+def _pairs_of_one(known: tuple[Attribute, ...], k: int, seed: int) -> np.ndarray:
+    """Pairs that differ clearly in attribute k, the one with more first, and in no other if such exist.  -> [P, 2]"""
+    pairs = clear_pairs(known[k], 40 * ON_MAP, seed)
+    alike = np.ones(len(pairs), dtype=bool)
+    for n, other in enumerate(known):
+        if n != k:
+            alike &= np.abs(other.value[pairs[:, 0]] - other.value[pairs[:, 1]]) <= other.gap  # not where undefined
+    return (pairs[alike] if alike.sum() > 1 else pairs)[: ON_MAP // len(known)]
+
+
+def _on_one_map(
+    images: list[Tensor], texts: list[Tensor], seed: int
+) -> tuple[list[tuple[np.ndarray, np.ndarray]], str]:
+    """(places of the images, places of the texts) for each view, and the method. Images that stay count once."""
+    frozen = all(torch.equal(images[0], other) for other in images[1:])
+    once = images[:1] if frozen else images
+    places, method = flatten([*once, *texts], seed)
+    of_images, of_texts = places[: len(once)], places[len(once) :]
+    return list(zip(of_images * (len(texts) if frozen else 1), of_texts)), method
+
+
+def flatten(groups: list[Tensor], seed: int) -> tuple[list[np.ndarray], str]:
+    """Two coordinates a point, by t-SNE over all groups together or, of few points, by PCA; and which it was."""
+    points = torch.cat(groups).double().numpy()
+    if len(points) < FEW:
+        found = PCA(min(2, *points.shape), random_state=seed).fit_transform(points)
+        places, method = np.pad(found, ((0, 0), (0, 2 - found.shape[1]))), "PCA"
+    else:
+        perplexity = min(30.0, (len(points) - 1) / 3)
+        places, method = TSNE(init="pca", random_state=seed, perplexity=perplexity).fit_transform(points), "t-SNE"
+    return np.split(places, np.cumsum([len(group) for group in groups])[:-1]), method
+
+
+def _most_common(target: np.ndarray, classes: int) -> list[int]:
+    """The classes that get a colour, in their own order: all, or as many of the most frequent as there are colours."""
+    counts = np.bincount(target, minlength=classes)
+    return sorted(int(c) for c in np.argsort(-counts, kind="stable")[: len(COLOURS)] if counts[c])
+
+
+def _palette(names: list[str]) -> list[str]:
+    """A colour a name; a class that is itself called after a colour gets the one most like it."""
+    if not any(name in CSS4_COLORS for name in names):
+        return list(COLOURS[: len(names)])
+    have = np.array([to_rgb(colour) for colour in COLOURS])
+    want = [
+        np.linalg.norm(have - to_rgb(name), axis=1) if name in CSS4_COLORS else np.zeros(len(have)) for name in names
+    ]
+    return [COLOURS[n] for n in linear_sum_assignment(np.stack(want))[1]]
+
+
+def draw(title: str, panels: list[tuple[str, list[Layer]]], names: dict[int, str], note: str) -> Image.Image:
+    """Panels side by side on one scale, a note and one legend below. names: of the classes that get a colour."""
+    others = any(not np.isin(layer.target, [*names]).all() for _, layers in panels for layer in layers)
+    columns = 2 if max(map(len, names.values())) > 12 else 4
+    notes, legend = textwrap.wrap(note, 80), 0.3 * -(-(len(names) + others) // columns)
+    below, above = 0.2 + 0.26 * len(notes) + legend, 0.75 if len(panels) > 1 else 0.45
+    height = 3.6 + below + above
+    figure = Figure(figsize=(7.2, height), dpi=125)  # large letters, because a phone shows it at two fifths
+    figure.suptitle(title, fontsize=16, y=1 - 0.08 / height, va="top")
+    axes = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
+    handles: dict[str, Artist] = {}
+    for ax, (name, layers) in zip(axes, panels):
+        ax.set_title(name, fontsize=14)
+        ax.set(xticks=[], yticks=[])
+        ax.margins(0.08)
+        for layer in layers:
+            _scatter(ax, layer, names, handles)
+    figure.subplots_adjust(0.015, below / height, 0.985, 1 - above / height, wspace=0.03)
+    figure.text(0.5, (below - 0.08) / height, "\n".join(notes), fontsize=12, ha="center", va="top")
+    figure.legend(
+        handles.values(), handles.keys(), loc="lower center", bbox_to_anchor=(0.5, 0), borderaxespad=0.2, ncols=columns,
+        fontsize=13, frameon=False, handletextpad=0.2, columnspacing=1, markerscale=1.6,
+    )  # fmt: skip
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+
+
+def _scatter(ax: Axes, layer: Layer, names: dict[int, str], handles: dict[str, Artist]) -> None:
+    """The points of one layer, and what the legend shows for each class: the first points drawn of it."""
+    style = STYLES[layer.kind]
+    groups = [(~np.isin(layer.target, [*names]), OTHER, "o", "other classes")]
+    coloured = zip(names, names.values(), _palette([*names.values()]), MARKS)
+    groups += [(layer.target == c, colour, mark, name) for c, name, colour, mark in coloured]
+    for chosen, colour, mark, name in groups:
+        if chosen.any():
+            paint = {"edgecolors": colour} if "facecolors" in style else {"color": colour}
+            points = ax.scatter(*layer.places[chosen].T, marker=mark, **(paint | style))
+            handles.setdefault(name, points)
+
+
+# -- the maps in words ---------------------------------------------------------------------------------
+
+
+def _when(views: list[View]) -> str:
+    return ", before and after finetuning side by side" if len(views) > 1 else ""
+
+
+def _share_nearest_own(z: Tensor, prompts: Tensor, question: Question) -> float:
+    return float(((z @ prompts.T).argmax(1) == torch.from_numpy(question.target)).double().mean())
+
+
+def _differences_in_words(
+    subject: Subject, views: list[View], target: np.ndarray, gaps: list[Tensor], texts: list[Tensor]
+) -> str:
+    """What the map shows, as counts that are taken in the space itself."""
+    groups = int(target.max()) + 1
+    counts = {"text": [], "turned": []}
+    for of_pairs, of_texts in zip(gaps, texts):
+        means = F.normalize(_means(of_pairs, target, groups)[0], dim=-1)
+        right = (of_texts @ means.T).argmax(1).view(2, groups) == torch.arange(groups)
+        for kind, hits in zip(counts, right.sum(1).tolist()):
+            counts[kind].append(f"{hits} of {groups}")
+    return (
+        f"Map of {len(target)} differences between two images of {subject.data.label} that differ in one attribute"
+        f"{_when(views)}, coloured by what the first image has, with sentences about such pairs. In the space itself "
+        f"a sentence lies nearest to its own kind of difference in {' and then '.join(counts['text'])} cases when it "
+        f"tells of the first image first, in {' and then '.join(counts['turned'])} when it tells of the second first."
+    )

@@ -1,0 +1,181 @@
+"""The linear probe on embeddings whose classes lie where the test puts them."""
+
+import warnings
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from pc_clip.config import EvaluateConfig
+from pc_clip.datasets import Dataset, Question, open_dataset
+from pc_clip.errors import UserError
+from pc_clip.evals import Subject, probe
+
+CLASSES = ("a", "b", "c")
+
+
+class FakeClip:
+    """A text has the embedding it is given; an image that of its first pixel's three colours."""
+
+    def __init__(self, texts, scale=100.0) -> None:
+        self.texts, self.seen = texts, 0
+        self.model = torch.nn.Module()
+        self.model.logit_scale = torch.nn.Parameter(torch.tensor(scale).log())
+        self.device = torch.device("cpu")
+
+    def embed_texts(self, texts):
+        return F.normalize(torch.tensor([self.texts[text] for text in texts], dtype=torch.float32), dim=-1)
+
+    def preprocess(self, image):
+        return torch.tensor(image.getpixel((0, 0)), dtype=torch.float32) / 255
+
+    def encode_image(self, pixels):
+        self.seen += len(pixels)
+        return pixels
+
+    def image_tower_hash(self):
+        return "fake"
+
+    def describe(self):
+        return "fake"
+
+
+RIGHT = {"a": [1, 0, 0], "b": [0, 1, 0], "c": [0, 0, 1]}
+WRONG = {"a": [0, 1, 0], "b": [0, 0, 1], "c": [1, 0, 0]}
+
+
+def split(name, target, strength=200, classes=CLASSES):
+    """Images of class n are strong in colour n and have a little of the others."""
+    target = np.array(target)
+    rng = np.random.default_rng(len(target))
+    colours = rng.integers(0, 40, (len(target), 3))
+    colours[np.arange(len(target)), target] += strength
+    question = Question("q", classes, np.arange(len(target)), target, ("{}",))
+    return Dataset(
+        "example", name, [f"{name}{n}" for n in range(len(target))],
+        lambda n: Image.new("RGB", (4, 4), tuple(int(v) for v in colours[n])), f"{name}{len(target)}",
+        questions=(question,),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """Evaluate on made-up splits in place of the example's."""
+
+    def evaluate(texts, train, test, **settings):
+        clip, model = FakeClip(texts), EvaluateConfig(**{"shots": [1, 4], "draws": 3, **settings})
+        monkeypatch.setattr(probe, "open_dataset", lambda *_, **__: train)
+        found = probe.evaluate(Subject(clip, lambda: None, test, model))
+        return SimpleNamespace(**vars(found), seen=clip.seen)
+
+    return evaluate
+
+
+TRAIN, TEST = [0, 1, 2] * 10, [0, 1, 2] * 8
+
+
+def test_classes_that_lie_apart_are_learnt_from_one_image_each(run):
+    found = run(RIGHT, split("train", TRAIN), split("test", TEST))
+    assert set(found.metrics.values()) == {1.0}
+    assert found.metrics.keys() == {
+        "zeroshot", "probe_1shot", "probe_4shot", "probe_1shot_with_text", "probe_4shot_with_text",
+    }  # fmt: skip
+    assert found.n == 24
+    assert found.details["standard_error"]["probe_1shot"] == 0.0
+    assert found.intervals["probe_4shot"] == (1.0, 1.0)
+
+
+def test_the_probe_alone_does_not_see_the_prompts_and_the_sum_does(run):
+    """Sure and wrong prompts take the sum down with them; a model that is unsure of them leaves it to the probe."""
+    found = run(WRONG, split("train", TRAIN), split("test", TEST))
+    assert found.metrics["zeroshot"] == 0.0
+    assert found.metrics["probe_1shot"] == found.metrics["probe_4shot"] == 1.0
+    assert found.metrics["probe_1shot_with_text"] == 0.0
+    unsure = FakeClip(WRONG, scale=0.01)
+    again = probe.evaluate(Subject(unsure, lambda: None, split("test", TEST), EvaluateConfig(shots=[1, 4], draws=3)))
+    assert again.metrics["probe_1shot_with_text"] == 1.0
+
+
+def test_labels_that_mean_nothing_are_not_learnt(run):
+    """Every image is alike up to noise, so accuracy is that of guessing."""
+    found = run(RIGHT, split("train", TRAIN, strength=0), split("test", [0, 1, 2] * 40, strength=0), draws=5)
+    assert found.metrics["probe_4shot"] == pytest.approx(1 / 3, abs=0.12)
+    assert found.details["standard_error"]["probe_4shot"] > 0
+
+
+def test_more_shots_keep_the_fewer_ones_and_every_draw_is_another(run):
+    question = split("train", TRAIN).questions[0]
+    few, many = probe.draw_shots(question, 2, 3, seed=0), probe.draw_shots(question, 5, 3, seed=0)
+    for a, b in zip(few, many):
+        for n, (rows, more) in enumerate(zip(a, b)):
+            assert rows.tolist() == more[:2].tolist()
+            assert len(set(more.tolist())) == 5
+            assert all(question.target[row] == n for row in more)
+    assert many[0][0].tolist() != many[1][0].tolist()
+    assert many[0][0].tolist() == probe.draw_shots(question, 5, 1, seed=0)[0][0].tolist()
+
+
+def test_only_the_images_that_were_drawn_are_embedded(run):
+    found = run(RIGHT, split("train", [0, 1, 2] * 50), split("test", TEST), shots=[1, 2], draws=2)
+    assert found.seen <= len(TEST) + 2 * 2 * 3
+    again = run(RIGHT, split("train", [0, 1, 2] * 50), split("test", TEST), shots=[1, 2], draws=2)
+    assert again.seen == 0  # all from the cache
+
+
+def test_a_class_with_too_few_images_uses_what_it_has_and_one_without_any_is_never_answered(run):
+    found = run(RIGHT, split("train", [0] * 9 + [1] * 2), split("test", TEST))
+    assert found.details["questions"]["q"]["1shot"]["classes_with_fewer"] == 1
+    assert found.details["questions"]["q"]["4shot"]["classes_with_fewer"] == 2
+    for name in ("probe_1shot", "probe_4shot", "probe_4shot_with_text"):
+        assert found.metrics[name] == pytest.approx(2 / 3)  # all of a and b, none of c
+
+
+def test_c_is_chosen_where_there_are_enough_images():
+    z, target = np.eye(3).repeat(4, 0), np.arange(3).repeat(4)
+    assert probe.choose_c(z, target, 1, seed=0) == 10.0
+    assert probe.choose_c(z, target, 4, seed=0) == max(probe.CS)  # without noise the loosest penalty is the best
+    noise = np.random.default_rng(0).normal(size=(12, 3))
+    assert probe.choose_c(noise / np.linalg.norm(noise, axis=1, keepdims=True), target, 4, seed=0) == min(probe.CS)
+    assert probe.choose_c(z[:9], target[:9], 4, seed=0) == 10.0  # one class has a single image: no folds
+
+
+def test_log_probabilities_sum_to_one_over_the_classes_that_were_shown():
+    found = probe.log_probabilities(np.eye(3)[:2], np.array([0, 2]), np.eye(3), classes=3, c=1.0)
+    assert np.allclose(np.exp(found).sum(1), 1)
+    assert (found[:, 1] == -np.inf).all()
+    assert found[2, 0] == pytest.approx(np.log(0.5))  # as near to the one as to the other
+
+
+def test_the_curve_has_a_flat_line_for_zero_shot(run):
+    (curve,) = run(RIGHT, split("train", TRAIN), split("test", TEST)).curves
+    assert curve.series["zero-shot"] == [(1, 1.0), (4, 1.0)]
+    assert [x for x, _ in curve.series["probe"]] == [1, 4]
+
+
+def test_it_wants_a_train_split_that_is_not_reported_on_with_the_same_classes(run):
+    config = EvaluateConfig()
+    assert probe.applies(split("test", TEST), config)
+    assert not probe.applies(split("train", TRAIN), config)
+    with pytest.raises(UserError, match="learns from the train split, and example/train has none"):
+        run(RIGHT, split("train", TRAIN), split("train", TEST))
+    with pytest.raises(UserError, match="no labelled images of the classes"):
+        run(RIGHT, split("train", TRAIN, classes=("x", "y", "z")), split("test", TEST))
+    with pytest.raises(UserError, match="no labelled images of the classes"):
+        run(RIGHT, split("train", [1] * 9), split("test", TEST))
+    with pytest.raises(UserError, match="shots is 0; it must be at least 1"):
+        run(RIGHT, split("train", TRAIN), split("test", TEST), shots=[0, 2])
+
+
+def test_on_the_example_more_images_help_and_the_solver_always_converges(small_example, example_clip):
+    subject = Subject(
+        example_clip, lambda: None, open_dataset("example", split="test"), EvaluateConfig(shots=[1, 8], draws=2)
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = probe.evaluate(subject)
+    assert found.metrics["probe_8shot"] > found.metrics["probe_1shot"] + 0.1
+    assert found.details["questions"].keys() == {q.name for q in subject.data.questions}
+    assert found.n == 80
