@@ -92,7 +92,9 @@ def _data(config: EvaluateConfig) -> Dataset:
 def _model(config: EvaluateConfig) -> Clip:
     if config.checkpoint is None:
         return Clip.create(*config.model.source(config.dataset if config.images is None else ""), device=config.device)
-    return checkpoints.load_model(config.checkpoint, config.model.name or None, config.model.pretrained, device=config.device)
+    return checkpoints.load_model(
+        config.checkpoint, config.model.name or None, config.model.pretrained, device=config.device
+    )
 
 
 def _one(subject: Subject, mode: str, folder: Path, weights: str) -> dict[str, Any]:

@@ -31,7 +31,7 @@ def script(name: str, *argv: str) -> subprocess.CompletedProcess:
 
 def test_with_no_argument_each_runs_in_any_order_and_says_what_it_made(small_example, monkeypatch, capsys, caplog):
     caplog.set_level("INFO")
-    small = GenerateConfig(n_images=100, n_pairs=200)
+    small = GenerateConfig(name="example", split="train", n_images=100, n_pairs=200)
     monkeypatch.setattr(generate, "EXAMPLE", small)
     run.main([])
     assert "no finetuned example yet" in caplog.text
