@@ -22,6 +22,7 @@ import pandas as pd
 import yaml
 from tqdm import tqdm
 
+from pc_clip import report
 from pc_clip.checkpoint import MODEL_FILE, STATE_FILE
 from pc_clip.errors import UserError, run_script
 from pc_clip.report import long_table, read
@@ -239,7 +240,9 @@ def main() -> None:
     text = render(study, table)
     (study.results / "table.md").write_text(text + "\n", encoding="utf-8")
     plot(study, table, study.results / "table.png")
-    print(f"\n{text}\n\nper cent; table.csv, table.png and the pictures of each variant are in {study.results}/")
+    runs = Path("runs") / (study.runs or study.name)
+    report.write([path for path in (study.results, runs) if path.exists()], study.results / "report.html")
+    print(f"\n{text}\n\nper cent; table.csv and table.png are in {study.results}/, and report.html to look at")
 
 
 if __name__ == "__main__":

@@ -103,4 +103,5 @@ def test_every_study_of_the_project_names_configs_that_exist(path):
     for arguments in filter(None, found.variants.values()):
         config = ROOT / arguments[arguments.index("--config") + 1]
         assert yaml.safe_load(config.read_text())["method"] in methods.names()
-    assert "base" in found.variants
+    compares_with_the_start = any("average" in evaluation for evaluation in found.evaluations)  # start_* is the base
+    assert "base" in found.variants or compares_with_the_start
