@@ -20,6 +20,7 @@ from pc_clip.report_page.gather import METRICS, Gathered, files_below, gather, r
 from pc_clip.report_page.page import page
 from pc_clip.report_page.summary import summarise
 from pc_clip.report_page.tables import every_figure, markdown
+from pc_clip.report_page.words import figure, is_share
 
 
 def read(paths: Iterable[Path]) -> list[dict[str, Any]]:
@@ -51,14 +52,12 @@ def show(results: Iterable[dict[str, Any]]) -> None:
     """Print results: one block an evaluation, one column a model. Fractions are shown in per cent."""
     table = long_table(results)
     for (evaluation, dataset, about), block in table.groupby(["evaluation", "dataset", "about"], sort=False):
-        wide = block.pivot_table(index="metric", columns="model", values="value", sort=False)
+        wide = block.pivot_table(index="metric", columns="model", values="value", sort=False).astype(object)
         print(f"\n{evaluation} on {dataset}{about and f', {about}'} (n = {block.n.max()})")
-        print(
-            wide.map(lambda v: f"{100 * v:.1f}" if abs(v) <= 1 else f"{v:g}")
-            .rename_axis(None)
-            .rename_axis(None, axis=1)
-            .to_string()
-        )
+        for metric, row in wide.iterrows():
+            share = is_share(metric, row)
+            wide.loc[metric] = [figure(value, share) for value in row]
+        print(wide.rename_axis(None).rename_axis(None, axis=1).to_string())
 
 
 def write(paths: Sequence[Path], out: Path | None = None, baseline: str | None = None) -> tuple[Path, Gathered]:

@@ -5,17 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-# Figures between -1 and 1 that are no share of anything, by the first or last word of their name.
-_PLAIN_FIRST = {"spearman", "cosine", "images", "modality", "gap", "norm", "alpha"}
-_PLAIN_LAST = {"cosine", "gap", "norm", "spearman", "alpha"}
+# Figures between -1 and 1 that are no share of anything, by a word of their name.
+_PLAIN = {"alignment", "alpha", "cosine", "images", "modality", "spearman"}
 
 
 def is_share(metric: str, values: Iterable[float]) -> bool:
     """Whether a figure is shown in per cent: all its values lie between -1 and 1, and its name is no other unit's."""
-    words = metric.split("_")
-    if words[0] in _PLAIN_FIRST or words[-1] in _PLAIN_LAST:
-        return False
-    return all(abs(value) <= 1 for value in values if math.isfinite(value))
+    return not _PLAIN.intersection(metric.split("_")) and all(
+        abs(value) <= 1 for value in values if math.isfinite(value)
+    )
 
 
 def figure(value: float | None, share: bool) -> str:
