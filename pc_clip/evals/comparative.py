@@ -92,6 +92,7 @@ def evaluate(subject: Subject) -> Result:
     if not details:
         raise UserError(f"no question of {subject.data.label} has comparisons; it asks about {', '.join(chosen_on)}")
     names = [name for name, value in next(iter(details.values())).items() if isinstance(value, float)]
+    names.sort(key=lambda name: not name.startswith("comparative"))  # the figure itself before what it is held against
     metrics = {name: mean([d[name] for d in details.values()]) for name in names}
     intervals = {}
     for name, of_questions in gains.items():
