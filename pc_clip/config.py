@@ -57,7 +57,7 @@ class DataConfig:
         split: Which part of it; empty for train.
         missing: What pictures absent from a captions file's list mean, error or skip.
         differences: The JSONL file of difference sentences; only methods that learn from them read it.
-        embeddings: A file of image embeddings to use in place of the images.
+        embeddings: A file of image embeddings to use in place of the images, which then need not be there.
         workers: Processes that read images.
     """
 
@@ -359,7 +359,8 @@ def dump(config: Any) -> str:
 def load_dataset(data: DataConfig) -> Dataset:
     """The data a run learns from: its first split, train, unless another is named."""
     splits = READERS[data.dataset].splits if data.dataset in READERS else ()
-    return open_dataset(data.dataset, data.root, data.split or next(iter(splits), None), missing=data.missing)
+    missing = "keep" if data.embeddings else data.missing  # nobody will look at the pictures
+    return open_dataset(data.dataset, data.root, data.split or next(iter(splits), None), missing=missing)
 
 
 def _complete_switches(flags: list[str], kind: type, options: dict[str, type]) -> list[str]:

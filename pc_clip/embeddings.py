@@ -28,6 +28,11 @@ log = logging.getLogger(__name__)
 CACHE = Path("data/cache/embeddings")
 
 
+def claim(name: str, pretrained: str | None) -> str:
+    """What stands for the image tower's hash in a file whose maker only told the model's name."""
+    return f"claimed:{name}/{pretrained}" if pretrained else f"claimed:{name}"
+
+
 class Embeddings(NamedTuple):
     """z: [N, D] float32, as the image tower gives them (not normalised); ids: the images', in the same order."""
 
@@ -62,7 +67,10 @@ def save_embeddings(path: Path, embeddings: Embeddings, made_by: dict[str, str])
 
 
 def load_embeddings(path: str | Path, clip: Clip) -> Embeddings:
-    """Read a file of embeddings, refusing those that another image tower made."""
+    """Read a file of embeddings, refusing those that another image tower made.
+
+    A file that only claims a model by name (`pc_clip.release`) is taken for that model's, and the log says so.
+    """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no embeddings at {path}. Leave --data.embeddings out to compute them from the images.")
@@ -77,7 +85,9 @@ def load_embeddings(path: str | Path, clip: Clip) -> Embeddings:
     except SafetensorError as error:
         raise UserError(f"{path} is not a whole safetensors file ({error}); make it again") from error
     tower = clip.image_tower_hash()
-    if made_by["image_tower"] != tower:
+    if made_by["image_tower"] == claim(clip.name, clip.pretrained):
+        log.info("%s is said to be made by %s; without the images that is taken on trust", path, clip.describe())
+    elif made_by["image_tower"] != tower:
         raise UserError(
             f"{path} was made by the image tower of {made_by.get('model', '?')} ({made_by['image_tower']}), "
             f"but this run uses that of {clip.describe()} ({tower}). Use that model, or make the embeddings again."

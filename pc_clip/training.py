@@ -31,6 +31,7 @@ from pc_clip import checkpoint, differences, environment, methods
 from pc_clip.clip import Clip, blend
 from pc_clip.config import FinetuneConfig, TrainConfig, dump, load_dataset
 from pc_clip.datasets import Dataset
+from pc_clip.download import file_digest
 from pc_clip.errors import UserError, check_at_least, check_choice
 from pc_clip.files import write_json, write_text
 
@@ -253,6 +254,8 @@ def _changes(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list
 def _hashes(data: Dataset, config: FinetuneConfig) -> dict[str, str]:
     """What a run learns from, by content."""
     found = {"images": data.fingerprint, "captions": hashlib.sha256(repr(data.captions).encode()).hexdigest()[:16]}
+    if config.data.embeddings and Path(config.data.embeddings).is_file():  # an absent one is told of when it is read
+        found["embeddings"] = file_digest(Path(config.data.embeddings), "sha256")[:16]
     if config.data.differences:
         path = differences.find(config.data.differences)
         found["differences"] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]

@@ -109,7 +109,11 @@ def test_auto_finds_and_describes_the_confused_classes_of_the_example(small_exam
     data = open_dataset("example", split="test")
     config = EvaluateConfig(pairs="auto", n_comparisons=1, calibrate=["norm", "shuffled"])
     found = comparative.evaluate(Subject(example_clip, lambda: example_clip, data, config))
+    assert any(about["comparisons"] for about in found.details.values())
     for about in found.details.values():
+        if not about["comparisons"]:  # nothing was confused, so nothing changes
+            assert about["comparative_norm"] == about["plain"] and about["subset_plain"] is None
+            continue
         (ab, ba) = about["comparisons"]
         assert (ab["class_a"], ab["class_b"]) == (ba["class_b"], ba["class_a"]) and ab["text"] != ba["text"]
     assert {"plain", "plain_centred", "comparative_norm", "comparative_shuffled", "gain_norm"} <= found.metrics.keys()

@@ -135,10 +135,10 @@ def open_dataset(
 ) -> Dataset:
     """Open a data set by name.
 
-    missing: what a caption file's absent pictures mean, "error" or "skip" (counted in the note).
+    missing: what a caption file's absent pictures mean, "error", "skip" or "keep" (counted in the note).
     Raises UserError for an unknown name or split and for a data set that is not there, with what to fetch.
     """
-    check_choice("missing", missing, ("error", "skip"))
+    check_choice("missing", missing, ("error", "skip", "keep"))
     reader = _reader(name)
     split = split or (reader.splits[-1] if reader.splits else "")
     if reader.splits and split not in reader.splits and not reader.any_split:

@@ -88,7 +88,11 @@ def read_captions(path: str | Path) -> dict[str, tuple[str, tuple[str, ...]]]:
 
 
 def open_coco(root: Path, split: str, missing: str = "error") -> Dataset:
-    """COCO's layout: {root}/[annotations/]captions_{split}.json, pictures in {root}/{split}/."""
+    """COCO's layout: {root}/[annotations/]captions_{split}.json, pictures in {root}/{split}/.
+
+    missing: an absent picture is an "error", or its image is left out ("skip"), or kept until it is looked at
+    ("keep", for embeddings that were made elsewhere).
+    """
     candidates = [folder / f"captions_{split}.json" for folder in (root / "annotations", root)]
     path = next((p for p in candidates if p.is_file()), None)
     if path is None:
@@ -100,19 +104,22 @@ def open_coco(root: Path, split: str, missing: str = "error") -> Dataset:
     folders = [root / split, root / "images" / split, root / "images", root]
     files = {key: next((f / name for f in folders if (f / name).is_file()), None) for key, (name, _) in entries.items()}
     absent = [entries[key][0] for key, file in files.items() if file is None]
-    if absent and (missing == "error" or len(absent) == len(files)):
+    if absent and missing != "keep" and (missing == "error" or len(absent) == len(files)):
         raise UserError(
             f"{len(absent)} of the {len(files)} pictures in {path} are not in {root / split}, first {absent[0]}. "
             f"Get {split}.zip of cocodataset.org, or use only those that are there with --data.missing skip."
         )
-    kept = [key for key, file in files.items() if file is not None]
+    kept = [key for key, file in files.items() if file is not None or missing == "keep"]
+    places = [files[key] or root / split / entries[key][0] for key in kept]  # read_image says which one is absent
     return Dataset(
         name="coco",
         split=split,
         ids=kept,
-        load=partial(read_file, [files[key] for key in kept]),
-        fingerprint=digest(*[(key, *stat(files[key])) for key in kept]),
+        load=partial(read_file, places),
+        fingerprint=digest(*[(key, *stat(place)) if files[key] else (key,) for key, place in zip(kept, places)]),
         captions=[entries[key][1] for key in kept],
-        note=f"{len(absent)} pictures named in {path.name} are absent and left out" if absent else "",
+        note=f"{len(absent)} pictures named in {path.name} are absent{'' if missing == 'keep' else ' and left out'}"
+        if absent
+        else "",
         part=split,
     )

@@ -76,11 +76,11 @@ def evaluate(subject: Subject) -> Result:
     for question in subject.data.questions:
         prompts = class_embeddings(subject.clip, question, templates_of(question, config))
         val = _space(held_out, chosen_on[question.name])
-        if written is not None:
-            comparisons = written.get(question.name)
-        else:
+        if written is None:  # where nothing is confused nothing is compared, and the question counts as it is
             comparisons = _auto(held_out, question, prompts, val, writer)
-        if not comparisons:
+        elif question.name in written:
+            comparisons = written[question.name]
+        else:
             continue
         test = Space(*_space(subject, question)[:2], val.mean)  # test images give no offset: it is from validation
         found = _question(subject.clip, config, question, prompts, comparisons, val, test)
@@ -91,9 +91,11 @@ def evaluate(subject: Subject) -> Result:
         total += len(question.rows)
     if not details:
         raise UserError(f"no question of {subject.data.label} has comparisons; it asks about {', '.join(chosen_on)}")
-    names = [name for name, value in next(iter(details.values())).items() if isinstance(value, float)]
+    names = [n for n in next(iter(details.values())) if n.startswith(("plain", "comparative", "subset"))]
     names.sort(key=lambda name: not name.startswith("comparative"))  # the figure itself before what it is held against
-    metrics = {name: mean([d[name] for d in details.values()]) for name in names}
+    metrics = {
+        name: mean(known) for name in names if (known := [d[name] for d in details.values() if d[name] is not None])
+    }
     intervals = {}
     for name, of_questions in gains.items():
         metrics[f"gain_{name}"] = mean([gain.mean() for gain in of_questions])
@@ -177,8 +179,10 @@ def _right(scores: Tensor, target: np.ndarray) -> np.ndarray:
     return (scores.argmax(0).numpy() == target).astype(float)
 
 
-def _subset(scores: Tensor, target: np.ndarray, touched: np.ndarray) -> float:
-    """Accuracy among the compared classes alone."""
+def _subset(scores: Tensor, target: np.ndarray, touched: np.ndarray) -> float | None:
+    """Accuracy among the compared classes alone; None where none is compared."""
+    if not len(touched):
+        return None
     rows = np.isin(target, touched)
     guess = touched[scores[torch.from_numpy(touched)][:, torch.from_numpy(rows)].argmax(0).numpy()]
     return float((guess == target[rows]).mean())
