@@ -9,7 +9,7 @@ DATA   ?= data/coco
 
 help:
 	@echo "make quickstart   write differences, finetune, evaluate on the embedded example; print one table"
-	@echo "make reproduce    the same with three seeds"
+	@echo "make reproduce    the same with three seeds, and the paper's other evaluations"
 	@echo "make test         the whole test suite"
 	@echo "make photo DATA=folder   the same scripts on photographs with human captions (COCO's layout)"
 	@echo "make clean        remove runs and results (not data, not .venv)"
@@ -26,7 +26,8 @@ quickstart: $(READY)
 	@$(RUN) -m pc_clip.study configs/studies/quickstart.yaml
 
 reproduce: $(READY)
-	@$(RUN) -m pc_clip.study configs/studies/quickstart.yaml --seeds 0 1 2
+	@for study in quickstart comparative averaging space; do \
+	  $(RUN) -m pc_clip.study configs/studies/$$study.yaml --seeds 0 1 2 || exit $$?; done
 
 test: $(READY)
 	@$(RUN) -m ruff check .

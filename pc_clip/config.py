@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import re
 import sys
 from collections.abc import Sequence
@@ -303,7 +304,7 @@ def configure(
     files = files or ([default] if default else [])
     for path in files:
         _check_file(path, _keys(kind, options or {}))
-    flags = _complete_switches(flags, kind, options or {})
+    flags = _complete_lists(_complete_switches(flags, kind, options or {}), kind)
     argv = [word for path in files for word in ("--config", str(path))] + flags  # flags win wherever they stood
     try:
         found = parser.instantiate(parser.parse_args(argv))
@@ -375,6 +376,19 @@ def _complete_switches(flags: list[str], kind: type, options: dict[str, type]) -
         for flag, after in zip(flags, following)
         for word in ((flag, "true") if flag in switches and after.startswith("--") else (flag,))
     ]
+
+
+def _complete_lists(flags: list[str], kind: type) -> list[str]:
+    """`--shots 1,4,16` means `--shots [1,4,16]`; a prompt may hold commas, so that `--templates` takes one as it is."""
+    of_words = {f"--{f.name}" for f in dataclasses.fields(kind) if f.type == "list[str]"}
+    lists = of_words | {f"--{f.name}" for f in dataclasses.fields(kind) if f.type.startswith("list[")}
+    found = []
+    for before, word in zip(["", *flags], flags):
+        if before in lists and not word.startswith("["):
+            parts = [word] if before == "--templates" else [part.strip() for part in word.split(",")]
+            word = json.dumps(parts) if before in of_words else f"[{word}]"
+        found.append(word)
+    return found
 
 
 def _split(argv: list[str]) -> tuple[list[Path], list[str]]:

@@ -26,6 +26,10 @@ def finetune(*argv, **kwargs) -> FinetuneConfig:
     return configure(FinetuneConfig, parser, argv, options={"pairwise": Pairwise}, **kwargs)
 
 
+def evaluate(*argv) -> EvaluateConfig:
+    return configure(EvaluateConfig, jsonargparse.ArgumentParser(), argv)
+
+
 def test_flags_override_the_file_and_types_are_kept(tmp_path):
     (tmp_path / "c.yaml").write_text("train:\n  lr: 1.0e-8\n  steps: 5\npairwise:\n  mirror: true\n")
     found = finetune(
@@ -138,3 +142,12 @@ def test_unknown_methods_and_modes_name_the_known():
     with pytest.raises(UserError, match="Known: .*comparative, compositional, difference, .*rank, retrieve, zeroshot"):
         evals.find("everything")
     assert EvaluateConfig().mode == ""
+
+
+def test_lists_are_written_with_commas_and_a_prompt_keeps_its_own():
+    found = evaluate("--tasks", "size,count", "--shots", "1,4", "--calibrate", "none", "--alphas", "[0.5]",
+                 "--templates", "a photo of a {}, a bird")  # fmt: skip
+    assert (found.tasks, found.shots, found.calibrate, found.alphas) == (["size", "count"], [1, 4], ["none"], [0.5])
+    assert found.templates == ["a photo of a {}, a bird"]
+    with pytest.raises(UserError, match="shots"):
+        evaluate("--shots", "many")

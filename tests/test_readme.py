@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [line.split("  #")[0].strip() for line in re.findall(r"^    (python .*)$", README, re.MULTILINE)]
-NEEDS_DATA = ("diffs_llama2_coco", "pc_clip_coco", "cifar100")
+NEEDS_DATA = ("diffs_llama2_coco", "pc_clip_coco", "cifar100", "pc_clip.release")
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,12 @@ def project(tmp_path_factory) -> Path:
 
 
 def call(command: str, folder: Path) -> subprocess.CompletedProcess:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "https_proxy": "http://127.0.0.1:9",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     argv = [sys.executable, *shlex.split(command)[1:]]
     return subprocess.run(argv, cwd=folder, env=environment, capture_output=True, text=True)
 
@@ -46,7 +51,9 @@ def test_the_commands_of_the_readme_do_what_it_says(project):
         if any(name in command for name in NEEDS_DATA):
             assert found.returncode == 2, f"{command}\n{found.stderr}"
             assert found.stderr.startswith("error: "), found.stderr
-            assert re.search(r"Fetch|are in annotations_trainval|no checkpoint at", found.stderr), found.stderr
+            assert re.search(r"[Ff]etch|are in annotations_trainval|no checkpoint at|--from", found.stderr), (
+                found.stderr
+            )
         else:
             assert found.returncode == 0, f"{command}\n{found.stderr}"
     results = json.loads((project / "results/example/difference-example-test.json").read_text())["metrics"]
