@@ -1,0 +1,11 @@
+"""What writes the sentences: rules over two captions, or a language model.
+
+A writer gets pairs of captions and gives back raw sentences, one a pair; cleaning happens elsewhere. It
+never sees an image.
+"""
+
+from pc_clip.writers.causal import LanguageModelConfig, LanguageModelWriter
+from pc_clip.writers.job import Job, Writer
+from pc_clip.writers.rules import RulesWriter
+
+__all__ = ["Job", "LanguageModelConfig", "LanguageModelWriter", "RulesWriter", "Writer"]
