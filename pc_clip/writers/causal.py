@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from pc_clip import prompts
 from pc_clip.errors import UserError, check_choice
 from pc_clip.prompts import Prompt
-from pc_clip.writers.job import Job
+from pc_clip.writers.job import Job, Writer
 
 
 @dataclass
@@ -38,7 +38,7 @@ class LanguageModelConfig:
     device: str = ""
 
 
-class LanguageModelWriter:
+class LanguageModelWriter(Writer):
     """Asks a causal language model, through its chat template or, where it has none, with worked examples."""
 
     def __init__(self, config: LanguageModelConfig, prompt: Prompt | None = None) -> None:
@@ -69,12 +69,11 @@ class LanguageModelWriter:
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
 
-    def write(self, jobs: Sequence[Job]) -> list[str]:
+    def stream(self, jobs: Sequence[Job]) -> Iterator[tuple[int, str]]:
         torch = self.torch
         size = 1 if self.config.temperature > 0 else self.config.batch_size  # a draw must not depend on its neighbours
         prompts = [self.prompt(job) for job in jobs]
         order = sorted(range(len(jobs)), key=lambda n: len(prompts[n]))  # like lengths together: little padding
-        answers = [""] * len(jobs)
         for start in range(0, len(order), size):
             rows = order[start : start + size]
             inputs = self.tokenizer(
@@ -87,9 +86,7 @@ class LanguageModelWriter:
                 torch.manual_seed(jobs[rows[0]].seed)
                 out = self.model.generate(**inputs, **self._generation())
             texts = self.tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            for n, text in zip(rows, texts):
-                answers[n] = text
-        return answers
+            yield from zip(rows, texts)
 
     def prompt(self, job: Job) -> str:
         """The text the model continues."""

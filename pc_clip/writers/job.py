@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 
 class Job(NamedTuple):
     """One sentence to write: what is known of the first and the second image or class, and a seed of its own.
 
-    second is empty where one class alone is described.
+    second is empty where one image or class alone is written about.
     """
 
     first: str
@@ -17,9 +18,18 @@ class Job(NamedTuple):
     seed: int
 
 
-class Writer(Protocol):
-    def write(self, jobs: Sequence[Job]) -> list[str]:
-        """Raw sentences, one a job. The same job always gets the same sentence."""
+class Writer(ABC):
+    """Turns jobs into raw sentences. The same job always gets the same sentence, as far as the writer is able to."""
 
+    @abstractmethod
+    def stream(self, jobs: Sequence[Job]) -> Iterator[tuple[int, str]]:
+        """(place in jobs, raw sentence) of each job once, in any order, as soon as each is finished."""
+
+    @abstractmethod
     def describe(self) -> dict[str, Any]:
         """What made the sentences, for the file beside them."""
+
+    def write(self, jobs: Sequence[Job]) -> list[str]:
+        """Raw sentences in the order of the jobs."""
+        found = dict(self.stream(jobs))
+        return [found[n] for n in range(len(jobs))]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ import numpy as np
 from pc_clip.differences import contrast
 from pc_clip.example.captions import OPENINGS, parse
 from pc_clip.example.world import COMPARATIVES
-from pc_clip.writers.job import Job
+from pc_clip.writers.job import Job, Writer
 
 # Rare facts are preferred, so that every kind of difference is written about as often: left to chance,
 # most sentences would be about shape and count and hardly any about the background.
@@ -26,7 +26,7 @@ _PREFERENCE = {
 _ORDER = {"size": ("small", "medium", "large"), "background": ("dark", "grey", "light"), "count": (1, 2, 3)}
 
 
-class RulesWriter:
+class RulesWriter(Writer):
     """Compares two captions by rule.
 
     Captions of the example are parsed, and one attribute that both mention and that differs is put into
@@ -34,8 +34,9 @@ class RulesWriter:
     while the second shows two cats."
     """
 
-    def write(self, jobs: Sequence[Job]) -> list[str]:
-        return [self._write(job) for job in jobs]
+    def stream(self, jobs: Sequence[Job]) -> Iterator[tuple[int, str]]:
+        for n, job in enumerate(jobs):
+            yield n, self._write(job)
 
     def _write(self, job: Job) -> str:
         if not job.second:
