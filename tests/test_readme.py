@@ -64,20 +64,21 @@ def test_the_commands_of_the_readme_do_what_it_says(project):
     assert (project / "runs/mine/model.safetensors").is_file()
 
 
-def test_the_results_in_the_readme_are_those_of_the_studies():
+@pytest.mark.parametrize("text", [README, (ROOT / "docs" / "results.md").read_text(encoding="utf-8")])
+def test_the_results_in_the_text_are_those_of_the_studies(text):
     """Every table says which file it comes from, and holds the numbers of that file."""
-    tables = re.findall(r"<!-- (docs/results/\w+\.csv) -->\n((?:\|.*\n)+)", README)
+    tables = re.findall(r"<!-- (docs/results/\w+\.csv) -->\n((?:\|.*\n)+)", text)
     assert tables
-    for source, text in tables:
+    for source, written in tables:
         table = pd.read_csv(ROOT / source)
-        lines = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in text.splitlines()]
+        lines = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in written.splitlines()]
         header, rows = lines[0], lines[2:]
         for variant, *cells in rows:
             for metric, cell in zip(header[1:], cells):
                 row = table[(table.variant == variant) & (table.metric == metric)]
                 if not cell:
                     continue
-                shown = [float(number) for number in re.findall(r"[\d.]+", cell)]
+                shown = [float(number) for number in re.findall(r"-?[\d.]+", cell)]
                 assert shown[0] == pytest.approx(100 * row["mean"].item(), abs=0.051), (variant, metric)
                 if len(shown) > 1:
                     assert shown[1] == pytest.approx(100 * row["std"].item(), abs=0.051), (variant, metric)
