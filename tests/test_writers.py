@@ -16,7 +16,7 @@ from pc_clip import (
 from pc_clip.errors import UserError
 from pc_clip.example import world
 from pc_clip.example.captions import PLACES, parse
-from pc_clip.writers import Job, LanguageModelConfig, LanguageModelWriter, RulesWriter
+from pc_clip.writers import Job, LanguageModelConfig, LanguageModelWriter, RulesWriter, causal
 
 import transformers  # isort: skip
 
@@ -202,8 +202,40 @@ def test_a_base_model_stops_at_the_end_of_the_line(folders):
     with torch.no_grad():
         model.model.lm_head.weight[model.tokenizer("\n").input_ids] *= 3  # or it would hardly ever end a line
     answers = model.write(JOBS)
-    assert any(text.endswith("\n") for text in answers)
-    assert not any("\n" in text[:-1] for text in answers)
+    assert not any("\n" in text for text in answers)
+    model._ends_line = None
+    on_and_on = model.write(JOBS)
+    assert answers == [text.split("\n")[0] for text in on_and_on] != on_and_on
+
+
+@pytest.mark.parametrize("kind", ["chat", "base"])
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.8, "top_p": 0.9}])
+def test_sharing_the_beginning_changes_no_answer(folders, kind, options):
+    """The keys and values of what all prompts begin with are computed once; padding stands behind them."""
+    shared = writer(folders[kind], **options)
+    assert shared.write(JOBS) == writer(folders[kind], share_prefix=False, **options).write(JOBS)
+    assert shared._prefix is not None
+
+
+def test_the_common_beginning_leaves_something_to_ask():
+    assert causal._common_beginning([[1, 2, 3], [1, 2, 4, 5]]) == 2
+    assert causal._common_beginning([[1, 2], [1, 2, 3]]) == 1
+    assert causal._common_beginning([[1, 2, 3]]) == 2
+    assert causal._common_beginning([[1], [2, 3]]) == 0
+
+
+def test_noise_by_row_draws_from_the_softmax():
+    scores = torch.log(torch.tensor([[0.6, 0.3, 0.1]])).expand(4000, 3)
+    drawn = causal._Draw(range(4000))(None, scores).argmax(-1)
+    shares = torch.bincount(drawn, minlength=3) / 4000
+    assert torch.allclose(shares, torch.tensor([0.6, 0.3, 0.1]), atol=0.03)
+
+
+def test_weights_are_quantized_on_a_gpu_only(folders):
+    with pytest.raises(UserError, match="needs a GPU"):
+        writer(folders["base"], quantize="4bit")
+    with pytest.raises(UserError, match="transformers.quantize is '3bit'"):
+        writer(folders["base"], quantize="3bit")
 
 
 def test_what_wrote_the_sentences_is_described(folders):
