@@ -54,7 +54,7 @@ def load_model(path: str | Path, name: str | None = None, pretrained: str | None
         raise UserError(f"no checkpoint at {path}. Give a run's folder, a .safetensors or a .pt file.")
     state, about = _read_safetensors(path) if path.suffix == ".safetensors" else (_read_torch(path), {})
     name = name or about.get("model") or guess_architecture(state)
-    pretrained = about.get("pretrained", pretrained)
+    pretrained = pretrained or about.get("pretrained")
     preprocess = about.get("preprocess") or preprocess_of_tag(name, pretrained)
     clip = Clip.create(name, load_weights=False, device=device, preprocess=preprocess)
     clip.pretrained = pretrained

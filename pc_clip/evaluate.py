@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from PIL import Image
 
-from pc_clip import attributes, environment, evals
+from pc_clip import attributes, environment, evals, prompts
 from pc_clip import checkpoint as checkpoints
 from pc_clip.clip import Clip
 from pc_clip.config import EvaluateConfig
@@ -51,13 +51,27 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
         raise UserError(
             f"nothing can be measured on {data.label} with these settings; modes: {', '.join(evals.names())}"
         )
-    folder = evals.results_folder(
-        config, checkpoints.describe_checkpoint(checkpoint) if checkpoint else f"{Path(clip.name).name}-pretrained"
-    )
+    folder = evals.results_folder(config, checkpoints.describe_checkpoint(checkpoint) if checkpoint else _label(clip))
     weights = clip.weights_hash()
     if data.note:
         log.info("%s", data.note)
-    return [_one(subject, mode, folder, weights) for mode in modes]
+    if wanted:
+        return [_one(subject, mode, folder, weights) for mode in modes]
+    return _all_that_can_be_measured(subject, modes, folder, weights)
+
+
+def _all_that_can_be_measured(subject: Subject, modes: list[str], folder: Path, weights: str) -> list[dict[str, Any]]:
+    """What cannot be measured after all and was not asked for by name is left out, and said."""
+    found, failure = [], None
+    for mode in modes:
+        try:
+            found.append(_one(subject, mode, folder, weights))
+        except UserError as error:
+            log.warning("%s is left out: %s", mode, error)
+            failure = error
+    if not found:
+        raise failure
+    return found
 
 
 def _can_be_measured(mode: str, subject: Subject) -> bool:
@@ -101,10 +115,11 @@ def _one(subject: Subject, mode: str, folder: Path, weights: str) -> dict[str, A
     config, data = subject.config, subject.data
     if not evals.find(mode).applies(data, config):
         raise UserError(f"mode {mode} cannot be measured on {data.label}: it needs {evals.find(mode).NEEDS}")
-    key = _key(config, data, mode, weights, subject.clip.describe())
+    key = _key(subject, mode, weights)
     path = folder / f"{mode}-{data.label.replace('/', '-')}{_suffix(config)}.json"
     known = _read(path)
-    if known and known["key"] == key and not config.again:
+    base_is_new = known and known.get("base_known") is False and subject.base is not None
+    if known and known["key"] == key and not base_is_new and not config.again:
         log.info("%s %s: already in %s", folder.name, mode, path)
         return known
     log.info("%s %s on %s ...", folder.name, mode, data.label)
@@ -117,13 +132,16 @@ def _one(subject: Subject, mode: str, folder: Path, weights: str) -> dict[str, A
             {"file": f"{path.stem}-{name}", "alt": picture.alt} for name, picture in found.pictures.items()
         ],
         "details": found.details, "key": key, "weights": weights, "checkpoint_of": subject.clip.describe(),
+        "base_known": subject.base is not None if "base" in vars(subject) else None,
         "seed": config.seed, **environment.describe(),
     }  # fmt: skip
     _write(path, result, found)
     return result
 
 
-def _key(config: EvaluateConfig, data: Dataset, mode: str, weights: str, base: str) -> str:
+def _key(subject: Subject, mode: str, weights: str) -> str:
+    """What a result depends on: settings, images and what is known of them, model and transform, texts on the disk."""
+    config, data = subject.config, subject.data
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in _ASIDE}
     for name in ("differences", "descriptions", "sugar_crepe"):  # by content, so that an edited file is evaluated again
         if settings[name]:
@@ -139,15 +157,34 @@ def _key(config: EvaluateConfig, data: Dataset, mode: str, weights: str, base: s
         (COMPARISONS / f"{data.name}.yaml").read_bytes() if (COMPARISONS / f"{data.name}.yaml").is_file() else b""
     )
     tasks = [(attributes.FOLDER / f"{task}.yaml").read_bytes() for task in attributes.tasks_of(data.name)]
-    content = repr((settings, data.fingerprint, mode, weights, base, known, graded, tasks, WORDINGS, UNSEEN, compared))
+    other = getattr(evals.find(mode), "also_reads", lambda _: None)(data)
+    chosen_on = open_dataset(data.name, config.root, other, missing=config.missing).fingerprint if other else None
+    asked = (prompts.FOLDER / "compare.yaml").read_bytes() if config.pairs == "auto" else b""
+    model = weights, subject.clip.describe(), subject.clip.image_tower_hash()
+    texts = tasks, WORDINGS, UNSEEN, compared, asked
+    content = repr((settings, mode, data.fingerprint, chosen_on, model, known, graded, texts))
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def _suffix(config: EvaluateConfig) -> str:
     """Results about different questions to one data set do not overwrite one another."""
-    named = [config.differences, config.descriptions, config.attribute, *config.tasks]
-    named = [value for value in named if value] + (["auto"] if config.pairs == "auto" else [])
-    return "".join(f"-{''.join(c if c.isalnum() else '_' for c in Path(value).stem)[:40]}" for value in named)
+    files = [Path(value).stem for value in (config.differences, config.descriptions) if value]
+    named = [*files, *filter(None, (config.attribute, config.against)), *config.tasks]
+    named += ["auto"] * (config.pairs == "auto") + ["several"] * (config.prompts == "several")
+    named += ["prompts " + _digest(config.templates)] if config.templates else []
+    cut = [value if len(value) <= 40 else f"{value[:40]} {_digest(value)}" for value in named]
+    return "".join(f"-{''.join(c if c.isalnum() else '_' for c in value)}" for value in cut)
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:6]
+
+
+def _label(clip: Clip) -> str:
+    """The name of an unfinetuned model among results: two that differ in weights or folder get different ones."""
+    name = "-".join(Path(clip.name.removeprefix("local-dir:")).parts[-2:])
+    tag = clip.pretrained and Path(clip.pretrained).stem
+    return "".join(c if c.isalnum() or c in "._-" else "_" for c in f"{name}-{tag or 'pretrained'}")
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -36,6 +36,8 @@ class FakeClip:
         self.seen += len(pixels)
         return pixels
 
+    name, pretrained = "fake", None
+
     def image_tower_hash(self):
         return "fake"
 

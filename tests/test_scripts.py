@@ -60,8 +60,9 @@ def test_an_evaluation_that_is_done_is_skipped_and_done_again_on_request(small_e
     assert json.loads(path.read_text()) == first
     run.main([*argv, "--again", "true"])
     assert json.loads(path.read_text())["date"] >= first["date"]
-    run.main(["--mode", "zeroshot", "--split", "val", "--templates", '["{}"]'])
-    assert json.loads(path.read_text())["key"] != first["key"]
+    run.main(["--mode", "zeroshot", "--split", "val", "--templates", "a {}"])
+    (other,) = set(path.parent.glob("zeroshot-*.json")) - {path}  # other prompts overwrite nothing
+    assert json.loads(other.read_text())["key"] != first["key"] == json.loads(path.read_text())["key"]
 
 
 def test_the_pc_clip_authors_kind_of_checkpoint_evaluates_unchanged(small_example, example_clip):
@@ -97,7 +98,7 @@ def test_a_folder_of_images_is_ranked_into_a_csv_and_a_sheet(tmp_path):
             "a small object",
         ]
     )
-    lines = Path("results/example-pretrained/rank-folder-mine-a_large_object.csv").read_text().splitlines()
+    lines = Path("results/example-pretrained/rank-folder-mine-a_large_object-a_small_object.csv").read_text().splitlines()
     assert lines[0] == "rank,image,score"
     assert len(lines) == 11
     radius = {i: max(t.radius for t in scene("val", i).things) for i in range(10)}

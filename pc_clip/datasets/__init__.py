@@ -117,7 +117,7 @@ READERS: dict[str, Reader] = {
         "1.2 GB", "see its record at data.caltech.edu", CUB,
     ),
     "awa2": Reader(
-        open_awa2, "data/awa2", ("train", "test", "all"),
+        open_awa2, "data/awa2", ("train", "all", "test"),
         _command("awa2", "AwA2-data.zip of cvml.ista.ac.at/AwA2", "Animals_with_Attributes2/"),
         "13 GB", "each picture its own: see cvml.ista.ac.at/AwA2", AWA2,
     ),

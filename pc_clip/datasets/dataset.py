@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -79,6 +81,33 @@ class Dataset:
     @property
     def label(self) -> str:
         return f"{self.name}/{self.split}" if self.split else self.name
+
+
+def subset(data: Dataset, rows: np.ndarray) -> Dataset:
+    """Some images of a data set, in increasing order of their rows, with what is known about them.
+
+    It has a fingerprint, and so a cache of embeddings, of its own.
+    """
+    place = np.full(len(data), -1)
+    place[rows] = np.arange(len(rows))
+
+    def of(question: Question) -> Question:
+        kept = place[question.rows] >= 0
+        return dataclasses.replace(question, rows=place[question.rows][kept], target=question.target[kept])
+
+    return dataclasses.replace(
+        data,
+        ids=[data.ids[row] for row in rows],
+        load=partial(_load_row, data, rows),
+        fingerprint=digest(data.fingerprint, rows.tolist()),
+        captions=[data.captions[row] for row in rows] if data.captions else None,
+        questions=tuple(map(of, data.questions)),
+        attributes=tuple(dataclasses.replace(a, value=a.value[rows]) for a in data.attributes),
+    )
+
+
+def _load_row(data: Dataset, rows: np.ndarray, place: int) -> Image.Image:
+    return data.load(int(rows[place]))
 
 
 # -- for readers --------------------------------------------------------------------------------------

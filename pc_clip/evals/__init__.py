@@ -6,6 +6,7 @@ Such a file has
     NEEDS                    what that is, in words, for the error
     evaluate(subject)        -> Result
     lacks(subject)           optional: why the weights do not allow it, in words; None when they do
+    also_reads(data)         optional: another split that its figures depend on
 
 All get image embeddings from the cache; none encodes an image twice, except average where the image tower
 was finetuned too.
@@ -23,6 +24,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -32,10 +34,13 @@ from pc_clip import attributes
 from pc_clip.clip import Clip
 from pc_clip.config import EvaluateConfig
 from pc_clip.datasets import Attribute, Dataset, held_out, open_dataset
+from pc_clip.datasets.dataset import subset
 from pc_clip.embeddings import embed_images
 from pc_clip.errors import UserError, check_choice
 
 log = logging.getLogger(__name__)
+
+CHOSEN_ON = 10_000  # images of another split that settings are chosen on, at most; drawn by seed
 
 
 class Curve(NamedTuple):
@@ -116,6 +121,9 @@ class Subject:
             whole = self.data.split or "the whole"
             raise UserError(f"{self.data.name} has no split to choose on besides {whole}; --split test may leave one")
         data = open_dataset(self.data.name, self.config.root, split, missing=self.config.missing)
+        if len(data) > CHOSEN_ON:  # choosing among a few settings needs no more, and a train split may be large
+            rng = np.random.default_rng([self.config.seed, len(data)])
+            data = subset(data, np.sort(rng.choice(len(data), CHOSEN_ON, replace=False)))
         return Subject(self.clip, self.find_base, data, self.config)
 
     def _embed(self, clip: Clip, data: Dataset) -> Tensor:

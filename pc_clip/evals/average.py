@@ -37,6 +37,11 @@ def applies(data: Dataset, config: EvaluateConfig) -> bool:
     return bool(data.questions and config.checkpoint) and data.name in READERS and held_out(data) is not None
 
 
+def also_reads(data: Dataset) -> str | None:
+    """The split that alpha is chosen on."""
+    return held_out(data)
+
+
 def lacks(subject: Subject) -> str | None:
     """Why there is nothing to average, which only the weights can tell; None when there is."""
     if subject.base is None:

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from pc_clip.clip import Clip
 from pc_clip.config import EvaluateConfig
-from pc_clip.datasets import Dataset, Question
+from pc_clip.datasets import Dataset, Question, held_out
 from pc_clip.errors import UserError, check_at_least, check_choice
 from pc_clip.evals import Curve, Result, Subject, _intervals, mean
 from pc_clip.evals.zeroshot import class_embeddings, templates_of
@@ -43,11 +43,20 @@ from pc_clip.writers import Writer
 FOLDER = Path(__file__).parents[2] / "configs" / "comparisons"
 CALIBRATIONS = ("none", "norm", "offset", "centred", "shuffled")
 
-NEEDS = "a data set with classes and comparisons of them in configs/comparisons/, or --pairs auto"
+NEEDS = (
+    "a data set with classes, comparisons of them in configs/comparisons/ or --pairs auto, and a second split to "
+    "choose on"
+)
 
 
 def applies(data: Dataset, config: EvaluateConfig) -> bool:
-    return bool(data.questions) and (config.pairs == "auto" or (FOLDER / f"{data.name}.yaml").is_file())
+    known = config.pairs == "auto" or (FOLDER / f"{data.name}.yaml").is_file()
+    return bool(data.questions) and known and held_out(data) is not None
+
+
+def also_reads(data: Dataset) -> str | None:
+    """The split that alpha and the confused classes are chosen on."""
+    return held_out(data)
 
 
 class Space(NamedTuple):
@@ -68,16 +77,18 @@ def evaluate(subject: Subject) -> Result:
     check_choice("pairs", config.pairs, ("file", "auto"))
     for calibration in config.calibrate:
         check_choice("calibrate", calibration, CALIBRATIONS)
-    held_out = subject.validation()
+    chosen = subject.validation()
     writer = functools.cache(lambda: make_writer(config, "compare"))  # a language model is loaded once, if at all
-    chosen_on = {question.name: question for question in held_out.data.questions}
+    chosen_on = {question.name: question for question in chosen.data.questions}
     written = read_comparisons(FOLDER / f"{subject.data.name}.yaml", subject.data) if config.pairs == "file" else None
     details, curves, gains, total = {}, [], {}, 0
     for question in subject.data.questions:
         prompts = class_embeddings(subject.clip, question, templates_of(question, config))
-        val = _space(held_out, chosen_on[question.name])
+        if question.name not in chosen_on:
+            continue
+        val = _space(chosen, chosen_on[question.name])
         if written is None:  # where nothing is confused nothing is compared, and the question counts as it is
-            comparisons = _auto(held_out, question, prompts, val, writer)
+            comparisons = _auto(chosen, question, prompts, val, writer)
         elif question.name in written:
             comparisons = written[question.name]
         else:
@@ -85,7 +96,7 @@ def evaluate(subject: Subject) -> Result:
         test = Space(*_space(subject, question)[:2], val.mean)  # test images give no offset: it is from validation
         found = _question(subject.clip, config, question, prompts, comparisons, val, test)
         for name, gain in found.pop("gains").items():
-            gains.setdefault(name, []).append(gain)
+            gains.setdefault(name, []).append((question.rows, gain))
         curves.append(_curve(question, found))
         details[question.name] = found | {"comparisons": comparisons}
         total += len(question.rows)
@@ -98,10 +109,12 @@ def evaluate(subject: Subject) -> Result:
     }
     intervals = {}
     for name, of_questions in gains.items():
-        metrics[f"gain_{name}"] = mean([gain.mean() for gain in of_questions])
-        # each question counts alike, whatever its number of images
-        scaled = np.concatenate([gain / len(gain) / len(of_questions) for gain in of_questions])
-        intervals[f"gain_{name}"] = _intervals.of_mean(scaled * len(scaled), config.seed)
+        metrics[f"gain_{name}"] = mean([gain.mean() for _, gain in of_questions])
+        of_image = np.zeros(len(subject.data))  # what an image adds to the mean over questions, by all of them together
+        for rows, gain in of_questions:
+            np.add.at(of_image, rows, gain / len(gain) / len(of_questions))
+        used = np.unique(np.concatenate([rows for rows, _ in of_questions]))
+        intervals[f"gain_{name}"] = _intervals.of_mean(of_image[used] * len(used), config.seed)
     return Result(metrics, total, details, intervals=intervals, curves=curves)
 
 
@@ -114,7 +127,8 @@ def _question(
     clip: Clip, config: EvaluateConfig, question: Question, prompts: Tensor, comparisons: list, val: Space, test: Space
 ) -> dict:
     """Everything about one question: each calibration's accuracy, its curve, and the classes that gained and lost."""
-    touched = np.array([n for n, c in enumerate(question.classes) if any(c == x["class_b"] for x in comparisons)])
+    named = {name for comparison in comparisons for name in (comparison["class_a"], comparison["class_b"])}
+    touched = np.array([n for n, name in enumerate(question.classes) if name in named])
     plain = {"plain": _right(prompts @ test.z.T, test.target)}
     plain["plain_centred"] = _right(prompts @ (test.z - test.mean).T, test.target)
     found = {name: float(right.mean()) for name, right in plain.items()}
@@ -180,10 +194,10 @@ def _right(scores: Tensor, target: np.ndarray) -> np.ndarray:
 
 
 def _subset(scores: Tensor, target: np.ndarray, touched: np.ndarray) -> float | None:
-    """Accuracy among the compared classes alone; None where none is compared."""
-    if not len(touched):
-        return None
+    """Accuracy among the compared classes alone; None where none is compared, or shown."""
     rows = np.isin(target, touched)
+    if len(touched) < 2 or not rows.any():
+        return None
     guess = touched[scores[torch.from_numpy(touched)][:, torch.from_numpy(rows)].argmax(0).numpy()]
     return float((guess == target[rows]).mean())
 

@@ -7,7 +7,7 @@ of ours uses, in either order) and caption_subtraction (two plain phrases and th
 training at all). The wordings of all but the last two are also those of the rules writer.
 
 Pairs are drawn `draws` times; figures are means over the draws, their standard error is in the details, and
-the interval is a bootstrap over images.
+the interval counts that an image stands in many pairs.
 """
 
 from __future__ import annotations
@@ -109,19 +109,24 @@ def _of_attributes(subject: Subject) -> Result:
         raise UserError(f"{subject.data.label} has no graded attributes for mode difference; it needs {NEEDS}")
     answers = {a.name: _draws_of(subject, a, seed=subject.config.seed + 1000 * k) for k, a in enumerate(known)}
     names = next(iter(answers.values())).names
-    details = {
+    details: dict = {
         name: dict(zip(names, answer.figures().tolist()))
-        | {"standard_error": dict(zip(names, answer.standard_error().tolist())), "pairs": answer.pairs_a_draw()}
+        | {"standard_error": dict(zip(names, standard_errors(answer.by_draw()))), "pairs": answer.pairs_a_draw()}
         for name, answer in answers.items()
     }
     groups: dict[str, list[_Answers]] = {}
     for attribute in known:
         groups.setdefault(attribute.task or attribute.name, []).append(answers[attribute.name])
-    metrics = dict(zip(names, np.mean([a.figures() for a in answers.values()], axis=0).tolist()))
-    intervals = dict(zip(names, _interval_of(list(answers.values()), subject.config.seed)))
+    by_draw = {group: np.mean([m.by_draw() for m in members], axis=0) for group, members in groups.items()}
+    everything = np.mean(list(by_draw.values()), axis=0)  # [draws, K]: each task counts alike
+    metrics = dict(zip(names, everything.mean(0).tolist()))
+    intervals = dict(zip(names, _interval_of(list(groups.values()))))
+    details["standard_error"] = dict(zip(names, standard_errors(everything)))
     for group, members in groups.items():
-        metrics |= {f"{n}_{group}": v for n, v in zip(names, np.mean([m.figures() for m in members], axis=0).tolist())}
-        intervals |= {f"{n}_{group}": v for n, v in zip(names, _interval_of(members, subject.config.seed))}
+        named = [f"{name}_{group}" for name in names]
+        metrics |= dict(zip(named, by_draw[group].mean(0).tolist()))
+        intervals |= dict(zip(named, _interval_of([members])))
+        details["standard_error"] |= dict(zip(named, standard_errors(by_draw[group])))
     return Result(metrics, sum(len(a.pairs) for a in answers.values()), details, intervals=intervals)
 
 
@@ -134,24 +139,34 @@ class _Answers(NamedTuple):
     draw: np.ndarray
 
     def by_draw(self) -> np.ndarray:
-        return np.array([self.right[self.draw == d].mean(0) for d in np.unique(self.draw)])  # [draws, K]
+        """[draws, K], each figure over the pairs it is defined on."""
+        parts = [self.right[self.draw == d] for d in np.unique(self.draw)]
+        return np.array([[_mean_of_known(column) for column in part.T] for part in parts])
 
     def figures(self) -> np.ndarray:
         return self.by_draw().mean(0)
-
-    def standard_error(self) -> np.ndarray:
-        """Of the mean over the draws, as far as drawing other pairs goes."""
-        found = self.by_draw()
-        return found.std(0, ddof=1) / np.sqrt(len(found)) if len(found) > 1 else np.full(found.shape[1], np.nan)
 
     def pairs_a_draw(self) -> int:
         return int(np.bincount(self.draw).max())
 
 
-def _interval_of(answers: Sequence[_Answers], seed: int) -> list[tuple[float, float]]:
-    weight = np.concatenate([np.full(len(a.pairs), 1 / len(a.pairs)) for a in answers])  # each attribute counts alike
-    right, pairs = np.concatenate([a.right for a in answers]), np.concatenate([a.pairs for a in answers])
-    return _intervals.of_pairs(right, pairs, seed, weight)
+def standard_errors(by_draw: np.ndarray) -> list[float | None]:
+    """Of the means over the draws, as far as drawing other pairs goes. [draws, K] -> K, None for a single draw."""
+    known = [column[~np.isnan(column)] for column in by_draw.T]
+    return [float(c.std(ddof=1) / np.sqrt(len(c))) if len(c) > 1 else None for c in known]
+
+
+def _mean_of_known(values: np.ndarray) -> float:
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else float("nan")
+
+
+def _interval_of(groups: Sequence[Sequence[_Answers]]) -> list[tuple[float, float]]:
+    """Each group counts alike, and within it each attribute."""
+    answers = [(a, 1 / len(group) / len(a.pairs)) for group in groups for a in group]
+    weight = np.concatenate([np.full(len(a.pairs), share) for a, share in answers])
+    right, pairs = np.concatenate([a.right for a, _ in answers]), np.concatenate([a.pairs for a, _ in answers])
+    return _intervals.of_pairs(right, pairs, weight)
 
 
 def _draws_of(subject: Subject, attribute: Attribute, seed: int) -> _Answers:
@@ -194,7 +209,7 @@ def _of_images(subject: Subject, found: list[Difference]) -> Result:
         z = subject.base.embed_texts([captions[0] for captions in subject.data.captions])
         z = pair_differences(z, pairs)
     answers = _of_sentences(subject, texts, pairs, np.zeros(len(pairs), dtype=int), z)
-    metrics, intervals = _summary(answers, subject.config.seed)
+    metrics, intervals = _summary(answers)
     metrics["difference_r1"] = recall_at_1(subject.clip.embed_texts(texts), pair_differences(subject.z, pairs))
     return Result(metrics, len(found), {"sentences": subject.config.differences}, intervals=intervals)
 
@@ -222,8 +237,8 @@ def _of_classes(subject: Subject, found: list[Difference], question: Question) -
             class_embeddings(subject.base, question, templates_of(question, subject.config)), classes
         )[sentence]
     answers = _of_sentences(subject, [found[n].text for n in sentence], pairs, draw, named)
-    metrics, intervals = _summary(answers, subject.config.seed)
-    error = dict(zip(answers.names, answers.standard_error().tolist()))
+    metrics, intervals = _summary(answers)
+    error = dict(zip(answers.names, standard_errors(answers.by_draw())))
     details = {"sentences": subject.config.differences, "classes": len(np.unique(classes)), "standard_error": error}
     return Result(metrics, len(pairs), details, intervals=intervals)
 
@@ -248,13 +263,13 @@ def _of_sentences(
     return _Answers(list(right), torch.stack(list(right.values()), dim=1).double().numpy(), pairs, draw)
 
 
-def _summary(answers: _Answers, seed: int) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
+def _summary(answers: _Answers) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
     """Means and intervals of each figure over the pairs it is defined on."""
     metrics, intervals = {}, {}
     for name, right in zip(answers.names, answers.right.T):
         known = ~np.isnan(right)
         metrics[name] = float(right[known].mean())
-        intervals[name] = _intervals.of_pairs(right[known, None], answers.pairs[known], seed)[0]
+        intervals[name] = _intervals.of_pairs(right[known, None], answers.pairs[known])[0]
     return metrics, intervals
 
 

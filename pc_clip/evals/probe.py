@@ -15,20 +15,17 @@ weight to tune.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, StratifiedKFold
 
 from pc_clip.config import EvaluateConfig
 from pc_clip.datasets import READERS, Dataset, Question, open_dataset
-from pc_clip.datasets.dataset import digest
+from pc_clip.datasets.dataset import subset
 from pc_clip.errors import UserError, check_at_least
 from pc_clip.evals import Curve, Result, Subject, _intervals, mean, zeroshot
 
@@ -74,6 +71,11 @@ def evaluate(subject: Subject) -> Result:
     return _report(found, shots, config, len(subject.data))
 
 
+def also_reads(data: Dataset) -> str | None:
+    """The split that the probe learns from."""
+    return TRAIN if _has_train_split(data) else None
+
+
 def training_split(subject: Subject) -> Dataset:
     """The labelled images, none of which is reported on. Raises UserError where there are none."""
     if not _has_train_split(subject.data):
@@ -104,23 +106,6 @@ def draw_shots(question: Question, k: int, draws: int, seed: int) -> list[list[n
         of_class = [question.rows[question.target == c] for c in range(len(question.classes))]
         found.append([rng.permutation(rows)[:k] for rows in of_class])
     return found
-
-
-def subset(data: Dataset, rows: np.ndarray) -> Dataset:
-    """Some images of a data set, without what is known about them. It has a fingerprint, and so a cache, of its own."""
-    return dataclasses.replace(
-        data,
-        ids=[data.ids[row] for row in rows],
-        load=partial(_load, data, rows),
-        fingerprint=digest(data.fingerprint, rows.tolist()),
-        captions=None,
-        questions=(),
-        attributes=(),
-    )
-
-
-def _load(data: Dataset, rows: np.ndarray, place: int) -> Image.Image:
-    return data.load(int(rows[place]))
 
 
 class Shots(NamedTuple):

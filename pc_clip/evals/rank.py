@@ -101,11 +101,11 @@ def _scores(subject: Subject, attribute: Attribute) -> dict[str, np.ndarray]:
 
 
 def _interval(scores: list[np.ndarray], attribute: Attribute, seed: int) -> list[tuple[float, float]]:
-    """Bootstrap intervals of pair_accuracy over images, each from the same sample of clear pairs."""
+    """Intervals of pair_accuracy, each from the same sample of clear pairs."""
     pairs = draw_pairs(attribute, SAMPLE, np.random.default_rng(seed))
     up = np.sign(attribute.value[pairs[:, 0]] - attribute.value[pairs[:, 1]])
     right = [0.5 + 0.5 * up * np.sign(score[pairs[:, 0]] - score[pairs[:, 1]]) for score in scores]
-    return _intervals.of_pairs(np.stack(right, axis=1), pairs, seed)
+    return _intervals.of_pairs(np.stack(right, axis=1), pairs)
 
 
 def _in_words(subject: Subject) -> Result:
