@@ -16,12 +16,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jsonargparse
+import numpy as np
 import torch
 import yaml
 
-from pc_clip.datasets import READERS, Dataset, open_dataset
+from pc_clip.datasets import READERS, Dataset, open_dataset, read_captions
+from pc_clip.datasets.dataset import subset
 from pc_clip.errors import UserError, check_at_least, check_choice, nearest
 from pc_clip.writers import LanguageModelConfig
+from pc_clip.writers.server import ServerConfig
 
 Config = TypeVar("Config")
 
@@ -58,6 +61,8 @@ class DataConfig:
         split: Which part of it; empty for train.
         missing: What pictures absent from a captions file's list mean, error or skip.
         differences: The JSONL file of difference sentences; only methods that learn from them read it.
+        captions: A file of captions in place of the data set's own, rewritten ones for instance; images without one
+            are left out.
         embeddings: A file of image embeddings to use in place of the images, which then need not be there.
         workers: Processes that read images.
     """
@@ -67,6 +72,7 @@ class DataConfig:
     split: str | None = None
     missing: str = "error"
     differences: str = ""
+    captions: str | None = None
     embeddings: str | None = None
     workers: int = 0
 
@@ -144,8 +150,8 @@ class GenerateConfig:
 
     Args:
         name: The sentences go to {out}/{name}.jsonl; empty for example, or for the data set and the task.
-        task: pairs (of images, from their captions), compare (how one class differs from another) or describe (what
-            images of a class look like).
+        task: pairs (of images, from their captions), compare (how one class differs from another), describe (what
+            images of a class look like) or rewrite (captions in other words).
         captions: A COCO captions JSON or a SimCLIP TSV; empty for the captions of the embedded example.
         dataset: Whose classes are compared or described.
         root: The folder it is in, unless it is where `python -m pc_clip.datasets` says.
@@ -156,12 +162,13 @@ class GenerateConfig:
         n_each: Descriptions a class.
         both_orders: Whether each pair is written about in both orders.
         caption: Which of an image's captions is used: random (drawn for each pair) or longest (it says most).
-        writer: rules or transformers.
+        writer: rules, transformers or server.
+        min_characters: Shorter sentences are rejected; empty for 60, and 20 where classes or single captions are
+            written about.
         prompt: What a language model is asked, a YAML like those in configs/prompts/; empty for the task's.
         seed: Of every random choice.
         out: Where the sentences are kept.
         overwrite: Write again what is there already.
-        chunk: Sentences between two flushes to the disk.
     """
 
     name: str = ""
@@ -177,12 +184,13 @@ class GenerateConfig:
     both_orders: bool = False
     caption: str = "random"
     writer: str = "rules"
+    min_characters: int | None = None
     prompt: str | None = None
     seed: int = 0
     out: str = "llm_diffs"
     overwrite: bool = False
-    chunk: int = 64
     transformers: LanguageModelConfig = field(default_factory=LanguageModelConfig)
+    server: ServerConfig = field(default_factory=ServerConfig)
 
 
 @dataclass
@@ -214,7 +222,7 @@ class EvaluateConfig:
         calibrate: How comparisons are brought to the scale of prompts, one or more of none, norm,
             offset, centred and shuffled (pc_clip/evals/comparative.py says what they are).
         descriptions: A file of class descriptions (generate_diffs.py --task describe), for --mode extended.
-        writer: What writes comparisons when pairs is auto, rules or transformers.
+        writer: What writes comparisons when pairs is auto: rules, transformers or server.
         shots: Labelled images a class for --mode probe.
         seed: Of every random choice.
         label: The name of the results' folder; empty for the checkpoint's.
@@ -260,6 +268,7 @@ class EvaluateConfig:
     threads: int = 0
     model: ModelConfig = field(default_factory=ModelConfig)
     transformers: LanguageModelConfig = field(default_factory=LanguageModelConfig)
+    server: ServerConfig = field(default_factory=ServerConfig)
 
 
 @dataclass
@@ -361,7 +370,17 @@ def load_dataset(data: DataConfig) -> Dataset:
     """The data a run learns from: its first split, train, unless another is named."""
     splits = READERS[data.dataset].splits if data.dataset in READERS else ()
     missing = "keep" if data.embeddings else data.missing  # nobody will look at the pictures
-    return open_dataset(data.dataset, data.root, data.split or next(iter(splits), None), missing=missing)
+    found = open_dataset(data.dataset, data.root, data.split or next(iter(splits), None), missing=missing)
+    return _with_captions(found, data.captions) if data.captions else found
+
+
+def _with_captions(data: Dataset, path: str) -> Dataset:
+    """The images that a file has captions of, with those captions."""
+    captions = read_captions(path)
+    rows = np.array([row for row, key in enumerate(data.ids) if key in captions], dtype=np.int64)
+    if not len(rows):
+        raise UserError(f"{path} has captions of {len(captions)} images, none of which is in {data.label}")
+    return dataclasses.replace(subset(data, rows), captions=[captions[data.ids[row]][1] for row in rows])
 
 
 def _complete_switches(flags: list[str], kind: type, options: dict[str, type]) -> list[str]:
@@ -380,12 +399,16 @@ def _complete_switches(flags: list[str], kind: type, options: dict[str, type]) -
 
 def _complete_lists(flags: list[str], kind: type) -> list[str]:
     """`--shots 1,4,16` means `--shots [1,4,16]`; a prompt may hold commas, so that `--templates` takes one as it is."""
-    of_words = {f"--{f.name}" for f in dataclasses.fields(kind) if f.type == "list[str]"}
-    lists = of_words | {f"--{f.name}" for f in dataclasses.fields(kind) if f.type.startswith("list[")}
+    groups = {f"{f.name}.": f.default_factory for f in dataclasses.fields(kind)}
+    named = {prefix: group for prefix, group in groups.items() if dataclasses.is_dataclass(group)}
+    inner = [(prefix, f) for prefix, group in named.items() for f in dataclasses.fields(group)]
+    types = {f"--{prefix}{f.name}": f.type for prefix, f in [*(("", f) for f in dataclasses.fields(kind)), *inner]}
+    of_words = {flag for flag, of in types.items() if of == "list[str]"}
+    lists = of_words | {flag for flag, of in types.items() if of.startswith("list[")}
     found = []
     for before, word in zip(["", *flags], flags):
         if before in lists and not word.startswith("["):
-            parts = [word] if before == "--templates" else [part.strip() for part in word.split(",")]
+            parts = [word] if before in ("--templates", "--server.stop") else [part.strip() for part in word.split(",")]
             word = json.dumps(parts) if before in of_words else f"[{word}]"
         found.append(word)
     return found

@@ -1,6 +1,6 @@
 """A difference: two images and a sentence on how the first differs from the second.
 
-Reading, writing, cleaning, mirroring, and which pairs to write about. One JSON object a line:
+Reading, writing, mirroring, and which pairs to write about. One JSON object a line:
 
     {"first": "000000000139", "second": "000000000285", "text": "The first image shows ..."}
 
@@ -12,7 +12,6 @@ from __future__ import annotations
 import itertools
 import json
 import re
-import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -158,63 +157,6 @@ WORDINGS = (
 )
 
 UNSEEN = ("{a} in the first image, {b} in the second.", "{b} in the second image, {a} in the first.")  # only evaluated
-
-# -- cleaning ------------------------------------------------------------------------------------------
-
-MIN_CHARACTERS = 20
-_FENCE = re.compile(r"```|<\w+>|</\w+>|\bdef \w+\(|[{};]\s*$", re.MULTILINE)
-_REFUSAL = re.compile(r"\b(as an ai|i cannot|i can't|i am unable|i'm unable|i do not have access)\b", re.IGNORECASE)
-_CHATTER = re.compile(  # "Sure! Here is the difference between the two images:"
-    r"^\s*(?:(?:sure|of course|certainly|okay|absolutely)\b[,!.]*\s*)*"
-    r"(?:[^.!?\n:]{0,80}\bhere(?: is| are|'s|’s)\b[^.!?\n:]{0,120}:|(?:answer|differences?)\s*:)?\s*",
-    re.IGNORECASE,
-)
-_ECHO = re.compile(r"\s*(?:question|q|(?:caption|picture|image) \d)\s*:", re.IGNORECASE)
-_FOLLOW_UP = re.compile(  # after the answer, on a line or in a sentence of its own: the next question, a note, an offer
-    r"(?:\n\s*\n|(?:\n|(?<=[.!?])\s+)"
-    r"(?:(?:question|answer|note|q|(?:caption|picture|image) \d)\s*:|(?:please )?let me know\b)).*$",
-    re.IGNORECASE | re.DOTALL,
-)
-_PARTIAL = re.compile(r"(?<=[.!?])\s+[^.!?]*$")
-
-
-def clean(text: str) -> tuple[str | None, str]:
-    """Keep, trim or reject a writer's sentence.
-
-    Returns (the text to keep, or None when it is rejected; the reason). Reasons of a kept text are "kept"
-    and "trimmed"; of a rejected one "empty", "prompt_echo" (it goes on with the prompt instead of answering),
-    "too_short", "markup", "refusal", "repetition" and "not_english".
-    Newlines become spaces, never nothing: words must not fuse.
-    """
-    original = re.sub(r"\s+", " ", text).strip()
-    if not original:
-        return None, "empty"
-    if _ECHO.match(text):
-        return None, "prompt_echo"
-    kept = _FOLLOW_UP.sub("", _CHATTER.sub("", text, count=1), count=1)
-    kept = re.sub(r"\s+", " ", kept).strip().strip('"').strip()
-    if kept and kept[-1] not in ".!?" and re.search(r"[.!?]\s", kept):
-        kept = _PARTIAL.sub("", kept)  # the writer ran out of tokens within its last sentence
-    if _FENCE.search(kept):
-        return None, "markup"
-    if _REFUSAL.search(kept):
-        return None, "refusal"
-    if len(kept) < MIN_CHARACTERS:
-        return None, "too_short"
-    if sum(ord(c) > 0x24F and c not in "‘’“”–—…" for c in kept) > 0.05 * len(kept):
-        return None, "not_english"
-    if _repeats(kept):
-        return None, "repetition"
-    return kept, "kept" if kept == original else "trimmed"
-
-
-def _repeats(text: str) -> bool:
-    """Whether a text goes in circles: it compresses far better than prose does, or says one trigram four times."""
-    words = text.lower().split()
-    trigrams = list(zip(words, words[1:], words[2:]))
-    most = max((trigrams.count(t) for t in set(trigrams)), default=0)
-    ratio = len(zlib.compress(text.encode(), 9)) / len(text.encode())
-    return most >= 4 or (len(text) > 200 and ratio < 0.35)
 
 
 def rows(differences: Iterable[Difference], ids: Iterable[str], source: str) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Captions or classes in, sentences out: NAME.jsonl, and NAME.meta.json on how it was made.
 
-While it works, NAME.partial.jsonl holds one line a pair that is done, kept or rejected, after a first
-line with the settings. Started again, it continues after the last whole line.
+While it works, NAME.parts/ holds what is done (pc_clip/shards.py), so that it continues wherever it was
+stopped, with as many processes as it then has. Sentences that were rejected end in NAME.rejected.jsonl.
 """
 
 from __future__ import annotations
@@ -10,82 +10,98 @@ import dataclasses
 import hashlib
 import json
 import logging
-import os
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from pc_clip import classes, environment, prompts
+from pc_clip import attributes, classes, environment, prompts
+from pc_clip.cleaning import MIN_CHARACTERS, Checked, Given, check, clean
 from pc_clip.config import DataConfig, EvaluateConfig, GenerateConfig
 from pc_clip.datasets import READERS, Dataset, Question, open_dataset, read_captions
-from pc_clip.differences import Difference, choose_pairs, clean, to_line
+from pc_clip.differences import Difference, choose_pairs, to_line
 from pc_clip.errors import UserError, check_at_least, check_choice
-from pc_clip.files import write_json, write_text
+from pc_clip.files import write_json
+from pc_clip.shards import Item, Jobs, Parts, Processes, put_in_place
 from pc_clip.writers import Job, LanguageModelWriter, RulesWriter, Writer
 
 log = logging.getLogger(__name__)
 
-TASKS = ("pairs", "compare", "describe")
+TASKS = ("pairs", "compare", "describe", "rewrite")
+WRITERS = ("rules", "transformers", "server")
+MIN_OF_CLASSES = 20  # characters; "An owl: a small bird." says enough, where of two photographs it would not
+HOW = {  # of a writer's settings, those that say how it writes, not what
+    "transformers": ("batch_size", "share_prefix", "device"),
+    "server": ("url", "concurrency", "timeout", "patience", "api_key_env"),
+}
 EXAMPLE = GenerateConfig(
     name="example", split="train", n_images=3000, n_pairs=20000, caption="longest"
 )  # configs/diffs_example.yaml, which a test compares
 
 
-def generate(config: GenerateConfig) -> Path:
+def generate(config: GenerateConfig, processes: Processes | None = None) -> Path:
     """Write the sentences; returns the finished file. Interrupted and called again, it continues.
 
-    Raises UserError when the file exists with other settings, and for captions that cannot be used.
+    processes: who shares the work; those of `accelerate launch` unless given. All of them call this alike.
+    Raises UserError when the file exists with other settings, for captions that cannot be used, and when
+    another process writes the same file.
     """
     check_choice("task", config.task, TASKS)
-    check_choice("writer", config.writer, ("rules", "transformers"))
+    check_choice("writer", config.writer, WRITERS)
     check_choice("caption", config.caption, ("random", "longest"))
-    for name in ("n_images", "n_pairs", "n_each", "chunk"):
+    for name in ("n_images", "n_pairs", "n_each", "min_characters"):
         if (value := getattr(config, name)) is not None:
             check_at_least(name, value, 1)
     config = dataclasses.replace(config, name=config.name or _name(config))
     out = Path(config.out) / f"{config.name}.jsonl"
     work = _work(config)
-    settings = _settings(config, work.made_from)
-    if out.is_file() and not config.overwrite:
-        if _made_with(out.with_suffix(".meta.json")) == settings:
-            log.info("%s is complete; --overwrite true writes it again", out)
+    settings = json.loads(json.dumps(_settings(config, work.made_from)))  # as a file of them reads
+    processes, parts = processes or Processes.here(), Parts(out)
+    finished = _is_finished(out, settings, config.overwrite)
+    items = [] if finished else work.items()
+    if not finished and not items:
+        raise UserError(f"there are no {work.unit} to write about; a pair takes two images, or classes")
+    with ExitStack() as held:
+        if processes.is_main and not finished:
+            held.enter_context(parts.lock(0))
+            _begin(out, parts, settings, config.overwrite)
+        processes.wait()
+        if _is_finished(out, settings, config.overwrite):  # asked again: nothing can change under the main one's lock
+            if processes.is_main:
+                parts.clear(sum(_meta(out)["counts"].values()))
+                log.info("%s is complete; --overwrite true writes it again", out)
             return out
-        raise UserError(f"{out} exists and was written with other settings; choose another --name or --overwrite true")
-    pairs = work.items()
-    partial = _Partial(out.with_suffix(".partial.jsonl"), settings, drop_others=config.overwrite)
-    if partial.done:
-        log.info("%d of %d %s are done; continuing", partial.done, len(pairs), work.unit)
-    writer = make_writer(config)
-
-    with (
-        partial.path.open("a", encoding="utf-8") as file,
-        tqdm(total=len(pairs), initial=partial.done, desc=config.name, disable=None) as bar,
-    ):
-        for start in range(partial.done, len(pairs), config.chunk):
-            chunk = pairs[start : start + config.chunk]
-            jobs = [work.job(i, j, start + n) for n, (i, j) in enumerate(chunk)]
-            for (i, j), job, raw in zip(chunk, jobs, writer.write(jobs)):
-                text, reason = clean(raw)
-                row = {"first": i, "second": j, "text": text, "reason": reason, "captions": [job.first, job.second]}
-                file.write(json.dumps(row | ({"raw": raw} if text is None else {}), ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-            bar.update(len(chunk))
-    _finish(out, partial, settings, writer, len(pairs), work.to_line)
+        if not processes.is_main:
+            held.enter_context(parts.lock(processes.rank))
+        todo = np.flatnonzero(parts.index(items)[:, 0] < 0)
+        if processes.is_main and len(todo) < len(items):
+            log.info("%d of %d %s are done; continuing", len(items) - len(todo), len(items), work.unit)
+        processes.wait()  # all have seen the same, before anything is added to it
+        _write(config, work, parts, items, processes.share(todo), processes)
+        processes.wait()
+        if processes.is_main:
+            writer = parts.writer() or make_writer(config).describe()
+            _merge(out, parts, items, {"settings": settings, "writer": writer}, work.to_line)
+        processes.wait()
     return out
 
 
 def make_writer(config: GenerateConfig | EvaluateConfig, task: str | None = None) -> Writer:
     """The writer that the settings name, asked the task's question."""
-    check_choice("writer", config.writer, ("rules", "transformers"))
+    check_choice("writer", config.writer, WRITERS)
     if config.writer == "rules":
         return RulesWriter()
     own = getattr(config, "prompt", None)
-    return LanguageModelWriter(config.transformers, prompts.read(own or prompts.FOLDER / f"{task or config.task}.yaml"))
+    prompt = prompts.read(own or prompts.FOLDER / f"{task or config.task}.yaml")
+    if config.writer == "transformers":
+        return LanguageModelWriter(config.transformers, prompt)
+    from pc_clip.writers.server import ServerWriter  # here, because its client takes a second to import
+
+    return ServerWriter(config.server, prompt)
 
 
 def compare_classes(
@@ -96,7 +112,7 @@ def compare_classes(
     kind: rules or transformers, what the writer is.
     """
     jobs = [_class_job(kind, data, question, a, b, _seed(seed, n)) for n, (a, b) in enumerate(pairs)]
-    return [clean(raw)[0] for raw in writer.write(jobs)]
+    return [clean(raw, min_characters=MIN_OF_CLASSES)[0] for raw in writer.write(jobs)]
 
 
 def write_missing_example(data: DataConfig) -> None:
@@ -104,16 +120,19 @@ def write_missing_example(data: DataConfig) -> None:
     path = Path(data.differences)
     if data.dataset == "example" and path == Path(EXAMPLE.out) / f"{EXAMPLE.name}.jsonl" and not path.is_file():
         log.info("%s is not there yet; writing it as generate_diffs.py does with no argument", path)
-        generate(EXAMPLE)
+        generate(EXAMPLE, Processes())  # alone, whoever waits for it
 
 
 # -- what goes in --------------------------------------------------------------------------------------
 
 
 class _Work(NamedTuple):
-    """What a task writes about: `items`, pairs of keys; `job` of two keys and a number; `to_line` of a finished row."""
+    """What a task writes about.
 
-    items: Callable[[], list[tuple[str, str]]]
+    items: pairs of keys. job: of two keys and a number. to_line: of a finished row.
+    """
+
+    items: Callable[[], list[Item]]
     job: Callable[[str, str, int], Job]
     to_line: Callable[[dict[str, Any]], str]
     unit: str
@@ -121,12 +140,22 @@ class _Work(NamedTuple):
 
 
 def _work(config: GenerateConfig) -> _Work:
+    if config.task == "rewrite":
+        if config.writer == "rules":
+            raise UserError("rules cannot rewrite captions; use --writer transformers or --writer server")
+        captions = _captions(config)
+        return _Work(
+            lambda: [(i, str(k)) for i in _draw_images(sorted(captions), config) for k in range(len(captions[i]))],
+            lambda key, k, n: Job(captions[key][int(k)], "", _seed(config.seed, n)),
+            lambda row: json.dumps({"image": row["first"], "text": row["text"]}, ensure_ascii=False) + "\n",
+            "captions", {},
+        )  # fmt: skip
     if config.task == "pairs":
         captions = _captions(config)
         if config.caption == "longest":
             captions = {key: (max(texts, key=len),) for key, texts in captions.items()}
 
-        def pairs() -> list[tuple[str, str]]:
+        def pairs() -> list[Item]:
             return choose_pairs(_draw_images(sorted(captions), config), config.n_pairs, config.seed, config.both_orders)
 
         return _Work(pairs, lambda i, j, n: _job(captions, i, j, config.seed, n), _difference_line, "pairs", {})
@@ -205,77 +234,152 @@ def _job(captions: dict[str, tuple[str, ...]], i: str, j: str, seed: int, number
 def _settings(config: GenerateConfig, made_from: dict[str, Any]) -> dict[str, Any]:
     """Everything the sentences depend on, and nothing else."""
     found = dataclasses.asdict(config) | made_from
-    for name in ("out", "overwrite", "chunk", "prompt"):
+    found["min_characters"] = _min_characters(config)
+    for name in ("out", "overwrite", "prompt", *(["min_characters"] if config.writer == "rules" else [])):
         found.pop(name)
-    unused = ("task", "dataset", "root", "question", "n_each") if config.task == "pairs" else ("captions", "root")
-    for name in unused:
+    about_classes = config.task in ("describe", "compare")
+    for name in ("captions", "root") if about_classes else ("dataset", "root", "question", "n_each"):
         found.pop(name)
-    if config.writer == "transformers":
-        for name in ("batch_size", "device"):  # how, not what
-            found["transformers"].pop(name)
+    if config.task == "pairs":
+        found.pop("task")
+    if about_classes and config.writer == "rules":
+        words = [(attributes.FOLDER / f"{task}.yaml").read_bytes() for task in attributes.tasks_of(config.dataset)]
+        found["words"] = hashlib.sha256(b"".join(words)).hexdigest()
+    for f in dataclasses.fields(config):
+        if dataclasses.is_dataclass(getattr(config, f.name)) and f.name != config.writer:
+            found.pop(f.name)  # the settings of another writer
+    for name in HOW.get(config.writer, ()):
+        found[config.writer].pop(name, None)
+    if config.writer != "rules":
         found["asked"] = dataclasses.asdict(prompts.read(config.prompt or prompts.FOLDER / f"{config.task}.yaml"))
-        found["asked"]["examples"] = list(found["asked"]["examples"])
-    else:
-        found.pop("transformers")
     if found.get("captions"):  # by content, so that an edited file is not taken for the same
         found["captions_sha256"] = hashlib.sha256(Path(config.captions).read_bytes()).hexdigest()
     return found
 
 
-def _made_with(meta: Path) -> dict[str, Any] | None:
+def _judge(config: GenerateConfig, writer: Writer) -> Callable[[str, Job], Checked]:
+    """How raw sentences are cleaned: held against their captions, and what a language model was shown beside them."""
+    if not writer.needs_cleaning:
+        return lambda raw, job: Checked(raw or None, "kept" if raw else "empty", ())
+    asked = getattr(writer, "asked", None)
+    shown = tuple(text for example in writer.describe().get("worked_examples", ()) for text in example.values())
+    least, instructions = _min_characters(config), (asked.system, asked.instruction) if asked else ()
+
+    def judge(raw: str, job: Job) -> Checked:
+        captions = tuple(caption for caption in (job.first, job.second) if caption)
+        return check(raw, Given(least, captions, shown, instructions))
+
+    return judge
+
+
+def _min_characters(config: GenerateConfig) -> int:
+    return config.min_characters or (MIN_CHARACTERS if config.task == "pairs" else MIN_OF_CLASSES)
+
+
+def _is_finished(out: Path, settings: dict[str, Any], overwrite: bool) -> bool:
+    if overwrite or not out.is_file():
+        return False
+    if _meta(out).get("settings") == settings:
+        return True
+    raise UserError(f"{out} exists and was written with other settings; choose another --name or --overwrite true")
+
+
+def _meta(out: Path) -> dict[str, Any]:
     try:
-        return json.loads(meta.read_text(encoding="utf-8")).get("settings")
+        return json.loads(out.with_suffix(".meta.json").read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError):
-        return None
+        return {}
+
+
+# -- writing -------------------------------------------------------------------------------------------
+
+
+def _begin(out: Path, parts: Parts, settings: dict[str, Any], overwrite: bool) -> None:
+    parts.begin(settings, drop_others=overwrite)
+    if (old := out.with_suffix(".partial.jsonl")).is_file():
+        log.info("%s was left by an earlier version of this program and is not continued; delete it", old)
+
+
+def _write(
+    config: GenerateConfig, work: _Work, parts: Parts, items: list[Item], numbers: np.ndarray, processes: Processes
+) -> None:
+    """This process's share, each sentence into its shard as soon as the writer gives it."""
+    if not len(numbers):
+        return
+    writer = make_writer(config)
+    if processes.is_main:
+        _keep_description(writer, parts)
+    judge = _judge(config, writer)
+    jobs = Jobs(numbers, lambda n: work.job(*items[n], n))
+    of = f", process 1 of {processes.size}" if processes.size > 1 else ""
+    hidden = None if processes.is_main else True  # None: hidden where there is no terminal
+    with (
+        parts.shard(processes.rank) as shard,
+        tqdm(total=len(jobs), desc=config.name + of, unit=" sentences", disable=hidden) as bar,
+    ):
+        stream = writer.stream(jobs)  # all at once: a writer looks at as many as it has use for
+        try:
+            for place, raw in stream:
+                n = int(numbers[place])
+                shard.add({"n": n, **_row(items[n], jobs[place], raw, judge)})
+                bar.update()
+        finally:
+            if hasattr(stream, "close"):  # a generator's; it may have requests under way
+                stream.close()
+    if processes.is_main:
+        _keep_description(writer, parts)  # a server may have said more of itself with its answers
+
+
+def _keep_description(writer: Writer, parts: Parts) -> None:
+    now, before = writer.describe(), parts.writer() or {}
+    if before.get("model", now.get("model")) != now.get("model"):  # where the settings leave it to the server
+        raise UserError(
+            f"the sentences in {parts.folder} are by {before['model']}, and the writer is now {now.get('model')}; "
+            "bring that model back, or choose another --name"
+        )
+    parts.keep_writer(now)
+
+
+def _row(item: Item, job: Job, raw: str, judge: Callable[[str, Job], Checked]) -> dict[str, Any]:
+    raw = raw.encode("utf-8", "replace").decode()  # half a surrogate pair is no text
+    text, reason, trims = judge(raw, job)
+    row = {"first": item[0], "second": item[1], "text": text, "reason": reason, "captions": [job.first, job.second]}
+    return row | ({"trims": list(trims)} if trims else {}) | ({"raw": raw} if text is None else {})
 
 
 # -- what comes out ------------------------------------------------------------------------------------
 
 
-class _Partial:
-    """The working file. A last line that was torn by an interruption is cut off; its pair is written again."""
-
-    def __init__(self, path: Path, settings: dict[str, Any], drop_others: bool) -> None:
-        self.path = path
-        head = (json.dumps({"settings": settings}, ensure_ascii=False) + "\n").encode()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        content = path.read_bytes() if path.is_file() else b""
-        content = content[: content.rfind(b"\n") + 1]
-        if drop_others and not content.startswith(head):
-            content = b""
-        if content and not content.startswith(head):
-            raise UserError(
-                f"{path} was begun with other settings; choose another --name, or --overwrite true to drop it"
-            )
-        if not content:
-            path.write_bytes(content := head)
-        elif len(content) < path.stat().st_size:
-            os.truncate(path, len(content))  # never rewritten: what is done stays on the disk whatever happens now
-        self.done = content.count(b"\n") - 1
-
-    def rows(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.path.read_text(encoding="utf-8").split("\n")[1:-1]]
-
-
-def _finish(
-    out: Path, partial: _Partial, settings: dict[str, Any], writer: Writer, pairs: int, line: Callable[[dict], str]
+def _merge(
+    out: Path, parts: Parts, items: list[Item], about: dict[str, Any], line: Callable[[dict[str, Any]], str]
 ) -> None:
-    rows = partial.rows()
-    if len(rows) != pairs:
+    """All sentences in the order of their items, into their place; then the working folder goes."""
+    where = parts.index(items)
+    if missing := int((where[:, 0] < 0).sum()):
         raise UserError(
-            f"{partial.path} has {len(rows)} lines for {pairs} pairs; did two processes write it? Delete it."
+            f"{missing} of {len(items)} sentences are not in {parts.folder} yet; the same command continues"
         )
-    reasons = Counter(row["reason"] for row in rows)
-    kept = [line(row) for row in rows if row["text"] is not None]
-    if not kept:
-        raise UserError(f"none of the {len(rows)} sentences could be used ({dict(reasons)}); look at {partial.path}")
-    meta = {
-        "settings": settings,
-        "writer": writer.describe(),
-        "counts": dict(reasons.most_common()),
-        **environment.describe(),
-    }
-    write_json(out.with_suffix(".meta.json"), meta)
-    write_text(out, "".join(kept))
-    partial.path.unlink()
-    log.info("%s: %d sentences (%s)", out, len(kept), ", ".join(f"{n} {reason}" for reason, n in reasons.most_common()))
+    kept, rejected, meta = (parts.folder / name for name in ("kept.jsonl", "rejected.jsonl", "meta.json"))
+    reasons: Counter[str] = Counter()
+    trims: Counter[str] = Counter()
+    with kept.open("w", encoding="utf-8") as good, rejected.open("w", encoding="utf-8") as bad:
+        for row in parts.rows(where):
+            reasons[row["reason"]] += 1
+            trims.update(row.pop("trims", ()))
+            if row["text"] is not None:
+                good.write(line(row))
+            else:
+                del row["n"], row["text"]
+                bad.write(json.dumps(row, ensure_ascii=False) + "\n")
+    counts = dict(reasons.most_common())
+    if not kept.stat().st_size:
+        raise UserError(f"none of the {len(items)} sentences could be used ({counts}); look at {rejected}")
+    write_json(meta, {**about, "counts": counts, "trims": dict(trims.most_common()), **environment.describe()})
+    place = {out.with_suffix(".meta.json"): meta, out.with_suffix(".rejected.jsonl"): rejected, out: kept}
+    if not rejected.stat().st_size:
+        del place[out.with_suffix(".rejected.jsonl")]
+    for path in (out, out.with_suffix(".rejected.jsonl")):
+        path.unlink(missing_ok=True)  # of an earlier writing; gone first, so that an interruption mixes nothing
+    put_in_place(place)  # the sentences last: where they are, the rest is
+    parts.remove()
+    log.info("%s is written: %s", out, ", ".join(f"{n} {reason}" for reason, n in counts.items()))

@@ -25,8 +25,9 @@ from torch import Tensor
 
 from pc_clip import environment, pickles
 from pc_clip.checkpoint import MODEL_FILE, load_model, save_model
+from pc_clip.cleaning import clean
 from pc_clip.clip import model_folder, open_clip
-from pc_clip.differences import Difference, clean, to_line
+from pc_clip.differences import Difference, to_line
 from pc_clip.download import file_digest, is_web_page
 from pc_clip.embeddings import Embeddings, claim, save_embeddings
 from pc_clip.errors import UserError
@@ -319,7 +320,7 @@ def _coco_captions(captions: _Captions, images: dict[int, int]) -> dict[str, Any
 def convert_differences(source: str | None, out: Path, indices: Path, keep_all: bool, overwrite: bool) -> Path:
     """The authors' sentences as JSONL. Those that cannot be used are left out and counted by reason.
 
-    Reasons are those of `differences.clean`, and same_image (both numbers are of one image: there is no
+    Reasons are those of `cleaning.clean`, and same_image (both numbers are of one image: there is no
     difference to learn), unknown_image (the embeddings have no such number), not_text.
     keep_all: also keep what the filter would reject or trim; an empty text is still left out.
     """

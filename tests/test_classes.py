@@ -9,11 +9,11 @@ from PIL import Image
 from test_evals import FakeClip
 
 from pc_clip import attributes, classes, differences, generate, prompts
-from pc_clip.config import EvaluateConfig, GenerateConfig
-from pc_clip.datasets import Dataset, Question, open_dataset
+from pc_clip.config import DataConfig, EvaluateConfig, GenerateConfig, load_dataset
+from pc_clip.datasets import Dataset, Question, open_dataset, read_captions
 from pc_clip.errors import UserError
 from pc_clip.evals import Subject, extended
-from pc_clip.writers import RulesWriter
+from pc_clip.writers import RulesWriter, Writer
 
 
 def made(graded=None, captions=None) -> Dataset:
@@ -79,7 +79,7 @@ def test_every_task_has_a_prompt(task):
     asked = prompt.with_examples("a {second} emu", "an owl")
     assert "a {second} emu" in asked and asked.endswith("Answer:")
     assert asked.count("Answer:") == len(prompt.examples) + 1
-    assert ("an owl" in asked) == (task != "describe")
+    assert ("an owl" in asked) == (task in ("pairs", "compare"))
 
 
 @pytest.mark.parametrize(
@@ -197,3 +197,43 @@ def test_descriptions_of_other_classes_are_refused():
     Path("d.jsonl").write_text(json.dumps({"class": "owll", "text": "round"}) + "\n")
     with pytest.raises(UserError, match="describes 'owll', which is no class of made. Did you mean 'owl'"):
         extended.evaluate(subject({}, EvaluateConfig(descriptions="d.jsonl")))
+
+
+# -- captions in other words ---------------------------------------------------------------------------
+
+
+class Shouter(Writer):
+    """Stands for a language model: says the caption again, louder."""
+
+    def stream(self, jobs):
+        yield from ((n, f"{job.first.upper()} {job.second}".strip()) for n, job in enumerate(jobs))
+
+    def describe(self):
+        return {"writer": "shouter"}
+
+
+def test_rewritten_captions_take_the_place_of_the_data_sets_own(coco_folder, monkeypatch):
+    monkeypatch.setattr(generate, "make_writer", lambda config: Shouter())
+    own = str(coco_folder / "annotations" / "captions_val2017.json")
+    path = generate.generate(GenerateConfig(name="louder", task="rewrite", writer="server", captions=own, n_images=5))
+    found = read_captions(path)
+    assert len(found) == 5 and all(text == text.upper() for _, texts in found.values() for text in texts)
+    where = {"dataset": "coco", "root": str(coco_folder), "split": "val2017"}
+    before = load_dataset(DataConfig(**where))
+    after = load_dataset(DataConfig(**where, captions=str(path)))
+    spoken = dict(zip(before.ids, before.captions))
+    assert set(after.ids) == set(found)
+    for key, texts in zip(after.ids, after.captions):
+        assert texts == tuple(text.upper() for text in spoken[key])
+
+
+def test_rules_do_not_rewrite_and_other_captions_do_not_fit(coco_folder):
+    own = str(coco_folder / "annotations" / "captions_val2017.json")
+    with pytest.raises(UserError, match="rules cannot rewrite captions"):
+        generate.generate(GenerateConfig(name="r", task="rewrite", captions=own))
+    Path("other.jsonl").write_text(json.dumps({"image": "elsewhere", "text": "a dog"}) + "\n")
+    with pytest.raises(UserError, match="captions of 1 images, none of which is in coco"):
+        load_dataset(DataConfig(dataset="coco", root=str(coco_folder), split="val2017", captions="other.jsonl"))
+    Path("other.jsonl").write_text("{}\n")
+    with pytest.raises(UserError, match="line 1: wanted JSON with image and text"):
+        read_captions("other.jsonl")

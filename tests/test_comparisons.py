@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pc_clip.cleaning import clean
 from pc_clip.clip import open_clip
 from pc_clip.datasets import READERS, class_names, open_dataset
-from pc_clip.differences import clean, swap_roles
+from pc_clip.differences import swap_roles
 from pc_clip.evals import comparative
 
 FILES = sorted(comparative.FOLDER.glob("*.yaml"))

@@ -1,4 +1,4 @@
-"""Differences: reading them, choosing pairs, exchanging the roles, cleaning what a writer said."""
+"""Differences: reading them, choosing pairs, exchanging the roles."""
 
 import itertools
 import json
@@ -6,17 +6,13 @@ import re
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pc_clip.differences import Difference, _unrank, choose_pairs, clean, contrast, read, rows, swap_roles, to_line
+from pc_clip.differences import Difference, _unrank, choose_pairs, contrast, read, rows, swap_roles, to_line
 from pc_clip.errors import UserError
 
 DOG_CAT = "The first image shows a dog on a sofa, while the second shows a cat."
-PIZZA = (
-    "The first image shows a woman holding a slice of pizza in a kitchen, while the second shows a child eating a "
-    "banana at a table."
-)
 QUICK = settings(deadline=None, max_examples=60)
 line = json.dumps({"first": "1", "second": "2", "text": DOG_CAT})
 
@@ -188,116 +184,3 @@ def test_the_four_wordings_say_the_same_and_differ():
     assert contrast("A", "B", 5) == said[1]
     for text in said:
         assert re.search(r"first.*A.*second.*B|second.*B.*first.*A", text)
-
-
-# -- cleaning ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        PIZZA,
-        DOG_CAT,
-        "The first image shows a note on a fridge; the second asks no question at all.",
-        "In image 1 a man can’t reach the shelf – in image 2 a café’s cat sleeps.",
-        "The first picture shows a man. The second shows a woman with an answer to every question.",
-        "The first image shows three dogs on a dog bed, while the second shows a dog and another dog",
-    ],
-)
-def test_a_usable_sentence_is_kept_unchanged(text):
-    assert clean(text) == (text, "kept")
-
-
-@pytest.mark.parametrize(
-    "raw",
-    [
-        f"Sure! {DOG_CAT}",
-        f"Certainly! {DOG_CAT}",
-        f"Here is the difference: {DOG_CAT}",
-        f"Here's one way to put it:\n{DOG_CAT}",
-        f"Answer: {DOG_CAT}",
-        f'"{DOG_CAT}"',
-        f"{DOG_CAT}\n\nQuestion: What is in the third image?\nAnswer: A horse.",
-        f"{DOG_CAT}\nQuestion: What is in the third image?",
-        f"{DOG_CAT}\n\nPicture 1: A plate of food.\nPicture 2: A bus.",
-        f"{DOG_CAT} Please let me know if you need anything else!",
-        f"{DOG_CAT}\nNote: I only know the captions.",
-        f"{DOG_CAT} The second image also has a",
-        f"Sure, {DOG_CAT}\n\nCaption 1: a plate",
-    ],
-)
-def test_what_surrounds_the_sentence_is_trimmed(raw):
-    assert clean(raw) == (DOG_CAT, "trimmed")
-
-
-@pytest.mark.parametrize(
-    "raw",
-    [
-        f"Sure! Here is the difference: {DOG_CAT}",
-        f"Sure, here's the difference between the two images:\n\n{DOG_CAT}",
-        f"Here are the differences:\n\n{DOG_CAT}",
-        f"Based on the captions, here is what looks different in the first image:\n\n{DOG_CAT}",
-    ],
-)
-def test_a_heading_before_the_sentence_is_trimmed(raw):
-    assert clean(raw) == (DOG_CAT, "trimmed")
-
-
-@pytest.mark.parametrize("opener", ["Surely", "Okayish as it is,"])
-def test_a_word_that_only_begins_like_an_opener_stays_whole(opener):
-    assert clean(f"{opener} {DOG_CAT}") == (f"{opener} {DOG_CAT}", "kept")
-
-
-@pytest.mark.parametrize(
-    "raw, reason",
-    [
-        ("", "empty"),
-        (" \n\t ", "empty"),
-        ("A dog.", "too_short"),
-        ("Sure!", "too_short"),
-        ("```python\nprint('The first image shows a dog')\n```", "markup"),
-        ("<answer>The first image shows a dog, the second a cat.</answer>", "markup"),
-        ("def difference(first, second): the first image is larger", "markup"),
-        ("As an AI language model, I do not see the first image or the second.", "refusal"),
-        ("I'm sorry, but I can't compare the first image with the second.", "refusal"),
-        ("I cannot see images, so I do not know what looks different.", "refusal"),
-        ("The first image shows a dog on a dog on a dog on a dog on a dog on a dog on a dog on a", "repetition"),
-        ("The first image shows a dog. " * 6, "repetition"),
-        ("".join(f"The image {c} is one of many. " for c in "abcdefghijklmnopq"), "repetition"),
-        ("第一张图片显示一只狗在沙发上，而第二张图片显示一只猫在厨房里睡觉。", "not_english"),
-        ("Первое изображение показывает собаку, а второе кошку.", "not_english"),
-    ],
-)
-def test_what_is_no_difference_is_rejected_with_a_reason(raw, reason):
-    assert clean(raw) == (None, reason)
-
-
-@pytest.mark.parametrize("next_one", ["Question: What is the difference between them?", "Picture 1: A dog on a sofa."])
-def test_an_empty_answer_before_the_next_question_is_rejected(next_one):
-    assert clean(f"\n\n{next_one}")[0] is None
-
-
-TALK = (
-    "The first image shows a dog. Sure, sure! Answer: Question: note Note: one two cat, while second larger! image 1: "
-    "Here is the difference: okay quickly Let me know please"
-)
-chunks = st.sampled_from(TALK.split())
-gaps = st.sampled_from([" ", "\n", "  ", "\t", "\r\n", "\n\n", "\u00a0"])
-
-
-@settings(deadline=None, max_examples=300)
-@given(st.lists(st.tuples(chunks, gaps), min_size=4, max_size=25).map(lambda parts: "".join(w + g for w, g in parts)))
-@example("The first image shows a dog.\nThe second\nimage shows\na cat.")
-def test_words_never_fuse_nor_change_and_no_space_is_left_over(raw):
-    kept, reason = clean(raw)
-    if kept is None:
-        assert reason not in ("kept", "trimmed")
-        return
-    assert kept == " ".join(kept.split())
-    assert f" {kept} " in f" {' '.join(raw.split())} "
-    assert (reason == "kept") == (kept == " ".join(raw.split()))
-
-
-def test_newlines_become_spaces():
-    raw = "The first image shows a dog.\nThe second\nimage shows a cat on a sofa.\n"
-    assert clean(raw) == ("The first image shows a dog. The second image shows a cat on a sofa.", "kept")

@@ -1,19 +1,25 @@
 """Generating sentences: interrupted anywhere it continues, and what it leaves says how it was made."""
 
 import dataclasses
+import errno
+import functools
+import itertools
 import json
 import os
 import random
 import sys
+import threading
+import time
 from pathlib import Path
 
 import jsonargparse
 import pytest
 
-from pc_clip import differences, generate
+from pc_clip import differences, generate, shards
+from pc_clip.cleaning import Checked, clean
 from pc_clip.config import DataConfig, GenerateConfig, configure
 from pc_clip.datasets import read_captions
-from pc_clip.errors import UserError
+from pc_clip.errors import UserError, run_script
 from pc_clip.writers import RulesWriter
 
 ROOT = Path(__file__).parents[1]
@@ -27,7 +33,7 @@ THINGS = [
     "kite",
     "red sofa",
     "zebra",
-    "狗",
+    "žába",
     "plate",
     "man's hat",
     'so-called "cat"',
@@ -42,7 +48,7 @@ def config(tmp_path):
     table = tmp_path / "captions.tsv"
     lines = [f"{n}\t{n}.jpg\tA {thing} on a table.\tTwo {thing}s, far away" for n, thing in enumerate(THINGS)]
     table.write_text("\n".join(["id\timage\tcaption1\tcaption2", *lines]) + "\n", encoding="utf-8")
-    return GenerateConfig(name="some", captions=str(table), out=str(tmp_path / "out"), chunk=8)
+    return GenerateConfig(name="some", captions=str(table), out=str(tmp_path / "out"))
 
 
 def whole(config, tmp_path):
@@ -50,88 +56,221 @@ def whole(config, tmp_path):
     return generate.generate(dataclasses.replace(config, out=str(tmp_path / "whole"))).read_bytes()
 
 
-def interrupt(monkeypatch, config, at, error=KeyboardInterrupt):
-    """Run until the writer is asked for its `at`-th chunk, counted from 0; leaves the working file."""
-    calls, write = [], RulesWriter.write
+def interrupt(monkeypatch, config, after, error=KeyboardInterrupt):
+    """Run until the writer has given `after` sentences; leaves the working folder, whose shard is returned."""
+    stream = RulesWriter.stream
 
     def stops(self, jobs):
-        calls.append(len(jobs))
-        if len(calls) > at:
-            raise error
-        return write(self, jobs)
+        yield from itertools.islice(stream(self, jobs), after)
+        raise error
 
     with monkeypatch.context() as patch, pytest.raises(error):
-        patch.setattr(RulesWriter, "write", stops)
+        patch.setattr(RulesWriter, "stream", stops)
         generate.generate(config)
-    return Path(config.out) / f"{config.name}.partial.jsonl"
+    return Path(config.out) / f"{config.name}.parts" / "0.jsonl"
+
+
+def answer(monkeypatch, change):
+    """Have the writer answer job n with change(n, what the rules say)."""
+    stream = RulesWriter.stream
+    monkeypatch.setattr(RulesWriter, "needs_cleaning", True)  # in place of a language model
+    monkeypatch.setattr(RulesWriter, "stream", lambda self, jobs: ((n, change(n, t)) for n, t in stream(self, jobs)))
 
 
 def meta(path):
     return json.loads(path.with_suffix(".meta.json").read_text(encoding="utf-8"))
 
 
+def names(folder):
+    return sorted(path.name for path in Path(folder).iterdir())
+
+
 # -- interruptions -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("at", [0, 1, 4, 8])
+@pytest.mark.parametrize("after", [0, 1, 30, N_PAIRS])
 @pytest.mark.parametrize("both_orders", [False, True])
-def test_interrupted_and_continued_it_writes_the_same_bytes(config, tmp_path, monkeypatch, at, both_orders):
+def test_interrupted_and_continued_it_writes_the_same_bytes(config, tmp_path, monkeypatch, after, both_orders):
     config.both_orders = both_orders
-    partial = interrupt(monkeypatch, config, at)
+    shard = interrupt(monkeypatch, config, after)
+    assert shard.read_bytes().count(b"\n") == after
     assert not (Path(config.out) / "some.jsonl").exists()
     path = generate.generate(config)
     assert path.read_bytes() == whole(config, tmp_path)
     assert sum(meta(path)["counts"].values()) == N_PAIRS * (1 + both_orders)
-    assert not partial.exists()
+    assert names(config.out) == ["some.jsonl", "some.meta.json"]
 
 
-def test_interrupted_many_times_it_does_no_chunk_twice(config, tmp_path, monkeypatch):
+def test_interrupted_many_times_it_does_no_sentence_twice(config, tmp_path, monkeypatch):
     for _ in range(4):
-        partial = interrupt(monkeypatch, config, 2)
-    assert partial.read_bytes().count(b"\n") == 1 + 4 * 2 * config.chunk
+        shard = interrupt(monkeypatch, config, 13)
+    assert sorted(json.loads(line)["n"] for line in shard.read_text(encoding="utf-8").split("\n")[:-1]) == [*range(52)]
     assert generate.generate(config).read_bytes() == whole(config, tmp_path)
 
 
-def test_a_line_torn_at_any_byte_is_written_again(config, tmp_path, monkeypatch):
-    partial = interrupt(monkeypatch, config, 3)
-    content, expected = partial.read_bytes(), whole(config, tmp_path)
+def test_a_line_torn_at_any_byte_is_written_again(config, tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    shard = interrupt(monkeypatch, config, 24)
+    content, expected = shard.read_bytes(), whole(config, tmp_path)
     cuts = {0, 1, content.index(b"\n"), content.index(b"\n") + 1, len(content) - 1, content.index("é".encode()) + 1}
-    for cut in sorted(cuts | set(random.Random(0).sample(range(len(content)), 25))):
-        partial.write_bytes(content[:cut])
+    for cut in sorted(cuts | set(random.Random(0).sample(range(len(content)), 15))):
+        interrupt(monkeypatch, config, 0)  # the folder, with its settings
+        shard.write_bytes(content[:cut])
+        caplog.clear()
         path = generate.generate(config)
         assert path.read_bytes() == expected, cut
+        assert ("torn by an interruption" in caplog.text) == (cut > 0 and content[cut - 1 : cut] != b"\n")
         path.unlink()
 
 
-@pytest.mark.parametrize("at", [1, 2])
+@pytest.mark.parametrize("at", [1, 2, 3, 4, 5])
 def test_interrupted_while_it_puts_the_files_into_place_it_continues(config, tmp_path, monkeypatch, at):
-    moves, replace = [], os.replace
+    moves, replace, rename = [], os.replace, os.rename
+    interrupt(monkeypatch, config, 30)
 
-    def stops(*where):
+    def stops(move, *where):
         moves.append(where)
         if len(moves) == at:
             raise KeyboardInterrupt
-        replace(*where)
+        move(*where)
 
+    answer(monkeypatch, lambda n, text: "" if n == 7 else text)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(os, "replace", stops)
+        patch.setattr(os, "replace", functools.partial(stops, replace))
+        patch.setattr(os, "rename", functools.partial(stops, rename))
         generate.generate(config)
+        generate.generate(config)
+        raise AssertionError("it moved fewer files")
     path = generate.generate(config)
-    assert path.read_bytes() == whole(config, tmp_path)
-    assert sorted(p.name for p in path.parent.iterdir()) == ["some.jsonl", "some.meta.json"]
+    assert len(path.read_bytes().splitlines()) == N_PAIRS - 1
+    assert names(config.out) == ["some.jsonl", "some.meta.json", "some.rejected.jsonl"]
 
 
 def test_after_a_writer_failed_what_was_done_is_kept(config, tmp_path, monkeypatch):
-    partial = interrupt(monkeypatch, config, 5, RuntimeError)
-    assert partial.read_bytes().count(b"\n") == 1 + 5 * config.chunk
-    config.chunk = 3  # no setting the sentences depend on
+    shard = interrupt(monkeypatch, config, 40, RuntimeError)
+    assert shard.read_bytes().count(b"\n") == 40
     assert generate.generate(config).read_bytes() == whole(config, tmp_path)
 
 
+def test_a_server_that_is_gone_is_the_end_of_the_run_and_of_no_sentence(config, tmp_path, monkeypatch, capsys):
+    stream = RulesWriter.stream
+
+    def gone(self, jobs):
+        yield from itertools.islice(stream(self, jobs), 20)
+        raise UserError("the server does not answer")
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(RulesWriter, "stream", gone)
+        run_script(lambda: generate.generate(config))
+    assert stop.value.code == 2
+    assert "the server does not answer" in capsys.readouterr().err
+    assert (Path(config.out) / "some.parts" / "0.jsonl").read_bytes().count(b"\n") == 20
+    assert generate.generate(config).read_bytes() == whole(config, tmp_path)
+
+
+@pytest.mark.parametrize(("call", "works"), [("write", 20), ("fsync", 0)])
+def test_a_full_disk_is_the_end_of_the_run_and_of_no_sentence(config, tmp_path, monkeypatch, capsys, call, works):
+    monkeypatch.setattr(shards, "SYNC_EVERY", 0.001)
+    shard = interrupt(monkeypatch, config, 0)
+    working, stream, count, failed = getattr(os, call), RulesWriter.stream, itertools.count(), threading.Event()
+
+    def full(file, *content):
+        if os.path.samestat(os.fstat(file), os.stat(shard)) and next(count) >= works:
+            if content:
+                working(file, content[0][:9])  # the rest of the line found no room
+            failed.set()
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return working(file, *content)
+
+    def halting(self, jobs):
+        for n, text in stream(self, jobs):
+            if n == 30:
+                assert failed.wait(60)  # a sync fails beside the writing
+                time.sleep(0.1)
+            yield n, text
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(os, call, full)
+        patch.setattr(RulesWriter, "stream", halting)
+        run_script(lambda: generate.generate(config))
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert "0.jsonl (No space left on device)" in error and "the same command continues" in error
+    assert shard.read_bytes().count(b"\n") in ((20,) if call == "write" else range(1, 31))
+    assert generate.generate(config).read_bytes() == whole(config, tmp_path)
+
+
+def test_a_stream_is_closed_when_what_reads_it_fails(config, monkeypatch):
+    """A writer may have requests under way and a thread for them."""
+    streams, stream = [], RulesWriter.stream
+
+    def full(self, row):
+        raise UserError("no space")
+
+    monkeypatch.setattr(RulesWriter, "stream", lambda *args: streams.append(stream(*args)) or streams[-1])
+    monkeypatch.setattr(shards.Shard, "add", full)
+    with pytest.raises(UserError, match="no space"):
+        generate.generate(config)
+    assert streams[0].gi_frame is None
+
+
+@pytest.mark.parametrize("min_characters", [None, 85, 90])
+def test_the_shortest_sentence_that_is_kept_is_a_setting(config, min_characters, monkeypatch):
+    answer(monkeypatch, lambda n, text: text)
+    config.min_characters = min_characters
+    lengths = [len(d.text) for d in differences.read(generate.generate(config))]
+    assert (min_characters or 60) <= min(lengths)
+    assert (len(lengths) < N_PAIRS) == (min_characters is not None)
+
+
+def test_what_rules_write_is_kept_as_it_is(config):
+    config.min_characters = 10_000
+    assert len(differences.read(generate.generate(config))) == N_PAIRS
+
+
 def test_a_rejected_answer_with_an_odd_line_break_does_no_harm(config, monkeypatch):
-    write = RulesWriter.write
-    monkeypatch.setattr(RulesWriter, "write", lambda self, jobs: ["狗。\u2028猫", *write(self, jobs)[1:]])
-    assert len(differences.read(generate.generate(config))) < N_PAIRS
+    answer(monkeypatch, lambda n, text: text if n else "狗。\u2028猫")
+    assert len(differences.read(generate.generate(config))) == N_PAIRS - 1
+
+
+def test_half_a_character_is_replaced(config, monkeypatch):
+    answer(monkeypatch, lambda n, text: text.replace("while", "\ud83d while"))
+    assert " ? while " in generate.generate(config).read_text(encoding="utf-8")
+
+
+def test_with_all_sentences_there_the_writer_is_not_loaded_to_merge_them(config, tmp_path, monkeypatch):
+    interrupt(monkeypatch, config, N_PAIRS)
+    expected = whole(config, tmp_path)
+    monkeypatch.setattr(generate, "make_writer", None)
+    path = generate.generate(config)
+    assert path.read_bytes() == expected
+    assert meta(path)["writer"] == {"writer": "rules"}
+
+
+def test_a_writer_gets_all_jobs_and_none_is_made_before_it_is_looked_at(config, monkeypatch):
+    made, lengths, job = [], [], generate._job
+    monkeypatch.setattr(generate, "_job", lambda *args: made.append(args[-1]) or job(*args))
+
+    def looks_at_few(self, jobs):
+        lengths.append(len(jobs))
+        assert jobs[7].seed == jobs[7].seed and set(made) == {7}
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr(RulesWriter, "stream", looks_at_few)
+    with pytest.raises(KeyboardInterrupt):
+        generate.generate(config)
+    assert lengths == [N_PAIRS]
+
+
+def test_what_an_earlier_version_left_is_named_and_not_touched(config, caplog):
+    caplog.set_level("INFO")
+    old = Path(config.out) / "some.partial.jsonl"
+    old.parent.mkdir()
+    old.write_text("{}")
+    generate.generate(config)
+    assert "some.partial.jsonl was left by an earlier version" in caplog.text
+    assert old.read_text() == "{}"
 
 
 # -- settings ------------------------------------------------------------------------------------------
@@ -149,19 +288,19 @@ def test_a_file_written_with_other_settings_is_left_alone(config, other):
 
 
 @pytest.mark.parametrize("other", OTHERS, ids=str)
-def test_a_working_file_begun_with_other_settings_is_left_alone(config, monkeypatch, other):
-    partial = interrupt(monkeypatch, config, 2)
-    before = partial.read_bytes()
-    with pytest.raises(UserError, match=r"some\.partial\.jsonl .*other settings.*--overwrite"):
+def test_a_working_folder_begun_with_other_settings_is_left_alone(config, monkeypatch, other):
+    shard = interrupt(monkeypatch, config, 20)
+    before = shard.read_bytes()
+    with pytest.raises(UserError, match=r"some\.parts was begun with other settings.*--overwrite"):
         generate.generate(dataclasses.replace(config, **other))
-    assert partial.read_bytes() == before
+    assert shard.read_bytes() == before
 
 
 def test_with_the_same_settings_nothing_is_written_again(config, monkeypatch):
     path = generate.generate(config)
     before = [(p.name, p.stat().st_mtime_ns) for p in sorted(path.parent.iterdir())]
-    monkeypatch.setattr(RulesWriter, "write", None)
-    assert generate.generate(dataclasses.replace(config, chunk=5)) == path
+    monkeypatch.setattr(RulesWriter, "stream", None)
+    assert generate.generate(config) == path
     assert [(p.name, p.stat().st_mtime_ns) for p in sorted(path.parent.iterdir())] == before
 
 
@@ -174,10 +313,34 @@ def test_a_file_of_unknown_origin_is_left_alone(config):
 
 def test_overwrite_starts_again(config, tmp_path, monkeypatch):
     path = generate.generate(dataclasses.replace(config, seed=1))
-    interrupt(monkeypatch, dataclasses.replace(config, seed=2, overwrite=True), 3)
+    before = path.read_bytes()
+    interrupt(monkeypatch, dataclasses.replace(config, seed=2, overwrite=True), 30)
+    assert path.read_bytes() == before  # until the new one is whole
     generate.generate(dataclasses.replace(config, overwrite=True))
     assert path.read_bytes() == whole(config, tmp_path)
     assert meta(path)["settings"]["seed"] == config.seed
+
+
+def test_overwriting_that_was_interrupted_goes_on(config, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    path = generate.generate(config)
+    shard = interrupt(monkeypatch, dataclasses.replace(config, overwrite=True), 30)
+    assert generate.generate(config) == path
+    assert "some.parts is left from writing it again, which --overwrite true continues" in caplog.text
+    assert shard.is_file()
+    answer(monkeypatch, lambda n, text: f"{text} It is so.")
+    generate.generate(dataclasses.replace(config, overwrite=True))
+    assert path.read_text(encoding="utf-8").count("It is so.") == N_PAIRS - 30
+    assert names(config.out) == ["some.jsonl", "some.meta.json"]
+
+
+def test_rejected_sentences_of_an_earlier_writing_go_with_it(config, monkeypatch):
+    with monkeypatch.context() as patch:
+        answer(patch, lambda n, text: "" if n == 7 else text)
+        generate.generate(config)
+    assert "some.rejected.jsonl" in names(config.out)
+    generate.generate(dataclasses.replace(config, overwrite=True))
+    assert names(config.out) == ["some.jsonl", "some.meta.json"]
 
 
 def test_other_captions_under_the_same_name_are_other_settings(config):
@@ -205,7 +368,7 @@ def test_every_line_is_a_clean_sentence_about_two_images_of_the_data_set(example
     pairs = differences.rows(found, ids, "val")
     assert len(found) == 120 == len({tuple(sorted(pair)) for pair in pairs.tolist()})
     assert (pairs[:, 0] != pairs[:, 1]).all() and len(set(pairs.ravel().tolist())) <= 40
-    assert all(differences.clean(d.text) == (d.text, "kept") for d in found)
+    assert all(clean(d.text) == (d.text, "kept") for d in found)
 
 
 def test_the_file_beside_it_says_how_it_was_made(example, tmp_path):
@@ -218,25 +381,41 @@ def test_the_file_beside_it_says_how_it_was_made(example, tmp_path):
     assert not any(str(path) in text for path in (tmp_path, ROOT, Path.home()))
 
 
-def test_rejected_sentences_are_counted_by_reason_and_left_out(config, monkeypatch):
-    odd = {0: "```", 1: "", 2: f"Sure! The first image shows a {THINGS[0]}, the second another."}
-    write = RulesWriter.write
-    monkeypatch.setattr(
-        RulesWriter, "write", lambda self, jobs: [odd.get(n, text) for n, text in enumerate(write(self, jobs))]
-    )
+def test_rejected_sentences_are_counted_by_reason_and_kept_apart(config, monkeypatch):
+    judged = {"```": (None, "code"), "": (None, "empty"), "Sure! A dog.": ("A dog.", "trimmed")}
+    monkeypatch.setattr(generate, "_judge", lambda *_: lambda raw, job: Checked(*judged.get(raw, (raw, "kept")), ()))
+    odd = dict(zip((0, 11, 12, 60), ["```", "", "Sure! A dog.", "```"]))
+    answer(monkeypatch, lambda n, text: odd.get(n, text))
     path = generate.generate(config)
-    chunks = -(-N_PAIRS // config.chunk)
-    left = N_PAIRS - 3 * chunks + (3 - N_PAIRS % config.chunk)  # the last chunk is two long
-    assert meta(path)["counts"] == {"kept": left, "markup": chunks, "empty": chunks, "trimmed": chunks - 1}
-    assert len(differences.read(path)) == N_PAIRS - 2 * chunks
+    assert meta(path)["counts"] == {"kept": N_PAIRS - 4, "code": 2, "empty": 1, "trimmed": 1}
+    assert [d.text for d in differences.read(path)].count("A dog.") == 1
+    assert len(differences.read(path)) == N_PAIRS - 3
+    lines = path.with_suffix(".rejected.jsonl").read_text(encoding="utf-8").splitlines()
+    rejected = [json.loads(line) for line in lines]
+    assert [(row["first"], row["second"], row["reason"], row["raw"]) for row in rejected] == [
+        ("0", "1", "code", "```"),
+        ("1", "10", "empty", ""),
+        ("6", "7", "code", "```"),
+    ]
+    assert all(len(row["captions"]) == 2 for row in rejected)
+
+
+def test_a_server_that_came_back_with_another_model_is_refused(config, monkeypatch):
+    model = {"writer": "server", "model": "a"}
+    monkeypatch.setattr(RulesWriter, "describe", lambda self: dict(model))
+    interrupt(monkeypatch, config, 20)
+    model["model"] = "b"
+    with pytest.raises(UserError, match="are by a, and the writer is now b"):
+        generate.generate(config)
+    model.update(model="a", answered_by=["a-1"])
+    assert meta(generate.generate(config))["writer"] == model
 
 
 def test_when_nothing_can_be_used_the_error_counts_the_reasons(config, monkeypatch):
-    monkeypatch.setattr(
-        RulesWriter, "write", lambda self, jobs: ["I cannot see the first or second image."] * len(jobs)
-    )
-    with pytest.raises(UserError, match=r"none of the 66 .*refusal.*66.*some\.partial\.jsonl"):
+    answer(monkeypatch, lambda n, text: "I cannot see the first or second image.")
+    with pytest.raises(UserError, match=r"none of the 66 .*refusal.*66.*look at .*rejected\.jsonl") as error:
         generate.generate(config)
+    assert "I cannot see" in Path(str(error.value).split("look at ")[1]).read_text(encoding="utf-8")
     assert not (Path(config.out) / "some.jsonl").exists()
 
 
@@ -245,7 +424,7 @@ def test_when_nothing_can_be_used_the_error_counts_the_reasons(config, monkeypat
 
 def test_both_captions_of_an_image_are_used(config):
     text = generate.generate(config).read_text(encoding="utf-8")
-    for thing in ("dog", "狗", "man's hat"):
+    for thing in ("dog", "žába", "man's hat"):
         assert f"a {thing} on a table" in text and f"two {thing}s, far away" in text
 
 
@@ -259,16 +438,17 @@ def test_both_captions_of_an_image_are_used(config):
         ({"captions": "absent.tsv"}, r"absent\.tsv"),
         ({"captions": "absent.json"}, r"absent\.json"),
         ({"captions": None, "split": "vall"}, r"'vall'.*Did you mean 'val'"),
-        ({"n_images": 1}, r"none of the 0"),
+        ({"n_images": 1}, r"no pairs to write about"),
     ],
     ids=str,
 )
 def test_what_cannot_be_is_an_error_that_says_so(config, other, said):
     with pytest.raises(UserError, match=said):
         generate.generate(dataclasses.replace(config, **other))
+    assert not Path(config.out).exists()
 
 
-@pytest.mark.parametrize("other", [{"n_pairs": -1}, {"n_images": -1}, {"chunk": 0}], ids=str)
+@pytest.mark.parametrize("other", [{"n_pairs": -1}, {"n_images": -1}, {"n_each": 0}], ids=str)
 def test_a_number_that_makes_no_sense_is_an_error_of_the_user(config, other):
     with pytest.raises(UserError, match=next(iter(other))):
         generate.generate(dataclasses.replace(config, **other))

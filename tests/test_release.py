@@ -322,7 +322,10 @@ BAD_DIFFERENCES = {
     "names": ({"indices": [(70, 71), ("a", 71)], "llm_diffs": ["x", "x"]}, r"indices\[1\] is "),
     "numbers": ({"indices": [70], "llm_diffs": ["x"]}, r"indices\[0\] is '70'"),
     "no list": ({"indices": 5, "llm_diffs": ["x"]}, "indices is a int"),
-    "of other embeddings": ({"indices": [(1, 2)], "llm_diffs": [TEXT]}, "none of the 1 differences.*1 unknown_image"),
+    "of other embeddings": (
+        {"indices": [(1, 2)], "llm_diffs": [TEXT.format("two")]},
+        "none of the 1 differences.*1 unknown_image",
+    ),
     "none": ({"indices": [], "llm_diffs": []}, "none of the 0 differences"),
 }
 
@@ -338,7 +341,7 @@ def test_differences_of_another_layout_are_refused_with_the_place_and_nothing_is
 
 
 def test_differences_need_the_embeddings_first():
-    save("differences.pkl", {"indices": [(70, 71)], "llm_diffs": [TEXT]})
+    save("differences.pkl", {"indices": [(70, 71)], "llm_diffs": [TEXT.format("two")]})
     argv = ["differences", "--from", "differences.pkl"]
     with pytest.raises(
         UserError, match=r"no data/release/indices\.json.*Run first: python -m pc_clip\.release embeddings$"
@@ -357,7 +360,7 @@ def test_differences_need_the_embeddings_first():
 def test_what_is_there_is_replaced_only_on_request(tiny, example_clip):
     for what in ("embeddings", "differences", "checkpoint"):
         save("embeddings.pkl", per_image())
-        save("differences.pkl", {"indices": [(70, 71)], "llm_diffs": [TEXT]})
+        save("differences.pkl", {"indices": [(70, 71)], "llm_diffs": [TEXT.format("two")]})
         torch.save(example_clip.model.state_dict(), "checkpoint.pkl")
         argv = [what, "--from", f"{what}.pkl"]
         argv += [] if what == "differences" else ["--model", tiny if what == "embeddings" else "example"]
@@ -372,7 +375,7 @@ def test_what_is_there_is_replaced_only_on_request(tiny, example_clip):
 @pytest.mark.parametrize("what", ["embeddings", "differences"])
 def test_a_file_cut_short_and_a_file_that_is_none_are_errors_of_the_user(what, tiny):
     convert_embeddings(per_image(), tiny)
-    path = save("whole.pkl", per_image() | {"indices": [(70, 71)], "llm_diffs": [TEXT]})
+    path = save("whole.pkl", per_image() | {"indices": [(70, 71)], "llm_diffs": [TEXT.format("two")]})
     content = Path(path).read_bytes()
     for n, bad in enumerate([content[: len(content) // 2], content[:-1], b"", b"hello", bytes(50)]):
         Path("bad.pkl").write_bytes(bad)
@@ -420,7 +423,7 @@ def test_the_three_files_are_fetched_by_id_and_once(drive, tiny, example_clip):
     content = {
         "checkpoint": Path("theirs.pt").read_bytes(),
         "embeddings": pickle.dumps(per_image()),
-        "differences": pickle.dumps({"indices": [(70, 72)], "llm_diffs": [TEXT]}),
+        "differences": pickle.dumps({"indices": [(70, 72)], "llm_diffs": [TEXT.format("two")]}),
     }
     drive.files = {release.IDS[what]: (200, "application/octet-stream", body) for what, body in content.items()}
     for _ in range(2):
@@ -432,7 +435,7 @@ def test_the_three_files_are_fetched_by_id_and_once(drive, tiny, example_clip):
     ]  # fmt: skip
     assert load_model("data/release/pc_clip").weights_hash() == example_clip.weights_hash()
     assert converted()[1] == ["9", "25", "30"]
-    assert differences.read(DIFFERENCES) == [differences.Difference("9", "30", TEXT)]
+    assert differences.read(DIFFERENCES) == [differences.Difference("9", "30", TEXT.format("two"))]
 
 
 def test_a_page_about_the_quota_is_not_taken_for_the_file(drive, tiny):

@@ -15,6 +15,7 @@ import finetune
 import generate_diffs
 import run
 from pc_clip import generate
+from pc_clip.cleaning import Checked
 from pc_clip.config import GenerateConfig
 from pc_clip.datasets import open_dataset
 from pc_clip.differences import Difference, to_line
@@ -98,7 +99,9 @@ def test_a_folder_of_images_is_ranked_into_a_csv_and_a_sheet(tmp_path):
             "a small object",
         ]
     )
-    lines = Path("results/example-pretrained/rank-folder-mine-a_large_object-a_small_object.csv").read_text().splitlines()
+    lines = (
+        Path("results/example-pretrained/rank-folder-mine-a_large_object-a_small_object.csv").read_text().splitlines()
+    )
     assert lines[0] == "rank,image,score"
     assert len(lines) == 11
     radius = {i: max(t.radius for t in scene("val", i).things) for i in range(10)}
@@ -126,7 +129,9 @@ def test_every_config_shrunk_runs(path, small_example, monkeypatch, coco_folder)
                 "--transformers.dtype",
                 "float32",
             ]
-            monkeypatch.setattr(generate, "clean", lambda raw: (raw, "kept"))  # a random model writes nothing of use
+            monkeypatch.setattr(
+                generate, "check", lambda raw, _: Checked(raw, "kept", ())
+            )  # a random model writes nothing of use
         found = generate_diffs.main(["--config", str(path), *captions, *model, "--n_images", "10", "--n_pairs", "12"])
         assert len(found.read_text().splitlines()) == 12
         return

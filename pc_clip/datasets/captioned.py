@@ -81,9 +81,30 @@ def read_simclip_tsv(path: Path) -> dict[str, tuple[str, tuple[str, ...]]]:
     return found
 
 
+def read_rewritten(path: Path) -> dict[str, tuple[str, tuple[str, ...]]]:
+    """Captions that generate_diffs.py --task rewrite wrote, a JSON a line with image and text; no file names.
+
+    Raises UserError for a line that is none.
+    """
+    if not path.is_file():
+        raise UserError(f"no captions file at {path}; generate_diffs.py --task rewrite writes one")
+    captions: dict[str, list[str]] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+            captions.setdefault(str(row["image"]), []).append(row["text"])
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise UserError(f"{path}, line {number}: wanted JSON with image and text, found {line[:80]!r}") from error
+    if not captions:
+        raise UserError(f"{path} holds no captions")
+    return {key: ("", tuple(texts)) for key, texts in captions.items()}
+
+
 def read_captions(path: str | Path) -> dict[str, tuple[str, tuple[str, ...]]]:
-    """Captions by image id from either format, told apart by the file's ending."""
+    """Captions by image id from any of the formats, told apart by the file's ending."""
     path = Path(path)
+    if path.suffix == ".jsonl":
+        return read_rewritten(path)
     return read_simclip_tsv(path) if path.suffix in {".tsv", ".txt", ".csv"} else read_coco_captions(path)
 
 

@@ -7,5 +7,6 @@ never sees an image.
 from pc_clip.writers.causal import LanguageModelConfig, LanguageModelWriter
 from pc_clip.writers.job import Job, Writer
 from pc_clip.writers.rules import RulesWriter
+from pc_clip.writers.server import ServerConfig, ServerWriter
 
-__all__ = ["Job", "LanguageModelConfig", "LanguageModelWriter", "RulesWriter", "Writer"]
+__all__ = ["Job", "LanguageModelConfig", "LanguageModelWriter", "RulesWriter", "ServerConfig", "ServerWriter", "Writer"]

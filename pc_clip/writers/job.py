@@ -19,11 +19,20 @@ class Job(NamedTuple):
 
 
 class Writer(ABC):
-    """Turns jobs into raw sentences. The same job always gets the same sentence, as far as the writer is able to."""
+    """Turns jobs into raw sentences. The same job always gets the same sentence, as far as the writer is able to.
+
+    needs_cleaning: whether its sentences go through the rules of pc_clip/cleaning.py, made for language models.
+    """
+
+    needs_cleaning = True
 
     @abstractmethod
     def stream(self, jobs: Sequence[Job]) -> Iterator[tuple[int, str]]:
-        """(place in jobs, raw sentence) of each job once, in any order, as soon as each is finished."""
+        """(place in jobs, raw sentence) of each job once, in any order, as soon as each is finished.
+
+        jobs may be half a million, each built when it is looked at, from any thread: look at few at a time. The
+        iterator is closed when its reader stops.
+        """
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:

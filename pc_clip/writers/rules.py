@@ -34,6 +34,8 @@ class RulesWriter(Writer):
     while the second shows two cats."
     """
 
+    needs_cleaning = False  # what it writes is as it is meant
+
     def stream(self, jobs: Sequence[Job]) -> Iterator[tuple[int, str]]:
         for n, job in enumerate(jobs):
             yield n, self._write(job)

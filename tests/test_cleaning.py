@@ -1,0 +1,383 @@
+"""Cleaning: every rule by name, on what small language models really wrote about COCO's captions."""
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from pc_clip import prompts
+from pc_clip.cleaning import (
+    MIN_CHARACTERS,
+    REASONS,
+    RULES,
+    TRIMS,
+    check,
+    clean,
+    content_words,
+    copies,
+    said_of,
+    stem,
+)
+from pc_clip.differences import contrast
+
+DOG_CAT = "The first image shows a dog on a sofa, while the second shows a cat."
+PIZZA = (
+    "The first image shows a woman holding a slice of pizza in a kitchen, while the second shows a child eating a "
+    "banana at a table."
+)
+ASKED = prompts.read(prompts.FOLDER / "pairs.yaml")
+WORKED = [text for worked in ASKED.examples for text in worked.values()]
+ASK = "Say in one or two sentences what looks different in the first image compared with the second image."
+
+# -- the sentence and what surrounds it ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        PIZZA,
+        DOG_CAT,
+        "The first image shows a note on a fridge; the second asks no question at all.",
+        "In image 1 a man can’t reach the shelf – in image 2 a café’s cat sleeps.",
+        "The first picture shows a man. The second shows a woman with an answer to every question.",
+        "The first image shows three dogs on a dog bed, while the second shows a dog and another dog",
+    ],
+)
+def test_a_usable_sentence_is_kept_unchanged(text):
+    assert clean(text) == (text, "kept")
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        f"Sure! {DOG_CAT}",
+        f"Certainly! {DOG_CAT}",
+        f"Here is the difference: {DOG_CAT}",
+        f"Here's one way to put it:\n{DOG_CAT}",
+        f"Answer: {DOG_CAT}",
+        f'"{DOG_CAT}"',
+        f"{DOG_CAT}\n\nQuestion: What is in the third image?\nAnswer: A horse.",
+        f"{DOG_CAT}\nQuestion: What is in the third image?",
+        f"{DOG_CAT}\n\nPicture 1: A plate of food.\nPicture 2: A bus.",
+        f"{DOG_CAT} Please let me know if you need anything else!",
+        f"{DOG_CAT}\nNote: I only know the captions.",
+        f"{DOG_CAT} The second image also has a",
+        f"Sure, {DOG_CAT}\n\nCaption 1: a plate",
+    ],
+)
+def test_what_surrounds_the_sentence_is_trimmed(raw):
+    assert clean(raw) == (DOG_CAT, "trimmed")
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        f"Sure! Here is the difference: {DOG_CAT}",
+        f"Sure, here's the difference between the two images:\n\n{DOG_CAT}",
+        f"Here are the differences:\n\n{DOG_CAT}",
+        f"Based on the captions, here is what looks different in the first image:\n\n{DOG_CAT}",
+    ],
+)
+def test_a_heading_before_the_sentence_is_trimmed(raw):
+    assert clean(raw) == (DOG_CAT, "trimmed")
+
+
+@pytest.mark.parametrize("opener", ["Surely", "Okayish as it is,"])
+def test_a_word_that_only_begins_like_an_opener_stays_whole(opener):
+    assert clean(f"{opener} {DOG_CAT}") == (f"{opener} {DOG_CAT}", "kept")
+
+
+@pytest.mark.parametrize("next_one", ["Question: What is the difference between them?", "Picture 1: A dog on a sofa."])
+def test_an_empty_answer_before_the_next_question_is_rejected(next_one):
+    assert clean(f"\n\n{next_one}")[0] is None
+
+
+TALK = (
+    "The first image shows a dog. Sure, sure! Answer: Question: note Note: one two cat, while second larger! image 1: "
+    "Here is the difference: okay quickly Let me know please"
+)
+chunks = st.sampled_from(TALK.split())
+gaps = st.sampled_from([" ", "\n", "  ", "\t", "\r\n", "\n\n", "\u00a0"])
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.lists(st.tuples(chunks, gaps), min_size=4, max_size=25).map(lambda parts: "".join(w + g for w, g in parts)))
+@example("The first image shows a dog.\nThe second\nimage shows\na cat.")
+def test_words_never_fuse_nor_change_and_no_space_is_left_over(raw):
+    kept, reason = clean(raw)
+    if kept is None:
+        assert reason not in ("kept", "trimmed")
+        return
+    assert kept == " ".join(kept.split())
+    assert f" {kept} " in f" {' '.join(raw.split())} "
+    assert (reason == "kept") == (kept == " ".join(raw.split()))
+
+
+def test_newlines_become_spaces():
+    raw = "The first image shows a dog.\nThe second\nimage shows a cat on a sofa.\n"
+    assert clean(raw) == ("The first image shows a dog. The second image shows a cat on a sofa.", "kept")
+
+
+# -- every rule by its name, with a real example -------------------------------------------------------
+# Those about COCO's captions were written by Gemma 3 270M, a base model, with the prompt of configs/prompts/pairs.yaml
+# with and without its worked examples; the others are the forms in which chat models answer.
+
+REAL_TRIMS = {
+    "opening": (f"Sure! Here is one difference between the two images: {PIZZA}", PIZZA),
+    "next_question": (
+        " The first image shows a person standing over a toilet, while the second image shows a man is getting "
+        "ready to "
+        "serve a tennis ball.\n\nPicture 1: A person is sitting on a chair.\nPicture 2: A person is sitting on a chair."
+        f"\n{ASK}\nAnswer: The first image shows a person is sitting on a chair, while the second",
+        "The first image shows a person standing over a toilet, while the second image shows a man is getting ready to "
+        "serve a tennis ball.",
+    ),
+    "other_paragraphs": (
+        "The first image shows a man on a horse at the beach.\n\nThe second image shows two women with a dog in a park."
+        "\n\nThese captions were written by different people.\n\nThe first image is better.",
+        "The first image shows a man on a horse at the beach. The second image shows two women with a dog in a park.",
+    ),
+    "closing": (f"{PIZZA} I hope this helps! Let me know if you have more captions.", PIZZA),
+    "list_marks": (
+        "\n1. The first image is a sad expression on a toaster.\n2. The second image is a green bus.\n",
+        "The first image is a sad expression on a toaster. The second image is a green bus.",
+    ),
+    "newlines": (
+        "\nThe first image is a woman reading a book.\nThe second image is a man laying in bed.\nPicture 3: A man is "
+        "sitting on a chair.\nPicture 4: A woman is sitting on a chair.",
+        "The first image is a woman reading a book. The second image is a man laying in bed.",
+    ),
+    "quotes": (f'"{PIZZA}"', PIZZA),
+    "unfinished": (
+        "The first image shows a graffiti-ridden building in an urban setting. The second image shows an offica "
+        "kitchen "
+        "with white cabinets. The first",
+        "The first image shows a graffiti-ridden building in an urban setting. The second image shows an offica "
+        "kitchen "
+        "with white cabinets.",
+    ),
+}
+REAL_BREAKS = {
+    "prompt_echo": [
+        "\nPicture 3: A group of people eating a candlelit dinner at a restaurant.\n" + ASK + "\nAnswer:\nPicture 4: A",
+        "The first image shows a close view of food on a plate, while the second image shows a giraffe eating "
+        "some leaves "
+        "from a tree at the zoo.",
+        "The first image shows a large white bus on a city street, while the second image shows a passenger bus "
+        "pulling "
+        "up to the side of a street.",
+        ASK,
+        'picture1: A road that has a sign in the windows saying "Stop and see us."\nPicture 2: Car that is lying on',
+    ],
+    "code": [
+        "```python\nprint('The first image shows a dog')\n```",
+        "def difference(first, second): the first image is larger",
+        '{"first": "a dog on a sofa", "second": "a cat on a chair", "difference": "the first shows a dog"}',
+        "import torch and compare the first image with the second image, pixel by pixel, with torch.norm()",
+    ],
+    "markup": [
+        "<answer>The first image shows a dog, the second a cat.</answer>",
+        "**First image:** a dog on a sofa in a room. **Second image:** a cat on a chair in a kitchen.",
+        "[INST] The first image shows a dog on a sofa, while the second image shows a cat. [/INST]",
+        "The first image is at https://example.org and shows a dog, while the second image shows a cat.",
+    ],
+    "refusal": [
+        "As an AI language model, I do not see the first image or the second.",
+        "I'm sorry, but I can't compare the first image with the second.",
+        "I cannot see images, so I do not know what looks different.",
+        "Without the pictures it is not possible to determine what looks different in the first image.",
+        "I apologize, but the captions alone do not say what looks different in the first image.",
+    ],
+    "not_english": [
+        "第一张图片显示一只狗在沙发上，而第二张图片显示一只猫在厨房里睡觉。",
+        "Первое изображение показывает собаку, а второе кошку.",
+        "The first image shows a 狗 on a sofa in a living room, while the second image shows a cat on a chair.",
+        "The first image shows a dog on a sofa in a living room, while the second image shows a cat on a chai\ufffd",
+    ],
+    "repetition": [
+        "The first image shows a dog on a dog on a dog on a dog on a dog on a dog on a dog on a",
+        "\nThe first image is a red stop sign.\nThe second image is a large bush with red flowers.\nThe first "
+        "image is a red "
+        "stop sign.\nThe second image is a large bush with red flowers.\nThe first image is a red stop "
+        "sign.\nThe second "
+        "image is a large bush with red flowers.\nThe first",
+        "\n1. The bus has a roof.\n2. The bus has a top part of a van.\n3. The bus has a bottom part of a "
+        "van.\n4. The bus "
+        "has a bottom part of a van.\n5. The bus has a bottom part of a van.\n6. The bus has a top part of a van.",
+        "The first image shows a dog. " * 6,
+        "".join(f"The image {c} is one of many. " for c in "abcdefghijklmnopq"),
+        "The first image shows a very very very large dog in a garden, while the second image shows a cat on a chair.",
+    ],
+    "same_of_both": [
+        "The first image shows a man riding a skateboard on a piece of concrete in a park, while the second "
+        "image shows a "
+        "man riding a skateboard on a piece of concrete in a park.",
+        "The first image shows a person on field with a Frisbee, while the second image shows a person on a "
+        "field with a "
+        "Frisbee.",
+        "The first image is a more realistic representation of the environment.\nThe second image is a more realistic "
+        "representation of the environment.",
+        "Both images show a man and a woman who are posing for a picture in front of a tree.",
+    ],
+    "too_short": ["A dog.", "Sure!", " The dog is curious about what is behind the camera.\nPicture 3: A dog that is"],
+}
+
+
+def test_every_rule_has_a_real_example_and_a_reason_why():
+    assert [name for name, _ in TRIMS] == list(REAL_TRIMS)
+    assert [name for name, _ in RULES] == list(REAL_BREAKS)
+    assert all(rule.__doc__ for _, rule in (*TRIMS, *RULES))
+    assert len(set(REASONS)) == len(TRIMS) + 3 == len(RULES) + 3
+
+
+@pytest.mark.parametrize("name", REAL_TRIMS)
+def test_a_rule_trims_what_it_is_named_for(name):
+    raw, kept = REAL_TRIMS[name]
+    found = check(raw)
+    assert found.text == kept
+    assert name in found.trims
+    alone = dict(TRIMS)[name]
+    assert alone(kept) == kept, "what is kept is not trimmed again"
+
+
+@pytest.mark.parametrize("name, raw", [(name, raw) for name, raws in REAL_BREAKS.items() for raw in raws])
+def test_a_rule_rejects_what_it_is_named_for(name, raw):
+    assert clean(raw, examples=WORKED, instructions=[ASKED.system, ASKED.instruction]) == (None, name)
+
+
+def test_nothing_is_empty():
+    assert [clean(raw) for raw in ("", " \n\t ")] == [(None, "empty")] * 2
+
+
+# -- what must not be rejected -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "The first image shows a man on a skateboard, while the second image shows a man on a phone.",
+        "The first image shows two dogs asleep on a bed, while the second image shows one dog asleep on a bed.",
+        "The first image shows an object at the top, while the second image shows an object at the bottom.",
+        "The first image shows a dog on top of a cat, while the second image shows a cat on top of a dog.",
+        "The first image shows a red car; the second image shows a red car that is parked beside a house.",
+        "The first image shows a man with a café’s cup & saucer, while the second image shows a 50% off sign.",
+        "The first image shows men in suits. In the first image one smiles. The second image shows dogs. In the second "
+        "image one sleeps. Overall, the first image is of people and the second image is of animals.",
+        "The main difference between the two images is that the first shows a bus at night and the second a dog.",
+    ],
+)
+def test_sentences_that_look_a_little_like_a_broken_rule_are_kept(text):
+    given = {"examples": WORKED, "instructions": [ASKED.system, ASKED.instruction]}
+    assert clean(text, **given) == (text, "kept")
+
+
+def test_what_the_captions_say_may_be_said_in_the_words_of_an_example():
+    plate = (
+        "The first image shows a close view of food on a plate, while the second image shows two giraffes at a table."
+    )
+    of_food = ["A close up view of some food on a large plate.", "Two giraffes."]
+    assert clean(plate, examples=WORKED, captions=of_food) == (plate, "kept")
+    split = ["A close view of a giraffe.", "Food on a plate."]  # together they have the words; neither says it
+    assert clean(plate, examples=WORKED, captions=split) == (None, "prompt_echo")
+    assert clean(plate) == (plate, "kept"), "nothing is known to copy from"
+
+
+def test_a_copy_takes_four_content_words_in_a_row():
+    assert not copies("The first image shows a close view of the polar bears.", WORKED)
+    assert copies("A close, close view of foods on plates!", WORKED)
+    assert not copies("food on a plate, a close view", WORKED)
+
+
+def test_an_answer_may_begin_with_the_words_of_the_question():
+    said = (
+        "What looks different in the first image compared with the second image is that a brown dog sleeps on a carpet "
+        "there, beside a fire, while cats run about on the roof of the second."
+    )
+    assert clean(said, instructions=[ASKED.instruction]) == (said, "kept")
+
+
+def test_how_short_is_too_short_can_be_said():
+    ring = "The first image shows a ring, while the second shows a star."
+    assert len(ring) == MIN_CHARACTERS
+    assert clean(ring) == (ring, "kept")
+    assert clean(ring.replace("star", "ox")) == (None, "too_short")
+    assert clean(ring, min_characters=61) == (None, "too_short")
+    assert clean("a small red circle on a grey background", min_characters=20)[1] == "kept"
+
+
+def test_newlines_alone_are_counted_but_trim_no_word():
+    found = check(f"\n{DOG_CAT.replace(' while', chr(10) + 'while')}\n")
+    assert found == (DOG_CAT, "kept", ("newlines",))
+    assert check(f" {DOG_CAT} ") == (DOG_CAT, "kept", ())
+
+
+@pytest.mark.parametrize(
+    "raw, kept",
+    [
+        (f"{DOG_CAT}\n\nThe second is darker. Let me know!", f"{DOG_CAT} The second is darker."),
+        (f"{DOG_CAT}\n\nBoth images are sharp.\n\nCats are pets.", f"{DOG_CAT} Both images are sharp."),
+        (f"{DOG_CAT}\n\nDogs and cats are pets.\n\nThe first image is old.", DOG_CAT),
+        (f"{DOG_CAT}\n\nIn the 1920s, the first dogs had a surplus of oil, and cats came later.", DOG_CAT),
+        (f"{DOG_CAT} Which of the images do you like?", DOG_CAT),
+        (f"A: {DOG_CAT}", DOG_CAT),
+        (f"Great question! {DOG_CAT}", DOG_CAT),
+    ],
+)
+def test_paragraphs_on_the_images_stay_and_talk_goes(raw, kept):
+    assert clean(raw) == (kept, "trimmed")
+
+
+def test_a_word_that_opens_talk_may_open_a_description():
+    text = "Great white sharks swim in the first image, while the second image shows a small boat."
+    assert clean(text) == (text, "kept")
+
+
+# -- what is said of which image -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(contrast("a dog", "two cats", wording) for wording in range(4)),
+        "A dog in the first image, two cats in the second.",
+        "A dog in the first image and two cats in the second image.",
+        "The first image shows a dog and the second shows two cats.",
+        "Image 1 shows a dog; image 2 shows two cats.",
+        "Unlike the second image, which has two cats, the first image has a dog.",
+        "What looks different is that the first image has a dog and the second image has two cats.",
+        "The difference between the first and second images is that the first has a dog, the second has two cats.",
+        "In the first image, there is a dog. In the second image, there are two cats.",
+    ],
+)
+def test_words_belong_to_the_image_they_are_said_of(text):
+    assert said_of(text) == (["dog"], ["two", "cat"])
+
+
+@pytest.mark.parametrize(
+    "text, first, second",
+    [
+        ("The first image shows a dog, a cat and a man at second base.", ["dog", "cat", "man", "at", "bas"], []),
+        ("Both images show a dog, while the second is larger.", ["dog"], ["dog", "larger"]),
+        ("The first and the second image show a dog.", ["dog"], ["dog"]),
+        ("Two dogs.", [], []),
+        ("", [], []),
+    ],
+)
+def test_words_of_lists_and_of_both_images(text, first, second):
+    assert said_of(text) == (first, second)
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["dog dogs dog's", "ride rides riding", "city cities", "stop stops stopped stopping", "glass glasses", "box boxes"],
+)
+def test_words_are_compared_without_their_endings(words):
+    assert len({stem(word.removesuffix("'s")) for word in words.split()}) == 1
+
+
+def test_different_words_stay_apart():
+    words = ["bus", "bush", "red", "ring", "sing", "sea", "see", "cat", "car", "grass", "bed", "bear", "beer", "is"]
+    assert len({stem(word) for word in words}) == len(words)
+
+
+def test_content_words_are_without_the_wording():
+    assert content_words("The first image shows a dog on a sofa.") == ["dog", "sofa"]
