@@ -5,13 +5,14 @@ RUN    := $(VENV)/bin/python
 READY  := $(VENV)/.ready
 DATA   ?= data/coco
 
-.PHONY: quickstart reproduce test photo clean help
+.PHONY: quickstart reproduce test photo llm clean help
 
 help:
 	@echo "make quickstart   write differences, finetune, evaluate on the embedded example; print one table"
 	@echo "make reproduce    the same with three seeds, and the paper's other evaluations"
 	@echo "make test         the whole test suite"
 	@echo "make photo DATA=folder   the same scripts on photographs with human captions (COCO's layout)"
+	@echo "make llm DATA=folder     a small language model writes 600 differences of those photographs; an audit"
 	@echo "make clean        remove runs and results (not data, not .venv)"
 
 $(READY): requirements.txt requirements-dev.txt
@@ -37,6 +38,11 @@ test: $(READY)
 photo: $(READY)
 	@$(RUN) -m pc_clip.example.photographs $(DATA)
 	@$(RUN) -m pc_clip.study configs/studies/photo.yaml --seeds 0 1 2
+
+llm: $(READY)
+	@$(RUN) -m pc_clip.example.photographs $(DATA)
+	@$(RUN) generate_diffs.py --config configs/diffs_photo_llm.yaml
+	@$(RUN) -m pc_clip.audit llm_diffs/photo_llm.jsonl
 
 clean:
 	rm -rf runs results
