@@ -25,7 +25,8 @@ DEFAULT = Path(__file__).parent / "configs" / "diffs_example.yaml"
 def main(argv: Sequence[str] | None = None) -> Path:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     parser = jsonargparse.ArgumentParser(prog="generate_diffs.py", description=__doc__)
-    default = DEFAULT if peek(argv, "task", None, "pairs") == "pairs" else None
+    of_the_example = peek(argv, "task", None, "pairs") == "pairs" and not peek(argv, "captions", None, "")
+    default = DEFAULT if of_the_example else None
     config = configure(GenerateConfig, parser, argv, default=default)
     return generate(config)
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from pc_clip import environment, prompts
 from pc_clip.cleaning import MIN_CHARACTERS, Given, check, content_words, copies, said_of, said_words
-from pc_clip.datasets import read_captions
+from pc_clip.datasets import open_dataset, read_captions
 from pc_clip.differences import Difference, read, swap_roles
 from pc_clip.errors import UserError, check_at_least, run_script
 from pc_clip.files import write_json, write_text
@@ -132,6 +132,9 @@ def _captions(path: Path | None, meta: dict[str, Any], differences: list[Differe
         own = Path(settings["captions"])
         if hashlib.sha256(own.read_bytes()).hexdigest() == settings.get("captions_sha256"):
             path = own
+    if path is None and settings and "classes" not in settings and not settings.get("captions"):
+        data = open_dataset("example", split=settings.get("split") or "train")
+        return dict(zip(data.ids, data.captions))
     if path is None:
         return {}
     told = {key: texts for key, (_, texts) in read_captions(path).items()}

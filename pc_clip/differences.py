@@ -80,6 +80,9 @@ def to_line(difference: Difference) -> str:
 # -- pairs ---------------------------------------------------------------------------------------------
 
 
+MOST_PAIRS = 20_000_000
+
+
 def choose_pairs(ids: list[str], n_pairs: int | None, seed: int, both_orders: bool) -> list[tuple[str, str]]:
     """Which images to write about: all unordered pairs, or `n_pairs` distinct ones drawn without replacement.
 
@@ -89,6 +92,8 @@ def choose_pairs(ids: list[str], n_pairs: int | None, seed: int, both_orders: bo
     n = len(ids)
     total = n * (n - 1) // 2
     rng = np.random.default_rng(seed)
+    if (n_pairs or total) > MOST_PAIRS:
+        raise UserError(f"{n} images make {total:,} pairs, too many to hold; set --n_images, or --n_pairs")
     if n_pairs is None:
         pairs = list(itertools.combinations(range(n), 2))
     elif n_pairs > total:

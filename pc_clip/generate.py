@@ -34,6 +34,12 @@ log = logging.getLogger(__name__)
 TASKS = ("pairs", "compare", "describe", "rewrite")
 WRITERS = ("rules", "transformers", "server")
 MIN_OF_CLASSES = 20  # characters; "An owl: a small bird." says enough, where of two photographs it would not
+UNUSED = {  # settings that a task has no use for; silence about them would be believed
+    "pairs": ("dataset", "root", "question", "n_each"),
+    "rewrite": ("dataset", "root", "question", "n_each", "n_pairs", "both_orders", "caption"),
+    "compare": ("captions", "n_images", "n_each", "caption"),
+    "describe": ("captions", "n_images", "n_pairs", "both_orders", "caption"),
+}
 HOW = {  # of a writer's settings, those that say how it writes, not what
     "transformers": ("batch_size", "share_prefix", "device"),
     "server": ("url", "concurrency", "timeout", "patience", "api_key_env"),
@@ -56,6 +62,7 @@ def generate(config: GenerateConfig, processes: Processes | None = None) -> Path
     for name in ("n_images", "n_pairs", "n_each", "min_characters"):
         if (value := getattr(config, name)) is not None:
             check_at_least(name, value, 1)
+    _check_no_unused(config)
     config = dataclasses.replace(config, name=config.name or _name(config))
     out = Path(config.out) / f"{config.name}.jsonl"
     work = _work(config)
@@ -88,6 +95,18 @@ def generate(config: GenerateConfig, processes: Processes | None = None) -> Path
             _merge(out, parts, items, {"settings": settings, "writer": writer}, work.to_line)
         processes.wait()
     return out
+
+
+def _check_no_unused(config: GenerateConfig) -> None:
+    of_rules = ("prompt",) if config.writer == "rules" else ()
+    unused = (*UNUSED[config.task], *of_rules, *(("split",) if config.captions else ()))
+    for f in dataclasses.fields(config):
+        if f.name in unused and getattr(config, f.name) != f.default:
+            hint = "; for COCO's captions give --captions" if f.name == "dataset" else ""
+            beside = " with --captions" if f.name == "split" else ""
+            raise UserError(
+                f"--{f.name} has no effect in --task {config.task} --writer {config.writer}{beside}; leave it out{hint}"
+            )
 
 
 def make_writer(config: GenerateConfig | EvaluateConfig, task: str | None = None) -> Writer:
@@ -177,6 +196,9 @@ def _work(config: GenerateConfig) -> _Work:
 
 
 def _name(config: GenerateConfig) -> str:
+    if config.captions:
+        stem = Path(config.captions).stem
+        return stem if config.task == "pairs" else f"{stem}_{config.task}"
     if config.task == "pairs":
         return EXAMPLE.name
     return "_".join(part for part in (config.dataset, config.question, config.task) if part)
@@ -286,9 +308,10 @@ def _is_finished(out: Path, settings: dict[str, Any], overwrite: bool) -> bool:
 
 def _meta(out: Path) -> dict[str, Any]:
     try:
-        return json.loads(out.with_suffix(".meta.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
+        found = json.loads(out.with_suffix(".meta.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return {}
+    return found if isinstance(found, dict) else {}
 
 
 # -- writing -------------------------------------------------------------------------------------------
@@ -326,8 +349,8 @@ def _write(
         finally:
             if hasattr(stream, "close"):  # a generator's; it may have requests under way
                 stream.close()
-    if processes.is_main:
-        _keep_description(writer, parts)  # a server may have said more of itself with its answers
+            if processes.is_main:
+                _keep_description(writer, parts)  # a server may have said more of itself with its answers
 
 
 def _keep_description(writer: Writer, parts: Parts) -> None:
@@ -337,6 +360,9 @@ def _keep_description(writer: Writer, parts: Parts) -> None:
             f"the sentences in {parts.folder} are by {before['model']}, and the writer is now {now.get('model')}; "
             "bring that model back, or choose another --name"
         )
+    for key in ("answered_by", "url"):  # also those of earlier sessions
+        if key in now:
+            now[key] = sorted({*before.get(key, ()), *now[key]})
     parts.keep_writer(now)
 
 

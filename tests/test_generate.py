@@ -275,7 +275,7 @@ def test_what_an_earlier_version_left_is_named_and_not_touched(config, caplog):
 
 # -- settings ------------------------------------------------------------------------------------------
 
-OTHERS = [{"seed": 1}, {"n_pairs": 5}, {"n_images": 11}, {"both_orders": True}, {"split": "val"}]
+OTHERS = [{"seed": 1}, {"n_pairs": 5}, {"n_images": 11}, {"both_orders": True}, {"caption": "longest"}]
 
 
 @pytest.mark.parametrize("other", OTHERS, ids=str)
@@ -495,3 +495,42 @@ def test_training_on_the_example_writes_its_sentences_once(tmp_path, monkeypatch
     path.write_text("mine")
     generate.write_missing_example(DataConfig(differences=str(path)))
     assert path.read_text() == "mine"
+
+
+# -- what would be ignored, and what is damaged -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"dataset": "coco"}, "--dataset has no effect in --task pairs .*give --captions"),
+        ({"prompt": "nope.yaml"}, "--prompt has no effect .*--writer rules"),
+        ({"split": "val"}, "--split has no effect .*with --captions"),
+        ({"n_each": 3}, "--n_each has no effect in --task pairs"),
+        ({"task": "describe", "captions": None, "n_pairs": 5}, "--n_pairs has no effect in --task describe"),
+        ({"task": "compare", "captions": None, "n_images": 5}, "--n_images has no effect in --task compare"),
+    ],
+)
+def test_a_setting_that_a_task_has_no_use_for_is_refused(config, settings, message):
+    if settings.get("task"):
+        config = GenerateConfig(out=config.out)
+    with pytest.raises(UserError, match=message):
+        generate.generate(dataclasses.replace(config, **settings))
+
+
+def test_without_a_name_the_captions_give_it_so_that_the_example_is_left_alone(config):
+    path = generate.generate(dataclasses.replace(config, name=""))
+    assert path.stem == Path(config.captions).stem != "example"
+
+
+@pytest.mark.parametrize("damage", [b"\xff\xfe", b"[]", b"{", b""])
+def test_a_damaged_meta_file_is_as_good_as_none(config, damage):
+    path = generate.generate(config)
+    path.with_suffix(".meta.json").write_bytes(damage)
+    with pytest.raises(UserError, match="exists and was written with other settings"):
+        generate.generate(config)
+
+
+def test_more_pairs_than_memory_holds_are_refused():
+    with pytest.raises(UserError, match="118287 images make 6,995,848,041 pairs, too many to hold"):
+        differences.choose_pairs([""] * 118287, None, 0, False)

@@ -60,7 +60,7 @@ def test_the_commands_of_the_readme_do_what_it_says(project):
     assert results["difference"] > 0.95  # python finetune.py, as it stands
     assert results["reversed"] > 0.9
     assert (project / "results/example/rank-example-test-size.png").is_file()
-    assert (project / "llm_diffs/mine.jsonl").read_text().count("\n") == 500
+    assert (project / "llm_diffs/mine.jsonl").read_text().count("\n") == 1000
     assert (project / "runs/mine/model.safetensors").is_file()
 
 
