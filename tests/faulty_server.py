@@ -149,7 +149,14 @@ class Server(Local):
         return as_json({"id": "a", "object": "b", "created": 0, "model": asked["model"] + "-0125", "choices": [choice]})
 
     def jobs_asked(self) -> Counter[str]:
-        """How often each job reached the server, by its id without place and try."""
+        """How often each job reached the server, by its id without place and try; the easy prompt is not one."""
+        return Counter({name: times for name, times in self._asked().items() if name != "easy"})
+
+    def easy_asked(self) -> int:
+        """How often it was asked the easy prompt, which tells a server at fault from a prompt that is."""
+        return self._asked()["easy"]
+
+    def _asked(self) -> Counter[str]:
         return Counter(headers["x-request-id"].split("-")[0] for path, headers, _ in self.seen if "complet" in path)
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import re
 import threading
 import time
 import traceback
@@ -48,6 +49,17 @@ def check(results, jobs=JOBS):
     """Every job once, and with the answer to its own captions and seed."""
     assert sorted(place for place, _ in results) == list(range(len(jobs)))
     assert [text.strip() for _, text in sorted(results)] == expected(jobs)
+
+
+def check_all_but(empty, results, jobs):
+    """Every job once, with its own answer, but for one that has none."""
+    results = sorted(results)
+    assert [place for place, _ in results] == list(range(len(jobs)))
+    assert [text for _, text in results] == ["" if n == empty else sentence(*job) for n, job in enumerate(jobs)]
+
+
+def warnings(caplog):
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 def read(stream):
@@ -359,7 +371,7 @@ def test_what_was_finished_comes_before_the_error(server):
     assert "out of memory" in str(error) and "status 500" in str(error) and "--server.patience" in str(error)
 
 
-@pytest.mark.parametrize(
+GARBAGE = pytest.mark.parametrize(
     ("reply", "said"),
     [
         (HTML, "Sign in to the hotel's network"),
@@ -374,20 +386,75 @@ def test_what_was_finished_comes_before_the_error(server):
         (as_json({"choices": [{"message": {"content": 3}}]}), "without text"),
     ],
 )
-def test_garbage_that_stays_is_an_error_that_quotes_it(server, reply, said):
+
+
+@GARBAGE
+def test_a_server_that_only_answers_garbage_is_an_error_that_quotes_it(server, reply, said):
+    server.instead = lambda *_: reply
+    found, error = read(writer(server, patience=0.5).stream(JOBS[:3]))
+    assert not found and re.search(said, str(error))
+    assert len(str(error)) < 700 and "\n" not in str(error)
+    assert server.easy_asked() and max(server.jobs_asked().values()) <= 10
+
+
+@GARBAGE
+def test_garbage_for_one_prompt_alone_is_an_empty_sentence(server, reply, said, caplog):
     server.instead = lambda path, headers, body: reply if body["seed"] == 50 else None
-    with pytest.raises(UserError, match=said) as raised:
-        list(writer(server).stream(JOBS[:10]))
-    assert len(str(raised.value)) < 700 and "\n" not in str(raised.value)
-    assert 3 <= server.jobs_asked()[request_id(JOBS[5])] <= 10
+    check_all_but(5, writer(server).stream(JOBS[:10]), JOBS[:10])
+    assert 3 <= server.jobs_asked().pop(request_id(JOBS[5])) <= 10
+    assert [bool(re.search(said, text)) for text in warnings(caplog) if "count as empty" in text] == [True]
+
+
+@pytest.mark.parametrize("status", [500, 503])
+def test_a_prompt_that_always_breaks_the_server_is_an_empty_sentence(server, status):
+    server.instead = lambda path, headers, body: as_json({}, status) if body["seed"] == 50 else None
+    check_all_but(5, writer(server, patience=0.2).stream(JOBS), JOBS)
+    jobs_asked = server.jobs_asked()
+    assert jobs_asked.pop(request_id(JOBS[5])) >= 4 and set(jobs_asked.values()) == {1}
+
+
+def test_a_prompt_that_hangs_is_an_empty_sentence(server):
+    server.instead = lambda path, headers, body: time.sleep(1) if body["seed"] == 50 else None
+    check_all_but(5, writer(server, timeout=0.2, patience=0.1).stream(JOBS), JOBS)
+
+
+@pytest.mark.parametrize("reply", [as_json({}, 500), HTML])
+def test_a_prompt_no_server_answers_is_told_from_a_server_that_answers_none(server, reply):
+    """The last tries are with the server that works, not with the one that failed last."""
+    server.instead = lambda path, headers, body: reply if body["seed"] == 50 else None
+    with closing(bad := Server()):
+        bad.instead = lambda *_: as_json({}, 500)
+        check_all_but(5, writer(bad, server, patience=0.5).stream(JOBS), JOBS)
+
+
+def test_a_server_that_is_back_after_the_last_failure_loses_nothing(server):
+    """The easy prompt is answered after a job has failed for all our patience: the job is asked again."""
+    server.instead = lambda path, headers, body: None if server.easy_asked() else as_json({}, 500)
+    check(list(writer(server, patience=0.1).stream(JOBS)))
+
+
+def test_a_job_refused_for_too_many_requests_is_not_counted_as_empty(server):
+    """Even where the easy prompt would be answered: a limit of requests says nothing about a prompt."""
+    server.instead = lambda path, headers, body: as_json({"error": "slow down"}, 429) if body["seed"] == 50 else None
+    found, error = read(writer(server, patience=0.2).stream(JOBS[:10]))
+    assert "status 429 (slow down)" in str(error) and all(text == sentence(*JOBS[place]) for place, text in found)
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 405, 422])
-def test_a_refusal_is_an_error_at_once(server, status):
+def test_a_refusal_of_every_prompt_is_an_error_at_once(server, status):
     server.instead = lambda *_: as_json({"error": {"message": "we do not like it"}}, status)
     found, error = read(writer(server, concurrency=2).stream(JOBS))
     assert not found and "we do not like it" in str(error)
     assert max(server.jobs_asked().values()) == 1 and server.jobs_asked().total() <= 4
+    assert (server.easy_asked() > 0) == (status in (400, 422))
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 405])
+def test_a_refusal_that_no_prompt_can_cause_is_an_error_although_others_are_answered(server, status):
+    server.instead = lambda path, headers, body: as_json({"error": "no"}, status) if body["seed"] == 50 else None
+    found, error = read(writer(server).stream(JOBS))
+    assert error is not None and all(text == sentence(*JOBS[place]) for place, text in found)
+    assert not server.easy_asked()
 
 
 @pytest.mark.parametrize("status", [401, 403])
@@ -430,15 +497,32 @@ def test_a_prompt_that_cannot_be_answered_is_an_empty_sentence(server, status, c
     server.instead = lambda path, headers, body: as_json(content, status) if body["seed"] in (50, 60) else None
     found = dict(writer(server).stream(JOBS))
     assert [place for place, text in sorted(found.items()) if not text] == [5, 6]
-    assert max(server.jobs_asked().values()) == 1
-    warned = [record for record in caplog.records if record.levelno >= logging.WARNING]
-    assert len(warned) == (status != 200)
+    assert set(server.jobs_asked().values()) == {1} and server.easy_asked() == (0 if status == 200 else 2)
+    assert len(warnings(caplog)) == (status != 200)
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_a_prompt_refused_for_a_reason_we_do_not_know_is_an_empty_sentence(server, status):
+    server.instead = lambda path, headers, body: as_json({"error": "no"}, status) if body["seed"] == 50 else None
+    check_all_but(5, writer(server).stream(JOBS), JOBS)
 
 
 def test_prompts_that_are_all_too_long_are_an_error(server):
     server.instead = lambda *_: as_json({"message": "This model's maximum context length is 20 tokens."}, 400)
-    with pytest.raises(UserError, match=r"each of the first 20 prompts .*maximum context length.*--server\.max_tokens"):
-        list(writer(server).stream(JOBS))
+    found, error = read(writer(server).stream(JOBS))
+    assert not found
+    assert re.search(r"refuses even a short prompt .*maximum context length.*--server\.max_tokens", str(error))
+
+
+@pytest.mark.parametrize("fault", ["429", "500", "reset", "html", "half a body"])
+def test_a_refused_prompt_is_empty_and_the_others_are_not_also_over_faults(server, fault):
+    """A fault that meets the easy prompt says nothing about the one that was refused."""
+    refused = {10 * n for n in range(0, 40, 4)} - {0}
+    server.instead = lambda path, headers, body: as_json({"error": "no"}, 400) if body["seed"] in refused else None
+    with closing(proxy := FaultyProxy(server, (fault,), share=0.4, seed=2, hang=5.0)):
+        found = list(writer(proxy).stream(JOBS))
+    assert sorted(place for place, _ in found) == list(range(len(JOBS)))
+    assert [text for _, text in sorted(found)] == ["" if job.seed in refused else sentence(*job) for job in JOBS]
 
 
 def test_a_refusal_in_words_is_handed_on_to_be_counted(server):

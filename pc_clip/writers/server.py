@@ -39,7 +39,8 @@ log = logging.getLogger(__name__)
 LONGEST_WAIT = 30.0  # seconds between two tries, however often one failed
 SET_ASIDE_AFTER = 3  # failures in a row, after which one request at a time finds out whether a server is back
 ANSWER_TRIES = 6  # how often an answer that is none is asked for again
-UNANSWERED = 20  # so many prompts refused and none answered: it is the settings, not the prompts
+EASY = Job("a dog on a sofa", "a cat on a chair", 0)  # asked to see whether a server is at fault, or a prompt
+EASY_TRIES = 3  # how often it is asked, and how often a prompt must fail beside it
 _TRANSIENT = {408, 409, 425, 429}  # and 5xx
 _TOO_LONG = re.compile(
     r"context.{0,20}(length|size|window)|maximum model length|max_new_tokens.{0,20} must be|prompt is too long", re.I
@@ -90,7 +91,8 @@ class ServerWriter(Writer):
     """Asks OpenAI-compatible servers, many requests at once, and tries again what fails for a while.
 
     Raises UserError for settings that cannot be right, and when no model is named and there is not just one. A prompt
-    too long for the model, or one that a content filter refuses, is answered by "", which is counted as empty.
+    that a server cannot answer (too long, say, or filtered) while it answers an easy one is answered by "", which is
+    counted as empty; servers that answer no prompt are an error.
 
     first_wait: seconds before the first repetition; doubled each time, up to LONGEST_WAIT.
     """
@@ -112,6 +114,12 @@ class ServerWriter(Writer):
             if not getattr(config, name) > 0:
                 raise UserError(f"server.{name} is {getattr(config, name)}; it must be above 0 seconds")
         self.secret = _Secret(config.api_key_env)
+        for url in self.urls:
+            parts = urlsplit(url)
+            if self.secret.key and parts.scheme == "http" and parts.hostname not in ("localhost", "127.0.0.1", "::1"):
+                log.warning(
+                    "%s gets the key in %s unencrypted; --server.api_key_env '' sends none", url, config.api_key_env
+                )
         self.system_role = config.system_role  # until a server says that its model's template has none
         self.unanswered = self.answered = 0
         self.answered_by: set[str] = set()
@@ -248,7 +256,11 @@ def request_id(job: Job) -> str:
 
 
 class _Again(Exception):
-    """A failure that may pass. after: seconds the server asks for; garbage: it answered, but not with a sentence."""
+    """A failure that may pass.
+
+    after: seconds the server asks for, 0 where it only says that it is asked too much; garbage: it answered, but not
+    with a sentence.
+    """
 
     def __init__(self, reason: str, after: float | None = None, garbage: bool = False) -> None:
         super().__init__(reason)
@@ -282,7 +294,8 @@ def _failure(error: openai.APIError, writer: ServerWriter, url: str) -> _Again |
         # The words of `transformers serve` on any exception, and so on a template that refuses the system role.
         unsure = status == 500 and writer.config.chat and writer.system_role and not writer.answered
         hint = "; if its chat template has no system role, --server.system_role false helps" if unsure else ""
-        return _Again(f"status {status} ({said}){hint}", _asked_wait(error.response.headers))
+        after = _asked_wait(error.response.headers)
+        return _Again(f"status {status} ({said}){hint}", 0.0 if after is None and status == 429 else after)
     if status in (401, 403):
         known = "refuses the key in" if writer.secret.key else "wants a key, which belongs into"
         return _Fatal(
@@ -386,8 +399,49 @@ class _Client:
     def free(self, now: float) -> bool:
         return self.busy < self.limit and now >= self.rest_until
 
-    async def ask(self, job: Job, name: str) -> str:
-        """The answer. Raises _Again, or UserError."""
+    async def ask(self, job: Job, name: str, last: str = "") -> str:
+        """The answer; "" where the server cannot answer this prompt but can answer others. Raises _Again, or UserError.
+
+        last: why all is given up when the server is at fault, not the prompt; empty where there will be other tries.
+        """
+        if not last:
+            return await self._try(job, name)
+        for count in range(EASY_TRIES):  # it may just have come back: one failure beside an easy answer says little
+            try:
+                return await self._try(job, f"{name}-{count}")
+            except _AskAnew:
+                raise
+            except _Again as failure:
+                said = str(failure)
+                if failure.after is not None or not await self._seems_to_work():
+                    raise UserError(last) from None
+        return self._unanswerable(said)
+
+    async def _works(self) -> bool:
+        """Whether it answers an easy prompt, rather than refusing it. Raises _Again when it does neither."""
+        for tries in range(1, EASY_TRIES + 1):
+            try:
+                await asyncio.wait_for(self._ask(EASY, f"easy-{time.monotonic_ns()}"), self.writer.config.timeout)
+                return True
+            except asyncio.TimeoutError:
+                raise _late(self.writer) from None
+            except self.error as error:
+                failure = _failure(error, self.writer, self.url)
+            except _Again as garbage:
+                failure = garbage
+            if isinstance(failure, _Fatal):
+                return False
+            if failure.after or tries == EASY_TRIES:
+                raise failure
+            await asyncio.sleep(self.writer.wait(EASY.seed, tries))
+        raise AssertionError("the last try returns or raises")
+
+    async def _seems_to_work(self) -> bool:
+        with contextlib.suppress(_Again):
+            return await self._works()
+        return False
+
+    async def _try(self, job: Job, name: str) -> str:
         try:
             with_role = self.writer.system_role
             try:
@@ -399,8 +453,14 @@ class _Client:
             if with_role and self.writer.config.chat and _NO_SYSTEM.search(failure.body):
                 self.writer.system_role = False  # some templates, Gemma's for one, know none
                 raise _AskAnew(str(failure))
-            if _TOO_LONG.search(failure.body) or _FILTERED.search(failure.body):
-                return self._unanswerable(failure)
+            own = failure.status in (400, 413, 422) or _TOO_LONG.search(failure.body) or _FILTERED.search(failure.body)
+            if own and await self._works():
+                return self._unanswerable(failure.said)
+            if _TOO_LONG.search(failure.body):
+                raise UserError(
+                    f"{self.url} refuses even a short prompt ({failure.said}). Serve the model with a longer context, "
+                    "lower --server.max_tokens, or shorten --prompt; the last two with another --name."
+                )
             raise UserError(await self._advice(failure))
         except asyncio.TimeoutError:
             raise _late(self.writer) from None
@@ -436,16 +496,10 @@ class _Client:
         hint = f"; --server.max_tokens {self.writer.config.max_tokens} may be too few" if why == "length" else ""
         raise _Again(f"an answer without text{hint}: {_said(body, self.writer)}", garbage=True)
 
-    def _unanswerable(self, failure: _Fatal) -> str:
-        writer = self.writer
-        writer.unanswered += 1
-        if writer.unanswered >= UNANSWERED and not writer.answered:
-            raise UserError(
-                f"{self.url} refused each of the first {UNANSWERED} prompts ({failure.said}). Serve the model "
-                "with a longer context, lower --server.max_tokens, or shorten --prompt."
-            )
-        if writer.unanswered == 1:
-            log.warning("%s refuses a prompt; it and any other such count as empty (%s)", self.url, failure.said)
+    def _unanswerable(self, said: str) -> str:
+        self.writer.unanswered += 1
+        if self.writer.unanswered == 1:
+            log.warning("%s cannot answer a prompt; it and any other such count as empty (%s)", self.url, said)
         return ""
 
     async def _advice(self, failure: _Fatal) -> str:
@@ -501,6 +555,7 @@ class _Open:
     garbage: int = field(default=0, compare=False)
     since: float | None = field(default=None, compare=False)
     last: _Client | None = field(default=None, compare=False)
+    given_up: str = field(default="", compare=False)
 
 
 class _Session:
@@ -569,12 +624,15 @@ class _Session:
                 return
             # Another server than that which failed; the least busy; and of those in turn.
             client = min(free, key=lambda c: (c is opened.last, c.busy, c.asked))
-            opened.tries += 1
-            client.busy += 1
-            client.asked += 1
-            # Another name for each try: vLLM makes it the request's own, and the last may still be under way there.
-            name = f"{request_id(opened.job)}-{opened.place}-{opened.tries}"
-            self.flying[asyncio.create_task(client.ask(opened.job, name))] = (opened, client)
+            self._begin(opened, client)
+
+    def _begin(self, opened: _Open, client: _Client) -> None:
+        opened.tries += 1
+        client.busy += 1
+        client.asked += 1
+        # Another name for each try: vLLM makes it the request's own, and the last may still be under way there.
+        name = f"{request_id(opened.job)}-{opened.place}-{opened.tries}"
+        self.flying[asyncio.create_task(client.ask(opened.job, name, opened.given_up))] = (opened, client)
 
     def _next(self, now: float) -> _Open | None:
         if self.again and self.again[0].ready <= now:
@@ -629,8 +687,11 @@ class _Session:
             heapq.heappush(self.again, opened)
 
     def _give_up(self, reason: str, opened: _Open) -> None:
+        """Some last tries, which tell a server at fault from a prompt that it cannot answer (_Client.ask)."""
         spent = time.monotonic() - (opened.since or 0.0)
-        self.error = self.error or UserError(
+        opened.given_up = (
             f"{reason}. Given up after {opened.tries} tries in {spent:.0f} s, for {_short(opened.job.first, 60)!r} "
             f"(request {request_id(opened.job)}). What is finished is kept; the same command continues."
         )
+        # At once, also where all are set aside or full; by the server that is most likely to work.
+        self._begin(opened, min(self.clients, key=lambda c: (c.failures, c is opened.last, c.busy)))
