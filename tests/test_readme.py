@@ -51,7 +51,7 @@ def test_the_commands_of_the_readme_do_what_it_says(project):
         if any(name in command for name in NEEDS_DATA):
             assert found.returncode == 2, f"{command}\n{found.stderr}"
             assert found.stderr.startswith("error: "), found.stderr
-            assert re.search(r"[Ff]etch|are in annotations_trainval|no checkpoint at|--from", found.stderr), (
+            assert re.search(r"[Ff]etch|are in annotations_trainval|no checkpoint at|--from|Run first", found.stderr), (
                 found.stderr
             )
         else:

@@ -264,8 +264,9 @@ def test_a_server_that_asks_to_wait_is_not_asked_before(server):
     assert moments[1] - moments[0] >= 0.5
 
 
-@pytest.mark.parametrize("after", ["3600", formatdate(time.time() + 3600, usegmt=True)])
+@pytest.mark.parametrize("after", [lambda: "3600", lambda: formatdate(time.time() + 3600, usegmt=True)])
 def test_a_wait_longer_than_our_patience_is_an_error_at_once(server, after):
+    after = after()  # now, not when the tests were collected
     server.instead = lambda *_: as_json({"error": {"message": "out of quota for today"}}, 429, Retry_After=after)
     with pytest.raises(UserError, match=r"out of quota for today.*asking to wait 3[56]\d\d s.*--server\.patience"):
         list(writer(server).stream(JOBS))
