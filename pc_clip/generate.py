@@ -360,7 +360,7 @@ def _keep_description(writer: Writer, parts: Parts) -> None:
             f"the sentences in {parts.folder} are by {before['model']}, and the writer is now {now.get('model')}; "
             "bring that model back, or choose another --name"
         )
-    for key in ("answered_by", "url"):  # also those of earlier sessions
+    for key in ("answered_by", "url"):  # also those of earlier runs
         if key in now:
             now[key] = sorted({*before.get(key, ()), *now[key]})
     parts.keep_writer(now)

@@ -118,7 +118,25 @@ def test_difference_and_ranking_of_a_task(folder):
     assert found.n == 40 and found.details["zoo_size"]["standard_error"]["difference"] == 0.0
     ranked = rank.evaluate(subject_of(zoo()))
     assert ranked.metrics["rank"] == ranked.metrics["rank_one_sentence"] == ranked.metrics["rank_by_subtraction"] == 1.0
-    assert ranked.intervals["rank_zoo_size"] == (1.0, 1.0)
+    assert ranked.intervals["rank_zoo_size"] == ranked.intervals["rank"] == pytest.approx((1.0, 1.0))
+
+
+def test_the_headline_is_the_mean_over_tasks_and_lies_in_its_interval(folder):
+    """A task of two attributes counts as much as one of a single attribute; a wrong attribute lowers its task alone."""
+    words = "more: a larger animal, less: a smaller animal, high: a large animal, low: a small animal"
+    two = "high_classes: [bear], low_classes: [mouse]", "high_classes: [mouse], low_classes: [bear]"
+    (folder / "zoo_size.yaml").write_text(TASK % LISTS)
+    (folder / "zoo_both.yaml").write_text(
+        f"dataset: zoo\nattributes: {{right: {{{words}, {two[0]}}}, wrong: {{{words}, {two[1]}}}}}"
+    )
+    for found, name in (
+        (rank.evaluate(subject_of(zoo())), "rank"),
+        (difference.evaluate(subject_of(zoo())), "difference"),
+    ):
+        assert found.metrics[f"{name}_zoo_size"] == 1.0 and found.metrics[f"{name}_zoo_both"] == 0.5
+        assert found.metrics[name] == 0.75
+        low, high = found.intervals[name]
+        assert low < 0.75 < high
 
 
 def test_sentences_about_classes_are_asked_of_images_of_those_classes():

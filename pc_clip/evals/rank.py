@@ -53,31 +53,30 @@ def _known(subject: Subject) -> Result:
     """
     if not subject.attributes:
         raise UserError(f"{subject.data.label} has no graded attributes for mode rank; it needs {NEEDS}")
-    details, pictures, groups = {}, {}, {}
+    details, pictures, groups, samples = {}, {}, {}, {}
     for attribute in subject.attributes:
         scores = _scores(subject, attribute)
         found = {name: pair_accuracy(score, attribute) for name, score in scores.items()}
-        interval = _interval(list(scores.values()), attribute, subject.config.seed)
+        samples[attribute.name] = _sample(list(scores.values()), attribute, subject.config.seed)
         details[attribute.name] = {
             **found,
             "spearman": _spearman(scores["rank"], attribute),
-            "intervals": dict(zip(scores, interval)),
             "sentence": contrast(attribute.more, attribute.less, 0),
         }
         groups.setdefault(attribute.task or attribute.name, []).append(attribute.name)
         if len(pictures) < SHEETS:
             title = f"{attribute.name}: from {attribute.less} to {attribute.more}"
             pictures[f"{attribute.name}.png"] = _sheet(subject.data, scores["rank"], title, ~np.isnan(attribute.value))
-    names = [name for name in next(iter(details.values())) if name not in ("sentence", "intervals")]
-    metrics = {name: mean([d[name] for d in details.values()]) for name in names}
-    by_group = {f"{n}_{g}": mean([details[a][n] for a in members]) for g, members in groups.items() for n in names}
-    intervals = {
-        f"{name}_{group}": interval
-        for group, members in groups.items()
-        if len(members) == 1
-        for name, interval in details[members[0]]["intervals"].items()
-    }
-    return Result(metrics | by_group, len(subject.data), details, pictures, intervals)
+    names = [name for name in next(iter(details.values())) if name != "sentence"]
+    by_group = {g: {n: mean([details[a][n] for a in members]) for n in names} for g, members in groups.items()}
+    metrics = {name: mean([found[name] for found in by_group.values()]) for name in names}  # each task counts alike
+    metrics |= {f"{name}_{group}": value for group, found in by_group.items() for name, value in found.items()}
+    ranked = [name for name in names if name != "spearman"]
+    of_groups = {group: [samples[a] for a in members] for group, members in groups.items()}
+    intervals = dict(zip(ranked, _interval(list(of_groups.values()))))
+    for group, members in of_groups.items():
+        intervals |= dict(zip([f"{name}_{group}" for name in ranked], _interval([members])))
+    return Result(metrics, len(subject.data), details, pictures, intervals)
 
 
 def _scores(subject: Subject, attribute: Attribute) -> dict[str, np.ndarray]:
@@ -100,12 +99,20 @@ def _scores(subject: Subject, attribute: Attribute) -> dict[str, np.ndarray]:
     return found
 
 
-def _interval(scores: list[np.ndarray], attribute: Attribute, seed: int) -> list[tuple[float, float]]:
-    """Intervals of pair_accuracy, each from the same sample of clear pairs."""
+def _sample(scores: list[np.ndarray], attribute: Attribute, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """A sample of clear pairs [P, 2], and how right each of K scores puts them: 1, 0, or a half for a tie.  [P, K]"""
     pairs = draw_pairs(attribute, SAMPLE, np.random.default_rng(seed))
     up = np.sign(attribute.value[pairs[:, 0]] - attribute.value[pairs[:, 1]])
     right = [0.5 + 0.5 * up * np.sign(score[pairs[:, 0]] - score[pairs[:, 1]]) for score in scores]
-    return _intervals.of_pairs(np.stack(right, axis=1), pairs)
+    return np.stack(right, axis=1), pairs
+
+
+def _interval(groups: list[list[tuple[np.ndarray, np.ndarray]]]) -> list[tuple[float, float]]:
+    """Of the means over groups of samples: each group counts alike, and within it each attribute."""
+    samples = [(right, pairs, 1 / len(group) / len(pairs)) for group in groups for right, pairs in group]
+    weight = np.concatenate([np.full(len(pairs), share) for _, pairs, share in samples])
+    right, pairs = (np.concatenate([sample[k] for sample in samples]) for k in (0, 1))
+    return _intervals.of_pairs(right, pairs, weight)
 
 
 def _in_words(subject: Subject) -> Result:
