@@ -200,6 +200,23 @@ def test_a_server_that_never_starts_is_an_error_with_its_address():
         writer(url, model="", patience=0.1)
 
 
+def test_fields_that_a_server_refuses_are_renamed_or_left_out(server):
+    bodies = []
+
+    def picky(path, headers, body):
+        bodies.append(dict(body))
+        if {"max_tokens", "seed", "top_p"} & body.keys():
+            return as_json({"error": {"message": "Unsupported parameter: use 'max_completion_tokens'"}}, 400)
+        body["seed"] = body["random_seed"]  # what its answer is made of
+
+    server.instead = picky
+    rename = ["max_tokens=max_completion_tokens", "seed=random_seed", "top_p="]
+    check(list(writer(server, rename=rename).stream(JOBS[:3])), JOBS[:3])
+    assert all(body["max_completion_tokens"] == 100 for body in bodies)
+    with pytest.raises(UserError, match="server.rename has 'model=other'"):
+        writer(server, rename=["model=other"])
+
+
 def test_everything_that_made_the_sentences_is_described(server):
     described = writer(server, temperature=0.7).describe()
     assert described["writer"] == "server" and described["model"] == "small" and described["url"] == [server.url]

@@ -41,6 +41,7 @@ SET_ASIDE_AFTER = 3  # failures in a row, after which one request at a time find
 ANSWER_TRIES = 6  # how often an answer that is none is asked for again
 EASY = Job("a dog on a sofa", "a cat on a chair", 0)  # asked to see whether a server is at fault, or a prompt
 EASY_TRIES = 3  # how often it is asked, and how often a prompt must fail beside it
+_RENAMED = re.compile(r"(max_tokens|temperature|top_p|seed|stop)=\w*")
 _TRANSIENT = {408, 409, 425, 429}  # and 5xx
 _TOO_LONG = re.compile(
     r"context.{0,20}(length|size|window)|maximum model length|max_new_tokens.{0,20} must be|prompt is too long", re.I
@@ -71,6 +72,8 @@ class ServerConfig:
             keeps to seeds.
         top_p: Draw from the likeliest tokens that make up this share.
         stop: Strings that end an answer; empty for none, and for the end of the line where chat is false.
+        rename: Fields of a request under other names, for servers that want them so: max_tokens=max_completion_tokens;
+            seed= leaves seed out.
     """
 
     url: list[str] = field(default_factory=lambda: ["http://localhost:8000/v1"])
@@ -85,6 +88,7 @@ class ServerConfig:
     temperature: float = 0.0
     top_p: float = 1.0
     stop: list[str] = field(default_factory=list)
+    rename: list[str] = field(default_factory=list)
 
 
 class ServerWriter(Writer):
@@ -108,6 +112,11 @@ class ServerWriter(Writer):
             raise UserError(f"server.url names {twice[0]} twice; raise --server.concurrency for more requests at once")
         check_at_least("server.concurrency", config.concurrency, 1)
         check_at_least("server.max_tokens", config.max_tokens, 1)
+        if wrong := [pair for pair in config.rename if not _RENAMED.fullmatch(pair)]:
+            raise UserError(
+                f"server.rename has {wrong[0]!r}; write max_tokens=max_completion_tokens, or seed= to leave it out; "
+                "max_tokens, temperature, top_p, seed and stop can be renamed"
+            )
         if "" in config.stop:
             raise UserError("server.stop holds an empty string, which would end every answer before its first word")
         for name in ("timeout", "patience"):
@@ -178,6 +187,13 @@ class ServerWriter(Writer):
         }
         if self.stop:
             body["stop"] = self.stop
+        renamed = {}
+        for pair in self.config.rename:
+            old, _, new = pair.partition("=")
+            if old in body and (value := body.pop(old)) is not None and new:
+                renamed[new] = value
+        if renamed:
+            body["extra_body"] = renamed  # the openai package's place for fields that it may not know
         if not self.config.chat:
             return body | {"prompt": _encodable(self.asked.with_examples(job.first, job.second))}
         question = _encodable(self.asked.question(job.first, job.second))
