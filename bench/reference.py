@@ -1,0 +1,114 @@
+"""The published loop, restated plainly: what it costs, not what it does beyond that.
+
+Every ratio in RESULTS.md is against these functions. They keep what makes the PC-CLIP authors' code slow and nothing
+that makes it wrong:
+
+- everything in float32; texts padded to 77 tokens; all parameters of the text tower in the autograd graph although
+  the optimizer holds the blocks alone; plain Adam.
+- `Differences` finds each image with `list.index`, an item at a time, and a DataLoader without workers stacks them;
+  of each image it also hands over the tokens of a caption that nobody reads.
+- at its start every caption and every sentence is tokenised, one call each.
+- `zeroshot` encodes all images again for each checkpoint, and counts the confusion matrix in Python.
+- `all_pairs` encodes both images and the sentence of every pair.
+
+What is left out, because it would only flatter us: printing, `empty_cache`, unpickling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+
+class Differences(Dataset):
+    """Items of (caption tokens, embedding, caption tokens, embedding, sentence tokens)."""
+
+    def __init__(
+        self,
+        tokenizer,
+        ids: Sequence[int],
+        z: Tensor,
+        captions: Sequence[str],
+        pairs: Sequence[tuple[int, int]],
+        sentences: Sequence[str],
+    ) -> None:
+        self.ids, self.z, self.pairs = list(ids), z, list(pairs)
+        self.captions = [tokenizer(text)[0] for text in captions]
+        self.sentences = [tokenizer(text)[0] for text in sentences]
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, item: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        first, second = self.pairs[item]
+        i, j = self.ids.index(first), self.ids.index(second)
+        return self.captions[i], self.z[i], self.captions[j], self.z[j], self.sentences[item]
+
+
+def make_optimizer(model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    return torch.optim.Adam(model.transformer.parameters(), lr=lr)
+
+
+def training_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None, first: Tensor, second: Tensor, tokens: Tensor
+) -> float:
+    """One step on embeddings [B, D] and tokens [B, 77]; without an optimizer the gradients are left to be read."""
+    model.zero_grad()
+    first = first / first.norm(dim=-1, keepdim=True)
+    second = second / second.norm(dim=-1, keepdim=True)
+    text = model.encode_text(tokens)
+    loss = contrastive_loss(text / text.norm(dim=-1, keepdim=True), first - second)
+    loss.backward()
+    if optimizer is not None:
+        optimizer.step()
+    return loss.item()
+
+
+def contrastive_loss(text: Tensor, target: Tensor) -> Tensor:
+    """Temperature 1, as published."""
+    text = text / text.norm(dim=-1, keepdim=True)
+    target = target / target.norm(dim=-1, keepdim=True)
+    logits, labels = text @ target.t(), torch.arange(len(text), device=text.device)
+    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.t(), labels)) / 2
+
+
+@torch.no_grad()
+def zeroshot(model: nn.Module, tokenizer, images: Dataset, classes: Sequence[str]) -> Tensor:
+    """The confusion matrix [C, C] of images (pixels, label) and the paper's prompt."""
+    text = model.encode_text(tokenizer([f"This is a photo of a {name}" for name in classes]))
+    text = text / text.norm(dim=-1, keepdim=True)
+    confusion = torch.zeros(len(classes), len(classes))
+    for pixels, labels in DataLoader(images, batch_size=256, num_workers=1):
+        z = model.encode_image(pixels)
+        z = z / z.norm(dim=-1, keepdim=True)
+        predicted = (z @ text.T).softmax(-1).numpy().argmax(1)
+        for n in range(len(labels)):
+            confusion[labels[n]][predicted[n]] += 1
+    return confusion
+
+
+@torch.no_grad()
+def all_pairs(
+    model: nn.Module, images: Tensor, sentence_of: dict[tuple[int, int], Tensor]
+) -> dict[tuple[int, int], float]:
+    """Cosine of each pair's sentence with the difference of its images.
+
+    images: [N, 3, H, W]; sentence_of: tokens [77] a pair (i, j). 32 pairs at a time, as published.
+    """
+    pairs, found = list(sentence_of), {}
+    for start in range(0, len(pairs), 32):
+        some = pairs[start : start + 32]
+        first = model.encode_image(torch.stack([images[i] for i, _ in some]))
+        second = model.encode_image(torch.stack([images[j] for _, j in some]))
+        first, second = (z / z.norm(dim=-1, keepdim=True) for z in (first, second))
+        text = model.encode_text(torch.stack([sentence_of[pair] for pair in some]))
+        text = text / text.norm(dim=-1, keepdim=True)
+        difference = first - second
+        cosine = (text * difference / difference.norm(dim=-1, keepdim=True)).sum(-1)
+        for pair, value in zip(some, cosine.tolist()):
+            found[pair] = value
+    return found
