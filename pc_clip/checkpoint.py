@@ -1,6 +1,7 @@
 """Checkpoints: a whole model in one safetensors file, and the state a run continues from.
 
-Files are written beside their place and moved into it, so an interrupted save leaves the last good one.
+Files are written beside their place and moved into it once they are on the disk, so an interrupted save leaves the
+last good one, and no older copies need be kept.
 Nothing is unpickled freely: other people's .pt files are read with torch's weights-only loader.
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -118,25 +120,27 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
 
 
 def save_state(run: Path, step: int, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
-    """All that the next step depends on: the trained weights, the optimizer's moments, the step."""
+    """All that the next step depends on: the trained weights, the optimizer's moments, the step.
+
+    It does not depend on the number of processes. A checksum lies with it, which safetensors has none of.
+    """
     tensors = {f"weight.{name}": value for name, value in parameters.items()}
     for index, moments in optimizer.state_dict()["state"].items():
         for key, value in moments.items():
             tensors[f"optimizer.{index}.{key}"] = torch.as_tensor(value)
-    write_tensors(run / STATE_FILE, tensors, {"step": str(step)})
+    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    write_tensors(run / STATE_FILE, tensors, {"step": str(step), "checksum": _checksum(tensors, str(step))})
 
 
 def load_state(run: Path, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> int:
-    """Put a saved state back; returns the number of steps done. 0 when nothing was saved."""
+    """Put a saved state back; returns the number of steps done. 0 when nothing was saved.
+
+    Raises UserError for a file that is cut short, damaged or of other parameters; nothing has been put back then.
+    """
     path = run / STATE_FILE
     if not path.is_file():
         return 0
-    try:
-        with safe_open(path, "pt") as file:
-            step = int(file.metadata()["step"])
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise UserError(f"{path} is not a whole file ({error}); start again with --overwrite true") from error
+    step, tensors = _read_state(path)
     saved = {key.removeprefix("weight.") for key in tensors if key.startswith("weight.")}
     if saved != parameters.keys():
         other = sorted(saved ^ parameters.keys())[0]
@@ -151,6 +155,32 @@ def load_state(run: Path, parameters: dict[str, Tensor], optimizer: torch.optim.
             parameter.copy_(tensors[f"weight.{name}"])
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return step
+
+
+def _read_state(path: Path) -> tuple[int, dict[str, Tensor]]:
+    instead = "put a copy of it back, or start again with --overwrite true"
+    try:
+        with safe_open(path, "pt") as file:
+            about = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise UserError(f"{path} is not a whole file ({error}); {instead}") from error
+    step = about.get("step", "")
+    # Files of earlier versions have no checksum.
+    if not step.isdecimal() or about.get("checksum", found := _checksum(tensors, step)) != found:
+        raise UserError(f"{path} is damaged: its content is not what was written; {instead}")
+    return int(step), tensors
+
+
+def _checksum(tensors: dict[str, Tensor], step: str) -> str:
+    """CRC-32 of the step and of names, shapes, types and values. A GiB takes 0.16 s (its writing: 2.2 s)."""
+    found = zlib.crc32(step.encode())
+    for name in sorted(tensors):
+        value = tensors[name]
+        found = zlib.crc32(f"{name}{tuple(value.shape)}{value.dtype}".encode(), found)
+        if value.numel():
+            found = zlib.crc32(value.reshape(-1).view(torch.uint8).numpy(), found)
+    return f"{found:08x}"
 
 
 def describe_checkpoint(path: str | Path | None) -> str:

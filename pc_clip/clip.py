@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,14 @@ from tqdm import tqdm
 
 from pc_clip import _torchvision  # noqa: F401  (before open_clip)
 from pc_clip.errors import UserError, check_choice, nearest
+from pc_clip.fast_text import FastText
 
 import open_clip  # isort: skip
 from open_clip.transform import PreprocessCfg, image_transform_v2  # isort: skip
 
 log = logging.getLogger(__name__)
+
+_SAMPLES = ("a dog", "two large red circles on a striped background", "A photo. " * 30)  # of every kind of length
 
 TRAINABLE = ("text_blocks", "text", "all_text_but_embeddings", "both")
 
@@ -37,6 +41,7 @@ class Clip:
 
     name: an open_clip architecture ("ViT-L-14"), "example" for the embedded model, or "local-dir:FOLDER".
     pretrained: what the weights were before any finetuning: a tag of open_clip's, a file, or None.
+    fast_text: whether texts are encoded by pc_clip.fast_text where it knows the tower. The result is the same.
     """
 
     model: nn.Module
@@ -44,6 +49,9 @@ class Clip:
     preprocess: Any
     name: str
     pretrained: str | None = None
+    fast_text: bool = True
+    _hashed: tuple[Any, str] | None = field(default=None, repr=False, compare=False)
+    _fast: tuple[nn.Module | None, FastText | str] | None = field(default=None, repr=False, compare=False)
 
     # -- making one ------------------------------------------------------------------------------------
 
@@ -126,6 +134,12 @@ class Clip:
 
     def encode_text(self, tokens: Tensor) -> Tensor:
         """Text embeddings, not normalised. [N, L] int64 -> [N, D], for any L that `trim` leaves."""
+        if self.fast_text and isinstance(self._fast_tower, FastText):
+            return self._fast_tower(tokens)
+        return self._encode_text_plainly(tokens)
+
+    def _encode_text_plainly(self, tokens: Tensor) -> Tensor:
+        """With open_clip's own modules: the reference for pc_clip.fast_text, and the way for all other towers."""
         text = self._causal_tower
         if text is None:
             return self.model.encode_text(tokens)
@@ -170,6 +184,39 @@ class Clip:
         has_projection = getattr(text, "text_projection", None) is not None
         return text if plain and has_projection and not special else None
 
+    @property
+    def _fast_tower(self) -> FastText | str:
+        """The fast way through the text tower, or why there is none."""
+        tower = self._causal_tower
+        if self._fast is None or self._fast[0] is not tower:
+            self._fast = (tower, FastText.of(tower))
+        return self._fast[1]
+
+    def choose_text_way(self, fast: bool, recompute: bool = False) -> str:
+        """Decide how texts are encoded, and say it for the log: by pc_clip.fast_text where it knows the tower.
+
+        Both ways are compared on a few texts first, under the autocast in force; where they part, open_clip's own
+        is taken. recompute: see FastText; for other towers it is open_clip's own checkpointing.
+        """
+        self.fast_text = False
+        if recompute and hasattr(self.model, "set_grad_checkpointing"):
+            self.model.set_grad_checkpointing(True)  # for an image tower that learns, too
+        found = self._fast_tower
+        if not fast:
+            return "text tower: open_clip's own, as model.fast_text false asks"
+        if isinstance(found, str):
+            return f"text tower: open_clip's own, because {found}"
+        try:
+            apart = found.disagreement(self._encode_text_plainly, self.tokenize(_SAMPLES).to(self.device))
+        except RuntimeError as error:
+            reason = textwrap.shorten(str(error), 160, placeholder=" ...")
+            return f"text tower: open_clip's own, because the fast one failed here ({reason})"
+        if not apart < 1e-3:
+            return f"text tower: open_clip's own, because the fast one differs from it by {apart:.1e} (1 - cosine) here"
+        self.fast_text, self._fast = True, (found.tower, dataclasses.replace(found, recompute=recompute))
+        within = f"{max(apart, 1e-7):.0e} (1 - cosine) on {len(_SAMPLES)} texts"
+        return f"text tower: the fast way, equal to open_clip's within {within}"
+
     # -- its parts -------------------------------------------------------------------------------------
 
     def trainable(self, which: str) -> dict[str, nn.Parameter]:
@@ -194,8 +241,15 @@ class Clip:
         return blocks
 
     def image_tower_hash(self) -> str:
-        """Identifies the image tower: its weights and the transform of its input."""
-        return hash_tensors(self.model.visual.state_dict(), extra=repr(self.preprocess))
+        """Identifies the image tower: its weights and the transform of its input.
+
+        Kept for as long as no weight is changed in place or replaced, because hashing a large tower takes a second.
+        """
+        weights, transform = self.model.visual.state_dict(), repr(self.preprocess)
+        now = (transform, [(name, value.data_ptr(), value._version) for name, value in weights.items()])
+        if self._hashed is None or self._hashed[0] != now:
+            self._hashed = (now, hash_tensors(weights, extra=transform))
+        return self._hashed[1]
 
     def weights_hash(self) -> str:
         """Identifies the whole model's weights."""

@@ -22,6 +22,7 @@ import yaml
 
 from pc_clip.datasets import READERS, Dataset, open_dataset, read_captions
 from pc_clip.datasets.dataset import subset
+from pc_clip.datasets.shards import unopened
 from pc_clip.errors import UserError, check_at_least, check_choice, nearest
 from pc_clip.writers import LanguageModelConfig
 from pc_clip.writers.server import ServerConfig
@@ -38,11 +39,14 @@ class ModelConfig:
             the embedded model on the example, and the paper's (ViT-L-14, datacomp_xl_s13b_b90k) on anything else.
         pretrained: One of open_clip's tags for it, or a file of weights.
         train: Which parameters learn: text_blocks, text, all_text_but_embeddings or both.
+        fast_text: Encode texts without padding (pc_clip/fast_text.py) where the text tower allows it; the results are
+            the same but for rounding.
     """
 
     name: str = ""
     pretrained: str | None = None
     train: str = "text_blocks"
+    fast_text: bool = True
 
     def source(self, dataset: str) -> tuple[str, str | None]:
         """The architecture and the weights a model is made of, when it is used on `dataset`."""
@@ -63,7 +67,8 @@ class DataConfig:
         differences: The JSONL file of difference sentences; only methods that learn from them read it.
         captions: A file of captions in place of the data set's own, rewritten ones for instance; images without one
             are left out.
-        embeddings: A file of image embeddings to use in place of the images, which then need not be there.
+        embeddings: A file of image embeddings, or the index.json of many, to use in place of the images, which then
+            need not be there.
         workers: Processes that read images.
     """
 
@@ -93,6 +98,10 @@ class TrainConfig:
         warmup_steps: Steps of linear warm-up.
         clip_norm: Largest gradient norm; 0 for none.
         precision: "no" for float32, or bf16 for mixed precision; the weights stay float32.
+        compensated: Add steps to the weights by compensated summation, so that float32 does not lose small ones; for
+            learning rates like the paper's 1e-8.
+        recompute: Compute texts again, 64 at a time, in the backward pass instead of keeping all that it needs: less
+            memory, more time.
         blend: Averages the weights with the start at the end: 1 is as trained, 0.5 half way, 0 the start.
         log_every: Steps between two lines of the log.
         save_every: Steps between two saves of the state that --resume continues from.
@@ -111,6 +120,8 @@ class TrainConfig:
     warmup_steps: int = 0
     clip_norm: float = 0.0
     precision: str = "no"
+    compensated: bool = False
+    recompute: bool = False
     blend: float = 1.0
     log_every: int = 50
     save_every: int = 500
@@ -127,7 +138,7 @@ class FinetuneConfig:
         method: How it learns; each method has options of its own under its name.
         out: Where runs are kept.
         seed: Of every random choice.
-        resume: Continue the run of that name where it stopped.
+        resume: Continue the run of that name where it stopped; start it if there is none.
         overwrite: Delete a run of that name first.
         device: cpu or cuda; empty for the GPU if there is one.
     """
@@ -273,14 +284,28 @@ class EvaluateConfig:
 
 @dataclass
 class EmbedConfig:
-    """Embed a data set's images beforehand.
+    """Embed a data set's images beforehand; docs/scale.md is about large ones.
 
     Args:
         batch_size: Images encoded together.
+        shard_size: Images a file, where there are more than that; a WebDataset has a file a tar.
+        precision: "no" for float32, or bf16 for mixed precision.
+        dtype: What is kept, float32 or float16.
+        broken: What an image means that cannot be read, error or skip.
+        part: Which part of the work this is, as 3/16; empty for all of it. For jobs that know nothing of each other.
+        verify: Read every byte of what is there already, and make again what is damaged.
+        cache: The folder of the files; empty for the one where training and evaluations look for them.
         device: cpu or cuda; empty for the GPU if there is one.
     """
 
     batch_size: int = 128
+    shard_size: int = 65_536
+    precision: str = "no"
+    dtype: str = "float32"
+    broken: str = "error"
+    part: str = ""
+    verify: bool = False
+    cache: str = ""
     device: str = ""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -368,6 +393,8 @@ def dump(config: Any) -> str:
 
 def load_dataset(data: DataConfig) -> Dataset:
     """The data a run learns from: its first split, train, unless another is named."""
+    if data.embeddings and data.dataset == "webdataset":  # its tars may be too many to list, or hold images alone
+        return unopened(Path(data.root or READERS["webdataset"].root), data.split)
     splits = READERS[data.dataset].splits if data.dataset in READERS else ()
     missing = "keep" if data.embeddings else data.missing  # nobody will look at the pictures
     found = open_dataset(data.dataset, data.root, data.split or next(iter(splits), None), missing=missing)

@@ -6,19 +6,47 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+BLOCK = 2048  # rows of similarities held at a time
 
 
-def info_nce(a: Tensor, b: Tensor, temperature: float | Tensor) -> Tensor:
+def info_nce(
+    a: Tensor,
+    b: Tensor,
+    temperature: float | Tensor,
+    all_a: Tensor | None = None,
+    all_b: Tensor | None = None,
+    first: int = 0,
+) -> Tensor:
     """Symmetric InfoNCE: row n of `a` belongs to row n of `b`, all other rows are negatives.
 
-    a, b: [B, D], any length: they are normalised here. Returns a scalar; equal to log B when all
-    similarities are equal. Radford et al. 2021, figure 3; PC-CLIP (arXiv 2409.09721) uses it between text
-    embeddings and image differences with temperature 1.
+    a, b: [B, D], any length: they are normalised here. all_a, all_b: [G, D], where these are part of a larger
+    batch: row n of `a` is row first + n of `all_a`; the result is then the mean over these rows of the whole loss.
+    Returns a scalar; equal to log G when all similarities are equal. Similarities are held a block of rows at a
+    time, so memory grows with G and not with its square. Radford et al. 2021, figure 3; PC-CLIP (arXiv 2409.09721)
+    uses it between text embeddings and image differences with temperature 1.
     """
     with torch.autocast(a.device.type, enabled=False):  # bf16 would round cosines by more than a step changes them
-        logits = F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).T / temperature  # [B, B]
-        target = torch.arange(len(logits), device=logits.device)
-        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        a, b = F.normalize(a, dim=-1), F.normalize(b, dim=-1)
+        all_a = a if all_a is None else F.normalize(all_a, dim=-1)
+        all_b = b if all_b is None else F.normalize(all_b, dim=-1)
+        return (_find(a, all_b, temperature, first) + _find(b, all_a, temperature, first)) / 2
+
+
+def _find(rows: Tensor, among: Tensor, temperature: float | Tensor, first: int) -> Tensor:
+    """Mean cross entropy of finding row first + n of `among` for row n."""
+    target = torch.arange(first, first + len(rows), device=rows.device)
+    if len(rows) <= BLOCK:
+        return _cross_entropy(rows, among, temperature, target) / len(rows)
+    total = rows.new_zeros(())
+    for some, wanted in zip(rows.split(BLOCK), target.split(BLOCK)):  # each computed again in the backward pass
+        total = total + checkpoint(_cross_entropy, some, among, temperature, wanted, use_reentrant=False)
+    return total / len(rows)
+
+
+def _cross_entropy(rows: Tensor, among: Tensor, temperature: float | Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(rows @ among.T / temperature, target, reduction="sum")
 
 
 def squared_distance(a: Tensor, b: Tensor) -> Tensor:

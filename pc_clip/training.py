@@ -15,6 +15,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -28,15 +29,18 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pc_clip import checkpoint, differences, environment, methods
+from pc_clip.background import ahead
 from pc_clip.clip import Clip, blend
+from pc_clip.compensated import CompensatedAdam
 from pc_clip.config import FinetuneConfig, TrainConfig, dump, load_dataset
 from pc_clip.datasets import Dataset
 from pc_clip.download import file_digest
 from pc_clip.errors import UserError, check_at_least, check_choice
-from pc_clip.files import write_json, write_text
+from pc_clip.files import alone, write_json, write_text
 
 log = logging.getLogger(__name__)
 
+LOCK = ".lock"  # in the run's folder while it is trained
 # Settings that say how a run is done, not what it is: they may change between a run and its continuation.
 HOW = ("resume", "overwrite", "out", "device", "train.threads", "train.log_every", "train.save_every", "data.workers")
 
@@ -52,12 +56,22 @@ def finetune(config: FinetuneConfig) -> Path:
     if train.steps is not None:
         check_at_least("train.steps", train.steps, 1)
     data = load_dataset(config.data)  # before the model, whose weights may take long to fetch
-    learnt_from = _hashes(data, config)
+    process = PartialState(cpu=config.device == "cpu")
+    busy = (
+        f"another process is training {run}; let it finish or stop it, or choose another --name "
+        f"(if there surely is none, delete {run / LOCK})"
+    )
+    with alone(run / LOCK, busy) if process.is_main_process else nullcontext():  # it alone writes into the folder
+        return _run(config, run, data)
+
+
+def _run(config: FinetuneConfig, run: Path, data: Dataset) -> Path:
+    train, learnt_from = config.train, _hashes(data, config)
     if _already_done(run, config, learnt_from):
         return run
     if train.threads:
         torch.set_num_threads(train.threads)
-    check_choice("train.precision", train.precision, ("no", "bf16"))
+    _check_precision(train.precision)
     installed = [str(tracker) for tracker in get_available_trackers()]
     if train.tracker and train.tracker not in installed:
         raise UserError(
@@ -72,9 +86,13 @@ def finetune(config: FinetuneConfig) -> Path:
     )
     source = config.model.source(config.data.dataset)
     clip = Clip.create(*source, device=accelerator.device)
+    with accelerator.autocast():
+        text_way = clip.choose_text_way(config.model.fast_text, train.recompute)
+    if accelerator.is_main_process:
+        log.info("%s", text_way)
     method = methods.find(config.method).Method(clip, data, config)
-    if accelerator.is_main_process and not config.resume:
-        about = {"data": learnt_from, "start": clip.weights_hash(), "notes": method.notes}
+    if accelerator.is_main_process and not (config.resume and (run / "config.yaml").is_file()):
+        about = {"data": learnt_from, "start": clip.weights_hash(), "notes": [text_way, *method.notes]}
         _open_folder(run, config, environment.describe() | about)
     accelerator.wait_for_everyone()
     with _Stop() as stop:
@@ -109,33 +127,34 @@ def _loop(accelerator: Accelerator, method: nn.Module, config: FinetuneConfig, r
         log.info("%s: %d steps of %d, %.1f M parameters learn", config.method, total, train.batch_size, count / 1e6)
     since, then = done, time.perf_counter()
     bar = tqdm(total=total, initial=done, desc=config.name, disable=None if main else True)
-    for step, batch in batches(method, done, total):
-        lr = learning_rate(train, step, per_epoch, total)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        loss, logs = model(to_device(batch, accelerator.device))
-        if not math.isfinite(loss.item()):
-            _stop_at_nan(run, step, batch.ids, loss.item())
-        accelerator.backward(loss)
-        if train.clip_norm:
-            accelerator.clip_grad_norm_(parameters.values(), train.clip_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        bar.update()
-        step += 1
-        if step % train.log_every == 0 or step == total:
-            rate = (step - since) * train.batch_size / (time.perf_counter() - then)
-            since, then = step, time.perf_counter()
-            means = {k: v.item() for k, v in accelerator.reduce({"loss": loss.detach()} | logs, "mean").items()}
-            if main:
-                metrics.write({"step": step, "epoch": step / per_epoch, "lr": lr, "pairs_per_second": rate} | means)
-                tqdm.write(f"step {step}/{total}  loss {means['loss']:.4f}  lr {lr:.2e}  {rate:.0f} pairs/s")
-        if main and (step % train.save_every == 0 or step == total or stop.asked):
-            if not all(torch.isfinite(p).all() for p in parameters.values()):
-                _stop_at_nan(run, step - 1, batch.ids, float("nan"))
-            checkpoint.save_state(run, step, parameters, optimizer.optimizer)
-        if stop.asked:
-            raise KeyboardInterrupt
+    with closing(ahead(pinned(batches(method, done, total), accelerator.device))) as coming:
+        for step, batch in coming:
+            lr = learning_rate(train, step, per_epoch, total)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            loss, logs = model(to_device(batch, accelerator.device))
+            if not math.isfinite(loss.item()):
+                _stop_at_nan(run, step, batch.ids, loss.item())
+            accelerator.backward(loss)
+            if train.clip_norm:
+                accelerator.clip_grad_norm_(parameters.values(), train.clip_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            bar.update()
+            step += 1
+            if step % train.log_every == 0 or step == total:
+                rate = (step - since) * train.batch_size / (time.perf_counter() - then)
+                since, then = step, time.perf_counter()
+                means = {k: v.item() for k, v in accelerator.reduce({"loss": loss.detach()} | logs, "mean").items()}
+                if main:
+                    metrics.write({"step": step, "epoch": step / per_epoch, "lr": lr, "pairs_per_second": rate} | means)
+                    tqdm.write(f"step {step}/{total}  loss {means['loss']:.4f}  lr {lr:.2e}  {rate:.0f} pairs/s")
+            if main and (step % train.save_every == 0 or step == total or stop.asked):
+                if not all(torch.isfinite(p).all() for p in parameters.values()):
+                    _stop_at_nan(run, step - 1, batch.ids, float("nan"))
+                checkpoint.save_state(run, step, parameters, optimizer.optimizer)
+            if stop.asked:
+                raise KeyboardInterrupt
     bar.close()
 
 
@@ -173,14 +192,34 @@ def batches(method: nn.Module, done: int, total: int) -> Iterator[tuple[int, Any
 
 
 def make_optimizer(train: TrainConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """Adam or AdamW with torch's fused step. Weight decay spares vectors: gains, biases."""
+    """Adam or AdamW with torch's fused step. Weight decay spares vectors: gains, biases.
+
+    Raises UserError for weights that are not float32.
+    """
     check_choice("train.optimizer", train.optimizer, ("adam", "adamw"))
-    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[train.optimizer]
+    if other := {str(p.dtype).removeprefix("torch.") for p in parameters if p.dtype != torch.float32}:
+        raise UserError(f"weights that learn must be float32, found {', '.join(sorted(other))}; {_WHY_FLOAT32}")
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": train.weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return kind([g for g in groups if g["params"]], lr=train.lr, fused=True)
+    groups = [g for g in groups if g["params"]]
+    if train.compensated:
+        return CompensatedAdam(groups, lr=train.lr, decoupled=train.optimizer == "adamw")
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[train.optimizer]
+    return kind(groups, lr=train.lr, fused=True)
+
+
+_WHY_FLOAT32 = (
+    "at small learning rates most steps are lost in anything shorter. Use train.precision bf16, which multiplies in "
+    "bf16 and keeps the weights in float32."
+)
+
+
+def _check_precision(precision: str) -> None:
+    if precision in ("bfloat16", "pure_bf16", "bf16_weights", "bf16-true", "float16", "fp16", "pure_fp16", "16-true"):
+        raise UserError(f"train.precision {precision} would keep the weights in half precision; {_WHY_FLOAT32}")
+    check_choice("train.precision", precision, ("no", "bf16"))
 
 
 def learning_rate(train: TrainConfig, step: int, steps_per_epoch: int, total: int) -> float:
@@ -196,8 +235,16 @@ def learning_rate(train: TrainConfig, step: int, steps_per_epoch: int, total: in
     return train.lr
 
 
+def pinned(numbered: Iterator[tuple[int, Any]], device: torch.device) -> Iterator[tuple[int, Any]]:
+    """Batches in memory that a GPU reads without the CPU's help; as they are for a CPU."""
+    for step, batch in numbered:
+        tensors = {k: v for k, v in batch._asdict().items() if isinstance(v, Tensor) and device.type == "cuda"}
+        yield step, batch._replace(**{k: v.pin_memory() for k, v in tensors.items()})
+
+
 def to_device(batch: Any, device: torch.device) -> Any:
-    return batch._replace(**{k: v.to(device) for k, v in batch._asdict().items() if isinstance(v, Tensor)})
+    tensors = {k: v for k, v in batch._asdict().items() if isinstance(v, Tensor)}
+    return batch._replace(**{k: v.to(device, non_blocking=True) for k, v in tensors.items()})
 
 
 # -- the folder ----------------------------------------------------------------------------------------
@@ -207,15 +254,16 @@ def _already_done(run: Path, config: FinetuneConfig, learnt_from: dict[str, str]
     """Whether this very run is finished. Raises UserError when the folder holds another, or an unfinished one."""
     process = PartialState(cpu=config.device == "cpu")
     if config.overwrite and not config.resume:
-        if process.is_main_process and run.is_dir():
-            shutil.rmtree(run)
+        if process.is_main_process:
+            _delete(run)
         process.wait_for_everyone()
     settings = run / "config.yaml"
     if not settings.is_file():
+        for name in (checkpoint.MODEL_FILE, checkpoint.STATE_FILE):
+            if (run / name).exists():
+                raise UserError(f"{run} holds a {name} that no config describes; choose another --name")
         if config.resume:
-            raise UserError(f"there is no run at {run} to resume; leave --resume out to start it")
-        if (run / checkpoint.MODEL_FILE).exists():
-            raise UserError(f"{run} holds a model that no config describes; choose another --name")
+            log.info("there is no run at %s to resume; it starts now", run)
         return False
     changed = _changes(yaml.safe_load(settings.read_text()), yaml.safe_load(dump(config)))
     if changed:
@@ -254,12 +302,25 @@ def _changes(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list
 def _hashes(data: Dataset, config: FinetuneConfig) -> dict[str, str]:
     """What a run learns from, by content."""
     found = {"images": data.fingerprint, "captions": hashlib.sha256(repr(data.captions).encode()).hexdigest()[:16]}
-    if config.data.embeddings and Path(config.data.embeddings).is_file():  # an absent one is told of when it is read
-        found["embeddings"] = file_digest(Path(config.data.embeddings), "sha256")[:16]
+    if config.data.embeddings:
+        path = Path(config.data.embeddings)
+        path = path / "index.json" if path.is_dir() else path  # the index has the checksum of every shard
+        if path.is_file():  # an absent one is told of when it is read
+            found["embeddings"] = file_digest(path, "sha256")[:16]
     if config.data.differences:
-        path = differences.find(config.data.differences)
-        found["differences"] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        found["differences"] = file_digest(differences.find(config.data.differences), "sha256")[:16]
     return found
+
+
+def _delete(run: Path) -> None:
+    """Remove a run, in an order that leaves a sound run or none whenever it is killed. Its lock is held, and stays."""
+    for name in (checkpoint.MODEL_FILE, checkpoint.STATE_FILE, "config.yaml"):
+        (run / name).unlink(missing_ok=True)
+    for path in run.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != LOCK:
+            path.unlink()
 
 
 def _open_folder(run: Path, config: FinetuneConfig, about: dict[str, Any]) -> None:
@@ -275,7 +336,7 @@ class _Metrics:
         self.path, self.accelerator = path, accelerator
         lines = path.read_text().splitlines() if path.is_file() and done else []
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= done]
-        path.write_text("".join(line + "\n" for line in kept))
+        write_text(path, "".join(line + "\n" for line in kept))  # whole: a kill must not lose the rows kept
         if accelerator.trackers or accelerator.log_with:
             accelerator.init_trackers("pc_clip")
 

@@ -65,3 +65,28 @@ def test_equal_images_give_a_zero_difference_and_a_finite_gradient():
     losses.info_nce(torch.eye(2, 3), target, 1.0).backward()
     assert target.abs().max() == 0
     assert torch.isfinite(x.grad).all()
+
+
+@given(st.integers(1, 5), st.integers(2, 6), st.integers(1, 7), st.integers(0, 50))
+def test_info_nce_in_parts_and_in_blocks_is_the_whole(parts, rows, block, seed):
+    """The mean over parts of a batch is its loss, and so are the gradients; with few rows held at a time, too."""
+    a, b = (torch.from_numpy(random(parts * rows, 5, seed=seed + k)).requires_grad_() for k in (0, 1))
+    temperature = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    whole = losses.info_nce(a, b, temperature)
+    expected = torch.autograd.grad(whole, (a, b, temperature))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(losses, "BLOCK", block)
+        own = [slice(k * rows, (k + 1) * rows) for k in range(parts)]
+        found = sum(losses.info_nce(a[s], b[s], temperature, a, b, s.start) for s in own) / parts
+        gradients = torch.autograd.grad(found, (a, b, temperature))
+    assert found.item() == pytest.approx(whole.item(), rel=1e-12)
+    assert all(torch.allclose(g, e, atol=1e-12) for g, e in zip(gradients, expected))
+
+
+def test_info_nce_holds_a_block_of_similarities_at_a_time(monkeypatch):
+    monkeypatch.setattr(losses, "BLOCK", 8)
+    a, b = (torch.randn(64, 4, requires_grad=True) for _ in range(2))
+    sizes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+        losses.info_nce(a, b, 1.0).backward()
+    assert max(sizes) <= 64 * 8

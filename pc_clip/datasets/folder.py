@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from functools import partial
 from pathlib import Path
+from stat import S_ISREG
 
 import numpy as np
+from PIL import Image
 
-from pc_clip.datasets.dataset import IMAGE_SUFFIXES, Dataset, Question, digest, is_image_file, read_file, stat
+from pc_clip.datasets.dataset import IMAGE_SUFFIXES, Dataset, Question, digest, read_image
 from pc_clip.errors import UserError
 
 SPLITS = {"train", "test", "val", "valid", "validation"}
@@ -25,27 +29,49 @@ def open_folder(root: Path, split: str) -> Dataset:
             raise UserError(f"there is no folder {root} for the split {split!r}")
     elif found := sorted(p.name for p in root.iterdir() if p.is_dir() and p.name in SPLITS):
         raise UserError(f"{root} has a folder a split ({', '.join(found)}); say which with --split, as {found[0]}")
-    files = sorted(p for p in root.rglob("*") if is_image_file(p, root))
-    if not files:
+    found = _find_images(root)
+    if not found:
         raise UserError(f"{root} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    folders = [p.relative_to(root).parts[0] if p.parent != root else None for p in files]
+    ids = [key for key, _ in found]
+    folders = [key.split(os.sep)[0] if os.sep in key else None for key in ids]
     questions: tuple[Question, ...] = ()
     if any(folders):
         if not all(folders):
-            loose = next(p for p, folder in zip(files, folders) if folder is None)
-            raise UserError(
-                f"{root} has images in class folders and beside them ({loose.name}); move those into a folder"
-            )
+            loose = ids[folders.index(None)]
+            raise UserError(f"{root} has images in class folders and beside them ({loose}); move those into a folder")
         classes = sorted(set(folders))
-        target = np.array([classes.index(folder) for folder in folders], dtype=np.int64)
+        number = {name: n for n, name in enumerate(classes)}
+        target = np.array([number[folder] for folder in folders], dtype=np.int64)
         names = tuple(c.replace("_", " ") for c in classes)
-        questions = (Question("class", names, np.arange(len(files)), target),)
+        questions = (Question("class", names, np.arange(len(ids)), target),)
     return Dataset(
         name="folder",
         split=label,
         part=split,
-        ids=[str(p.relative_to(root)) for p in files],
-        load=partial(read_file, files),
-        fingerprint=digest(*[(str(p.relative_to(root)), *stat(p)) for p in files]),
+        ids=ids,
+        load=partial(_load, root, ids),
+        fingerprint=digest(*[(key, state.st_size, state.st_mtime_ns) for key, state in found]),
         questions=questions,
     )
+
+
+def _find_images(root: Path) -> list[tuple[str, os.stat_result]]:
+    """Every image below a folder that is not hidden, by its path from there, in order of the path's parts.
+
+    Each file is looked at once: there may be millions of them, on a disk far away.
+    """
+    found = []
+    for folder, inner, names in os.walk(root):
+        inner[:] = [name for name in inner if not name.startswith(".")]
+        below = os.path.relpath(folder, root)
+        for name in names:
+            if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith("."):
+                path = os.path.join(folder, name)
+                with contextlib.suppress(FileNotFoundError):  # a link to nowhere
+                    if S_ISREG((state := os.stat(path)).st_mode):
+                        found.append((name if below == os.curdir else os.path.join(below, name), state))
+    return sorted(found, key=lambda each: each[0].split(os.sep))
+
+
+def _load(root: Path, ids: list[str], row: int) -> Image.Image:
+    return read_image(root / ids[row])

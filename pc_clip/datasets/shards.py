@@ -5,12 +5,15 @@ ROOT/zeroshot_classification_templates.txt      a line a prompt, with {c} for th
 ROOT/dataset_type.txt                           classification (or absent), or retrieval
 ROOT/SPLIT/0.tar, 1.tar, ...                    members KEY.jpg, .jpeg, .png or .webp, and KEY.cls or KEY.txt
 ROOT/SPLIT/nshards.txt                          how many shards there are (may be absent: then all of them)
+
+To be embedded (`python -m pc_clip.embeddings`) images alone will do, and tar files that lie in ROOT itself.
 """
 
 from __future__ import annotations
 
 import re
 import tarfile
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -50,7 +53,6 @@ def open_webdataset(root: Path, split: str) -> Dataset:
     samples = [sample for shard in shards for sample in read_shard(shard, beside)]
     if not samples:
         raise UserError(f"the shards in {root / split} hold no images")
-    ids = [f"{place.shard.stem}/{place.name}" for place, _ in samples]
     captions = None
     if kind == "retrieval":
         captions = [tuple(" ".join(t.split()) for t in sample.text.splitlines() if t.strip()) for sample in samples]
@@ -59,20 +61,65 @@ def open_webdataset(root: Path, split: str) -> Dataset:
     return Dataset(
         name="webdataset",
         split=f"{root.resolve().name}-{split}",
-        ids=ids,
+        ids=_ids(samples),
         load=partial(_load, [sample.image for sample in samples]),
-        fingerprint=digest(kind, [(shard.name, *stat(shard)) for shard in shards]),
+        fingerprint=fingerprint(root, shards),
         captions=captions,
         questions=() if captions else (_question(root, samples),),
         part=split,
     )
 
 
-def read_shard(shard: Path, beside: str) -> list[Sample]:
+def fingerprint(root: Path, shards: list[Path]) -> str:
+    """Of a split: its kind, and the names, sizes and times of its tar files."""
+    return digest(_kind(root), [(shard.name, *stat(shard)) for shard in shards])
+
+
+def find_tars(root: Path, split: str | None) -> tuple[str, list[Path]]:
+    """The tar files to embed, in order, and how the set is called; none of them is opened.
+
+    split: a folder in ROOT; None for the tar files in ROOT itself, or where there are none, for "train".
+    Raises UserError where there are none.
+    """
+    if not root.is_dir():
+        raise UserError(f"webdataset is not at {root}; name the folder of the tar files with --data.root")
+    if split is None and (loose := _in_order(root.glob("*.tar"))):
+        return root.resolve().name, loose
+    split = split or "train"
+    return f"{root.resolve().name}-{split}", _shards(root, split)
+
+
+def open_tar(shard: Path) -> Dataset:
+    """The images of one tar file, whatever stands beside them. Raises UserError for one that is cut short."""
+    samples = read_shard(shard, None)
+    return Dataset(
+        name="webdataset",
+        split=shard.stem,
+        ids=_ids(samples),
+        load=partial(_load, [sample.image for sample in samples]),
+        fingerprint=digest(shard.name, *stat(shard)),
+    )
+
+
+def unopened(root: Path, split: str | None) -> Dataset:
+    """What can be said of a WebDataset without opening a tar file, for those who have its embeddings already."""
+    label, shards = find_tars(root, split)
+    return Dataset("webdataset", label, [], _not_opened, fingerprint(root, shards), part=split or "")
+
+
+def _not_opened(row: int) -> Image.Image:
+    raise UserError("the tar files of this data set were not opened, because its embeddings were given")
+
+
+def _ids(samples: list[Sample]) -> list[str]:
+    return [f"{place.shard.stem}/{place.name}" for place, _ in samples]
+
+
+def read_shard(shard: Path, beside: str | None) -> list[Sample]:
     """The samples of a tar file in their order; only headers and texts are read.
 
-    beside: the ending of the text that each image needs. Raises UserError for a tar file that is cut short,
-    and for an image without its text or the other way round.
+    beside: the ending of the text that each image needs; None: they need none, and their texts are empty. Raises
+    UserError for a tar file that is cut short, and for an image without its text or the other way round.
     """
     places: dict[str, dict[str, Place]] = {}
     texts: dict[str, str] = {}
@@ -94,6 +141,9 @@ def read_shard(shard: Path, beside: str) -> list[Sample]:
     for key, endings in places.items():
         image = next((endings[e] for e in IMAGES if e in endings), None)
         if image is None and beside not in endings:
+            continue
+        if beside is None:
+            samples.append(Sample(image, ""))
             continue
         if image is None or beside not in endings:
             lacks = f"{key}.{beside}" if image else f"the image of {key} ({', '.join(IMAGES)})"
@@ -161,7 +211,7 @@ def _shards(root: Path, split: str) -> list[Path]:
         raise UserError(f"{root} has no split {split!r}; splits found there: {', '.join(splits) or 'none'}")
     counted = folder / "nshards.txt"
     if not counted.is_file():
-        return [there[name] for name in sorted(there, key=lambda n: (len(n), n))]  # 2.tar before 10.tar
+        return _in_order(there.values())
     text = _text(counted).strip()
     if not text.isdecimal() or not int(text):
         raise UserError(f"{counted} must hold the number of shards, found {text[:20]!r}")
@@ -169,6 +219,10 @@ def _shards(root: Path, split: str) -> list[Path]:
     if absent := [name for name in names if name not in there]:
         raise UserError(f"{len(absent)} of the {len(names)} shards that {counted} counts are absent, first {absent[0]}")
     return [there[name] for name in names]
+
+
+def _in_order(shards: Iterable[Path]) -> list[Path]:
+    return sorted(shards, key=lambda path: (len(path.name), path.name))  # 2.tar before 10.tar
 
 
 def _text(path: Path) -> str:

@@ -7,34 +7,70 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 from accelerate import PartialState
-from torch import Tensor
-from tqdm import tqdm
+from torch import Tensor, nn
 
-from pc_clip.clip import Clip
+from pc_clip import array_cache, tokens
+from pc_clip.clip import Clip, hash_tensors
 from pc_clip.config import FinetuneConfig
 from pc_clip.datasets import Dataset
+from pc_clip.embedding_shards import Rows
 from pc_clip.embeddings import embed_images, load_embeddings
 from pc_clip.errors import UserError
 
 
-class Texts:
-    """Distinct texts, tokenised once. `rows` maps texts to rows of `tokens`, [U, L] int32."""
+class Tokens:
+    """A table of tokens, [U, L], of which batches are cut. It may lie in a file that is mapped into memory."""
+
+    def __init__(self, clip: Clip, tokens: np.ndarray) -> None:
+        self.clip, self.tokens = clip, tokens
+
+    def count_truncated(self, *rows: np.ndarray) -> int:
+        """How many texts among these rows, each counted once, were longer than the context and so were cut."""
+        if self.clip._causal_tower is None:
+            return 0
+        used = np.zeros(len(self.tokens), dtype=bool)
+        for some in rows:
+            used[some] = True
+        return int((self.tokens[:, -1] != 0)[used].sum())
+
+    def batch(self, rows: np.ndarray) -> Tensor:
+        """Tokens of some rows, cut to the longest of them.  -> [B, L] int64"""
+        return self.clip.trim(torch.from_numpy(self.tokens[rows].astype(np.int64)))
+
+
+class Texts(Tokens):
+    """Distinct texts, tokenised once and for all (`pc_clip.tokens`). `rows` maps texts to rows of `tokens`."""
 
     def __init__(self, clip: Clip, texts: Sequence[str]) -> None:
-        self.clip = clip
         self.distinct = list(dict.fromkeys(texts))
         self.row = {text: n for n, text in enumerate(self.distinct)}
-        chunks = range(0, len(self.distinct), 4096)
-        bar = tqdm(chunks, "tokenising", leave=False, disable=None if len(chunks) > 2 else True)
-        self.tokens = torch.cat([clip.tokenizer(self.distinct[n : n + 4096]).int() for n in bar])
-        self.truncated = int((self.tokens[:, -1] != 0).sum()) if clip._causal_tower is not None else 0
+        with PartialState().main_process_first():  # the others then find them in the cache
+            super().__init__(clip, tokens.tokenize(clip.tokenizer, self.distinct))
+        self.truncated = self.count_truncated(np.arange(len(self.distinct)))
 
     def rows(self, texts: Sequence[str]) -> np.ndarray:
         return np.array([self.row[text] for text in texts], dtype=np.int64)
 
-    def batch(self, rows: np.ndarray) -> Tensor:
-        """Tokens of some rows, cut to the longest of them.  -> [B, L] int64"""
-        return self.clip.trim(self.tokens[torch.from_numpy(rows)].long())
+    def embeddings(self) -> Tensor:
+        """Unit embeddings of the distinct texts by the weights as they are now, from the cache.  -> [U, D] float32"""
+        made_by = tokens.identity(self.clip.tokenizer)
+        if made_by is None:
+            return self.clip.embed_texts(self.distinct)
+        weights = {n: w for n, w in self.clip.model.state_dict().items() if not n.startswith("visual.")}
+        key = {
+            "texts": tokens.digest_of(self.distinct),
+            "tokenizer": made_by,
+            "text_tower": hash_tensors(weights, extra=self.clip.name),
+            "device": self.clip.device.type,
+        }
+        with PartialState().main_process_first():
+            made = array_cache.cached("embedded", key, lambda: {"z": self.clip.embed_texts(self.distinct).numpy()})
+        z = torch.from_numpy(made["z"])
+        # Activations and heads leave no trace in weights: a few texts tell whether this is the same tower.
+        with torch.no_grad():
+            few = self.clip.encode_text(self.batch(np.arange(len(z[:4]))).to(self.clip.device)).float().cpu()
+        same = torch.allclose(z[:4], nn.functional.normalize(few, dim=-1), atol=1e-3)
+        return z if same else self.clip.embed_texts(self.distinct)
 
 
 class Images:
@@ -43,7 +79,7 @@ class Images:
     def __init__(self, clip: Clip, data: Dataset, config: FinetuneConfig) -> None:
         self.clip, self.data = clip, data
         self.learns = config.model.train == "both"
-        self.z: Tensor | None = None
+        self.z: Tensor | Rows | None = None
         self.ids = data.ids
         if config.data.embeddings:
             if self.learns:
@@ -56,12 +92,50 @@ class Images:
     def batch(self, rows: np.ndarray) -> Tensor:
         """[B, D] embeddings, or [B, 3, H, W] pixels when the image tower learns."""
         if self.z is not None:
-            return self.z[torch.from_numpy(rows)]
+            return _take(self.z, rows)
         return torch.stack([self.clip.preprocess(self.data.load(int(row))) for row in rows])
+
+    def equal(self, pairs: np.ndarray) -> np.ndarray:
+        """Which pairs of rows, [N, 2], are of one picture as far as their embeddings tell.  -> [N] bool
+
+        Unit embeddings no more than 1e-6 apart are equal, and those that are not finite. Where the tower itself
+        learns nothing is known of its embeddings, and no pair is.
+        """
+        return np.zeros(len(pairs), dtype=bool) if self.z is None else _equal_rows(self.z, pairs)
 
     def encode(self, images: Tensor) -> Tensor:
         """[B, D] embeddings of a batch from `batch`."""
         return images if self.z is not None else self.clip.encode_image(images)
+
+
+def _take(z: Tensor | Rows, rows: np.ndarray) -> Tensor:
+    """Rows of embeddings. Of a plain tensor index_select reads them in a quarter of the time of z[rows]."""
+    chosen = torch.from_numpy(rows)
+    return z.index_select(0, chosen) if isinstance(z, Tensor) else z[chosen]
+
+
+def _equal_rows(z: Tensor | Rows, pairs: np.ndarray, block: int = 8192, coordinates: int = 4) -> np.ndarray:
+    """Images.equal, without all embeddings of all pairs in memory at once.
+
+    Only pairs whose first coordinates agree can be equal: few, and these alone are compared in full.
+    """
+
+    used, places = np.unique(pairs, return_inverse=True)
+    places = torch.from_numpy(places.reshape(pairs.shape))
+    beginning = torch.empty(len(used), min(coordinates, z.shape[1]))  # of the unit embeddings
+    for start in range(0, len(used), block):
+        some = _take(z, used[start : start + block])
+        norm = some.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+        norm = norm.masked_fill(~norm.isfinite(), float("nan"))
+        beginning[start : start + block] = (some[:, :coordinates] / norm).float()
+    apart = (beginning[places[:, 0]] - beginning[places[:, 1]]).abs() > 2e-6  # twice, for rounding; NaN is not apart
+    candidates = (~apart.any(-1)).nonzero().flatten().numpy()
+    equal = np.zeros(len(pairs), dtype=bool)
+    for start in range(0, len(candidates), block):
+        some = candidates[start : start + block]
+        first, second = (nn.functional.normalize(_take(z, pairs[some, k]), dim=-1) for k in (0, 1))
+        equal[some] = ~((first - second).norm(dim=-1) > 1e-6).numpy()
+    return equal
 
 
 def my_share(setting: str, batch_size: int) -> slice:

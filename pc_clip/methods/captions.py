@@ -10,11 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pc_clip import losses
+from pc_clip import distributed
 from pc_clip.clip import Clip
 from pc_clip.config import FinetuneConfig
 from pc_clip.datasets import Dataset
-from pc_clip.distributed import gather
 from pc_clip.errors import UserError
 from pc_clip.methods._batches import Images, Texts, my_share, shuffled_batches
 
@@ -52,7 +51,9 @@ class Method(nn.Module):
         if unknown:
             raise UserError(f"image {unknown[0]!r} of {config.data.embeddings} has no caption in {data.label}")
         self.texts = Texts(clip, [text for key in self.images.ids for text in by_id[key]])
-        self.caption_rows = [self.texts.rows(by_id[key]) for key in self.images.ids]
+        self.caption_rows = self.texts.rows([text for key in self.images.ids for text in by_id[key]])  # image by image
+        self.captions_each = np.array([len(by_id[key]) for key in self.images.ids])
+        self.first_caption = self.captions_each.cumsum() - self.captions_each
         self.notes = [f"{self.texts.truncated} texts longer than the context, cut"] if self.texts.truncated else []
         self.steps_per_epoch = len(self.images.ids) // config.train.batch_size
         if not self.steps_per_epoch:
@@ -68,13 +69,13 @@ class Method(nn.Module):
         rng = np.random.default_rng([self.config.seed, 2, epoch])
         share = my_share("train.batch_size", self.config.train.batch_size)
         for images in shuffled_batches(len(self.images.ids), self.config.train.batch_size, rng):
-            texts = np.array([rng.choice(self.caption_rows[n]) for n in images])
+            texts = self.caption_rows[self.first_caption[images] + rng.integers(self.captions_each[images])]
             images, texts = images[share], texts[share]
             yield Batch([self.images.ids[n] for n in images], self.texts.batch(texts), self.images.batch(images))
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        text = gather(self.clip.encode_text(batch.tokens).float())  # [B, D]
-        image = gather(self.images.encode(batch.images).float())  # [B, D]
+        text = self.clip.encode_text(batch.tokens).float()  # [B, D]
+        image = self.images.encode(batch.images).float()  # [B, D]
         temperature = self.config.captions.temperature or 1 / self.model.logit_scale.exp()
-        loss = losses.info_nce(text, image, temperature)
+        loss = distributed.info_nce(text, image, temperature)
         return loss, {"temperature": torch.as_tensor(temperature).detach()}

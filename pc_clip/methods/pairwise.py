@@ -12,15 +12,15 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from torch import Tensor, nn
 
-from pc_clip import differences, losses
+from pc_clip import differences, distributed, losses
 from pc_clip.clip import Clip
 from pc_clip.config import FinetuneConfig
 from pc_clip.datasets import Dataset
-from pc_clip.distributed import gather
 from pc_clip.errors import UserError, check_at_least, check_choice
-from pc_clip.methods._batches import Images, Texts, my_share, shuffled_batches
+from pc_clip.methods._batches import Images, Texts, Tokens, my_share, shuffled_batches
 
 
 @dataclass
@@ -83,27 +83,23 @@ class Method(nn.Module):
 
     def _read_differences(self, path: str) -> None:
         """Sentences as tokens, pairs as rows; those that cannot teach anything are dropped and counted."""
-        found = differences.read(path)
-        pairs = differences.rows(found, self.images.ids, path)
-        usable = pairs[:, 0] != pairs[:, 1]
-        if self.images.z is not None:  # a duplicate picture: equal embeddings have no difference
-            z = nn.functional.normalize(self.images.z, dim=-1)
-            usable &= ((z[pairs[:, 0]] - z[pairs[:, 1]]).norm(dim=-1) > 1e-6).numpy()
+        with PartialState().main_process_first():  # the others then find in the cache what is slow
+            found = differences.compiled(path, self.images.ids, self.clip.tokenizer, mirror=self.options.mirror)
+        usable = found.pairs[:, 0] != found.pairs[:, 1]
+        usable[usable] = ~self.images.equal(found.pairs[usable])  # a duplicate picture has no difference either
         self._note((~usable).sum(), "pairs of equal images dropped")
-        texts = [d.text for d in found]
-        swapped = [differences.swap_roles(text) for text in texts] if self.options.mirror else []
-        if self.options.mirror:
-            has_roles = np.array([text is not None for text in swapped])
+        if found.mirror is not None:
+            has_roles = found.mirror >= 0
             self._note((usable & ~has_roles).sum(), "sentences dropped that do not name both images, so have no mirror")
             usable &= has_roles
-        kept = np.flatnonzero(usable)
-        if not len(kept):
-            raise UserError(f"none of the {len(found)} differences in {path} can be used: {'; '.join(self.notes)}")
-        self.texts = Texts(self.clip, [texts[n] for n in kept] + [swapped[n] for n in kept if self.options.mirror])
-        self._note(self.texts.truncated, "texts longer than the context, cut")
-        self.pairs = pairs[kept]  # [N, 2]
-        self.text_rows = self.texts.rows([texts[n] for n in kept])  # [N]
-        self.mirror_rows = self.texts.rows([swapped[n] for n in kept]) if self.options.mirror else None
+        if not usable.any():
+            raise UserError(f"none of the {len(usable)} differences in {path} can be used: {'; '.join(self.notes)}")
+        self.pairs = found.pairs[usable]  # [N, 2]
+        self.text_rows = found.text[usable]  # [N], rows of texts
+        self.mirror_rows = None if found.mirror is None else found.mirror[usable]
+        self.texts = Tokens(self.clip, found.tokens)
+        said = [self.text_rows] if self.mirror_rows is None else [self.text_rows, self.mirror_rows]
+        self._note(self.texts.count_truncated(*said), "texts longer than the context, cut")
 
     def _draw_anchor(self, captions: list[tuple[str, ...]]) -> None:
         """Some captions and where their embeddings are now. Drawn by the run's seed."""
@@ -115,9 +111,8 @@ class Method(nn.Module):
             raise UserError(f"pairwise.anchor needs captions, and {self.config.data.dataset} has none; set it to 0")
         rng = np.random.default_rng([self.config.seed, 1])
         chosen = rng.permutation(len(distinct))[: self.options.anchor_captions]
-        texts = [distinct[n] for n in chosen]
-        self.anchors = Texts(self.clip, texts)
-        self.anchor_start = self.clip.embed_texts(texts)  # [captions, D]
+        self.anchors = Texts(self.clip, [distinct[n] for n in chosen])
+        self.anchor_start = self.anchors.embeddings()  # [captions, D]
 
     def _note(self, count: int, what: str) -> None:
         if count:
@@ -151,7 +146,7 @@ class Method(nn.Module):
         index = torch.from_numpy(index.reshape(pairs.shape))
         none = torch.empty(0, 0, dtype=torch.long)
         return Batch(
-            ids=[f"{self.images.ids[i]}|{self.images.ids[j]}" for i, j in pairs],
+            ids=[f"{self.images.ids[i]}|{self.images.ids[j]}" for i, j in pairs.tolist()],
             tokens=self.texts.batch(said),
             text=torch.from_numpy(text),
             images=self.images.batch(used),
@@ -170,7 +165,7 @@ class Method(nn.Module):
         if self.options.loss == "mse":
             loss = losses.squared_distance(text, target)
         else:
-            loss = losses.info_nce(gather(text.float()), gather(target.float()), self.options.temperature)
+            loss = distributed.info_nce(text.float(), target.float(), self.options.temperature)
         logs = {"difference_loss": loss.detach()}
         if len(batch.anchor_tokens):
             turned = losses.anchor(self.clip.encode_text(batch.anchor_tokens).float(), batch.anchor_start)
