@@ -26,6 +26,7 @@ import pc_clip.clip  # noqa: F401  (before open_clip)
 from pc_clip import losses
 from pc_clip.compensated import CompensatedAdam
 from pc_clip.fast_text import FastText
+from pc_clip.memory import return_freed_memory
 
 import open_clip  # isort: skip
 
@@ -77,6 +78,8 @@ def ours(
         CompensatedAdam(parameters, lr=1e-8) if compensated else torch.optim.Adam(parameters, lr=1e-8, fused=True)
     )
     fast = FastText(FastText.of(model).tower, recompute)
+    if recompute:
+        return_freed_memory()
 
     def step(first: Tensor, second: Tensor, tokens: Tensor) -> float:
         model.requires_grad_(False)

@@ -100,7 +100,7 @@ class TrainConfig:
         precision: "no" for float32, or bf16 for mixed precision; the weights stay float32.
         compensated: Add steps to the weights by compensated summation, so that float32 does not lose small ones; for
             learning rates like the paper's 1e-8.
-        recompute: Compute texts again, 64 at a time, in the backward pass instead of keeping all that it needs: less
+        recompute: Compute texts again in the backward pass, some at a time, instead of keeping all that it needs: less
             memory, more time.
         blend: Averages the weights with the start at the end: 1 is as trained, 0.5 half way, 0 the start.
         log_every: Steps between two lines of the log.

@@ -33,7 +33,7 @@ from open_clip.transformer import LayerNorm, LayerNormFp32, ResidualAttentionBlo
 
 STEP = 16  # groups are padded to multiples of it: few shapes, because each new one costs a CPU kernel's compilation
 
-PART = 64  # texts computed again at a time
+PART = 2048  # tokens computed again at a time
 
 
 class Group(NamedTuple):
@@ -85,8 +85,9 @@ def _group(lengths: Tensor, length: int) -> Group:
 class FastText:
     """A text tower of open_clip's, called without its waste.
 
-    recompute: keep nothing for the backward pass but the tokens, and compute 64 texts at a time again. Memory no
-    longer grows with the batch, for about a third more time (GradCache, Gao et al. 2021, by torch's checkpoint).
+    recompute: keep nothing for the backward pass but the tokens, and compute about 2,048 of them at a time again.
+    Memory no longer grows with the batch, for about a third more time (GradCache, Gao et al. 2021, by torch's
+    checkpoint).
     """
 
     tower: nn.Module
@@ -119,10 +120,11 @@ class FastText:
         with torch.autocast(kind, enabled=False):
             if not (self.recompute and torch.is_grad_enabled()):
                 return self._encode(tokens, dtype)
-            order = tokens.argmax(-1).argsort(stable=True)  # like lengths together, so that parts are of like size
+            lengths, order = (tokens.argmax(-1) + 1).sort(stable=True)
+            _, sizes = ((lengths.cumsum(0) - 1) // PART).unique_consecutive(return_counts=True)
             parts = [
                 checkpoint(self._encode, part, dtype, use_reentrant=False, preserve_rng_state=False)
-                for part in tokens[order].split(PART)
+                for part in tokens[order].split(sizes.tolist())
             ]
             return torch.cat(parts)[order.argsort()]
 

@@ -37,6 +37,7 @@ from pc_clip.datasets import Dataset
 from pc_clip.download import file_digest
 from pc_clip.errors import UserError, check_at_least, check_choice
 from pc_clip.files import alone, write_json, write_text
+from pc_clip.memory import return_freed_memory
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +73,8 @@ def _run(config: FinetuneConfig, run: Path, data: Dataset) -> Path:
     if train.threads:
         torch.set_num_threads(train.threads)
     _check_precision(train.precision)
+    if train.recompute:
+        return_freed_memory()
     installed = [str(tracker) for tracker in get_available_trackers()]
     if train.tracker and train.tracker not in installed:
         raise UserError(
