@@ -19,6 +19,7 @@ attributes are found by name, never by position:
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,13 @@ def _by_image(of_class: np.ndarray, question: Question, images: int) -> np.ndarr
 
 
 def _read(path: Path) -> dict[str, Any]:
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return _parse(path.read_text(encoding="utf-8"), path)
+
+
+@lru_cache
+def _parse(text: str, path: Path) -> dict[str, Any]:
+    """Cached by the text, because every evaluation asks which tasks there are. Nobody may change what it returns."""
+    content = yaml.safe_load(text)
     if not isinstance(content, dict) or {"dataset", "attributes"} - content.keys():
         raise UserError(f"{path} is no attribute task: it needs dataset and attributes")
     for name, about in content["attributes"].items():

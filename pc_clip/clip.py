@@ -252,8 +252,12 @@ class Clip:
         return self._hashed[1]
 
     def weights_hash(self) -> str:
-        """Identifies the whole model's weights."""
-        return hash_tensors(self.model.state_dict())
+        """Identifies the whole model: its weights and the transform of its input.
+
+        Made of the image tower's hash and the rest, so that who needs both goes through those weights once.
+        """
+        rest = {name: value for name, value in self.model.state_dict().items() if not name.startswith("visual.")}
+        return hash_tensors(rest, extra=self.image_tower_hash())
 
     def describe(self) -> str:
         return f"{self.name} ({self.pretrained})" if self.pretrained else self.name

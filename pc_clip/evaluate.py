@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
 from PIL import Image
+from torch import Tensor
 
 from pc_clip import attributes, environment, evals, prompts
 from pc_clip import checkpoint as checkpoints
@@ -40,32 +45,44 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
     """
     if config.threads:
         torch.set_num_threads(config.threads)
-    wanted = [mode.strip() for mode in config.mode.split(",") if mode.strip()]
-    for mode in wanted:
+    for mode in _wanted(config):
         evals.find(mode)
-    data, checkpoint = _data(config), config.checkpoint
-    clip = _model(config)
-    subject = Subject(clip, (lambda: evals.base_of(clip)) if checkpoint else (lambda: clip), data, config)
+    data = _data(config)
+    return measure(_model(config), data, config)
+
+
+def measure(clip: Clip, data: Dataset, config: EvaluateConfig) -> list[dict[str, Any]]:
+    """The same for a model that is built, whose weights have to stay as they are, and a data set that is open."""
+    clip = _Unchanging.of(clip)
+    subject = Subject(clip, _finder_of_base(clip) if config.checkpoint else (lambda: clip), data, config)
+    wanted = _wanted(config)
     modes = wanted or [mode for mode in evals.names() if _can_be_measured(mode, subject)]
     if not modes:
         raise UserError(
             f"nothing can be measured on {data.label} with these settings; modes: {', '.join(evals.names())}"
         )
-    folder = evals.results_folder(config, checkpoints.describe_checkpoint(checkpoint) if checkpoint else _label(clip))
-    weights = clip.weights_hash()
+    label = checkpoints.describe_checkpoint(config.checkpoint) if config.checkpoint else _label(clip)
     if data.note:
         log.info("%s", data.note)
-    if wanted:
-        return [_one(subject, mode, folder, weights) for mode in modes]
-    return _all_that_can_be_measured(subject, modes, folder, weights)
+    keys = _Keys(subject)
+    measured = _these if wanted else _all_that_can_be_measured
+    return measured(subject, modes, evals.results_folder(config, label), keys)
 
 
-def _all_that_can_be_measured(subject: Subject, modes: list[str], folder: Path, weights: str) -> list[dict[str, Any]]:
+def _wanted(config: EvaluateConfig) -> list[str]:
+    return [mode.strip() for mode in config.mode.split(",") if mode.strip()]
+
+
+def _these(subject: Subject, modes: list[str], folder: Path, keys: _Keys) -> list[dict[str, Any]]:
+    return [_one(subject, mode, folder, keys) for mode in modes]
+
+
+def _all_that_can_be_measured(subject: Subject, modes: list[str], folder: Path, keys: _Keys) -> list[dict[str, Any]]:
     """What cannot be measured after all and was not asked for by name is left out, and said."""
     found, failure = [], None
     for mode in modes:
         try:
-            found.append(_one(subject, mode, folder, weights))
+            found.append(_one(subject, mode, folder, keys))
         except UserError as error:
             log.warning("%s is left out: %s", mode, error)
             failure = error
@@ -93,6 +110,50 @@ def example_checkpoints() -> list[str | None]:
     return [None]
 
 
+REMEMBERED = 100_000  # texts whose embeddings are kept, at most: 300 MB at 768 numbers each
+
+
+@dataclass
+class _Unchanging(Clip):
+    """A model whose weights stay as they are, so that nothing is found out about them twice.
+
+    Most evaluations of a run ask about the same prompts, and several for the hash of the weights. A list of texts is
+    remembered as a whole, because a text's last digits depend on what it is encoded with: so a result is the same to
+    the last digit whatever was evaluated before. dataclasses.replace gives one that remembers nothing.
+    """
+
+    _weights: str = field(default="", init=False, repr=False)
+    _texts: dict[tuple[str, ...], Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    @classmethod
+    def of(cls, clip: Clip) -> _Unchanging:
+        return cls(**{f.name: getattr(clip, f.name) for f in dataclasses.fields(Clip) if f.init})
+
+    def weights_hash(self) -> str:
+        self._weights = self._weights or super().weights_hash()
+        return self._weights
+
+    def embed_texts(self, texts: Sequence[str], batch_size: int = 256) -> Tensor:
+        row = {text: n for n, text in enumerate(dict.fromkeys(texts))}
+        known = self._texts.get(distinct := tuple(row))
+        if known is None:
+            known = super().embed_texts(distinct, batch_size)
+            if sum(map(len, self._texts)) + len(distinct) <= REMEMBERED:
+                self._texts[distinct] = known
+        return known[[row[text] for text in texts]]
+
+
+def _finder_of_base(clip: Clip) -> Callable[[], Clip | None]:
+    """Loads the model that a checkpoint was finetuned from, once; None where it cannot be had."""
+
+    @functools.cache
+    def found() -> Clip | None:
+        base = evals.base_of(clip)
+        return base and _Unchanging.of(base)
+
+    return found
+
+
 def _data(config: EvaluateConfig) -> Dataset:
     if config.images is None:
         if config.download:
@@ -111,11 +172,11 @@ def _model(config: EvaluateConfig) -> Clip:
     )
 
 
-def _one(subject: Subject, mode: str, folder: Path, weights: str) -> dict[str, Any]:
+def _one(subject: Subject, mode: str, folder: Path, keys: _Keys) -> dict[str, Any]:
     config, data = subject.config, subject.data
     if not evals.find(mode).applies(data, config):
         raise UserError(f"mode {mode} cannot be measured on {data.label}: it needs {evals.find(mode).NEEDS}")
-    key = _key(subject, mode, weights)
+    key = keys.of(mode)
     path = folder / f"{mode}-{data.label.replace('/', '-')}{_suffix(config)}.json"
     known = _read(path)
     base_is_new = known and known.get("base_known") is False and subject.base is not None
@@ -131,7 +192,7 @@ def _one(subject: Subject, mode: str, folder: Path, weights: str) -> dict[str, A
         "pictures": [
             {"file": f"{path.stem}-{name}", "alt": picture.alt} for name, picture in found.pictures.items()
         ],
-        "details": found.details, "key": key, "weights": weights, "checkpoint_of": subject.clip.describe(),
+        "details": found.details, "key": key, "weights": keys.weights, "checkpoint_of": subject.clip.describe(),
         "base_known": subject.base is not None if "base" in vars(subject) else None,
         "seed": config.seed, **environment.describe(),
     }  # fmt: skip
@@ -139,31 +200,45 @@ def _one(subject: Subject, mode: str, folder: Path, weights: str) -> dict[str, A
     return result
 
 
-def _key(subject: Subject, mode: str, weights: str) -> str:
-    """What a result depends on: settings, images and what is known of them, model and transform, texts on the disk."""
-    config, data = subject.config, subject.data
-    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in _ASIDE}
-    for name in ("differences", "descriptions", "sugar_crepe"):  # by content, so that an edited file is evaluated again
-        if settings[name]:
-            path = Path(settings[name])
-            files = sorted(path.glob("*.json")) if path.is_dir() else [path] if path.is_file() else []
-            settings[name] = [hashlib.sha256(f.read_bytes()).hexdigest() for f in files]
-    known = (
-        data.captions,
-        [(q.name, q.classes, q.templates, q.several, q.target.tolist(), repr(q.graded)) for q in data.questions],
-    )
-    graded = [(a.name, a.more, a.less, a.high, a.low, a.gap, a.value.tolist()) for a in data.attributes]
-    compared = (
-        (COMPARISONS / f"{data.name}.yaml").read_bytes() if (COMPARISONS / f"{data.name}.yaml").is_file() else b""
-    )
-    tasks = [(attributes.FOLDER / f"{task}.yaml").read_bytes() for task in attributes.tasks_of(data.name)]
-    other = getattr(evals.find(mode), "also_reads", lambda _: None)(data)
-    chosen_on = open_dataset(data.name, config.root, other, missing=config.missing).fingerprint if other else None
-    asked = (prompts.FOLDER / "compare.yaml").read_bytes() if config.pairs == "auto" else b""
-    model = weights, subject.clip.describe(), subject.clip.image_tower_hash()
-    texts = tasks, WORDINGS, UNSEEN, compared, asked
-    content = repr((settings, mode, data.fingerprint, chosen_on, model, known, graded, texts))
-    return hashlib.sha256(content.encode()).hexdigest()[:16]
+class _Keys:
+    """What results depend on: settings, images and what is known of them, model and transform, texts on the disk."""
+
+    def __init__(self, subject: Subject) -> None:
+        self.subject, self.config, self.data, self.clip = subject, subject.config, subject.data, subject.clip
+        self.weights = subject.clip.weights_hash()
+
+    def of(self, mode: str) -> str:
+        """The key of one evaluation: equal keys, equal results."""
+        config, data = self.config, self.data
+        settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in _ASIDE}
+        for name in ("differences", "descriptions", "sugar_crepe"):  # by content: an edited file is evaluated again
+            if settings[name]:
+                path = Path(settings[name])
+                files = sorted(path.glob("*.json")) if path.is_dir() else [path] if path.is_file() else []
+                settings[name] = [hashlib.sha256(f.read_bytes()).hexdigest() for f in files]
+        other = getattr(evals.find(mode), "also_reads", lambda _: None)(data)
+        chosen_on = self.subject.open(other).fingerprint if other else None
+        compared = COMPARISONS / f"{data.name}.yaml"
+        asked = (prompts.FOLDER / "compare.yaml").read_bytes() if config.pairs == "auto" else b""
+        texts = self._tasks, WORDINGS, UNSEEN, compared.read_bytes() if compared.is_file() else b"", asked
+        model = self.weights, self.clip.describe(), self.clip.image_tower_hash()
+        known, graded = self._known
+        content = repr((settings, mode, data.fingerprint, chosen_on, model, known, graded, texts))
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+    @cached_property
+    def _known(self) -> tuple[Any, Any]:
+        """What is known of the images."""
+        data = self.data
+        questions = [
+            (q.name, q.classes, q.templates, q.several, q.target.tolist(), repr(q.graded)) for q in data.questions
+        ]
+        graded = [(a.name, a.more, a.less, a.high, a.low, a.gap, a.value.tolist()) for a in data.attributes]
+        return (data.captions, questions), graded
+
+    @cached_property
+    def _tasks(self) -> list[bytes]:
+        return [(attributes.FOLDER / f"{task}.yaml").read_bytes() for task in attributes.tasks_of(self.data.name)]
 
 
 def _suffix(config: EvaluateConfig) -> str:

@@ -87,6 +87,13 @@ class Subject:
     find_base: Callable[[], Clip | None]
     data: Dataset
     config: EvaluateConfig
+    _opened: dict[str, Dataset] = field(default_factory=dict, init=False, repr=False)
+
+    def open(self, split: str) -> Dataset:
+        """Another split of the data set, opened once however many evaluations ask for it."""
+        if split not in self._opened:
+            self._opened[split] = open_dataset(self.data.name, self.config.root, split, missing=self.config.missing)
+        return self._opened[split]
 
     @cached_property
     def base(self) -> Clip | None:
@@ -120,7 +127,7 @@ class Subject:
         if split is None:
             whole = self.data.split or "the whole"
             raise UserError(f"{self.data.name} has no split to choose on besides {whole}; --split test may leave one")
-        data = open_dataset(self.data.name, self.config.root, split, missing=self.config.missing)
+        data = self.open(split)
         if len(data) > CHOSEN_ON:  # choosing among a few settings needs no more, and a train split may be large
             rng = np.random.default_rng([self.config.seed, len(data)])
             data = subset(data, np.sort(rng.choice(len(data), CHOSEN_ON, replace=False)))

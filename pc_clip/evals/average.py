@@ -12,10 +12,12 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from pc_clip.clip import Clip, blend
 from pc_clip.config import EvaluateConfig
@@ -71,16 +73,17 @@ def evaluate(subject: Subject) -> Result:
         raise UserError(f"alphas are {alphas[0]:g} to {alphas[-1]:g}; weights are averaged with 0 to 1")
     chosen_on = Subject(subject.clip, lambda: subject.base, subject.validation().data, subject.config)
     splits = {"validation": chosen_on, "test": subject}
+    _check_architecture(subject.base, subject.clip)
     frozen = subject.base.image_tower_hash() == subject.clip.image_tower_hash()
     if not frozen:
         images = sum(len(split.data) for split in splits.values())
         log.info("  the image tower was finetuned too: %d images for each of %d alphas", images, len(alphas) - 2)
-    found: dict[float, dict[str, Result]] = {}
-    mixed = dataclasses.replace(subject.clip, model=copy.deepcopy(subject.clip.model))
-    for alpha in alphas:
-        _load_blend(mixed, subject.base, subject.clip, alpha)
-        found[alpha] = {name: _measure(_at(alpha, mixed, split, frozen)) for name, split in splits.items()}
-    return _report(found, len(subject.data))
+    asked = {name: difference.ask(split) if split.attributes else [] for name, split in splits.items()}
+    found: dict[float, dict[str, Found]] = {}
+    for alpha, clip in _averages(subject.base, subject.clip, alphas):
+        at = {name: _at(alpha, clip, split, frozen) for name, split in splits.items()}
+        found[alpha] = {name: _measure(at[name], asked[name]) for name in splits}
+    return _report(found, subject)
 
 
 def choose(judged: dict[float, dict[str, float]]) -> tuple[float, str]:
@@ -90,16 +93,16 @@ def choose(judged: dict[float, dict[str, float]]) -> tuple[float, str]:
     return best, RULE.format(" and ".join(names))
 
 
-def _report(found: dict[float, dict[str, Result]], n: int) -> Result:
+def _report(found: dict[float, dict[str, Found]], subject: Subject) -> Result:
     """The table of all alphas, the one that was chosen, and the curves."""
-    table = {a: {split: result.metrics for split, result in at.items()} for a, at in found.items()}
+    table = {a: {split: of.metrics() for split, of in at.items()} for a, at in found.items()}
     best, rule = choose({alpha: at["validation"] for alpha, at in table.items()})
     points = {"average": best, "start": 0.0, "end": 1.0}
     metrics = {f"{point}_{name}": value for point, a in points.items() for name, value in table[a]["test"].items()}
-    intervals = {
+    intervals = {  # of what is reported alone: drawing them takes longer than all else here
         f"{point}_{name}": interval
         for point, a in points.items()
-        for name, interval in found[a]["test"].intervals.items()
+        for name, interval in found[a]["test"].intervals(subject.config.seed).items()
     }
     series = {
         f"{name}, {split}": [(alpha, at[split][name]) for alpha, at in table.items()]
@@ -109,35 +112,62 @@ def _report(found: dict[float, dict[str, Result]], n: int) -> Result:
     }
     curve = Curve("Weights between the start (0) and the finetuned model (1)", "alpha", "accuracy", series, best)
     details = {"alpha": best, "rule": rule, "table": [{"alpha": alpha, **at} for alpha, at in table.items()]}
-    return Result(metrics, n, details, intervals=intervals, curves=[curve])
+    return Result(metrics, len(subject.data), details, intervals=intervals, curves=[curve])
 
 
-def _measure(subject: Subject) -> Result:
+class Found(NamedTuple):
+    """What one model answered on one split. differences: by task; empty where the data set grades no attributes."""
+
+    zeroshot: zeroshot.Answers
+    differences: dict[str, list[difference.Answers]]
+
+    def metrics(self) -> dict[str, float]:
+        found = {"zeroshot": self.zeroshot.accuracy}
+        return found | difference.overall(self.differences) if self.differences else found
+
+    def intervals(self, seed: int) -> dict[str, tuple[float, float]]:
+        interval = self.zeroshot.interval(seed)
+        found = {"zeroshot": interval} if interval else {}
+        groups = list(self.differences.values())
+        return found | dict(zip(groups[0][0].names, difference.interval_of(groups))) if groups else found
+
+
+def _measure(subject: Subject, asked: list[difference.Asked]) -> Found:
     """Zero-shot accuracy and, where the data set grades attributes, difference accuracy."""
-    parts = [zeroshot.evaluate(subject)]
-    if subject.attributes:
-        parts.append(difference.evaluate(subject))
-    metrics = {name: part.metrics[name] for part in parts for name in METRICS if name in part.metrics}
-    intervals = {name: part.intervals[name] for part in parts for name in METRICS if name in part.intervals}
-    return Result(metrics, len(subject.data), intervals=intervals)
+    answers = [difference.answer(subject.clip, subject.z, of) for of in asked]
+    return Found(zeroshot.answer(subject), difference.by_task(asked, answers))
+
+
+def _averages(start: Clip, end: Clip, alphas: list[float]) -> Iterator[tuple[float, Clip]]:
+    """The model at each alpha. Each is gone when the next one is there: all but the two ends share one copy."""
+    mixed = copy.deepcopy(end.model)
+    for alpha in alphas:
+        if alpha in (0, 1):
+            yield alpha, end if alpha else start
+        else:
+            _load_blend(mixed, start, end, alpha)
+            # A new Clip each time, because one may remember what its weights made of a text.
+            yield alpha, dataclasses.replace(end, model=mixed)
+
+
+def _check_architecture(start: Clip, end: Clip) -> None:
+    if start.model.state_dict().keys() != end.model.state_dict().keys():
+        raise UserError(f"the weights of {start.describe()} and {end.describe()} are of two architectures")
 
 
 @torch.no_grad()
-def _load_blend(mixed: Clip, start: Clip, end: Clip, alpha: float) -> None:
+def _load_blend(mixed: nn.Module, start: Clip, end: Clip, alpha: float) -> None:
     """Put the average into `mixed`, a weight at a time, so that no further copy of the model is made."""
     a, b = start.model.state_dict(), end.model.state_dict()
-    if a.keys() != b.keys():
-        raise UserError(f"the weights of {start.describe()} and {end.describe()} are of two architectures")
-    for name, value in mixed.model.state_dict().items():
+    for name, value in mixed.state_dict().items():
         value.copy_(blend({name: a[name]}, {name: b[name]}, alpha)[name])
 
 
-def _at(alpha: float, mixed: Clip, split: Subject, frozen: bool) -> Subject:
+def _at(alpha: float, clip: Clip, split: Subject, frozen: bool) -> Subject:
     """The averaged model on the images of a split; those are encoded only where its image tower is a new one."""
-    config = dataclasses.replace(split.config, differences=None)  # sentences of a file have no validation split
-    subject = Subject(mixed, lambda: split.base, split.data, config)
-    z = split.z if frozen or alpha == 1 else split.base_z if alpha == 0 else _encode(mixed, split)
-    subject.__dict__.update(z=z, base_z=split.base_z)  # in place of what the cached properties would compute
+    subject = Subject(clip, lambda: split.base, split.data, split.config)
+    z = split.z if frozen or alpha == 1 else split.base_z if alpha == 0 else _encode(clip, split)
+    subject.__dict__["z"] = z  # in place of what the cached property would compute
     return subject
 
 

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pc_clip import attributes, differences
+from pc_clip.clip import Clip
 from pc_clip.config import EvaluateConfig
 from pc_clip.datasets import Attribute, Dataset, Question
 from pc_clip.differences import UNSEEN, Difference, contrast, swap_roles
@@ -72,15 +73,16 @@ def draw_claims(attribute: Attribute, n: int, seed: int) -> Claims:
     pairs = draw_pairs(attribute, n, rng)
     up = attribute.value[pairs[:, 0]] > attribute.value[pairs[:, 1]]
     wording = 2 * rng.integers(2, size=len(pairs))  # even wordings tell of the first image first, odd ones do not
-    said = [(attribute.more, attribute.less) if u else (attribute.less, attribute.more) for u in up]
-    return Claims(
-        pairs,
-        up,
-        [contrast(a, b, w) for (a, b), w in zip(said, wording)],
-        [contrast(b, a, w) for (a, b), w in zip(said, wording)],
-        [contrast(a, b, w + 1) for (a, b), w in zip(said, wording)],
-        [UNSEEN[int(w) // 2].format(a=a, b=b) for (a, b), w in zip(said, wording)],
-    )
+    told = {(u, w): _told(attribute, u, w) for u in (True, False) for w in (0, 2)}
+    each = [told[of_pair] for of_pair in zip(up.tolist(), wording.tolist())]
+    return Claims(pairs, up, *([texts[kind] for texts in each] for kind in range(4)))
+
+
+def _told(attribute: Attribute, up: bool, wording: int) -> tuple[str, str, str, str]:
+    """One true sentence, its opposite, the same told of the second image first, and in a wording of nobody's."""
+    a, b = (attribute.more, attribute.less) if up else (attribute.less, attribute.more)
+    opposite, reverse = contrast(b, a, wording), contrast(a, b, wording + 1)
+    return contrast(a, b, wording), opposite, reverse, UNSEEN[wording // 2].format(a=a, b=b)
 
 
 def draw_pairs(attribute: Attribute, n: int, rng: np.random.Generator, tries: int = 200) -> np.ndarray:
@@ -104,39 +106,64 @@ def draw_pairs(attribute: Attribute, n: int, rng: np.random.Generator, tries: in
 
 
 def _of_attributes(subject: Subject) -> Result:
-    known = subject.attributes
-    if not known:
+    if not subject.attributes:
         raise UserError(f"{subject.data.label} has no graded attributes for mode difference; it needs {NEEDS}")
-    answers = {a.name: _draws_of(subject, a, seed=subject.config.seed + 1000 * k) for k, a in enumerate(known)}
-    names = next(iter(answers.values())).names
+    questions = ask(subject)
+    found = {of.attribute.name: _answer_all(subject, of) for of in questions}
+    answers = list(found.values())
+    names = answers[0].names
     details: dict = {
-        name: dict(zip(names, answer.figures().tolist()))
-        | {"standard_error": dict(zip(names, standard_errors(answer.by_draw()))), "pairs": answer.pairs_a_draw()}
-        for name, answer in answers.items()
+        name: dict(zip(names, of.figures().tolist()))
+        | {"standard_error": dict(zip(names, standard_errors(of.by_draw()))), "pairs": of.pairs_a_draw()}
+        for name, of in found.items()
     }
-    groups: dict[str, list[_Answers]] = {}
-    for attribute in known:
-        groups.setdefault(attribute.task or attribute.name, []).append(answers[attribute.name])
-    by_draw = {group: np.mean([m.by_draw() for m in members], axis=0) for group, members in groups.items()}
-    everything = np.mean(list(by_draw.values()), axis=0)  # [draws, K]: each task counts alike
-    metrics = dict(zip(names, everything.mean(0).tolist()))
-    intervals = dict(zip(names, _interval_of(list(groups.values()))))
+    groups = by_task(questions, answers)
+    by_draw = {group: np.mean([of.by_draw() for of in members], axis=0) for group, members in groups.items()}
+    metrics, everything = overall(groups), np.mean(list(by_draw.values()), axis=0)  # [draws, K]
+    intervals = dict(zip(names, interval_of(list(groups.values()))))
     details["standard_error"] = dict(zip(names, standard_errors(everything)))
     for group, members in groups.items():
         named = [f"{name}_{group}" for name in names]
         metrics |= dict(zip(named, by_draw[group].mean(0).tolist()))
-        intervals |= dict(zip(named, _interval_of([members])))
+        intervals |= dict(zip(named, interval_of([members])))
         details["standard_error"] |= dict(zip(named, standard_errors(by_draw[group])))
-    return Result(metrics, sum(len(a.pairs) for a in answers.values()), details, intervals=intervals)
+    return Result(metrics, sum(len(of.pairs) for of in answers), details, intervals=intervals)
 
 
-class _Answers(NamedTuple):
+class Asked(NamedTuple):
+    """All draws of claims about one attribute. draw: [P], which of them a pair is of."""
+
+    attribute: Attribute
+    claims: Claims
+    draw: np.ndarray
+
+
+def ask(subject: Subject) -> list[Asked]:
+    """The claims about each attribute, which depend on settings and data alone and not on the model."""
+    n, draws = subject.config.n_pairs, range(subject.config.draws)
+    found = []
+    for k, attribute in enumerate(subject.attributes):
+        drawn = [draw_claims(attribute, n, subject.config.seed + 1000 * k + 100_000 * d) for d in draws]
+        claims = Claims(
+            np.concatenate([c.pairs for c in drawn]),
+            np.concatenate([c.up for c in drawn]),
+            *([text for c in drawn for text in getattr(c, kind)] for kind in Claims._fields[2:]),
+        )
+        found.append(Asked(attribute, claims, np.repeat(draws, [len(c.pairs) for c in drawn])))
+    return found
+
+
+class Answers(NamedTuple):
     """Which figures were right for which pair. right: [P, K], pairs: [P, 2], draw: [P], names of length K."""
 
     names: list[str]
     right: np.ndarray
     pairs: np.ndarray
     draw: np.ndarray
+
+    @classmethod
+    def of(cls, right: dict[str, Tensor], pairs: np.ndarray, draw: np.ndarray) -> Answers:
+        return cls(list(right), torch.stack(list(right.values()), dim=1).double().numpy(), pairs, draw)
 
     def by_draw(self) -> np.ndarray:
         """[draws, K], each figure over the pairs it is defined on."""
@@ -150,6 +177,45 @@ class _Answers(NamedTuple):
         return int(np.bincount(self.draw).max())
 
 
+def answer(clip: Clip, z: Tensor, asked: Asked) -> Answers:
+    """The two figures that models are chosen by, difference and two_way. z: [N, D] unit image embeddings."""
+    gaps = pair_differences(z, asked.claims.pairs)
+    return Answers.of(_first_told_first(clip, gaps, asked.claims), asked.claims.pairs, asked.draw)
+
+
+def _answer_all(subject: Subject, asked: Asked) -> Answers:
+    """Those two and their companions."""
+    claims, attribute = asked.claims, asked.attribute
+    gaps = pair_differences(subject.z, claims.pairs)  # [P, D]
+    right = _first_told_first(subject.clip, gaps, claims)
+    right["reversed"] = cosines(subject.clip, claims.reversed, gaps) > 0
+    right["unseen"] = cosines(subject.clip, claims.unseen, gaps) > 0
+    if subject.base is not None:
+        high, low = subject.base.embed_texts([attribute.high, attribute.low])
+        along = pair_differences(subject.base_z, claims.pairs) @ (high - low)
+        right["caption_subtraction"] = (along > 0) == torch.from_numpy(claims.up)
+    return Answers.of(right, claims.pairs, asked.draw)
+
+
+def _first_told_first(clip: Clip, gaps: Tensor, claims: Claims) -> dict[str, Tensor]:
+    told = cosines(clip, claims.text, gaps)
+    return {"difference": told > 0, "two_way": told > cosines(clip, claims.opposite, gaps)}
+
+
+def by_task(asked: Sequence[Asked], answers: Sequence[Answers]) -> dict[str, list[Answers]]:
+    """The attributes of one task together; one without a task is alone."""
+    groups: dict[str, list[Answers]] = {}
+    for of, found in zip(asked, answers):
+        groups.setdefault(of.attribute.task or of.attribute.name, []).append(found)
+    return groups
+
+
+def overall(groups: dict[str, list[Answers]]) -> dict[str, float]:
+    """Each task counts alike, and within it each attribute."""
+    by_draw = [np.mean([of.by_draw() for of in members], axis=0) for members in groups.values()]
+    return dict(zip(next(iter(groups.values()))[0].names, np.mean(by_draw, axis=0).mean(0).tolist()))
+
+
 def standard_errors(by_draw: np.ndarray) -> list[float | None]:
     """Of the means over the draws, as far as drawing other pairs goes. [draws, K] -> K, None for a single draw."""
     known = [column[~np.isnan(column)] for column in by_draw.T]
@@ -161,36 +227,12 @@ def _mean_of_known(values: np.ndarray) -> float:
     return float(known.mean()) if len(known) else float("nan")
 
 
-def _interval_of(groups: Sequence[Sequence[_Answers]]) -> list[tuple[float, float]]:
-    """Each group counts alike, and within it each attribute."""
+def interval_of(groups: Sequence[Sequence[Answers]]) -> list[tuple[float, float]]:
+    """Of each figure's mean, in which each group counts alike, and within it each attribute."""
     answers = [(a, 1 / len(group) / len(a.pairs)) for group in groups for a in group]
     weight = np.concatenate([np.full(len(a.pairs), share) for a, share in answers])
     right, pairs = np.concatenate([a.right for a, _ in answers]), np.concatenate([a.pairs for a, _ in answers])
     return _intervals.of_pairs(right, pairs, weight)
-
-
-def _draws_of(subject: Subject, attribute: Attribute, seed: int) -> _Answers:
-    """All draws of one attribute, answered."""
-    drawn = [draw_claims(attribute, subject.config.n_pairs, seed + 100_000 * d) for d in range(subject.config.draws)]
-    claims = Claims(
-        np.concatenate([c.pairs for c in drawn]),
-        np.concatenate([c.up for c in drawn]),
-        *([text for c in drawn for text in getattr(c, kind)] for kind in Claims._fields[2:]),
-    )
-    gaps = pair_differences(subject.z, claims.pairs)  # [P, D]
-    cosine = {kind: (subject.clip.embed_texts(getattr(claims, kind)) * gaps).sum(-1) for kind in Claims._fields[2:]}
-    right = {
-        "difference": cosine["text"] > 0,
-        "two_way": cosine["text"] > cosine["opposite"],
-        "reversed": cosine["reversed"] > 0,
-        "unseen": cosine["unseen"] > 0,
-    }
-    if subject.base is not None:
-        high, low = subject.base.embed_texts([attribute.high, attribute.low])
-        along = pair_differences(subject.base_z, claims.pairs) @ (high - low)
-        right["caption_subtraction"] = (along > 0) == torch.from_numpy(claims.up)
-    draw = np.concatenate([np.full(len(c.pairs), d) for d, c in enumerate(drawn)])
-    return _Answers(list(right), torch.stack(list(right.values()), dim=1).double().numpy(), claims.pairs, draw)
 
 
 # -- sentences of a file, about images -----------------------------------------------------------------
@@ -205,7 +247,7 @@ def _of_images(subject: Subject, found: list[Difference]) -> Result:
     pairs = differences.rows(found, subject.data.ids, subject.config.differences)
     texts = [d.text for d in found]
     z = None
-    if subject.base is not None and subject.data.captions:
+    if subject.data.captions and subject.base is not None:  # in this order: loading the untrained model takes time
         z = subject.base.embed_texts([captions[0] for captions in subject.data.captions])
         z = pair_differences(z, pairs)
     answers = _of_sentences(subject, texts, pairs, np.zeros(len(pairs), dtype=int), z)
@@ -245,25 +287,25 @@ def _of_classes(subject: Subject, found: list[Difference], question: Question) -
 
 def _of_sentences(
     subject: Subject, texts: list[str], pairs: np.ndarray, draw: np.ndarray, named: Tensor | None
-) -> _Answers:
+) -> Answers:
     """named: [P, D], the directions of two captions in the untrained model, for caption_subtraction."""
     gaps = pair_differences(subject.z, pairs)
-    cosine = (subject.clip.embed_texts(texts) * gaps).sum(-1)
+    cosine = cosines(subject.clip, texts, gaps)
     right = {"sign": (cosine > 0).double()}
     swapped = {n: swap for n, text in enumerate(texts) if (swap := swap_roles(text))}
     if swapped:
         rows = torch.tensor(list(swapped))
         against = torch.full_like(cosine, torch.nan)
-        against[rows] = (subject.clip.embed_texts(list(swapped.values())) * gaps[rows]).sum(-1)
+        against[rows] = cosines(subject.clip, list(swapped.values()), gaps[rows])
         known = ~against.isnan()
         right["two_way"] = torch.where(known, cosine > against, torch.nan)
         right["mirrored"] = torch.where(known, against < 0, torch.nan)
     if named is not None:
         right["caption_subtraction"] = ((pair_differences(subject.base_z, pairs) * named).sum(-1) > 0).double()
-    return _Answers(list(right), torch.stack(list(right.values()), dim=1).double().numpy(), pairs, draw)
+    return Answers.of(right, pairs, draw)
 
 
-def _summary(answers: _Answers) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
+def _summary(answers: Answers) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
     """Means and intervals of each figure over the pairs it is defined on."""
     metrics, intervals = {}, {}
     for name, right in zip(answers.names, answers.right.T):
@@ -286,6 +328,11 @@ def recall_at_1(text: Tensor, gaps: Tensor, candidates: int = CANDIDATES) -> flo
         best = cosine == cosine.max(1, keepdim=True).values
         hits.append(best.diagonal().double() / best.sum(1))
     return float(torch.cat(hits).mean())
+
+
+def cosines(clip: Clip, texts: Sequence[str], gaps: Tensor) -> Tensor:
+    """Of each pair's sentence with the difference of its images. gaps: [P, D] unit differences.  -> [P]"""
+    return (clip.embed_texts(texts) * gaps).sum(-1)
 
 
 def pair_differences(z: Tensor, pairs: np.ndarray) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,24 +25,47 @@ def applies(data: Dataset, config: EvaluateConfig) -> bool:
     return bool(data.questions)
 
 
+class Answers(NamedTuple):
+    """What was answered to each question: a table of figures, and which images were right. [M] bool each"""
+
+    details: dict[str, dict[str, Any]]
+    right: dict[str, np.ndarray]
+
+    @property
+    def accuracy(self) -> float:
+        """The mean over the questions."""
+        return mean([found["top1"] for found in self.details.values()])
+
+    def interval(self, seed: int) -> tuple[float, float] | None:
+        """Of the accuracy; None where it is a mean over several questions."""
+        return _intervals.of_mean(next(iter(self.right.values())), seed) if len(self.right) == 1 else None
+
+
 def evaluate(subject: Subject) -> Result:
     """Top-1 and top-5 accuracy for each question the data set asks; `zeroshot` is the mean of the top-1."""
-    metrics, details, intervals, total = {}, {}, {}, 0
+    answers, seed = answer(subject), subject.config.seed
+    metrics, intervals, total = {"zeroshot": answers.accuracy}, {}, 0
     for question in subject.data.questions:
-        prompts = class_embeddings(subject.clip, question, templates_of(question, subject.config))
-        scores = subject.z[torch.from_numpy(question.rows)] @ prompts.T  # [M, classes]
-        found = score(scores, question)
+        found = answers.details[question.name]
         total += len(question.rows)
-        details[question.name] = found
-        right = (scores.argmax(1) == torch.from_numpy(question.target)).numpy()
-        intervals[f"zeroshot_{question.name}"] = _intervals.of_mean(right, subject.config.seed)
+        intervals[f"zeroshot_{question.name}"] = _intervals.of_mean(answers.right[question.name], seed)
         metrics[f"zeroshot_{question.name}"] = found["top1"]
         if len(question.classes) > 5:
             metrics[f"top5_{question.name}"] = found["top5"]
-    if len(details) == 1:
+    if len(answers.right) == 1:
         intervals["zeroshot"] = next(iter(intervals.values()))
-    overall = mean([d["top1"] for d in details.values()])
-    return Result({"zeroshot": overall, **metrics}, total, details, intervals=intervals)
+    return Result(metrics, total, answers.details, intervals=intervals)
+
+
+def answer(subject: Subject) -> Answers:
+    """Every question, without the intervals, which take longer than the answers of a small model."""
+    details, right = {}, {}
+    for question in subject.data.questions:
+        prompts = class_embeddings(subject.clip, question, templates_of(question, subject.config))
+        scores = subject.z[torch.from_numpy(question.rows)] @ prompts.T  # [M, classes]
+        details[question.name] = score(scores, question)
+        right[question.name] = (scores.argmax(1) == torch.from_numpy(question.target)).numpy()
+    return Answers(details, right)
 
 
 def templates_of(question: Question, config: EvaluateConfig) -> tuple[str, ...]:
