@@ -145,6 +145,10 @@ def load_state(run: Path, parameters: dict[str, Tensor], optimizer: torch.optim.
     if saved != parameters.keys():
         other = sorted(saved ^ parameters.keys())[0]
         raise UserError(f"{path} was trained with other parameters ({other}); continue it with its own config.yaml")
+    for name, parameter in parameters.items():
+        if tensors[f"weight.{name}"].shape != parameter.shape:
+            shapes = f"{list(tensors[f'weight.{name}'].shape)} there, {list(parameter.shape)} here"
+            raise UserError(f"{path} is of another model: {name} is {shapes}; continue it with its own config.yaml")
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         if key.startswith("optimizer."):
@@ -167,7 +171,8 @@ def _read_state(path: Path) -> tuple[int, dict[str, Tensor]]:
         raise UserError(f"{path} is not a whole file ({error}); {instead}") from error
     step = about.get("step", "")
     # Files of earlier versions have no checksum.
-    if not step.isdecimal() or about.get("checksum", found := _checksum(tensors, step)) != found:
+    found = _checksum(tensors, step)
+    if not step.isdecimal() or about.get("checksum", found) != found:
         raise UserError(f"{path} is damaged: its content is not what was written; {instead}")
     return int(step), tensors
 

@@ -1,9 +1,9 @@
 """Adam whose small steps are not lost in float32: what rounding takes from a step is added to the next.
 
-At lr 1e-8 a step is smaller than half the distance between two float32 numbers near most weights, so a plain
-addition loses it in part or whole, every time. Kahan's compensated summation carries the lost part along (Kahan
-1965; for training: Zamirai et al. 2020, "Revisiting BFloat16 Training"). torch-optimi does this for bfloat16 and
-float16 weights only, hence these lines around torch's own fused step.
+At lr 1e-8 a plain addition loses a sizeable part of each step, and all of it where a weight is 0.25 or more, as gains
+are: half the distance between two float32 numbers there is 1.5e-8. Kahan's compensated summation carries the lost
+part along (Kahan 1965; for training: Zamirai et al. 2020, "Revisiting BFloat16 Training"). torch-optimi does this for
+bfloat16 and float16 weights only, hence these lines around torch's own fused step.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class CompensatedAdam(torch.optim.Optimizer):
 
     The fused step of torch is applied to the carry, which is small and so keeps all its digits; then the carry is
     added to the weight and what the addition rounded off stays in it. Memory: one more tensor a weight.
-    Takes float32 weights only.
+    Raises TypeError for weights that are not float32: the steps they lose are not for a carry to mend.
     """
 
     def __init__(
@@ -38,9 +38,11 @@ class CompensatedAdam(torch.optim.Optimizer):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "fused": True}
         super().__init__(params, defaults)
         self.decoupled = decoupled
+        if any(p.dtype != torch.float32 for group in self.param_groups for p in group["params"]):
+            raise TypeError("CompensatedAdam takes float32 weights")
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self) -> None:
         for group in self.param_groups:
             weights = [p for p in group["params"] if p.grad is not None]
             if weights:
@@ -80,9 +82,10 @@ class CompensatedAdam(torch.optim.Optimizer):
 
 
 def add_compensated(weight: Tensor, carry: Tensor) -> None:
-    """weight += carry, in place; what the addition rounded off is left in `carry`. Both of one shape, contiguous."""
-    pieces = [weight, carry] if weight.is_cuda else [t.view(-1).split(CHUNK) for t in (weight, carry)]
-    for w, c in [pieces] if weight.is_cuda else zip(*pieces):
+    """weight += carry, in place; what the addition rounded off is left in `carry`. Both of one shape and layout."""
+    at_once = weight.is_cuda or not (weight.is_contiguous() and carry.is_contiguous())
+    pieces = [(weight, carry)] if at_once else zip(*(t.view(-1).split(CHUNK) for t in (weight, carry)))
+    for w, c in pieces:
         new = w + c
-        c.sub_(new - w)  # new - w is exact where |c| <= |w| (Dekker's fast two-sum), and c is not in need elsewhere
+        c.sub_(new - w)  # new - w is exact where |c| <= |w| (Dekker's fast two-sum), else off by an ulp of c at most
         w.copy_(new)

@@ -123,6 +123,7 @@ class _Unchanging(Clip):
     """
 
     _weights: str = field(default="", init=False, repr=False)
+    _image_tower: str = field(default="", init=False, repr=False)
     _texts: dict[tuple[str, ...], Tensor] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
@@ -132,6 +133,10 @@ class _Unchanging(Clip):
     def weights_hash(self) -> str:
         self._weights = self._weights or super().weights_hash()
         return self._weights
+
+    def image_tower_hash(self) -> str:
+        self._image_tower = self._image_tower or super().image_tower_hash()
+        return self._image_tower
 
     def embed_texts(self, texts: Sequence[str], batch_size: int = 256) -> Tensor:
         row = {text: n for n, text in enumerate(dict.fromkeys(texts))}

@@ -24,12 +24,13 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
 from pc_clip import _torchvision  # noqa: F401  (before open_clip)
 
-from open_clip.transformer import LayerNorm, LayerNormFp32, ResidualAttentionBlock  # isort: skip
+from open_clip.transformer import LayerNorm, LayerNormFp32, QuickGELU, ResidualAttentionBlock  # isort: skip
 
 STEP = 16  # groups are padded to multiples of it: few shapes, because each new one costs a CPU kernel's compilation
 
@@ -55,22 +56,24 @@ class Packed(NamedTuple):
     ends: Tensor | None  # [N + 1] int32, where each text begins, and the last ends; None where rows are shared
     last: Tensor  # [N] int64, the row of each end-of-text token, in sorted order
     back: Tensor  # [N] int64, from sorted order to the order given
-    groups: tuple[Group, ...]
+    longest: int  # tokens of a text, at most
+    groups: tuple[Group, ...]  # none where FlashAttention takes texts of any length
 
 
-def pack(tokens: Tensor) -> Packed:
+def pack(tokens: Tensor, grouped: bool = True) -> Packed:
     """Texts without their padding. tokens: [N, L] int64, each text ends at its largest token (end of text)."""
     lengths = tokens.argmax(-1) + 1  # [N]
     lengths, order = lengths.sort(stable=True)
     kept = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]  # [N, L]
     positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(kept)[kept]
     groups, start = [], 0
-    padded = (-(-lengths // STEP) * STEP).clamp(max=tokens.shape[1])
+    padded = -(-lengths // STEP) * STEP if grouped else lengths[:0]
     for length, n in zip(*(found.tolist() for found in padded.unique_consecutive(return_counts=True))):
         groups.append(_group(lengths[start : start + n], length))
         start += n
     ends = F.pad(lengths.cumsum(0), (1, 0))
-    return Packed(tokens[order][kept], positions, ends.int(), ends[1:] - 1, order.argsort(), tuple(groups))
+    back, longest = order.argsort(), tokens.shape[1]
+    return Packed(tokens[order][kept], positions, ends.int(), ends[1:] - 1, back, longest, tuple(groups))
 
 
 def pack_shared(tokens: Tensor) -> Packed:
@@ -95,7 +98,7 @@ def pack_shared(tokens: Tensor) -> Packed:
         last.append(row.gather(1, ends[:, None] - 1).flatten() + total)
         start, total = start + n, total + len(real)
     found, positions = (torch.cat(parts) for parts in zip(*rows))
-    return Packed(found, positions, None, torch.cat(last), order.argsort(), tuple(groups))
+    return Packed(found, positions, None, torch.cat(last), order.argsort(), tokens.shape[1], tuple(groups))
 
 
 def _shared_rows(tokens: Tensor, kept: Tensor) -> Tensor:
@@ -132,18 +135,24 @@ class FastText:
 
     @classmethod
     def of(cls, tower: nn.Module | None) -> FastText | str:
-        """The fast way through a tower, or why there is none. tower: a plain causal one, see Clip._causal_tower."""
+        """The fast way through a tower, or why there is none. tower: a plain causal one, see Clip._causal_tower.
+
+        Strict about types: a layer put in the place of another (LoRA's, a quantised one) would be passed over.
+        """
         if tower is None:
             return "it is no plain causal transformer of open_clip's"
+        if any(m._forward_hooks or m._forward_pre_hooks or hasattr(m, "parametrizations") for m in tower.modules()):
+            return "it has hooks or parametrizations"
         for block in tower.transformer.resblocks:
-            if type(block) is not ResidualAttentionBlock or not isinstance(block.ls_1, nn.Identity):
+            if type(block) is not ResidualAttentionBlock or {type(block.ls_1), type(block.ls_2)} != {nn.Identity}:
                 return f"its blocks are {type(block).__name__}, or scaled"
-            if not isinstance(block.attn, nn.MultiheadAttention) or block.attn.in_proj_weight is None:
-                return f"its attention is {type(block.attn).__name__}"
-            if [name for name, _ in block.mlp.named_children()] != ["c_fc", "gelu", "c_proj"]:
+            attn = block.attn
+            if type(attn) is not nn.MultiheadAttention or attn.in_proj_weight is None or attn.dropout:
+                return f"its attention is {type(attn).__name__}, or drops out"
+            layers = [(name, type(layer)) for name, layer in block.mlp.named_children()]
+            if layers[::2] != [("c_fc", nn.Linear), ("c_proj", nn.Linear)] or layers[1][1] not in (nn.GELU, QuickGELU):
                 return "its MLP has other layers"
-            norms = [block.ln_1, block.ln_2, tower.ln_final]
-            if not all(isinstance(norm, LayerNorm | LayerNormFp32) for norm in norms):
+            if {type(norm) for norm in (block.ln_1, block.ln_2, tower.ln_final)} - {LayerNorm, LayerNormFp32}:
                 return "its norms are not layer norms"
         mask, length = tower.attn_mask, tower.positional_embedding.shape[0]
         if not torch.equal(mask.cpu(), torch.full((length, length), float("-inf")).triu_(1)):
@@ -152,6 +161,8 @@ class FastText:
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """Text embeddings, not normalised. [N, L] int64 -> [N, D] in the dtype of the weights"""
+        if not len(tokens):
+            return self.tower(tokens) if hasattr(self.tower, "pool_type") else self.tower.encode_text(tokens)
         kind, own = tokens.device.type, self.tower.positional_embedding.dtype
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else own
         with torch.autocast(kind, enabled=False):
@@ -168,7 +179,8 @@ class FastText:
     def _encode(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
         # On a GPU prompts take no time, and shared rows would keep FlashAttention out.
         share = tokens.device.type == "cpu" and not torch.is_grad_enabled()
-        tower, packed = self.tower, pack_shared(tokens) if share else pack(tokens)
+        tower = self.tower
+        packed = pack_shared(tokens) if share else pack(tokens, grouped=not _has_kernel(tower, tokens.device, dtype))
         x = tower.token_embedding(packed.tokens) + tower.positional_embedding[packed.positions]  # [T, W]
         *blocks, last = tower.transformer.resblocks
         for block in blocks:
@@ -178,22 +190,40 @@ class FastText:
         projection = tower.text_projection
         return projection(x) if isinstance(projection, nn.Linear) else x @ projection  # [N, D]
 
-    def disagreement(self, plain: Callable[[Tensor], Tensor], tokens: Tensor) -> float:
-        """The largest 1 - cosine between this way and another: of embeddings, and of a gradient. [N, L] int64"""
-        weight = self.tower.transformer.resblocks[0].attn.in_proj_weight
-        found = []
-        for encode in (self, plain):
-            z = encode(tokens).float()
-            (gradient,) = torch.autograd.grad(F.normalize(z, dim=-1)[:, 0].sum(), weight)
-            found.append((z.detach(), gradient.float().flatten()[None]))
-        return max(float((1 - F.cosine_similarity(a, b)).max()) for a, b in zip(*found))
+    def errors(self, plain: Callable[[Tensor], Tensor], tokens: Tensor) -> tuple[float, float]:
+        """How far this way and open_clip's, under the autocast in force, are from open_clip's in float32.
+
+        Relative errors, the larger one of the embeddings' and of that of the gradients of all blocks. tokens: [N, L]
+        """
+        parameters = list(self.tower.transformer.parameters())
+        learns = [p.requires_grad for p in parameters]
+        try:
+            with torch.enable_grad():
+                for p in parameters:
+                    p.requires_grad_(True)
+                with torch.autocast(tokens.device.type, enabled=False):
+                    exact = _values_and_gradients(plain, tokens, parameters)
+                found = [_values_and_gradients(encode, tokens, parameters) for encode in (self, plain)]
+        finally:
+            for p, before in zip(parameters, learns):
+                p.requires_grad_(before)
+        fast, usual = (max(float((a - b).norm() / b.norm()) for a, b in zip(each, exact)) for each in found)
+        return fast, usual
+
+
+def _values_and_gradients(
+    encode: Callable[[Tensor], Tensor], tokens: Tensor, parameters: list[nn.Parameter]
+) -> tuple[Tensor, Tensor]:
+    z = encode(tokens).float()  # [N, D]
+    gradients = torch.autograd.grad(F.normalize(z, dim=-1)[:, 0].sum(), parameters)
+    return z.detach(), torch.cat([g.float().flatten() for g in gradients])
 
 
 # -- blocks --------------------------------------------------------------------------------------------
 
 
 def _block(block: nn.Module, x: Tensor, packed: Packed, dtype: torch.dtype) -> Tensor:
-    """[T, W] -> [T, W], float32"""
+    """[T, W] -> [T, W], in the dtype of the weights"""
     heads, attn = block.attn.num_heads, block.attn
     qkv = _norm_linear(block.ln_1, attn.in_proj_weight, attn.in_proj_bias, x, dtype)  # [T, 3 W]
     read = _attend(qkv, packed, heads)
@@ -202,7 +232,7 @@ def _block(block: nn.Module, x: Tensor, packed: Packed, dtype: torch.dtype) -> T
 
 
 def _last_block(block: nn.Module, x: Tensor, packed: Packed, dtype: torch.dtype) -> Tensor:
-    """What the last block makes of the end-of-text tokens. [T, W] -> [N, W], float32"""
+    """What the last block makes of the end-of-text tokens. [T, W] -> [N, W], in the dtype of the weights"""
     heads, attn, width = block.attn.num_heads, block.attn, x.shape[1]
     weight, bias = attn.in_proj_weight, attn.in_proj_bias
     q = _norm_linear(block.ln_1, weight[:width], bias[:width], x[packed.last], dtype)  # [N, W]
@@ -222,10 +252,10 @@ def _mlp(block: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _attend(qkv: Tensor, packed: Packed, heads: int) -> Tensor:
     """Causal attention within each text. [T, 3 W] -> [T, W]"""
-    if _has_kernel(qkv):
+    if not packed.groups:
         q, k, v = qkv.view(len(qkv), 3, heads, -1).unbind(1)
-        longest = packed.groups[-1].length
-        z = varlen_attn(q, k, v, packed.ends, packed.ends, longest, longest, window_size=(-1, 0))  # causal
+        ends, longest = packed.ends, packed.longest
+        z = varlen_attn(q, k, v, ends, ends, longest, longest, window_size=(-1, 0))  # causal
         return z.reshape(len(qkv), -1)
     parts = [_attend_group(part, group, heads) for part, group in zip(_split(qkv, packed), packed.groups)]
     return torch.cat(parts)
@@ -233,20 +263,22 @@ def _attend(qkv: Tensor, packed: Packed, heads: int) -> Tensor:
 
 def _attend_from_last(q: Tensor, kv: Tensor, packed: Packed, heads: int) -> Tensor:
     """What one query a text reads from all its text. [N, W], [T, 2 W] -> [N, W]"""
-    if _has_kernel(kv):
+    if not packed.groups:
         k, v = kv.view(len(kv), 2, heads, -1).unbind(1)
         each = torch.arange(len(q) + 1, dtype=torch.int32, device=q.device)
-        z = varlen_attn(q.view(len(q), heads, -1), k, v, each, packed.ends, 1, packed.groups[-1].length)
+        z = varlen_attn(q.view(len(q), heads, -1), k, v, each, packed.ends, 1, packed.longest)
         return z.reshape(len(q), -1)
     queries = q.split([group.n for group in packed.groups])
     parts = [_read_group(q, kv, group, heads) for q, kv, group in zip(queries, _split(kv, packed), packed.groups)]
     return torch.cat(parts)
 
 
-def _has_kernel(x: Tensor) -> bool:
+def _has_kernel(tower: nn.Module, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether FlashAttention over texts of any length is there: half precision, on an Ampere GPU or newer."""
-    half = x.dtype in (torch.bfloat16, torch.float16)
-    return half and x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 0)
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return False
+    width = tower.transformer.resblocks[0].attn.head_dim
+    return width % 8 == 0 and width <= 256 and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _split(rows: Tensor, packed: Packed) -> tuple[Tensor, ...]:
@@ -286,6 +318,7 @@ class _SetOut(torch.autograd.Function):
         return x.view(parts, group.n * heads, group.length, -1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, g: Tensor) -> tuple[Tensor, None, None, None]:
         group = ctx.group
         g = g.reshape(ctx.parts, group.n, ctx.heads, group.length, -1).permute(1, 3, 0, 2, 4)
@@ -302,6 +335,7 @@ class _Collect(torch.autograd.Function):
         return x.reshape(group.n * group.length, -1).index_select(0, group.real)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, g: Tensor) -> tuple[Tensor, None, None]:
         group = ctx.group
         padded = g.new_zeros(group.n * group.length, g.shape[1]).index_copy_(0, group.real, g)
@@ -338,7 +372,13 @@ class _Linear(torch.autograd.Function):
         return F.linear(before(*inputs), weight, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.autocast(g.device.type, enabled=False):  # for a backward() within one; all is in one dtype already
+            return _Linear._gradients(ctx, g)
+
+    @staticmethod
+    def _gradients(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
         weight, *inputs = ctx.saved_tensors
         _, wants_weight, wants_bias, *wants_inputs = ctx.needs_input_grad
         with torch.enable_grad():

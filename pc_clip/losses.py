@@ -41,7 +41,9 @@ def _find(rows: Tensor, among: Tensor, temperature: float | Tensor, first: int) 
         return _cross_entropy(rows, among, temperature, target) / len(rows)
     total = rows.new_zeros(())
     for some, wanted in zip(rows.split(BLOCK), target.split(BLOCK)):  # each computed again in the backward pass
-        total = total + checkpoint(_cross_entropy, some, among, temperature, wanted, use_reentrant=False)
+        total = total + checkpoint(
+            _cross_entropy, some, among, temperature, wanted, use_reentrant=False, preserve_rng_state=False
+        )
     return total / len(rows)
 
 

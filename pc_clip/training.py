@@ -42,6 +42,7 @@ from pc_clip.memory import return_freed_memory
 log = logging.getLogger(__name__)
 
 LOCK = ".lock"  # in the run's folder while it is trained
+PATIENCE = InitProcessGroupKwargs(timeout=timedelta(hours=12))  # the others wait while one process embeds
 # Settings that say how a run is done, not what it is: they may change between a run and its continuation.
 HOW = ("resume", "overwrite", "out", "device", "train.threads", "train.log_every", "train.save_every", "data.workers")
 
@@ -56,11 +57,12 @@ def finetune(config: FinetuneConfig) -> Path:
         check_at_least(f"train.{name}", getattr(train, name), 1)
     if train.steps is not None:
         check_at_least("train.steps", train.steps, 1)
+    _check_choices(train)
     data = load_dataset(config.data)  # before the model, whose weights may take long to fetch
-    process = PartialState(cpu=config.device == "cpu")
+    process = PartialState(cpu=config.device == "cpu", **PATIENCE.to_kwargs())
     busy = (
         f"another process is training {run}; let it finish or stop it, or choose another --name "
-        f"(if there surely is none, delete {run / LOCK})"
+        f"(on a file system without locks, if there surely is none, delete {run / LOCK})"
     )
     with alone(run / LOCK, busy) if process.is_main_process else nullcontext():  # it alone writes into the folder
         return _run(config, run, data)
@@ -72,20 +74,14 @@ def _run(config: FinetuneConfig, run: Path, data: Dataset) -> Path:
         return run
     if train.threads:
         torch.set_num_threads(train.threads)
-    _check_precision(train.precision)
     if train.recompute:
         return_freed_memory()
-    installed = [str(tracker) for tracker in get_available_trackers()]
-    if train.tracker and train.tracker not in installed:
-        raise UserError(
-            f"tracker {train.tracker!r} is not installed (found: {', '.join(installed) or 'none'}); pip install it"
-        )
     accelerator = Accelerator(
         mixed_precision=train.precision,
         cpu=config.device == "cpu",
         log_with=train.tracker or None,
         project_dir=run if train.tracker else None,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],  # the others wait while one embeds
+        kwargs_handlers=[PATIENCE],
     )
     source = config.model.source(config.data.dataset)
     clip = Clip.create(*source, device=accelerator.device)
@@ -95,6 +91,8 @@ def _run(config: FinetuneConfig, run: Path, data: Dataset) -> Path:
         log.info("%s", text_way)
     method = methods.find(config.method).Method(clip, data, config)
     if accelerator.is_main_process and not (config.resume and (run / "config.yaml").is_file()):
+        if config.overwrite and not config.resume:
+            _delete(run)  # only now, when nothing is left that could be refused
         about = {"data": learnt_from, "start": clip.weights_hash(), "notes": [text_way, *method.notes]}
         _open_folder(run, config, environment.describe() | about)
     accelerator.wait_for_everyone()
@@ -136,7 +134,8 @@ def _loop(accelerator: Accelerator, method: nn.Module, config: FinetuneConfig, r
             for group in optimizer.param_groups:
                 group["lr"] = lr
             loss, logs = model(to_device(batch, accelerator.device))
-            if not math.isfinite(loss.item()):
+            asked, broken = _agree(accelerator, stop.asked, not math.isfinite(loss.item()))
+            if broken:
                 _stop_at_nan(run, step, batch.ids, loss.item())
             accelerator.backward(loss)
             if train.clip_norm:
@@ -152,13 +151,20 @@ def _loop(accelerator: Accelerator, method: nn.Module, config: FinetuneConfig, r
                 if main:
                     metrics.write({"step": step, "epoch": step / per_epoch, "lr": lr, "pairs_per_second": rate} | means)
                     tqdm.write(f"step {step}/{total}  loss {means['loss']:.4f}  lr {lr:.2e}  {rate:.0f} pairs/s")
-            if main and (step % train.save_every == 0 or step == total or stop.asked):
+            if main and (step % train.save_every == 0 or step == total or asked):
                 if not all(torch.isfinite(p).all() for p in parameters.values()):
                     _stop_at_nan(run, step - 1, batch.ids, float("nan"))
                 checkpoint.save_state(run, step, parameters, optimizer.optimizer)
-            if stop.asked:
+            if asked:
                 raise KeyboardInterrupt
     bar.close()
+
+
+def _agree(accelerator: Accelerator, *wishes: bool) -> list[bool]:
+    """What any process wants, all take: one that left by itself would leave the others waiting for it."""
+    if accelerator.num_processes == 1:
+        return list(wishes)
+    return (accelerator.reduce(torch.tensor(wishes, device=accelerator.device).float(), "sum") > 0).tolist()
 
 
 class _Stop:
@@ -185,9 +191,7 @@ def batches(method: nn.Module, done: int, total: int) -> Iterator[tuple[int, Any
     step = done
     while step < total:
         epoch, skip = divmod(step, method.steps_per_epoch)
-        for n, batch in enumerate(method.loader(epoch)):
-            if n < skip:
-                continue
+        for batch in method.loader(epoch, skip):
             yield step, batch
             step += 1
             if step == total:
@@ -213,16 +217,24 @@ def make_optimizer(train: TrainConfig, parameters: list[nn.Parameter]) -> torch.
     return kind(groups, lr=train.lr, fused=True)
 
 
+HALF = ("bfloat16", "pure_bf16", "bf16_weights", "bf16-true", "float16", "fp16", "pure_fp16", "16-true")
 _WHY_FLOAT32 = (
     "at small learning rates most steps are lost in anything shorter. Use train.precision bf16, which multiplies in "
     "bf16 and keeps the weights in float32."
 )
 
 
-def _check_precision(precision: str) -> None:
-    if precision in ("bfloat16", "pure_bf16", "bf16_weights", "bf16-true", "float16", "fp16", "pure_fp16", "16-true"):
-        raise UserError(f"train.precision {precision} would keep the weights in half precision; {_WHY_FLOAT32}")
-    check_choice("train.precision", precision, ("no", "bf16"))
+def _check_choices(train: TrainConfig) -> None:
+    if train.precision in HALF:
+        raise UserError(f"train.precision {train.precision} would keep the weights in half precision; {_WHY_FLOAT32}")
+    check_choice("train.precision", train.precision, ("no", "bf16"))
+    check_choice("train.optimizer", train.optimizer, ("adam", "adamw"))
+    check_choice("train.schedule", train.schedule, ("constant", "exponential", "cosine"))
+    installed = [str(tracker) for tracker in get_available_trackers()]
+    if train.tracker and train.tracker not in installed:
+        raise UserError(
+            f"tracker {train.tracker!r} is not installed (found: {', '.join(installed) or 'none'}); pip install it"
+        )
 
 
 def learning_rate(train: TrainConfig, step: int, steps_per_epoch: int, total: int) -> float:
@@ -242,7 +254,7 @@ def pinned(numbered: Iterator[tuple[int, Any]], device: torch.device) -> Iterato
     """Batches in memory that a GPU reads without the CPU's help; as they are for a CPU."""
     for step, batch in numbered:
         tensors = {k: v for k, v in batch._asdict().items() if isinstance(v, Tensor) and device.type == "cuda"}
-        yield step, batch._replace(**{k: v.pin_memory() for k, v in tensors.items()})
+        yield step, batch._replace(**{k: v.contiguous().pin_memory() for k, v in tensors.items()})
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
@@ -255,11 +267,8 @@ def to_device(batch: Any, device: torch.device) -> Any:
 
 def _already_done(run: Path, config: FinetuneConfig, learnt_from: dict[str, str]) -> bool:
     """Whether this very run is finished. Raises UserError when the folder holds another, or an unfinished one."""
-    process = PartialState(cpu=config.device == "cpu")
     if config.overwrite and not config.resume:
-        if process.is_main_process:
-            _delete(run)
-        process.wait_for_everyone()
+        return False
     settings = run / "config.yaml"
     if not settings.is_file():
         for name in (checkpoint.MODEL_FILE, checkpoint.STATE_FILE):
@@ -268,7 +277,7 @@ def _already_done(run: Path, config: FinetuneConfig, learnt_from: dict[str, str]
         if config.resume:
             log.info("there is no run at %s to resume; it starts now", run)
         return False
-    changed = _changes(yaml.safe_load(settings.read_text()), yaml.safe_load(dump(config)))
+    changed = _changes(_as_now(yaml.safe_load(settings.read_text()), config), yaml.safe_load(dump(config)))
     if changed:
         raise UserError(
             f"{run} holds a run with other settings ({', '.join(changed[:4])}). "
@@ -286,6 +295,19 @@ def _already_done(run: Path, config: FinetuneConfig, learnt_from: dict[str, str]
     if (run / checkpoint.STATE_FILE).is_file() and not config.resume:
         raise UserError(f"{run} was interrupted. Continue it with --resume true, or --overwrite true to start again.")
     return False
+
+
+def _as_now(old: dict[str, Any], config: FinetuneConfig) -> dict[str, Any]:
+    """An earlier version's settings with those that it did not have at their defaults."""
+    fresh = FinetuneConfig()
+    setattr(fresh, config.method, methods.find(config.method).Config())
+    defaults = yaml.safe_load(dump(fresh))
+
+    def fill(there: dict[str, Any], missing: dict[str, Any]) -> dict[str, Any]:
+        nested = {k: fill(v, missing[k]) for k, v in there.items() if isinstance(v, dict) and k in missing}
+        return {**missing, **there, **nested}
+
+    return fill(old, defaults)
 
 
 def _changes(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
@@ -351,6 +373,7 @@ class _Metrics:
 
 def _stop_at_nan(run: Path, step: int, ids: list[str], value: float) -> None:
     state = run / checkpoint.STATE_FILE
+    value = value if not math.isfinite(value) else float("nan")  # it is another process's that is not
     kept = f"the last good state is {state}" if state.is_file() else "nothing had been saved yet"
     raise UserError(
         f"the loss or a weight became {value} at step {step + 1}, on {len(ids)} items beginning with "

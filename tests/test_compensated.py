@@ -9,7 +9,7 @@ from torch import nn
 from pc_clip.compensated import CHUNK, CompensatedAdam, add_compensated
 from pc_clip.config import TrainConfig
 from pc_clip.errors import UserError
-from pc_clip.training import _check_precision, make_optimizer
+from pc_clip.training import _check_choices, make_optimizer
 
 RATE = 5e-9  # the paper's after seven of its twenty epochs
 
@@ -94,6 +94,6 @@ def test_weights_in_half_precision_are_refused_and_told_why():
     with pytest.raises(UserError, match=r"must be float32, found bfloat16; at small learning rates .* train.precision"):
         make_optimizer(TrainConfig(), [nn.Parameter(torch.ones(2, 2, dtype=torch.bfloat16))])
     with pytest.raises(UserError, match="pure_bf16 would keep the weights in half precision.*bf16, which multiplies"):
-        _check_precision("pure_bf16")
+        _check_choices(TrainConfig(precision="pure_bf16"))
     with pytest.raises(UserError, match="precision"):
-        _check_precision("fp8")
+        _check_choices(TrainConfig(precision="fp8"))

@@ -12,6 +12,7 @@ from torch import nn
 
 from pc_clip import fast_text
 from pc_clip.clip import Clip
+from pc_clip.errors import UserError
 from pc_clip.fast_text import FastText, pack, pack_shared
 
 END = 99  # the end-of-text token of the towers below: their largest
@@ -164,7 +165,7 @@ def test_the_gpus_kernel_is_asked_for_the_same_attention(monkeypatch):
     model, tokens = tower(), texts([3, 40, 17, 17, 9])
     expected = both_ways(model, model, tokens)
     monkeypatch.setattr(fast_text, "varlen_attn", slow)
-    monkeypatch.setattr(fast_text, "_has_kernel", lambda x: True)
+    monkeypatch.setattr(fast_text, "_has_kernel", lambda *_: True)
     assert_equal(both_ways(FastText.of(model), model, tokens), expected, 1e-5)
 
 
@@ -192,30 +193,66 @@ def test_recomputing_keeps_less(monkeypatch):
 # -- choosing it -----------------------------------------------------------------------------------------
 
 
+class Adapted(nn.Linear):
+    """As LoRA's layers are: what they add would be passed over."""
+
+
 def other_mask(model):
     model.attn_mask[0, 1] = 0
 
 
-def other_activation_order(model):
+def other_layers(model):
     model.transformer.resblocks[1].mlp = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+
+
+def adapted_layer(model):
+    model.transformer.resblocks[1].mlp.c_fc = Adapted(32, 128)
+
+
+def learnt_activation(model):
+    model.transformer.resblocks[1].mlp.gelu = nn.PReLU()
+
+
+def hook(model):
+    model.transformer.resblocks[1].register_forward_hook(lambda *_: None)
+
+
+def parametrization(model):
+    nn.utils.parametrizations.weight_norm(model.transformer.resblocks[1].mlp.c_fc)
 
 
 @pytest.mark.parametrize(
     ("spoil", "reason"),
-    [(other_mask, "its mask is not the causal one"), (other_activation_order, "its MLP has other layers")],
+    [
+        (other_mask, "its mask is not the causal one"),
+        (other_layers, "its MLP has other layers"),
+        (adapted_layer, "its MLP has other layers"),
+        (learnt_activation, "its MLP has other layers"),
+        (hook, "it has hooks or parametrizations"),
+        (parametrization, "it has hooks or parametrizations"),
+    ],
 )
 def test_a_tower_it_does_not_know_is_refused_with_the_reason(spoil, reason):
     model = tower()
+    assert isinstance(FastText.of(model), FastText)
     spoil(model)
     assert FastText.of(model) == reason
+
+
+def test_scaled_blocks_and_no_tower_are_refused():
     assert "scaled" in FastText.of(tower(ls_init_value=0.1))
     assert "no plain causal transformer" in FastText.of(None)
+
+
+def test_no_texts_give_no_embeddings():
+    model = tower()
+    assert FastText(model)(torch.zeros(0, 40, dtype=torch.long)).shape == (0, 24)
 
 
 def test_it_is_chosen_by_itself_and_one_switch_turns_it_off():
     clip = Clip.create("example")
     tokens = clip.tokenize(["a large red circle", "two small stars on a dotted background"])
-    assert "the fast way, equal to open_clip's within" in clip.choose_text_way(True)
+    assert "the fast way, values and gradients within" in clip.choose_text_way(True)
     fast = clip.encode_text(tokens)
     assert "as model.fast_text false asks" in clip.choose_text_way(False)
     plain = clip.encode_text(tokens)
@@ -229,18 +266,40 @@ def test_other_towers_are_encoded_by_open_clip_and_the_log_says_why():
     assert clip.encode_text(clip.tokenize(["a dog"])).shape == (1, 512)
 
 
-@pytest.mark.parametrize("fault", ["wrong", "failing"])
-def test_where_it_would_be_wrong_or_fail_on_this_machine_it_is_not_taken(fault, monkeypatch):
-    def broken(*_, **__):
-        if fault == "failing":
-            raise RuntimeError("no kernel image is available for execution on the device")
-        return wrong(*_, **__)
-
-    attend = fast_text._attend
-    wrong = lambda *inputs: 1.5 * attend(*inputs)  # noqa: E731
-    monkeypatch.setattr(fast_text, "_attend", broken)
+def test_a_tower_that_cannot_recompute_says_so(monkeypatch):
     clip = Clip.create("example")
-    said = clip.choose_text_way(True)
-    assert said.startswith("text tower: open_clip's own, because")
-    assert ("no kernel image" if fault == "failing" else "differs from it by") in said
-    assert not clip.fast_text
+    monkeypatch.setattr(Clip, "_is_hugging_face", True)
+    with pytest.raises(UserError, match=r"cannot be recomputed; leave train\.recompute out"):
+        clip.choose_text_way(True, recompute=True)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize("fault", ["none", "attention", "failing", "values", "weights' gradients", "biases' gradients"])
+def test_where_it_would_be_wrong_or_fail_on_this_machine_it_is_not_taken(fault, precision, monkeypatch):
+    attend, encode, backward = fast_text._attend, FastText._encode, fast_text._Linear._gradients
+
+    def failing(*_):
+        raise RuntimeError("no kernel image is available for execution on the device")
+
+    def scaled(ctx, g):
+        before, weight, bias, *rest = backward(ctx, g)
+        return (before, 5 * weight, bias, *rest) if "weights" in fault else (before, weight, -bias, *rest)
+
+    if fault == "attention":
+        monkeypatch.setattr(fast_text, "_attend", lambda *inputs: 1.5 * attend(*inputs))
+    elif fault == "failing":
+        monkeypatch.setattr(fast_text, "_attend", failing)
+    elif fault == "values":
+        monkeypatch.setattr(FastText, "_encode", lambda *inputs: 1.05 * encode(*inputs))
+    elif "gradients" in fault:
+        monkeypatch.setattr(fast_text._Linear, "_gradients", staticmethod(scaled))
+    clip = Clip.create("example")
+    for parameter in clip.model.parameters():
+        parameter.requires_grad_(False)  # as after a run
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"), torch.no_grad():
+        said = clip.choose_text_way(True)
+    assert clip.fast_text == (fault == "none"), said
+    assert not any(parameter.requires_grad for parameter in clip.model.parameters())
+    if fault != "none":
+        assert said.startswith("text tower: open_clip's own, because the fast one")
+        assert ("no kernel image" if fault == "failing" else "is off by") in said

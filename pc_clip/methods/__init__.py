@@ -5,7 +5,8 @@ torch module with
 
     Method(clip, data, config)   config: the run's FinetuneConfig; its own options are config.NAME
     forward(batch)           -> (loss, logs): a scalar, and numbers for the log
-    loader(epoch)            batches of one epoch, the same every time; batch.ids names what is in it
+    loader(epoch, skip)      batches of one epoch, the same every time, without the first `skip`; batch.ids names
+                             what is in one
     steps_per_epoch          how many batches that is
     trainable()              the parameters that learn, by name
     notes                    lines for the log: what was counted, dropped, truncated

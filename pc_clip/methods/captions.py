@@ -64,14 +64,16 @@ class Method(nn.Module):
         found = self.clip.trainable(self.config.model.train)
         return {n: p for n, p in found.items() if not (fixed and n.startswith("logit_"))}
 
-    def loader(self, epoch: int) -> Iterator[Batch]:
+    def loader(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
         """This process's part of each batch; which of an image's captions it has is drawn anew each epoch."""
         rng = np.random.default_rng([self.config.seed, 2, epoch])
         share = my_share("train.batch_size", self.config.train.batch_size)
-        for images in shuffled_batches(len(self.images.ids), self.config.train.batch_size, rng):
+        for n, images in enumerate(shuffled_batches(len(self.images.ids), self.config.train.batch_size, rng)):
             texts = self.caption_rows[self.first_caption[images] + rng.integers(self.captions_each[images])]
+            if n < skip:
+                continue
             images, texts = images[share], texts[share]
-            yield Batch([self.images.ids[n] for n in images], self.texts.batch(texts), self.images.batch(images))
+            yield Batch([self.images.ids[row] for row in images], self.texts.batch(texts), self.images.batch(images))
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         text = self.clip.encode_text(batch.tokens).float()  # [B, D]

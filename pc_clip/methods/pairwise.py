@@ -123,21 +123,23 @@ class Method(nn.Module):
 
     # -- the epoch -------------------------------------------------------------------------------------
 
-    def loader(self, epoch: int) -> Iterator[Batch]:
+    def loader(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
         """This process's part of each batch. Every pair comes once an epoch, in whole batches."""
         rng = np.random.default_rng([self.config.seed, 2, epoch])
         share = my_share("train.batch_size", self.config.train.batch_size)
         anchor_share = my_share("pairwise.anchor_batch", self.options.anchor_batch) if self.anchors else slice(0)
-        for chosen in shuffled_batches(len(self.pairs), self.pairs_per_batch, rng):
-            pairs, rows = self.pairs[chosen], self.text_rows[chosen]
-            if self.mirror_rows is not None:
-                pairs = np.concatenate([pairs, pairs[:, ::-1]])
-                rows = np.concatenate([rows, self.mirror_rows[chosen]])
+        for n, chosen in enumerate(shuffled_batches(len(self.pairs), self.pairs_per_batch, rng)):
             anchors = (
                 rng.integers(len(self.anchors.distinct), size=self.options.anchor_batch)
                 if self.anchors
                 else np.empty(0, int)
             )
+            if n < skip:
+                continue
+            pairs, rows = self.pairs[chosen], self.text_rows[chosen]
+            if self.mirror_rows is not None:
+                pairs = np.concatenate([pairs, pairs[:, ::-1]])
+                rows = np.concatenate([rows, self.mirror_rows[chosen]])
             yield self._batch(pairs[share], rows[share], anchors[anchor_share])
 
     def _batch(self, pairs: np.ndarray, rows: np.ndarray, anchors: np.ndarray) -> Batch:
