@@ -12,13 +12,10 @@ ours. Weights and images are random, made by seed in a temporary folder; what bo
 from __future__ import annotations
 
 import argparse
-import contextlib
-import os
 import shutil
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from itertools import combinations
 from pathlib import Path
 from statistics import median
@@ -30,9 +27,10 @@ from pc_clip.clip import Clip  # isort: skip  (before torch's data sets)
 
 import numpy as np
 import reference
+import surroundings
 import torch
 from PIL import Image
-from record import Figure, record
+from record import Figure, exit_if_missed, record
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
@@ -42,6 +40,7 @@ from pc_clip.config import EvaluateConfig
 from pc_clip.datasets import Dataset, class_names, open_dataset
 from pc_clip.differences import Difference, contrast, to_line
 from pc_clip.embeddings import CACHE
+from pc_clip.errors import run_script
 from pc_clip.evals import Subject
 from pc_clip.evals.difference import cosines, pair_differences
 from pc_clip.evaluate import measure
@@ -66,7 +65,7 @@ class Timed(NamedTuple):
 
 def figures(threads: int = 1, rounds: int = 2) -> list[Figure]:
     """How many times as long the published way takes. Raises RuntimeError where the two do not find the same."""
-    with _threads(threads), _temporary_folder():
+    with surroundings.threads(threads), surroundings.temporary_folder():
         first = _random_model(MODEL)
         data = write_images(Path("images"), list(class_names("food101").said.values())[:CLASSES], IMAGES, SIZE)
         our_confusion(first, data)  # fills the cache
@@ -226,29 +225,11 @@ def timed(work: Callable[..., Any], *arguments: Any) -> Timed:
     return Timed(time.perf_counter() - begin, found)
 
 
-@contextlib.contextmanager
-def _threads(n: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(n)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextlib.contextmanager
-def _temporary_folder() -> Iterator[None]:
-    """Work in a folder that is gone afterwards: data/cache/ and results/ are found from the working directory."""
-    before = Path.cwd()
-    with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)
-        try:
-            yield
-        finally:
-            os.chdir(before)
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1)
+    exit_if_missed(record(figures(parser.parse_args().threads)))
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=1)
-    record(figures(parser.parse_args().threads))
+    run_script(main)

@@ -5,7 +5,8 @@
     python bench/run.py --threads 8
 
 Ratios are against bench/reference.py, the published loop restated; both take turns in one process. On a machine with
-a GPU `gpu` is measured too. bench/writers.py, which needs a language model, stands by itself.
+a GPU `gpu` is measured too. bench/writers.py, which needs a language model, stands by itself. Limits that were missed
+are named at the end, and the exit code is then 1.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-from record import record
+from record import Missed, exit_if_missed, record
+
+from pc_clip.errors import run_script
 
 PARTS = ("step", "data", "evaluation", "scaling", "gpu")
 
@@ -28,12 +31,14 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
+    missed: list[Missed] = []
     for part in arguments.only:
         if part == "gpu" and not torch.cuda.is_available():
             print("gpu: left out, because torch finds none here")
             continue
-        record(importlib.import_module(part).figures(arguments.threads))
+        missed += record(importlib.import_module(part).figures(arguments.threads))
+    exit_if_missed(missed)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

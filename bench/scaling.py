@@ -17,13 +17,14 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from math import nan
 from pathlib import Path
 from statistics import median
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-from record import Figure, record
+from record import Figure, exit_if_missed, record
 
 from pc_clip.config import GenerateConfig
 from pc_clip.errors import UserError, check_at_least, run_script
@@ -42,7 +43,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="of each process")
     parser.add_argument("--processes", type=int, nargs="+", help="how many, each time; 1 is always among them")
     known, rest = parser.parse_known_args()
-    record(figures(known.threads, known.steps, known.rounds, known.processes, rest))
+    exit_if_missed(record(figures(known.threads, known.steps, known.rounds, known.processes, rest)))
 
 
 def figures(
@@ -82,12 +83,11 @@ def _compare(
     apart = max(abs(a - b) / abs(a) for a, b in zip(losses[1], losses[n], strict=True))
     where = "GPU(s)" if torch.cuda.is_available() else f"process(es) of {threads} thread(s)"
     speeds = f"{many:.0f} against {one:.0f} pairs/s on {n} and 1 {where}; {n} x would be all"
-    about = f"the largest over {len(losses[1])} lines of the log, of losses about {median(losses[1]):.2f}; "
+    about = f"the largest over {len(losses[1])} lines of the log, of losses about {median(losses[1]):.2f}"
     return (
-        Figure(f"finetuning, {n} processes : 1", many / one, float("nan"), "x", speeds),
-        # in units of 1e-6, because results.csv has three decimals
-        Figure(f"loss, {n} processes against 1", apart * 1e6, float("nan"), "1e-6, relative difference",
-               about + "smaller is better; float32 rounds to 0.06"),
+        Figure(f"finetuning, {n} processes : 1", many / one, nan, "x", speeds),
+        Figure(f"loss, {n} processes against 1", apart * 1e6, nan, "1e-6, relative difference",
+               f"{about}; float32 rounds to 0.06", most=10),
     )  # fmt: skip
 
 

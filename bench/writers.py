@@ -12,15 +12,17 @@ import argparse
 import resource
 import sys
 import time
+from math import nan
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-from record import Figure, record
+from record import Figure, exit_if_missed, record
 
 from pc_clip.datasets import read_captions
 from pc_clip.differences import choose_pairs
+from pc_clip.errors import run_script
 from pc_clip.writers import Job, LanguageModelConfig, LanguageModelWriter
 
 
@@ -59,11 +61,12 @@ def main() -> None:
     about = (
         f"{Path(arguments.model).name} {arguments.dtype}, batch {arguments.batch_size}, {arguments.threads} thread(s)"
     )
-    record([
+    missed = record([
         Figure("causal writer, batched : one by one", rate["many"] / rate["one"], 4.0, "x",
                f"{about}; {rate['many']:.2f} against {rate['one']:.2f} sentences/s; {same} of {compared} the same"),
-        Figure("causal writer, peak memory", _peak() / 2**20, float("nan"), "GiB", about),
+        Figure("causal writer, peak memory", _peak() / 2**20, nan, "GiB", about),
     ])  # fmt: skip
+    exit_if_missed(missed)
 
 
 def _peak() -> float:
@@ -72,4 +75,4 @@ def _peak() -> float:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)
