@@ -13,7 +13,8 @@ from torch import nn
 from pc_clip import fast_text
 from pc_clip.clip import Clip
 from pc_clip.errors import UserError
-from pc_clip.fast_text import FastText, pack, pack_shared
+from pc_clip.fast_text import FastText
+from pc_clip.packing import STEP, pack, pack_shared
 
 END = 99  # the end-of-text token of the towers below: their largest
 
@@ -142,7 +143,7 @@ def test_without_gradients_texts_that_begin_alike_are_computed_once(parts):
     packed = pack_shared(tokens)
     begins = set()
     for row, length in zip(tokens.tolist(), (tokens.argmax(-1) + 1).tolist()):
-        begins |= {(-(-length // fast_text.STEP), *row[: n + 1]) for n in range(length)}  # within a group
+        begins |= {(-(-length // STEP), *row[: n + 1]) for n in range(length)}  # within a group
     assert len(packed.tokens) == sum(group.rows for group in packed.groups) == len(begins)
     with torch.no_grad():
         assert torch.allclose(FastText(model)(tokens), model(tokens), atol=1e-5)
