@@ -17,7 +17,7 @@ from pc_clip import methods
 from pc_clip.config import FinetuneConfig, configure, peek
 from pc_clip.errors import run_script
 from pc_clip.generate import write_missing_example
-from pc_clip.training import finetune
+from pc_clip.training import PATIENCE, finetune
 
 DEFAULT = Path(__file__).parent / "configs" / "example.yaml"
 
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     method = peek(argv, "method", DEFAULT, FinetuneConfig.method)
     options = {method: methods.find(method).Config}
     config = configure(FinetuneConfig, parser, argv, default=DEFAULT, options=options)
-    with PartialState(cpu=config.device == "cpu").main_process_first():
+    with PartialState(cpu=config.device == "cpu", **PATIENCE.to_kwargs()).main_process_first():
         write_missing_example(config.data)
     run = finetune(config)
     print(f"the model is in {run}; evaluate it: python run.py --dataset {config.data.dataset} --checkpoint {run}")

@@ -42,7 +42,7 @@ class CompensatedAdam(torch.optim.Optimizer):
             raise TypeError("CompensatedAdam takes float32 weights")
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self, closure: None = None) -> None:  # accelerate gives one, always None
         for group in self.param_groups:
             weights = [p for p in group["params"] if p.grad is not None]
             if weights:

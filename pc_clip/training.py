@@ -90,6 +90,7 @@ def _run(config: FinetuneConfig, run: Path, data: Dataset) -> Path:
     if accelerator.is_main_process:
         log.info("%s", text_way)
     method = methods.find(config.method).Method(clip, data, config)
+    method.trainable()  # so that a wrong model.train is told of before anything is deleted
     if accelerator.is_main_process and not (config.resume and (run / "config.yaml").is_file()):
         if config.overwrite and not config.resume:
             _delete(run)  # only now, when nothing is left that could be refused
@@ -151,10 +152,11 @@ def _loop(accelerator: Accelerator, method: nn.Module, config: FinetuneConfig, r
                 if main:
                     metrics.write({"step": step, "epoch": step / per_epoch, "lr": lr, "pairs_per_second": rate} | means)
                     tqdm.write(f"step {step}/{total}  loss {means['loss']:.4f}  lr {lr:.2e}  {rate:.0f} pairs/s")
-            if main and (step % train.save_every == 0 or step == total or asked):
-                if not all(torch.isfinite(p).all() for p in parameters.values()):
+            if step % train.save_every == 0 or step == total or asked:
+                if not all(torch.isfinite(p).all() for p in parameters.values()):  # the same in every process
                     _stop_at_nan(run, step - 1, batch.ids, float("nan"))
-                checkpoint.save_state(run, step, parameters, optimizer.optimizer)
+                if main:
+                    checkpoint.save_state(run, step, parameters, optimizer.optimizer)
             if asked:
                 raise KeyboardInterrupt
     bar.close()

@@ -89,6 +89,54 @@ def test_the_image_tower_hash_ignores_the_text_tower_and_sees_one_changed_weight
     assert other.image_tower_hash() != example_clip.image_tower_hash()
 
 
+def fused_step(weight, optimizer=torch.optim.Adam):
+    weight.grad = torch.ones_like(weight)
+    optimizer([weight], lr=1e-3, fused=True).step()
+
+
+def other_data(weight):
+    weight.data = weight.data + 1
+
+
+CHANGES = {
+    "fused Adam": fused_step,
+    "fused AdamW": lambda weight: fused_step(weight, torch.optim.AdamW),
+    "in place": lambda weight: weight.detach().add_(1),
+    "data in place": lambda weight: weight.data.add_(1),
+    "one number of data": lambda weight: weight.data.view(-1)[-1:].add_(1e-6),
+    "other data": other_data,
+    "through numpy": lambda weight: weight.detach().numpy().fill(0.5),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_the_image_tower_hash_sees_every_way_in_which_weights_change(example_clip, change):
+    """Not all of them raise the version that torch keeps of a tensor, and memory may be used again."""
+    clip = Clip.create("example")
+    before, weight = clip.image_tower_hash(), clip.model.visual.attnpool.c_proj.weight
+    old, whole = weight.detach().clone(), clip.weights_hash()
+    change(weight)
+    changed = clip.image_tower_hash()
+    assert changed != before == example_clip.image_tower_hash()
+    assert clip.weights_hash() != whole
+    other = Clip.create("example")
+    other.model.load_state_dict(clip.model.state_dict())
+    assert other.image_tower_hash() == changed
+    weight.data.copy_(old)
+    assert (clip.image_tower_hash(), clip.weights_hash()) == (before, whole)
+
+
+def test_the_image_tower_hash_sees_what_is_no_parameter_and_the_transform():
+    clip = Clip.create("example")
+    seen = [clip.image_tower_hash()]
+    name, buffer = next((n, b) for n, b in clip.model.visual.named_buffers() if n.endswith("running_mean"))
+    buffer.data[0] += 1e-3
+    seen.append(clip.image_tower_hash())
+    clip.preprocess = Clip.create("example", preprocess={"mean": (0.0, 0.0, 0.0)}).preprocess
+    seen.append(clip.image_tower_hash())
+    assert len(set(seen)) == 3, name
+
+
 def test_hash_tensors_depends_on_names_shapes_and_values_but_not_on_order():
     a, b = torch.arange(6.0), torch.ones(2)
     assert hash_tensors({"a": a, "b": b}) == hash_tensors({"b": b, "a": a})

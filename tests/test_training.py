@@ -6,6 +6,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +16,13 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from pc_clip import methods
+from pc_clip import fast_text, methods
 from pc_clip.clip import Clip
 from pc_clip.config import FinetuneConfig, TrainConfig, dump, load_dataset
 from pc_clip.datasets import open_dataset
 from pc_clip.differences import Difference, swap_roles, to_line
 from pc_clip.errors import UserError
-from pc_clip.methods import captions, pairwise
+from pc_clip.methods import _batches, captions, pairwise
 from pc_clip.training import finetune, learning_rate
 
 
@@ -105,6 +107,23 @@ def test_a_resumed_run_ends_with_the_same_weights_bit_for_bit(config, monkeypatc
     assert rows[-1]["step"] == 12
 
 
+def test_a_resumed_run_with_compensated_steps_ends_the_same_because_it_keeps_what_is_owed(config, monkeypatch):
+    config.train.compensated, config.train.lr = True, 1e-8  # most of each step is owed
+    straight = weights(finetune(config))
+    config.name = "b"
+    with monkeypatch.context() as context:
+        stop_at(context, 6)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(config)
+    state = load_file("runs/b/state.safetensors")
+    carries = {key: value for key, value in state.items() if key.endswith(".carry")}
+    assert {key.split(".")[0] for key in carries} == {"optimizer"}
+    assert len(carries) == sum(key.startswith("weight.") for key in state)
+    assert all(value.any() for value in carries.values())
+    config.resume = True
+    assert same(straight, weights(finetune(config)))
+
+
 def test_the_same_seed_gives_the_same_run_and_another_seed_does_not(config):
     one = weights(finetune(config))
     config.name = "b"
@@ -123,18 +142,23 @@ def test_only_what_was_named_changes(config, which):
     assert len(changed) > 0.8 * len(expected)
 
 
-@pytest.mark.parametrize("option", ["mse", "captions", "bf16", "plain"])
-def test_every_ablation_learns(config, option):
+@pytest.mark.parametrize("option", ["mse", "captions", "bf16", "compensated", "recompute", "plain"])
+def test_every_ablation_learns(config, option, monkeypatch):
     if option == "mse":
         config.pairwise.loss = "mse"
     elif option == "bf16":
         config.train.precision = "bf16"
+    elif option in ("compensated", "recompute"):
+        setattr(config.train, option, True)
     elif option == "captions":
         config.method, config.captions.temperature = "captions", 1.0  # at the model's own it is near its floor already
     else:
         config.pairwise = pairwise.Config()
     config.train.steps, config.train.lr = 40, 3e-3
+    recomputed, original = [], fast_text.checkpoint
+    monkeypatch.setattr(fast_text, "checkpoint", lambda *args, **how: recomputed.append(0) or original(*args, **how))
     run = finetune(config)
+    assert bool(recomputed) == config.train.recompute
     loss = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert np.mean(loss[-3:]) < np.mean(loss[:3])
 
@@ -149,6 +173,30 @@ def test_the_folder_holds_what_is_needed_to_repeat_it(config):
     assert str(Path.cwd()) not in (run / "environment.json").read_text() + (run / "config.yaml").read_text()
 
 
+def test_the_folder_says_which_way_texts_were_encoded(config):
+    config.train.steps = 1
+    for config.name, config.model.fast_text, said in (
+        ("a", True, "text tower: the fast way"),
+        ("b", False, "text tower: open_clip's own, as model.fast_text false asks"),
+    ):
+        notes = json.loads((finetune(config) / "environment.json").read_text())["notes"]
+        assert [note[: len(said)] for note in notes if note.startswith("text tower")] == [said]
+
+
+def test_batches_are_made_in_a_thread_of_their_own(config, monkeypatch):
+    names, original = [], pairwise.Method.loader
+
+    def loader(self, *args):
+        for batch in original(self, *args):
+            names.append(threading.current_thread().name)
+            yield batch
+
+    monkeypatch.setattr(pairwise.Method, "loader", loader)
+    finetune(config)
+    assert len(names) >= 12
+    assert set(names) == {"batches"}
+
+
 def test_a_finished_run_is_not_run_again_and_another_is_not_overwritten(config):
     run = finetune(config)
     written = (run / "model.safetensors").stat().st_mtime_ns
@@ -160,6 +208,64 @@ def test_a_finished_run_is_not_run_again_and_another_is_not_overwritten(config):
     config.overwrite = True
     finetune(config)
     assert (run / "model.safetensors").stat().st_mtime_ns > written
+
+
+def without_newer_settings(run: Path) -> None:
+    """A config.yaml as it was before these settings were there."""
+    path = run / "config.yaml"
+    settings = yaml.safe_load(path.read_text())
+    for part, name in (("model", "fast_text"), ("train", "compensated"), ("train", "recompute")):
+        del settings[part][name]
+    path.write_text(yaml.safe_dump(settings, sort_keys=False))
+
+
+def test_a_run_of_an_earlier_version_is_known_as_finished_and_as_another(config):
+    run = finetune(config)
+    without_newer_settings(run)
+    written = (run / "model.safetensors").stat().st_mtime_ns
+    finetune(config)
+    assert (run / "model.safetensors").stat().st_mtime_ns == written
+    config.train.compensated = True  # which that version did not do
+    with pytest.raises(UserError, match=r"other settings \(train\.compensated: False there, True now\)"):
+        finetune(config)
+
+
+def test_a_run_of_an_earlier_version_can_be_continued(config, monkeypatch):
+    straight = weights(finetune(config))
+    config.name = "b"
+    with monkeypatch.context() as context:
+        stop_at(context, 6)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(config)
+    without_newer_settings(Path("runs/b"))
+    config.resume = True
+    assert same(straight, weights(finetune(config)))
+
+
+def test_a_wrong_setting_does_not_overwrite_a_run(config):
+    config.train.steps = 1
+    run = finetune(config)
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    config.overwrite = True
+    for part, setting, value, message in (
+        ("train", "precision", "fp16", "precision fp16 would keep the weights in half precision"),
+        ("train", "schedule", "linear", "schedule is 'linear'"),
+        ("train", "tracker", "unknown", "tracker 'unknown' is not installed"),
+        ("train", "optimizer", "sgd", "optimizer is 'sgd'"),
+        ("train", "batch_size", 4000, "do not fill one batch of 4000"),
+        ("pairwise", "loss", "nonsense", "pairwise.loss is 'nonsense'"),
+        ("pairwise", "anchor_batch", 0, "anchor_batch is 0"),
+        ("model", "train", "text_block", "model.train is 'text_block'"),
+        ("data", "differences", "absent.jsonl", "absent.jsonl"),
+    ):
+        options = getattr(config, part)
+        right = getattr(options, setting)
+        setattr(options, setting, value)
+        with pytest.raises(UserError, match=message):
+            finetune(config)
+        setattr(options, setting, right)
+        changed = [path.name for path in run.iterdir() if before.get(path.name) != path.read_bytes()]
+        assert not changed and len(list(run.iterdir())) == len(before), f"{part}.{setting} {value}"
 
 
 def test_a_run_whose_sentences_changed_is_neither_finished_nor_resumed(config):
@@ -272,6 +378,25 @@ def test_every_pair_comes_once_an_epoch_and_epochs_differ(config):
     assert len(first) == len(set(first)) == method.steps_per_epoch * 8
     assert first != second
     assert first == [key for batch in method.loader(0) for key in batch.ids[:8]]
+
+
+@pytest.mark.parametrize("method", ["pairwise", "captions"])
+def test_an_epoch_can_be_joined_later_without_making_what_came_before(config, method, monkeypatch):
+    if method == "captions":
+        config.train.batch_size = 40
+    config.method = method
+    found = methods.find(method).Method(Clip.create("example"), load_dataset(config.data), config)
+    for epoch in (0, 1):
+        whole = list(found.loader(epoch))
+        assert len(whole) == found.steps_per_epoch > 4
+        for skip in (0, 1, 4, found.steps_per_epoch):
+            later = list(found.loader(epoch, skip))
+            assert [batch.ids for batch in later] == [batch.ids for batch in whole[skip:]]
+            for one, other in zip(later, whole[skip:]):
+                assert all(torch.equal(a, b) for a, b in zip(one[1:], other[1:]))
+    made, original = [], _batches.Images.batch
+    monkeypatch.setattr(_batches.Images, "batch", lambda self, rows: made.append(0) or original(self, rows))
+    assert len(list(islice(found.loader(0, 4), 1))) == len(made) == 1
 
 
 def test_pairs_that_cannot_teach_are_dropped_and_counted(config, tmp_path, monkeypatch):

@@ -69,6 +69,10 @@ class Method(nn.Module):
         if self.options.mirror and config.train.batch_size % 2:
             raise UserError(f"train.batch_size {config.train.batch_size} is odd; mirror pairs come by twos")
         self.model, self.clip, self.config = clip.model, clip, config
+        self.share = my_share("train.batch_size", config.train.batch_size)
+        self.anchor_share = (
+            my_share("pairwise.anchor_batch", self.options.anchor_batch) if self.options.anchor else slice(0)
+        )
         self.notes: list[str] = []
         self.images = Images(clip, data, config)
         self._read_differences(config.data.differences)
@@ -126,8 +130,6 @@ class Method(nn.Module):
     def loader(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
         """This process's part of each batch. Every pair comes once an epoch, in whole batches."""
         rng = np.random.default_rng([self.config.seed, 2, epoch])
-        share = my_share("train.batch_size", self.config.train.batch_size)
-        anchor_share = my_share("pairwise.anchor_batch", self.options.anchor_batch) if self.anchors else slice(0)
         for n, chosen in enumerate(shuffled_batches(len(self.pairs), self.pairs_per_batch, rng)):
             anchors = (
                 rng.integers(len(self.anchors.distinct), size=self.options.anchor_batch)
@@ -140,7 +142,7 @@ class Method(nn.Module):
             if self.mirror_rows is not None:
                 pairs = np.concatenate([pairs, pairs[:, ::-1]])
                 rows = np.concatenate([rows, self.mirror_rows[chosen]])
-            yield self._batch(pairs[share], rows[share], anchors[anchor_share])
+            yield self._batch(pairs[self.share], rows[self.share], anchors[self.anchor_share])
 
     def _batch(self, pairs: np.ndarray, rows: np.ndarray, anchors: np.ndarray) -> Batch:
         used, index = np.unique(pairs, return_inverse=True)
