@@ -22,7 +22,7 @@ import yaml
 
 from pc_clip.datasets import READERS, Dataset, open_dataset, read_captions
 from pc_clip.datasets.dataset import subset
-from pc_clip.datasets.shards import unopened
+from pc_clip.datasets.shards import has_captions, unopened
 from pc_clip.errors import UserError, check_at_least, check_choice, nearest
 from pc_clip.writers import LanguageModelConfig
 from pc_clip.writers.server import ServerConfig
@@ -67,8 +67,8 @@ class DataConfig:
         differences: The JSONL file of difference sentences; only methods that learn from them read it.
         captions: A file of captions in place of the data set's own, rewritten ones for instance; images without one
             are left out.
-        embeddings: A file of image embeddings, or the index.json of many, to use in place of the images, which then
-            need not be there.
+        embeddings: A file of image embeddings, or the index.json of many, to use in place of the images. The pictures
+            of coco then need not be there, and tar files without captions are listed but not opened.
         workers: Processes that read images.
     """
 
@@ -291,7 +291,8 @@ class EmbedConfig:
         shard_size: Images a file, where there are more than that; a WebDataset has a file a tar.
         precision: "no" for float32, or bf16 for mixed precision.
         dtype: What is kept, float32 or float16.
-        broken: What an image means that cannot be read, error or skip.
+        broken: What an image means that does not decode, error or skip; what the disk or network did not give always
+            stops.
         part: Which part of the work this is, as 3/16; empty for all of it. For jobs that know nothing of each other.
         verify: Read every byte of what is there already, and make again what is damaged.
         cache: The folder of the files; empty for the one where training and evaluations look for them.
@@ -393,12 +394,20 @@ def dump(config: Any) -> str:
 
 def load_dataset(data: DataConfig) -> Dataset:
     """The data a run learns from: its first split, train, unless another is named."""
-    if data.embeddings and data.dataset == "webdataset":  # its tars may be too many to list, or hold images alone
-        return unopened(Path(data.root or READERS["webdataset"].root), data.split)
+    if data.embeddings and data.dataset == "webdataset":
+        root = Path(data.root or READERS["webdataset"].root)
+        if data.captions or not has_captions(root):  # its tars may be too many to open, or hold images alone
+            return _about(unopened(root, data.split), data.captions)
     splits = READERS[data.dataset].splits if data.dataset in READERS else ()
     missing = "keep" if data.embeddings else data.missing  # nobody will look at the pictures
     found = open_dataset(data.dataset, data.root, data.split or next(iter(splits), None), missing=missing)
     return _with_captions(found, data.captions) if data.captions else found
+
+
+def _about(data: Dataset, path: str | None) -> Dataset:
+    """A data set whose images nobody has listed: those that a file has captions of, with these; or none."""
+    captions = read_captions(path) if path else {}
+    return dataclasses.replace(data, ids=list(captions), captions=[texts for _, texts in captions.values()] or None)
 
 
 def _with_captions(data: Dataset, path: str) -> Dataset:

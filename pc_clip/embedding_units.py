@@ -11,7 +11,7 @@ import dataclasses
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -24,9 +24,20 @@ from pc_clip.clip import Clip
 from pc_clip.datasets import Dataset
 from pc_clip.datasets.dataset import digest, stat
 from pc_clip.datasets.shards import find_tars, fingerprint, open_tar
-from pc_clip.embedding_shards import INDEX, Head, read_file, read_head, read_index, write_index, write_shard
+from pc_clip.embedding_shards import (
+    INDEX,
+    Head,
+    Unsound,
+    printable,
+    read_file,
+    read_head,
+    read_index,
+    write,
+    write_index,
+)
 from pc_clip.encoding import Options, encode
 from pc_clip.errors import UserError
+from pc_clip.files import NOT_SUPPORTED
 from pc_clip.shards import Processes
 
 log = logging.getLogger(__name__)
@@ -42,12 +53,13 @@ class Unit(NamedTuple):
 
 
 class Work(NamedTuple):
-    """An image set in units. name: of its files, and apart from those of other data."""
+    """An image set in units. name: of its files, and apart from those of other data. opens: whether a reader does."""
 
     name: str
     label: str
     fingerprint: str
     units: list[Unit]
+    opens: bool = True
 
 
 def blocks(data: Dataset, shard_size: int) -> Work:
@@ -58,7 +70,7 @@ def blocks(data: Dataset, shard_size: int) -> Work:
 
 def name_of(data: Dataset) -> str:
     """What its files begin with: apart from those of any other data, or of the same once it has changed."""
-    return f"{data.name}-{data.split or 'all'}-{data.fingerprint}"
+    return printable(f"{data.name}-{data.split or 'all'}-{data.fingerprint}")
 
 
 def _block(data: Dataset, start: int, stop: int) -> Unit:
@@ -81,8 +93,12 @@ def tars(root: Path, split: str | None) -> Work:
     """A WebDataset, a unit a tar. None of them is opened before its turn; labels and captions need not be there."""
     label, files = find_tars(root, split)
     known = fingerprint(root, files)
-    units = [Unit(path.stem, digest(path.name, *stat(path)), stat(path)[0], partial(open_tar, path)) for path in files]
-    return Work(f"webdataset-{label}-{known}", f"webdataset/{label}", known, units)
+    units = [
+        Unit(printable(path.stem), digest(path.name, *seen), seen[0], partial(open_tar, path))
+        for path, seen in zip(files, map(stat, files))
+    ]
+    name, in_a_split = printable(f"webdataset-{label}-{known}"), files[0].parent != root
+    return Work(name, f"webdataset/{label}", known, units, opens=in_a_split)
 
 
 # -- doing it ------------------------------------------------------------------------------------------
@@ -117,20 +133,25 @@ def embed_units(
     part: Part = WHOLE,
     processes: Processes = ALONE,
     verify: bool = False,
-) -> bool:
+) -> list[Head]:
     """Do this process's units of a part; the main process then writes the index, if all units are done.
 
-    Says whether there is an index now. One that is there and whole already is left as it is, and nothing is done;
+    Returns what the index names; nothing where there is none yet, and nothing in processes other than the main one,
+    which do not see it being written. An index that is there and whole already is left as it is, and nothing is done;
     verify: look at every byte of the shards first.
     Raises UserError for an image that cannot be read, and for a tar that is damaged.
     """
     desk = _Desk(work, clip, folder, options)
-    finished = not verify and desk.is_finished()
+    own = work.units[part.number - 1 :: part.of]
+    finished = [] if verify else desk.finished()
     if not finished:
-        folder.mkdir(parents=True, exist_ok=True)
-        desk.do_all(work.units[part.number - 1 :: part.of][processes.rank :: processes.size], processes.is_main)
+        desk.do_all(own[processes.rank :: processes.size], processes.is_main)
     processes.wait()
-    return finished or (desk.merge() if processes.is_main else (folder / INDEX).is_file())
+    if not processes.is_main:
+        return []
+    if verify:
+        finished = desk.finished()  # so that no part reads the shards of all others where an index is whole
+    return finished or desk.merge({unit.name for unit in own})
 
 
 class _Desk:
@@ -143,21 +164,21 @@ class _Desk:
             "precision": options.precision,
         }  # fmt: skip
 
-    def is_finished(self) -> bool:
-        """Whether the index and all it names are there. What is damaged is said, and made again."""
+    def finished(self) -> list[Head]:
+        """What a whole index names; nothing where there is none. What is damaged is said, and made again."""
         path = self.folder / INDEX
         if not path.is_file():
-            return False
+            return []
         try:
             made_by, heads = read_index(path)
-        except UserError as error:
-            log.warning("%s; looking at all shards", error)
-            return False
+        except Unsound as error:
+            log.warning("%s; looking at all shards", error.why)
+            return []
         here = {**self.made_by, "fingerprint": self.work.fingerprint}
         if {name: made_by.get(name) for name in here} != here or heads[0].dtype != self.options.dtype:
             log.warning("%s is of another model or of other images; looking at all shards", path)
-            return False
-        return self.options.broken == "skip" or not any(_left_out(head) for head in heads)
+            return []
+        return heads if self.options.broken == "skip" or not any(left_out(head) for head in heads) else []
 
     def look(self, unit: Unit, verify: bool) -> tuple[Head | None, str]:
         """What a unit's shard says of itself if it is whole and of this model and data; otherwise why it is not."""
@@ -168,20 +189,22 @@ class _Desk:
             head = read_head(path)
             if verify:
                 read_file(head, verify=True)
-        except UserError as error:
-            return None, str(error)
+        except Unsound as error:
+            return None, error.why
         here = {"image_tower": self.made_by["image_tower"], "fingerprint": unit.fingerprint}
         here["precision"] = self.options.precision
         said = {name: head.made_by.get(name) for name in here}
-        if said != here or head.dtype != self.options.dtype or not head.is_as_we_wrote_it:
+        if said != here or head.dtype != self.options.dtype or not head.is_checked:
             return None, f"{path} is of another model or of other images"
-        if self.options.broken == "error" and _left_out(head):
-            return None, f"{path} leaves out {len(_left_out(head))} broken images"
+        if self.options.broken == "error" and left_out(head):
+            return None, f"{path} leaves out {len(left_out(head))} broken images"
         return head, ""
 
     def do_all(self, units: list[Unit], show_bar: bool) -> None:
         """Embed those of some units that are not done. Those that another run is at come last, and may be done then."""
         left = []
+        if units:
+            self.folder.mkdir(parents=True, exist_ok=True)
         for unit in units:
             head, why = self.look(unit, verify=True)
             left += [unit] if head is None else []
@@ -190,8 +213,11 @@ class _Desk:
         if len(left) < len(units):
             log.info("%d of %d units are there already", len(units) - len(left), len(units))
         with _Progress(self.work.label, left, show_bar) as progress:
-            for wait in (False, True):
-                left = [unit for unit in left if not self.do(unit, progress, wait)]
+            left = [unit for unit in left if not self.do(unit, progress, wait=False)]
+            if left:
+                log.info("%d units are being embedded by another run; waiting for them", len(left))
+            for unit in left:
+                self.do(unit, progress, wait=True)
 
     def do(self, unit: Unit, progress: _Progress, wait: bool) -> bool:
         """Embed a unit and write its shard; False where another process is at it, unless it is waited for."""
@@ -200,8 +226,10 @@ class _Desk:
             lock.acquire()
         except Timeout:
             return False
-        except (OSError, NotImplementedError):  # this file system has no locks; they only save work
-            log.debug("%s cannot be locked", lock.lock_file)
+        except OSError as error:
+            if error.errno not in NOT_SUPPORTED:
+                raise
+            log.debug("%s cannot be locked", lock.lock_file)  # by this file system; locks only save work
         try:
             if self.look(unit, verify=True)[0] is None:
                 self._embed(unit, progress)
@@ -217,32 +245,44 @@ class _Desk:
         if found.left_out:
             made_by["left_out"] = json.dumps(found.left_out)
             log.warning("%s: %d broken images left out, first %s", unit.name, len(found.left_out), found.left_out[0])
-        write_shard(self._path(unit), found.z, found.ids, made_by)
+        write(self._path(unit), found.z, found.ids, made_by)
         rate = len(data) / (time.perf_counter() - then)
         log.info("%s: %d images, %.0f images/s", unit.name, len(found.ids), rate)
 
-    def merge(self) -> bool:
-        """Write the index, if all units are done; otherwise say how many are."""
-        heads = [self.look(unit, verify=False)[0] for unit in self.work.units]
-        done = [head for head in heads if head is not None]
-        if len(done) < len(heads):
+    def merge(self, own: Container[str]) -> list[Head]:
+        """Write the index, if all units are done; otherwise say how many are, and what is wrong with the others.
+
+        own: the units that this launch made, or looked at. Shards of others are read first, once all are there.
+        """
+        looked = [self.look(unit, verify=False) for unit in self.work.units]
+        if all(head is not None for head, _ in looked):
+            looked = [
+                found if unit.name in own else self.look(unit, verify=True)
+                for unit, found in zip(self.work.units, looked)
+            ]
+        for _, why in looked:
+            if why:
+                log.warning("%s; the same command makes it again, or that of the part it belongs to", why)
+        done = [head for head, _ in looked if head is not None]
+        if len(done) < len(looked):
             log.info(
                 "%d of %d units are done. When the others are, the last of them writes the index; "
-                "the same command does it too.", len(done), len(heads),
+                "the same command does it too.", len(done), len(looked),
             )  # fmt: skip
-            return False
+            return []
         if not any(head.rows for head in done):
             raise UserError(f"{self.work.label} holds no image that can be read")
-        if lost := sum(len(_left_out(head)) for head in done):
+        if lost := sum(len(left_out(head)) for head in done):
             log.warning("%d broken images were left out in all", lost)
         write_index(self.folder, done, {**self.made_by, "fingerprint": self.work.fingerprint})
-        return True
+        return done
 
     def _path(self, unit: Unit) -> Path:
         return self.folder / f"{unit.name}.safetensors"
 
 
-def _left_out(head: Head) -> list[str]:
+def left_out(head: Head) -> list[str]:
+    """The images of a unit that did not decode."""
     return json.loads(head.made_by.get("left_out", "[]"))
 
 

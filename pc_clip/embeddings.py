@@ -11,18 +11,30 @@ index. A cache file that is damaged, or of other images, is computed again and n
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
 from pc_clip.clip import Clip
 from pc_clip.datasets import READERS, Dataset
-from pc_clip.embedding_shards import INDEX, Head, Ids, Rows, read_file, read_head, read_index, write_file
-from pc_clip.embedding_units import ALONE, Part, Work, blocks, embed_units, name_of, tars
+from pc_clip.embedding_shards import (
+    INDEX,
+    Head,
+    Ids,
+    Rows,
+    Shards,
+    Unsound,
+    index_of,
+    read_file,
+    read_head,
+    read_index,
+    write,
+)
+from pc_clip.embedding_units import ALONE, Part, Work, blocks, embed_units, left_out, name_of, tars
 from pc_clip.encoding import Options, encode, pixels
 from pc_clip.errors import UserError, check_at_least
 from pc_clip.shards import Processes
@@ -68,17 +80,38 @@ def embed_images(
 ) -> Embeddings:
     """Embeddings of all images of a data set, from the cache or computed and put there. z is a Tensor.
 
-    verify: look at every byte of a cache file, however large; up to 2 GB are looked at in any case.
+    verify: look at every byte of what is cached, however large; up to 2 GB are looked at in any case. Where the cache
+    cannot be written the embeddings are returned all the same, and a warning says why.
     Raises UserError for an image that cannot be read, with its path.
     """
-    tower = clip.image_tower_hash()
-    folder = cache / f"{name_of(data)}-{tower}"
-    path = folder.with_name(f"{folder.name}.safetensors")
-    found = _from_file(path, data, tower, verify) or _from_index(folder / INDEX, data, clip)
-    if found:
-        return found
     options = Options(batch_size, workers)
-    steps = -(-len(data) // batch_size)
+    options.check()
+    if found := _look_up(clip, data, cache, verify):
+        return found[1]
+    made = _compute(clip, data, options)
+    try:
+        _put(clip, data, cache, made)
+    except (SafetensorError, OSError) as error:
+        log.warning("the embeddings cannot be kept (%s); the next run computes them again", error)
+    return made
+
+
+def _place(clip: Clip, data: Dataset, cache: Path) -> tuple[Path, Path]:
+    """Where the one file of a data set is, and the index of its shards."""
+    name = f"{name_of(data)}-{clip.image_tower_hash()}"
+    return cache / f"{name}.safetensors", cache / name / INDEX
+
+
+def _look_up(clip: Clip, data: Dataset, cache: Path, verify: bool) -> tuple[Path, Embeddings] | None:
+    file, index = _place(clip, data, cache)
+    for path, read in ((file, _from_file), (index, _from_index)):
+        if path.is_file() and (found := read(path, data, clip.image_tower_hash(), verify)):
+            return path, found
+    return None
+
+
+def _compute(clip: Clip, data: Dataset, options: Options) -> Embeddings:
+    steps = -(-len(data) // options.batch_size)
     with tqdm(
         desc=f"embedding {data.label}",
         total=len(data),
@@ -86,51 +119,55 @@ def embed_images(
         leave=False,
         disable=None if steps > 3 else True,
     ) as bar:
-        made = Embeddings(encode(clip, data, options, bar.update).z, data.ids)
+        return Embeddings(encode(clip, data, options, bar.update).z, data.ids)
+
+
+def _put(clip: Clip, data: Dataset, cache: Path, made: Embeddings) -> Path:
+    path, tower = _place(clip, data, cache)[0], clip.image_tower_hash()
     made_by = {"model": clip.describe(), "image_tower": tower, "data": data.label, "fingerprint": data.fingerprint}
     save_embeddings(path, made, made_by)
-    return made
+    return path
 
 
 def _from_file(path: Path, data: Dataset, tower: str, verify: bool) -> Embeddings | None:
     """What a cache file holds; None, and a warning, where it is not what its name says."""
-    if not path.is_file():
-        return None
     try:
         head = read_head(path)
         z, ids = read_file(head, verify)
-    except UserError as error:
-        log.warning("%s; computing it again", error)
+    except Unsound as error:
+        log.warning("%s; computing it again", error.why)
         return None
-    of = head.made_by["image_tower"], head.made_by.get("fingerprint")
-    if of != (tower, data.fingerprint) or not head.is_as_we_wrote_it or z.dtype != torch.float32:
+    if not head.is_checked or not _is_exact(head.made_by, head, data, tower):
         log.warning("%s is of another model or of other images than its name says; computing it again", path)
         return None
-    return _of_these_images(path, z, ids, data)
+    return Embeddings(z, data.ids) if _are_of(data, ids, path) else None
 
 
-def _from_index(path: Path, data: Dataset, clip: Clip) -> Embeddings | None:
-    """What the shards hold that `python -m pc_clip.embeddings` made; None, and a warning, where they are damaged."""
-    if not path.is_file():
-        return None
+def _from_index(path: Path, data: Dataset, tower: str, verify: bool) -> Embeddings | None:
+    """What the shards hold that `python -m pc_clip.embeddings` made; None, and a warning, as for a file."""
     try:
-        found = load_embeddings(path, clip)
-    except UserError as error:
-        log.warning("%s; computing them again", error)
+        made_by, heads = read_index(path, verify)
+    except Unsound as error:
+        log.warning("%s; computing them again", error.why)
         return None
-    if len(found.ids) != len(data):  # before all of them are read into memory
-        log.warning(
-            "%s holds %d images, and %s has %d; computing them again", path, len(found.ids), data.label, len(data)
-        )
+    if not _is_exact(made_by, heads[0], data, tower):
+        log.warning("%s is of another model or of other images than its name says; computing them again", path)
         return None
-    return _of_these_images(path, found.z.whole(), found.ids, data)
+    shards = Shards(heads)  # its ids come first: all of it is read into memory
+    return Embeddings(Rows(shards).whole(), data.ids) if _are_of(data, Ids(shards), path) else None
 
 
-def _of_these_images(path: Path, z: Tensor, ids: Sequence[str], data: Dataset) -> Embeddings | None:
-    if list(ids) == data.ids:
-        return Embeddings(z, data.ids)
+def _is_exact(made_by: Mapping[str, Any], head: Head, data: Dataset, tower: str) -> bool:
+    """Whether it was made by this tower from this data, and is not rounded."""
+    said = made_by.get("image_tower"), made_by.get("fingerprint"), made_by.get("precision", "no"), head.dtype
+    return said == (tower, data.fingerprint, "no", "float32")
+
+
+def _are_of(data: Dataset, ids: Sequence[str], path: Path) -> bool:
+    if len(ids) == len(data) and list(ids) == data.ids:
+        return True
     log.warning("%s holds other images than %s; computing them again", path, data.label)
-    return None
+    return False
 
 
 # -- files by name -------------------------------------------------------------------------------------
@@ -138,7 +175,7 @@ def _of_these_images(path: Path, z: Tensor, ids: Sequence[str], data: Dataset) -
 
 def save_embeddings(path: Path, embeddings: Embeddings, made_by: dict[str, str]) -> None:
     """Write one file atomically, with checksums: a reader sees the whole file or none."""
-    write_file(path, embeddings.z, embeddings.ids, made_by)
+    write(path, embeddings.z, embeddings.ids, made_by)
 
 
 def load_embeddings(path: str | Path, clip: Clip, *, verify: bool = False) -> Embeddings:
@@ -148,28 +185,41 @@ def load_embeddings(path: str | Path, clip: Clip, *, verify: bool = False) -> Em
     verify: look at every byte, however many there are; up to 2 GB of them are looked at in any case.
     Raises UserError for what is absent, damaged or another model's.
     """
-    path = Path(path) / INDEX if Path(path).is_dir() else Path(path)
+    path = index_of(path)
     if not path.is_file():
+        if path.name == INDEX and any(path.parent.glob("*.safetensors")):
+            raise UserError(
+                f"{path.parent} holds files of embeddings, but no {INDEX}: either its parts are not all done (run "
+                "python -m pc_clip.embeddings again), or they are several sets' (name one file)"
+            )
         raise UserError(f"no embeddings at {path}. Leave --data.embeddings out to compute them from the images.")
     if path.suffix == ".json":
         _, heads = read_index(path, verify)
-        for made_by in {head.made_by["image_tower"]: head.made_by for head in heads}.values():
-            _check_tower(path, made_by, clip)
-        return Embeddings(Rows(heads), Ids(heads))
-    head: Head = read_head(path)
-    _check_tower(path, head.made_by, clip)
+        for head in {head.made_by["image_tower"]: head for head in heads}.values():
+            _check_tower(path, head, clip)
+        shards = Shards(heads)
+        return Embeddings(Rows(shards), Ids(shards))
+    head = read_head(path)
+    _check_tower(path, head, clip)
     z, ids = read_file(head, verify)
     return Embeddings(z.float(), list(ids))  # float() leaves float32 mapped as it is
 
 
-def _check_tower(path: Path, made_by: dict[str, str], clip: Clip) -> None:
-    tower = clip.image_tower_hash()
-    if made_by["image_tower"] == claim(clip.name, clip.pretrained):
+def _check_tower(path: Path, head: Head, clip: Clip) -> None:
+    tower, said = clip.image_tower_hash(), head.made_by["image_tower"]
+    if said == claim(clip.name, clip.pretrained):
         log.info("%s is said to be made by %s; without the images that is taken on trust", path, clip.describe())
-    elif made_by["image_tower"] != tower:
+    elif said != tower:
         raise UserError(
-            f"{path} was made by the image tower of {made_by.get('model', '?')} ({made_by['image_tower']}), "
+            f"{path} was made by the image tower of {head.made_by.get('model', '?')} ({said}), "
             f"but this run uses that of {clip.describe()} ({tower}). Use that model, or make the embeddings again."
+        )
+    elif head.is_checked:
+        return
+    if head.width != clip.embed_dim:  # in a file of ours with this tower's hash it is its width
+        raise UserError(
+            f"{path} has {head.width} numbers an image, but {clip.describe()} makes {clip.embed_dim}. "
+            "Make the embeddings again with that model."
         )
 
 
@@ -197,29 +247,40 @@ def embed(config: EmbedConfig, processes: Processes = ALONE) -> Made | None:
     check_at_least("shard_size", config.shard_size, 1)
     if config.data.embeddings:
         raise UserError("data.embeddings names what is there already; leave it out to embed the images")
-    part, verify = Part.parse(config.part), config.verify
-    cache = Path(config.cache) if config.cache else CACHE
-    in_tars = config.data.dataset == "webdataset"
-    data = None if in_tars else load_dataset(config.data)
-    work = _tars(config.data) if in_tars else blocks(data, config.shard_size)
+    part, cache = Part.parse(config.part), Path(config.cache) if config.cache else CACHE
+    data = None if config.data.dataset == "webdataset" else load_dataset(config.data)
+    work = _tars(config.data) if data is None else blocks(data, config.shard_size)
     device = f"cuda:{processes.local_rank}" if config.device == "cuda" and processes.size > 1 else config.device
     clip = Clip.create(*config.model.source(config.data.dataset), device=device)
+    tower, usual = clip.image_tower_hash(), cache == CACHE
 
-    tower = clip.image_tower_hash()
+    if data is not None and not options.suffix:  # then it may be one file, as evaluations write it
+        if len(work.units) == 1 and options.broken == "error":
+            if part.number > 1:
+                log.info("%s is one block: part 1 does it", work.label)
+                return None
+            made = _one_file(clip, data, cache, options, config.verify) if processes.is_main else None
+            processes.wait()
+            return made
+        file, _ = _place(clip, data, cache)
+        if file.is_file() and (one := _from_file(file, data, tower, config.verify)):
+            return Made(file, *one.z.shape, usual) if processes.is_main else None
     folder = cache / f"{work.name}-{tower}{options.suffix}"
-    file = folder.with_name(f"{folder.name}.safetensors")
-    plain = data is not None and not options.suffix
-    if plain and len(work.units) == 1 and config.broken == "error":
-        if processes.is_main and part.number == 1:
-            embed_images(clip, data, cache=cache, batch_size=config.batch_size, workers=options.workers, verify=verify)
-        processes.wait()
-    if plain and (one := _from_file(file, data, tower, verify)):
-        return Made(file, len(one.ids), one.z.shape[1], not config.cache)
-    if not embed_units(work, clip, folder, options, part=part, processes=processes, verify=verify):
+    heads = embed_units(work, clip, folder, options, part=part, processes=processes, verify=config.verify)
+    if not heads:
         return None
-    found = load_embeddings(folder / INDEX, clip)
-    whole = data is None or len(found.ids) == len(data)
-    return Made(folder / INDEX, *found.z.shape, not config.cache and not options.suffix and whole)
+    found = usual and work.opens and not options.suffix and not any(left_out(head) for head in heads)
+    return Made(folder / INDEX, sum(head.rows for head in heads), heads[0].width, found)
+
+
+def _one_file(clip: Clip, data: Dataset, cache: Path, options: Options, verify: bool) -> Made:
+    """Embed a set that is one block. It is there to be kept, so that a cache that cannot be written is an error."""
+    found = _look_up(clip, data, cache, verify)
+    if not found:
+        made = _compute(clip, data, options)
+        found = _put(clip, data, cache, made), made
+    path, embeddings = found
+    return Made(path, *embeddings.z.shape, cache == CACHE)
 
 
 def _tars(data: DataConfig) -> Work:

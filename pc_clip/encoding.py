@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from pc_clip.clip import Clip
 from pc_clip.datasets import Dataset
+from pc_clip.datasets.dataset import BrokenImage
 from pc_clip.errors import UserError, check_at_least, check_choice
 
 # Images that a worker hands over at once. A worker has at most three such pieces in hand, two ready and one in the
@@ -24,7 +25,7 @@ class Options:
     """How images are encoded.
 
     precision: "no" for float32, bf16 for autocast. dtype: what is kept, float32 or float16. broken: whether an image
-    that cannot be read is an "error", or left out ("skip"). workers: processes that decode.
+    that does not decode is an "error", or left out ("skip"). workers: processes that decode.
     """
 
     batch_size: int = 128
@@ -48,7 +49,7 @@ class Options:
 
 
 class Encoded(NamedTuple):
-    """z: [n, D], not normalised; ids: of these n; left_out: of the images that could not be read."""
+    """z: [n, D], not normalised; ids: of these n; left_out: of the images that do not decode."""
 
     z: Tensor
     ids: list[str]
@@ -66,13 +67,14 @@ class _Pictures(torch.utils.data.Dataset):
 
     def __getitem__(self, row: int) -> Tensor | UserError:
         try:
-            image = self.data.load(row)
+            return self.preprocess(self.data.load(row))
         except UserError as error:  # raised where it can be caught: a worker process would wrap it in its traceback
             return error
         except Exception as error:  # Pillow's decoders raise all kinds
-            what = f"{type(error).__name__}: {error}"
-            return UserError(f"image {self.data.ids[row]} of {self.data.label} cannot be read ({what}); remove it")
-        return self.preprocess(image)
+            what = f"image {self.data.ids[row]} of {self.data.label} cannot be read ({type(error).__name__}: {error})"
+            if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno):  # not the image's fault
+                return UserError(f"{what}; mend that and run the same command again")
+            return BrokenImage(f"{what}; remove it")
 
 
 class _Batch(NamedTuple):
@@ -119,15 +121,24 @@ def pixels(clip: Clip, data: Dataset, batch_size: int, workers: int) -> Iterator
 def encode(clip: Clip, data: Dataset, options: Options, seen: Callable[[int], object] = lambda n: None) -> Encoded:
     """Embeddings of the images of a data set; `seen` is called with the number of images of each batch.
 
-    Raises UserError for an image that cannot be read, with its path, unless such are left out.
+    Raises UserError for an image that cannot be read, with its path, unless it is broken and such are left out: what
+    the disk or the network did not give is there the next time, and is never left out.
     """
     was_training = clip.model.training
     clip.model.eval()
+    try:
+        return _encode(clip, data, options, seen)
+    finally:
+        clip.model.train(was_training)
+
+
+def _encode(clip: Clip, data: Dataset, options: Options, seen: Callable[[int], object]) -> Encoded:
     z, done = None, 0  # filled batch by batch: what torch.cat makes would be there twice for a moment
     left_out: list[int] = []
     for batch in _batches(clip, data, options.batch_size, options.workers):
-        if batch.broken and options.broken == "error":
-            raise next(iter(batch.broken.values()))
+        for error in batch.broken.values():
+            if options.broken == "error" or not isinstance(error, BrokenImage):
+                raise error
         if len(batch.pixels):
             with torch.autocast(clip.device.type, torch.bfloat16, enabled=options.precision == "bf16"):
                 found = clip.encode_image(batch.pixels.to(clip.device))
@@ -137,7 +148,6 @@ def encode(clip: Clip, data: Dataset, options: Options, seen: Callable[[int], ob
             done += len(found)
         left_out += batch.broken
         seen(len(batch.rows))
-    clip.model.train(was_training)
     if z is None:
         z = torch.empty(0, clip.embed_dim, dtype=getattr(torch, options.dtype))
     gone = set(left_out)

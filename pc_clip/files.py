@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 LOCK = "lock"
 DAY = 24 * 3600  # seconds
-_NOT_SUPPORTED = {errno.ENOSYS, errno.ENOTSUP, errno.EINVAL, errno.ENOLCK}  # by this file system
+NOT_SUPPORTED = {errno.ENOSYS, errno.ENOTSUP, errno.EINVAL, errno.ENOLCK}  # by this file system
 
 
 def write_text(path: Path, text: str) -> None:
@@ -63,7 +63,7 @@ def alone(lock: Path, busy: str) -> Iterator[None]:
     except Timeout:
         raise UserError(busy) from None
     except OSError as error:
-        if error.errno not in _NOT_SUPPORTED:
+        if error.errno not in NOT_SUPPORTED:
             raise
         log.warning("%s cannot be locked (%s): see to it yourself that no two processes write there", lock, error)
     try:
@@ -98,7 +98,7 @@ def _sync(path: Path) -> None:
     try:
         os.fsync(file)
     except OSError as error:
-        if error.errno not in _NOT_SUPPORTED:
+        if error.errno not in NOT_SUPPORTED:
             raise
     finally:
         os.close(file)
@@ -130,7 +130,7 @@ def _locked_folder(path: Path) -> tuple[Path, FileLock]:
         except (Timeout, FileNotFoundError, FileExistsError):  # the last where it vanishes while it is looked at
             pass  # before it was locked another process took it for one that a killed writer left; make a new one
         except OSError as error:
-            if error.errno not in _NOT_SUPPORTED:
+            if error.errno not in NOT_SUPPORTED:
                 raise
             return folder, lock  # unlocked; but where this cannot be locked, nobody who clears up can lock it either
 

@@ -35,6 +35,7 @@ from pc_clip.compensated import CompensatedAdam
 from pc_clip.config import FinetuneConfig, TrainConfig, dump, load_dataset
 from pc_clip.datasets import Dataset
 from pc_clip.download import file_digest
+from pc_clip.embedding_shards import index_of
 from pc_clip.errors import UserError, check_at_least, check_choice
 from pc_clip.files import alone, write_json, write_text
 from pc_clip.memory import return_freed_memory
@@ -330,8 +331,7 @@ def _hashes(data: Dataset, config: FinetuneConfig) -> dict[str, str]:
     """What a run learns from, by content."""
     found = {"images": data.fingerprint, "captions": hashlib.sha256(repr(data.captions).encode()).hexdigest()[:16]}
     if config.data.embeddings:
-        path = Path(config.data.embeddings)
-        path = path / "index.json" if path.is_dir() else path  # the index has the checksum of every shard
+        path = index_of(config.data.embeddings)  # the index has the checksum of every shard
         if path.is_file():  # an absent one is told of when it is read
             found["embeddings"] = file_digest(path, "sha256")[:16]
     if config.data.differences:

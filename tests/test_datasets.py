@@ -1,11 +1,15 @@
 """Readers: what they give on miniatures in each layout, and what they say when something is missing."""
 
+import errno
 import hashlib
 import io
 import json
 import math
+import os
 import pickle
 import random
+import re
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +18,7 @@ from PIL import Image
 
 from pc_clip import datasets
 from pc_clip._torchvision import torchvision
+from pc_clip.config import DataConfig, load_dataset
 from pc_clip.datasets import (
     __main__,
     embedded,
@@ -23,6 +28,8 @@ from pc_clip.datasets import (
     read_image,
     read_simclip_tsv,
 )
+from pc_clip.datasets.dataset import BrokenImage
+from pc_clip.datasets.shards import find_tars, open_tar
 from pc_clip.errors import UserError
 from pc_clip.example import scenes, world
 from pc_clip.example.captions import parse
@@ -412,9 +419,48 @@ def test_a_folder_without_folders_has_no_question_and_gives_rgb(tmp_path, mode):
     assert data.load(0).mode == "RGB" and data.load(0).size == (8, 6)
 
 
-def test_images_beside_class_folders_are_an_error_that_names_one(tmp_path):
+def test_images_beside_folders_are_opened_without_classes_and_the_note_names_one(tmp_path):
     picture(tmp_path / "cat" / "a.png"), picture(tmp_path / "loose.png")
-    with pytest.raises(UserError, match=r"loose\.png"):
+    data = open_dataset("folder", tmp_path)
+    assert data.ids == ["cat/a.png", "loose.png"] and data.questions == ()
+    assert re.search(r"in folders and beside them \(loose\.png\), so no classes", data.note)
+    (tmp_path / "loose.png").unlink()
+    assert open_dataset("folder", tmp_path).note == ""
+
+
+def test_class_folders_that_are_links_are_read_and_links_in_a_circle_are_not(tmp_path):
+    picture(tmp_path / "far" / "b.png"), picture(tmp_path / "set" / "cat" / "a.png")
+    (tmp_path / "set" / "dog").symlink_to(tmp_path / "far")
+    (tmp_path / "far" / "again").symlink_to(tmp_path / "far")
+    (tmp_path / "set" / "cat" / "up").symlink_to(tmp_path / "set")
+    (tmp_path / "set" / "tiger").symlink_to("cat")
+    data = open_dataset("folder", tmp_path / "set")
+    assert data.ids == ["cat/a.png", "dog/b.png", "tiger/a.png"]
+    assert data.questions[0].classes == ("cat", "dog", "tiger") and data.load(1).size == (8, 6)
+
+
+def test_a_folder_that_may_not_be_read_is_an_error_and_not_left_out(tmp_path, monkeypatch):
+    for name in ("cat/a.png", "dog/b.png", "lost+found/c.png"):
+        picture(tmp_path / name)
+    real = os.scandir
+
+    def scandir(path):
+        if os.path.basename(path) in ("dog", "lost+found"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(UserError, match=r"dog cannot be read \(Permission denied\)"):
+        open_dataset("folder", tmp_path)
+    (tmp_path / "dog" / "b.png").unlink(), (tmp_path / "dog").rmdir()
+    assert open_dataset("folder", tmp_path).ids == ["cat/a.png"]
+
+
+def test_a_split_that_is_not_there_or_not_named_says_how_to_name_it(tmp_path):
+    picture(tmp_path / "val" / "cat" / "a.png")
+    with pytest.raises(UserError, match=r"for none, --split null \(--data\.split null\)"):
+        open_dataset("folder", tmp_path, "train")
+    with pytest.raises(UserError, match=r"say which with --split \(--data\.split\), as val"):
         open_dataset("folder", tmp_path)
 
 
@@ -460,8 +506,172 @@ def test_an_image_that_vanished_is_an_error_with_its_path(tmp_path):
     path = picture(tmp_path / "a.png")
     data = open_dataset("folder", tmp_path)
     path.unlink()
-    with pytest.raises(UserError, match=r"no image at .*a\.png"):
+    with pytest.raises(UserError, match=r"no image at .*a\.png") as caught:
         data.load(0)
+    assert not isinstance(caught.value, BrokenImage)
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO, errno.EACCES, errno.EMFILE])
+def test_only_what_was_read_and_does_not_decode_is_a_broken_image(tmp_path, monkeypatch, number):
+    path = tmp_path / "a.png"
+    path.write_bytes(b"no image")
+    with pytest.raises(BrokenImage, match=r"a\.png cannot be read as an image \(it is cut short, or no image\)"):
+        read_image(path)
+
+    def fail(self, *_):
+        raise OSError(number, os.strerror(number), str(self))
+
+    monkeypatch.setattr(Path, "open", fail), monkeypatch.setattr(Path, "read_bytes", fail)
+    with pytest.raises(UserError, match=rf"a\.png cannot be read \({os.strerror(number)}\)") as caught:
+        read_image(path)
+    assert not isinstance(caught.value, BrokenImage)
+
+
+def test_memory_that_was_not_there_is_no_fault_of_the_image(tmp_path, monkeypatch):
+    path = picture(tmp_path / "a.png")
+
+    def fail(self, mode):
+        raise OSError("out of memory when reading image file")
+
+    monkeypatch.setattr(Image.Image, "convert", fail)
+    with pytest.raises(MemoryError, match=r"a\.png"):
+        read_image(path)
+
+
+# -- WebDatasets whose images are to be embedded, or have been -------------------------------------------
+
+
+def png(n):
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 16), (n, 20, 30)).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def write_tar(path, members):
+    """A tar file. A member whose content is text is a link to what it says."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            if isinstance(content, str):
+                member.type, member.linkname = tarfile.SYMTYPE, content
+                tar.addfile(member)
+            else:
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+def starts(path):
+    """Where the headers of a tar file's members begin, and where the end does."""
+    with tarfile.open(path) as tar:
+        return [member.offset for member in tar] + [tar.offset]
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda tar, at: tar[: at[5]],
+        lambda tar, at: tar[: at[5] + 200],
+        lambda tar, at: tar[: at[5] + 600],
+        lambda tar, at: tar[: at[-1]],
+        lambda tar, at: tar[: at[5] + 10] + bytes([tar[at[5] + 10] ^ 1]) + tar[at[5] + 11 :],
+        lambda tar, at: tar[: at[-2] + 10] + bytes([tar[at[-2] + 10] ^ 1]) + tar[at[-2] + 11 :],
+        lambda tar, at: tar[: at[5]] + bytes(len(tar) - at[5]),
+        lambda tar, at: tar[: at[5]] + bytes(512) + tar[at[5] + 512 :],
+        lambda tar, at: tar + tar,
+        lambda tar, at: tar[:100],
+        lambda tar, at: b"",
+    ],
+    ids=[
+        "at a boundary", "in a header", "in data", "before the end", "a bit of a header", "of the last",
+        "zeros to the end", "zeros for a header", "twice", "in the first header", "empty",
+    ],
+)  # fmt: skip
+def test_a_damaged_tar_file_is_never_read_as_if_it_ended_there(tmp_path, harm):
+    path = write_tar(tmp_path / "0.tar", [(f"s{n}.png", png(n)) for n in range(12)])
+    good = path.read_bytes()
+    assert len(open_tar(path)) == 12
+    path.write_bytes(harm(good, starts(path)))
+    with pytest.raises(UserError, match=r"0\.tar is cut short or no tar file \(.*\); fetch it again"):
+        open_tar(path)
+
+
+def test_a_tar_file_cut_anywhere_before_its_end_is_refused(tmp_path):
+    path = write_tar(tmp_path / "0.tar", [(f"s{n}.png", png(n)) for n in range(3)])
+    good, end = path.read_bytes(), starts(path)[-1]
+    for size in range(0, end, 37):
+        path.write_bytes(good[:size])
+        with pytest.raises(UserError, match="cut short or no tar file"):
+            open_tar(path)
+    for zeros in (512, 1024, 10240, 10752):  # as several programs end a tar file
+        path.write_bytes(good[:end] + bytes(zeros))
+        assert len(open_tar(path)) == 3
+
+
+def test_a_tar_file_that_cannot_be_read_is_no_damaged_one(tmp_path):
+    with pytest.raises(UserError, match=r"0\.tar cannot be read \(No such file or directory\)"):
+        open_tar(tmp_path / "0.tar")
+
+
+def test_a_tar_file_that_vanishes_or_shrinks_after_it_was_opened_breaks_no_image(tmp_path, monkeypatch):
+    path = write_tar(tmp_path / "0.tar", [("a.png", png(1)), ("b.png", png(2))])
+    data, good = open_tar(path), path.read_bytes()
+    path.write_bytes(good[: starts(path)[1] + 520])
+    assert data.load(0).size == (16, 16)
+    with pytest.raises(UserError, match=r"0\.tar has become shorter") as shorter:
+        data.load(1)
+    path.unlink()
+    with pytest.raises(UserError, match=r"no file at .*0\.tar") as gone:
+        data.load(0)
+    path.mkdir()
+    with pytest.raises(UserError, match=r"0\.tar cannot be read \(Is a directory\)") as folder:
+        data.load(0)
+    assert not any(isinstance(caught.value, BrokenImage) for caught in (shorter, gone, folder))
+
+
+def test_images_that_the_layout_does_not_know_are_counted(tmp_path, caplog):
+    names = ["a.b.png", "photo 1.5.png", "ok.png", "k.png", "._ok.png", "ok.json", "d.e/f.png"]
+    path = write_tar(tmp_path / "0.tar", [*((name, png(1)) for name in names), ("k.jpg", png(2)), ("l.png", "ok.png")])
+    assert open_tar(path).ids == ["0/ok.png", "0/k.png", "0/d.e/f.png"]
+    assert re.search(r"0\.tar: 4 images are passed over, first a\.b\.png", caplog.text)
+    caplog.clear()
+    write_tar(path, [("ok.png", png(1)), ("ok.json", b"{}")])
+    assert open_tar(path).ids == ["0/ok.png"] and not caplog.text
+
+
+def test_a_name_that_comes_twice_says_what_to_do(tmp_path):
+    path = write_tar(tmp_path / "0.tar", [("a.png", png(1)), ("a.png", png(2))])
+    with pytest.raises(UserError, match=r"two members a\.png; write the tar again with each name once"):
+        open_tar(path)
+
+
+@pytest.mark.parametrize("split", [None, ""])
+def test_tar_files_in_the_root_are_found_without_a_split_and_named_with_one(tmp_path, split):
+    write_tar(tmp_path / "laion" / "0.tar", [("a.png", png(1))])
+    assert find_tars(tmp_path / "laion", split) == ("laion", [tmp_path / "laion" / "0.tar"])
+    with pytest.raises(UserError, match=r"no split 'train'; its tar files lie in .*laion itself: --data\.split null"):
+        find_tars(tmp_path / "laion", "train")
+    write_tar(tmp_path / "laion" / "val" / "0.tar", [("a.png", png(1))])
+    assert find_tars(tmp_path / "laion", "val")[0] == "laion-val"
+
+
+def test_with_embeddings_a_webdataset_has_the_captions_of_a_file(tmp_path):
+    write_tar(tmp_path / "w" / "train" / "0.tar", [("a.png", png(1)), ("b.png", png(2))])
+    write(tmp_path / "c.jsonl", '{"image": "0/b.png", "text": "a dog"}\n{"image": "0/a.png", "text": "a cat"}\n')
+    where = {"dataset": "webdataset", "root": str(tmp_path / "w"), "embeddings": "e/index.json"}
+    plain = load_dataset(DataConfig(**where))
+    assert plain.captions is None and plain.ids == []
+    said = load_dataset(DataConfig(**where, captions=str(tmp_path / "c.jsonl")))
+    assert dict(zip(said.ids, said.captions)) == {"0/b.png": ("a dog",), "0/a.png": ("a cat",)}
+    assert said.fingerprint == plain.fingerprint and said.label == "webdataset/w-train"
+
+
+def test_with_embeddings_a_webdataset_for_retrieval_keeps_its_own_captions(tmp_path):
+    write_tar(tmp_path / "w" / "train" / "0.tar", [("a.png", png(1)), ("a.txt", b"a cat\n")])
+    write(tmp_path / "w" / "dataset_type.txt", "retrieval")
+    data = load_dataset(DataConfig(dataset="webdataset", root=str(tmp_path / "w"), embeddings="e/index.json"))
+    assert (data.ids, data.captions) == (["0/a.png"], [("a cat",)])
 
 
 # -- CIFAR ---------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Large image sets in shards: the same rows however many processes, kills and faults it took to make them."""
 
+import errno
 import itertools
 import json
 import logging
@@ -8,6 +9,7 @@ import os
 import shutil
 import signal
 import tarfile
+import threading
 import time
 from io import BytesIO
 from pathlib import Path
@@ -16,6 +18,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -23,12 +26,24 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from pc_clip import embedding_shards, embeddings
+from pc_clip import embedding_shards, embedding_units, embeddings
 from pc_clip.clip import Clip
 from pc_clip.config import EmbedConfig, FinetuneConfig
 from pc_clip.datasets import Dataset, open_dataset
+from pc_clip.datasets.dataset import BrokenImage
 from pc_clip.datasets.shards import unopened
-from pc_clip.embedding_shards import INDEX, Ids, Rows, read_file, read_head, read_index, write_index, write_shard
+from pc_clip.embedding_shards import (
+    INDEX,
+    Ids,
+    Rows,
+    Shards,
+    index_of,
+    read_file,
+    read_head,
+    read_index,
+    write,
+    write_index,
+)
 from pc_clip.embedding_units import Part, blocks, embed_units, tars
 from pc_clip.encoding import PIECE, Options
 from pc_clip.errors import UserError
@@ -78,7 +93,7 @@ def paint(row):
 def make_data(n, fingerprint="0123456789abcdef", broken=()):
     def load(row):
         if row in broken:
-            raise UserError(f"pictures/{row}.png cannot be read")
+            raise BrokenImage(f"pictures/{row}.png cannot be read")
         return paint(row)
 
     return Dataset("some", "train", [f"é{row}" for row in range(n)], load, fingerprint)
@@ -168,6 +183,79 @@ def test_parts_that_never_meet_merge_when_the_last_is_done(tmp_path, caplog):
     assert torch.equal(found(tmp_path / "out").z.whole(), truth(range(43)))
 
 
+def test_a_part_without_units_does_nothing_and_leaves_nothing(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    assert not run(make_data(15), tmp_path / "out", part="3/3")
+    assert "0 of 2 units are done" in caplog.text and not (tmp_path / "out").exists()
+
+
+def test_processes_that_meet_a_damaged_index_all_end_well(tmp_path, monkeypatch):
+    """The others must not read the index that the main process is about to replace."""
+    for n in range(3):
+        write_tar(tmp_path / "laion" / f"{n:05}.tar", range(5 * n, 5 * n + 5))
+    monkeypatch.setattr(Clip, "create", lambda *_, **__: make_clip())
+    config = EmbedConfig(device="cpu", cache=str(tmp_path / "cache"))
+    config.data.dataset, config.data.root = "webdataset", str(tmp_path / "laion")
+    path = embeddings.embed(config).path
+    good = path.read_text()
+    path.write_text(good[: len(good) // 2])
+    real, barrier = embedding_units.write_index, forks.Barrier(2)
+
+    def slowly(*args):
+        time.sleep(0.3)
+        return real(*args)
+
+    monkeypatch.setattr(embedding_units, "write_index", slowly)
+
+    def one(rank):
+        made = embeddings.embed(config, Processes(rank, 2, rank, barrier.wait))
+        assert made is None if rank else (made.path, made.images) == (path, 15)
+
+    processes = [forks.Process(target=one, args=(rank,)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    assert path.read_text() == good
+
+
+def test_another_runs_unit_is_waited_for_and_that_is_said(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    data, folder = make_data(15), tmp_path / "out"
+    run(data, tmp_path / "whole")
+    folder.mkdir()
+    lock = FileLock(folder / f"{blocks(data, 10).units[0].name}.lock")
+    lock.acquire()
+    thread = threading.Thread(target=run, args=(data, folder))
+    thread.start()
+    while "1 units are being embedded by another run; waiting for them" not in caplog.text:
+        assert thread.is_alive()
+        time.sleep(0.01)
+    lock.release()
+    thread.join(60)
+    assert shards(folder) == shards(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("number, goes_on", [(errno.ENOLCK, True), (errno.ENOSYS, True), (errno.EROFS, False)])
+def test_a_file_system_without_locks_is_used_without_and_one_without_writing_stops(
+    tmp_path, monkeypatch, number, goes_on
+):
+    def fail(self, *_, **__):
+        raise OSError(number, os.strerror(number), self.lock_file)
+
+    data, seen = make_data(15), []
+    encode = Model.encode_image
+    monkeypatch.setattr(Model, "encode_image", lambda self, pixels: seen.append(1) or encode(self, pixels))
+    monkeypatch.setattr(FileLock, "acquire", fail)
+    if goes_on:
+        assert run(data, tmp_path / "out") and torch.equal(found(tmp_path / "out").z.whole(), truth(range(15)))
+    else:
+        with pytest.raises(OSError, match=r"\.lock"):
+            run(data, tmp_path / "out")
+        assert not seen
+
+
 def test_shards_without_an_index_are_merged_and_none_is_made_again(tmp_path, monkeypatch):
     data = make_data(43)
     run(data, tmp_path / "out")
@@ -242,10 +330,11 @@ def store(tmp_path_factory):
     ids = [f"image {n} ü" * (n % 3) + str(n) for n in range(len(z))]
     for k, stop in enumerate(np.cumsum(SIZES).tolist()):
         start = stop - SIZES[k]
-        write_shard(folder / f"{k}.safetensors", z[start:stop], ids[start:stop], MADE_BY)
+        write(folder / f"{k}.safetensors", z[start:stop], ids[start:stop], MADE_BY)
     heads = [read_head(folder / f"{k}.safetensors") for k in range(len(SIZES))]
     write_index(folder, heads, MADE_BY)
-    return SimpleNamespace(rows=Rows(heads), ids=Ids(heads), z=z, names=ids, folder=folder)
+    shards = Shards(heads)
+    return SimpleNamespace(rows=Rows(shards), ids=Ids(shards), z=z, names=ids, folder=folder)
 
 
 @given(st.lists(st.integers(0, sum(SIZES) - 1), max_size=40))
@@ -276,12 +365,27 @@ def test_opening_reads_no_row_and_a_row_only_its_own_shard(store, monkeypatch):
     monkeypatch.setattr(embedding_shards, "_checksum", lambda tensors: summed.append(1) or check(tensors))
     monkeypatch.setattr(embedding_shards, "VERIFY_UP_TO", 0)
     _, heads = read_index(store.folder / INDEX)
-    rows = Rows(heads)
+    rows = Rows(Shards(heads))
     assert not mapped and not summed
     assert torch.equal(rows[torch.tensor([14, 5, 12])], store.z[[14, 5, 12]])
     assert sorted(mapped) == ["3", "5"]
     read_index(store.folder / INDEX, verify=True)
     assert len(summed) == len(SIZES)
+
+
+def test_rows_and_ids_share_their_shards_and_only_some_stay_mapped(store, monkeypatch):
+    mapped, read = [], embedding_shards._map
+    monkeypatch.setattr(embedding_shards, "_map", lambda path: mapped.append(path.stem) or read(path))
+    monkeypatch.setattr(embedding_shards, "MAPPED", 2)
+    z, ids = embeddings.load_embeddings(
+        store.folder, SimpleNamespace(image_tower_hash=lambda: "t", name="", pretrained="")
+    )
+    mapped.clear()
+    order = [0, 5, 0, 5, 14, 5, 0]  # in the shards 0, 3, 0, 3, 5, 3, 0
+    for row in order:
+        assert torch.equal(z[torch.tensor([row])], store.z[[row]]) and ids[row] == store.names[row]
+    assert mapped == ["0", "3", "5", "0"]
+    assert torch.equal(z.whole(), store.z) and list(ids) == store.names
 
 
 def test_what_is_read_is_the_file_itself_and_writing_to_it_does_not_reach_the_disk(store):
@@ -428,7 +532,7 @@ def test_a_damaged_shard_is_made_again_with_a_warning(tmp_path, caplog, kind, in
 
 def test_a_shard_cut_at_any_byte_or_with_any_byte_flipped_is_refused(tmp_path):
     path, rng = tmp_path / "a.safetensors", np.random.default_rng(0)
-    write_shard(path, torch.arange(6.0).reshape(3, 2), ["a", "bc", ""], MADE_BY)
+    write(path, torch.arange(6.0).reshape(3, 2), ["a", "bc", ""], MADE_BY)
     good = path.read_bytes()
 
     def is_refused(changed):
@@ -438,7 +542,7 @@ def test_a_shard_cut_at_any_byte_or_with_any_byte_flipped_is_refused(tmp_path):
             read_file(head)
         except UserError:
             return True
-        return not head.is_as_we_wrote_it  # a name in the header is another: the caches take that for damage
+        return not head.is_checked  # a name in the header is another: the caches take that for damage
 
     assert not is_refused(good)
     assert all(is_refused(good[:n]) for n in range(len(good)))
@@ -467,6 +571,77 @@ def test_a_shard_of_another_model_or_other_images_under_its_name_is_made_again(t
         found(tmp_path / "other")
 
 
+def test_a_part_reads_the_shards_of_the_others_before_it_merges(tmp_path, monkeypatch, caplog):
+    """However large they are; and says what is wrong with them, and what to do."""
+    data = make_data(30)
+    run(data, tmp_path / "whole")
+    monkeypatch.setattr(embedding_shards, "VERIFY_UP_TO", 0)
+    assert not run(data, tmp_path / "out", part="1/2")
+    victim = min((tmp_path / "out").glob("*.safetensors"))
+    damage("flipped at the end", victim)
+    assert not run(data, tmp_path / "out", part="2/2") and not (tmp_path / "out" / INDEX).exists()
+    assert f"{victim} is damaged" in caplog.text
+    assert "the same command makes it again, or that of the part it belongs to" in caplog.text
+    assert not run(data, tmp_path / "out", part="2/2")
+    assert run(data, tmp_path / "out", part="1/2")
+    assert shards(tmp_path / "out") == shards(tmp_path / "whole")
+
+
+def test_each_part_verifies_its_own_shards_where_there_is_an_index(tmp_path, monkeypatch):
+    data, looked = make_data(30), []
+    run(data, tmp_path / "out")
+    good = shards(tmp_path / "out")
+    monkeypatch.setattr(embedding_shards, "VERIFY_UP_TO", 0)
+    damage("flipped at the end", max((tmp_path / "out").glob("*.safetensors")))
+    real = embedding_units.read_file
+    monkeypatch.setattr(
+        embedding_units, "read_file", lambda head, **more: looked.append(head.path.stem) or real(head, **more)
+    )
+    assert run(data, tmp_path / "out", part="2/2", verify=True)
+    assert looked == ["000000010-000000020"] and shards(tmp_path / "out") != good
+    assert run(data, tmp_path / "out", part="1/2", verify=True)
+    assert set(looked) == {path.removesuffix(".safetensors") for path in good} and shards(tmp_path / "out") == good
+
+
+EXACT, HALF, MIXED = Options(5), Options(5, dtype="float16"), Options(5, precision="bf16")
+
+
+@pytest.mark.parametrize("index", [True, False])
+@pytest.mark.parametrize(
+    "other, factor, options",
+    [(make_data(20, "fedcba98"), 1.0, EXACT), (make_data(20), 2.0, EXACT), (make_data(20), 1.0, HALF),
+     (make_data(20), 1.0, MIXED)],
+    ids=["other images", "another tower", "float16", "bf16"],
+)  # fmt: skip
+def test_a_whole_folder_of_something_else_under_the_name_is_made_again(
+    tmp_path, monkeypatch, caplog, index, other, factor, options
+):
+    """By the command; and by evaluations, which find it in the cache and take what they need of it or nothing."""
+    data, name = make_data(20), f"some-train-0123456789abcdef-{make_clip().image_tower_hash()}"
+    run(data, tmp_path / "right")
+    run(other, tmp_path / name, make_clip(factor), options=options)
+    if not index:
+        (tmp_path / name / INDEX).unlink()
+    z = embeddings.embed_images(make_clip(), data, cache=tmp_path).z
+    assert torch.equal(z, truth(range(20)))
+    assert ("is of another model or of other images than its name says" in caplog.text) == index
+    assert run(data, tmp_path / name)
+    assert shards(tmp_path / name) == shards(tmp_path / "right")
+    assert (tmp_path / name / INDEX).read_text() == (tmp_path / "right" / INDEX).read_text()
+    (path,) = tmp_path.glob("*.safetensors")
+    path.unlink()
+    monkeypatch.setattr(Model, "encode_image", lambda *_: pytest.fail("an image was encoded again"))
+    assert torch.equal(embeddings.embed_images(make_clip(), data, cache=tmp_path).z, z)
+
+
+def test_an_index_of_fewer_images_is_not_read_into_memory(tmp_path, monkeypatch, caplog):
+    data, name = make_data(20), f"some-train-0123456789abcdef-{make_clip().image_tower_hash()}"
+    run(make_data(20, broken={3}), tmp_path / name, options=Options(5, broken="skip"))
+    monkeypatch.setattr(Rows, "whole", lambda self: pytest.fail("all of it was read"))
+    assert len(embeddings.embed_images(make_clip(), data, cache=tmp_path).z) == 20
+    assert "holds other images than some/train" in caplog.text
+
+
 def test_a_large_set_is_read_in_full_only_where_that_is_asked_for(tmp_path, monkeypatch):
     data = make_data(30)
     run(data, tmp_path / "out")
@@ -476,6 +651,7 @@ def test_a_large_set_is_read_in_full_only_where_that_is_asked_for(tmp_path, monk
     assert len(found(tmp_path / "out").z) == 30
     with pytest.raises(UserError, match=rf"{victim.name} is damaged"):
         embeddings.load_embeddings(tmp_path / "out", make_clip(), verify=True)
+    assert run(data, tmp_path / "out") and shards(tmp_path / "out") != expected
     assert run(data, tmp_path / "out", verify=True) and shards(tmp_path / "out") == expected
 
 
@@ -512,6 +688,17 @@ def test_the_folder_can_be_moved_and_named_itself(tmp_path):
     run(make_data(30), tmp_path / "out")
     (tmp_path / "out").rename(tmp_path / "elsewhere")
     assert len(embeddings.load_embeddings(tmp_path / "elsewhere", make_clip()).z) == 30
+    assert index_of(tmp_path / "elsewhere") == index_of(tmp_path / "elsewhere" / INDEX)
+    assert index_of("one.safetensors") == Path("one.safetensors")
+
+
+def test_a_folder_of_unfinished_parts_says_so(tmp_path):
+    run(make_data(30), tmp_path / "out", part="1/2")
+    for path in (tmp_path / "out", tmp_path / "out" / INDEX):
+        with pytest.raises(UserError, match=r"no index\.json: either its parts are not all done"):
+            embeddings.load_embeddings(path, make_clip())
+    with pytest.raises(UserError, match="no embeddings at"):
+        embeddings.load_embeddings(tmp_path, make_clip())
 
 
 # -- broken images and tars of all kinds -------------------------------------------------------------------
@@ -582,6 +769,60 @@ def test_what_was_embedded_tar_by_tar_is_found_by_evaluations(tmp_path, monkeypa
     assert torch.equal(again.z, truth(range(12))) and again.ids == data.ids
 
 
+@pytest.fixture
+def laion(tmp_path, monkeypatch):
+    """Settings for tars that lie in a folder itself, and the tiny model for the command."""
+    for n in range(2):
+        write_tar(tmp_path / "laion" / f"{n:05}.tar", range(3 * n, 3 * n + 3))
+    monkeypatch.setattr(Clip, "create", lambda *_, **__: make_clip())
+    config = EmbedConfig(device="cpu")
+    config.data.dataset, config.data.root = "webdataset", str(tmp_path / "laion")
+    return config
+
+
+def test_only_what_is_found_by_itself_is_said_to_be(laion, tmp_path):
+    assert not embeddings.embed(laion).found_by_itself  # no reader opens tars that are in no split
+    for n in range(2):
+        write_tar(tmp_path / "pets" / "train" / f"{n}.tar", range(3 * n, 3 * n + 3), beside=["cls"])
+    laion.data.root = str(tmp_path / "pets")
+    assert embeddings.embed(laion).found_by_itself
+    laion.cache = str(tmp_path / "elsewhere")
+    assert not embeddings.embed(laion).found_by_itself
+    laion.cache, laion.dtype = "", "float16"
+    assert not embeddings.embed(laion).found_by_itself
+    laion.dtype, laion.broken = "float32", "skip"
+    assert embeddings.embed(laion).found_by_itself  # none of them is broken
+    os.utime(write_tar(tmp_path / "pets" / "train" / "0.tar", range(3), beside=["cls"], broken={1}), (2, 2))
+    made = embeddings.embed(laion)
+    assert made.images == 5 and not made.found_by_itself
+
+
+def test_each_process_of_a_machine_takes_its_own_gpu(laion, monkeypatch):
+    asked = []
+    monkeypatch.setattr(Clip, "create", lambda *_, device: asked.append(device) or make_clip())
+    laion.device = "cuda"
+    for processes in (Processes(), Processes(5, 8, 1), Processes(0, 8, 0)):
+        embeddings.embed(laion, processes)
+    assert asked == ["cuda", "cuda:1", "cuda:0"]
+
+
+def test_tars_whose_names_are_not_utf8_are_embedded_and_read(laion, tmp_path):
+    root = tmp_path / os.fsdecode(b"caf\xe9")
+    try:
+        (tmp_path / "laion").rename(root)
+    except OSError:
+        pytest.skip("no such names on this file system")
+    (root / "00001.tar").rename(root / os.fsdecode(b"\xe9.tar"))
+    laion.data.root = str(root)
+    made = embeddings.embed(laion)
+    stems = ["\udce9"] * 3 + ["00000"] * 3  # the shortest name comes first
+    rows = [3, 4, 5, 0, 1, 2]
+    assert list(found(made.path.parent).ids) == [f"{stem}/s{row:05}.png" for stem, row in zip(stems, rows)]
+    assert torch.equal(found(made.path.parent).z.whole(), truth(rows))
+    assert embeddings.embed(laion) == made
+    str(made.path).encode()
+
+
 def test_training_reads_an_index_as_it_reads_one_file(small_example, example_clip):
     config = FinetuneConfig(device="cpu")
     config.data.split = "train"
@@ -628,6 +869,15 @@ def test_the_command_writes_one_file_for_few_images_and_shards_for_many(
     assert len(list(Path("data/cache/embeddings").glob("*.safetensors"))) == 1
 
 
+def test_a_set_that_is_one_block_is_the_work_of_part_1(small_example, caplog, capsys):
+    caplog.set_level(logging.INFO)
+    command("--data.split", "val", "--part", "2/3")
+    assert "example/val is one block: part 1 does it" in caplog.text
+    assert not capsys.readouterr().out and not Path("data").exists()
+    command("--data.split", "val", "--part", "1/3")
+    assert "60 images, 128 numbers each: data/cache/embeddings/example-val-" in capsys.readouterr().out
+
+
 def test_rounded_embeddings_are_kept_apart_from_exact_ones(small_example, example_clip, capsys):
     command("--data.split", "val", "--dtype", "float16")
     rounded = Path(capsys.readouterr().out.split("--data.embeddings ")[1].removesuffix(" names them\n"))
@@ -656,14 +906,14 @@ def test_settings_that_mean_nothing_are_refused(argv, said):
         command(*argv)
 
 
-def test_a_file_from_before_checksums_is_read_by_name_and_from_the_cache(tmp_path, monkeypatch):
+def test_a_file_from_before_checksums_is_read_by_name_and_made_again_in_the_cache(tmp_path, caplog):
     data, clip = make_data(4), make_clip()
     made_by = {"model": "tiny", "image_tower": clip.image_tower_hash(), "data": "some/train"}
     made_by |= {"fingerprint": data.fingerprint, "ids": json.dumps(data.ids)}
     path = tmp_path / f"some-train-{data.fingerprint}-{made_by['image_tower']}.safetensors"
     save_file({"z": truth(range(4))}, path, made_by)
-    monkeypatch.setattr(Model, "encode_image", lambda *_: pytest.fail("an image was encoded again"))
     assert torch.equal(embeddings.load_embeddings(path, clip).z, truth(range(4)))
     assert torch.equal(embeddings.embed_images(clip, data, cache=tmp_path).z, truth(range(4)))
+    assert "computing it again" in caplog.text
     with safe_open(path, "pt") as file:
-        assert "checksum" not in file.metadata()
+        assert "checksum" in file.metadata()

@@ -2,16 +2,19 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import nn
 
-from pc_clip import embeddings
+from pc_clip import embedding_shards, embeddings
 from pc_clip.clip import Clip
 from pc_clip.datasets import open_dataset
 from pc_clip.datasets.embedded import example
+from pc_clip.encoding import Options, encode
 from pc_clip.errors import UserError
 
 
@@ -56,8 +59,9 @@ def test_a_cache_file_cut_short_is_computed_again(example_clip, tmp_path, keep):
 
 
 def damaged(content: bytes, how: str) -> bytes:
-    start = 8 + int.from_bytes(content[:8], "little")  # of the rows
-    at = {"first row": start + 2, "last row": len(content) - 1, "header": content.index(b"val-00003")}[how]
+    start = 8 + int.from_bytes(content[:8], "little")  # where the header ends
+    first, last = (start + at for at in json.loads(content[8:start])["z"]["data_offsets"])
+    at = {"first row": first + 2, "last row": last - 1, "header": content.index(b"example/val")}[how]
     return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
 
 
@@ -114,26 +118,78 @@ def test_what_a_dying_process_left_half_written_is_ignored(example_clip, tmp_pat
 
 def test_a_file_without_checksums_can_be_read_by_name(example_clip, tmp_path):
     """An older one, or one that somebody else wrote; it need not have been this cache's."""
-    path, z = tmp_path / "e.safetensors", torch.arange(6.0).reshape(2, 3)
+    path, z = tmp_path / "e.safetensors", torch.arange(256.0).reshape(2, 128)
     made_by = {"image_tower": example_clip.image_tower_hash(), "by": "somebody", "ids": json.dumps(["a", "b"])}
     save_file({"z": z}, path, made_by)
     found = embeddings.load_embeddings(path, example_clip)
     assert torch.equal(found.z, z) and found.ids == ["a", "b"]
-    save_file({"z": z}, path, made_by | {"ids": "[]"})
-    with pytest.raises(UserError, match="2 rows, but 0 ids"):
-        embeddings.load_embeddings(path, example_clip)
     save_file({"y": z}, path, made_by)
     with pytest.raises(UserError, match="is no file of embeddings made by pc_clip"):
         embeddings.load_embeddings(path, example_clip)
 
 
+@pytest.mark.parametrize(
+    "ids, said",
+    [
+        ("[]", "2 rows, but 0 ids"),
+        ("nope", "no list of names"),
+        ("3", "no list of names"),
+        ('{"a": 1, "b": 2}', "no list of names"),
+        ("[1, 2]", "no list of names"),
+        ("[" * 100_000, "no list of names"),
+        ((torch.tensor([97, 98]).byte(), torch.tensor([2, 1])), "do not end where they should"),
+        ((torch.tensor([97, 98]).byte(), torch.tensor([-1, 2])), "do not end where they should"),
+        ((torch.tensor([97, 98]).byte(), torch.tensor([1, 3])), "do not end where they should"),
+        ((torch.tensor([97, 98]).byte(), torch.tensor([1, 1])), "do not end where they should"),
+        ((torch.tensor([97, 98]).byte(), torch.tensor([1.0, 2.0])), "not bytes and their ends"),
+        ((torch.tensor([97, 98]), torch.tensor([1, 2])), "not bytes and their ends"),
+        ((torch.tensor([97, 98]).byte(), torch.tensor([[1], [2]])), "not bytes and their ends"),
+        ((torch.tensor([97]).byte(), torch.tensor([1])), "2 rows, but 1 ids"),
+    ],
+)
+def test_ids_that_are_no_list_of_names_are_an_error_with_the_path(example_clip, tmp_path, ids, said):
+    path, made_by = tmp_path / "e.safetensors", {"image_tower": example_clip.image_tower_hash()}
+    if isinstance(ids, str):
+        save_file({"z": torch.ones(2, 128)}, path, made_by | {"ids": ids})
+    else:
+        save_file({"z": torch.ones(2, 128), "ids.bytes": ids[0], "ids.ends": ids[1]}, path, made_by)
+    with pytest.raises(UserError, match=rf"e\.safetensors is damaged: .*{said}"):
+        embeddings.load_embeddings(path, example_clip)
+
+
+def test_rows_of_another_width_than_the_models_are_refused(example_clip, tmp_path):
+    path = tmp_path / "e.safetensors"
+    for tower in (example_clip.image_tower_hash(), embeddings.claim("example", None)):
+        save_file({"z": torch.ones(2, 64)}, path, {"image_tower": tower, "ids": '["a", "b"]'})
+        with pytest.raises(UserError, match="has 64 numbers an image, but example makes 128"):
+            embeddings.load_embeddings(path, example_clip)
+
+
 def test_what_is_saved_by_name_has_checksums(example_clip, tmp_path):
     path = tmp_path / "e.safetensors"
     made_by = {"image_tower": embeddings.claim("example", None)}
-    embeddings.save_embeddings(path, embeddings.Embeddings(torch.ones(2, 3), ["a", "b"]), made_by)
+    embeddings.save_embeddings(path, embeddings.Embeddings(torch.ones(2, 128), ["a", "b"]), made_by)
     with safe_open(path, "pt") as file:
-        assert {"checksum", "head", "ids"} <= file.metadata().keys()
+        assert {"checksum", "head"} <= file.metadata().keys()
     assert embeddings.load_embeddings(path, example_clip).ids == ["a", "b"]
+
+
+def test_names_that_are_not_utf8_come_back_as_they_were(example_clip, tmp_path):
+    """As a folder or a tar gives them: bytes that are no UTF-8 as lone surrogates. The data set's name may be one."""
+    data = example("val", 3)
+    odd = dataclasses.replace(data, split="caf\udce9", ids=["caf\udce9.png", "café.png", ""])
+    made = embeddings.embed_images(example_clip, odd, cache=tmp_path)
+    (path,) = tmp_path.glob("*.safetensors")
+    assert embeddings.load_embeddings(path, example_clip).ids == odd.ids == made.ids
+    path.name.encode()
+
+
+def test_a_file_has_room_for_any_number_of_ids(example_clip, tmp_path):
+    """safetensors takes no header above 100 MB."""
+    path, ids = tmp_path / "e.safetensors", [str(n).zfill(100_000) for n in range(1_100)]
+    made_by = {"image_tower": example_clip.image_tower_hash()}
+    embeddings.save_embeddings(path, embeddings.Embeddings(torch.ones(1_100, 128), ids), made_by)
+    assert embeddings.load_embeddings(path, example_clip).ids == ids
 
 
 def test_a_named_file_of_another_tower_is_refused_with_both_names(example_clip, tmp_path):
@@ -155,3 +211,52 @@ def test_an_image_that_cannot_be_read_stops_with_its_path_and_leaves_no_file(exa
     with pytest.raises(UserError, match=r"000000000003\.jpg cannot be read as an image"):
         embeddings.embed_images(example_clip, data, cache=tmp_path / "cache", workers=2)
     assert not (tmp_path / "cache").exists()
+
+
+# -- faults and settings -------------------------------------------------------------------------------
+
+
+def test_a_large_file_is_read_in_full_only_where_that_is_asked_for(example_clip, tmp_path, monkeypatch, caplog):
+    data = example("val", 10)
+    good = embeddings.embed_images(example_clip, data, cache=tmp_path).z.clone()
+    (path,) = tmp_path.glob("*.safetensors")
+    path.write_bytes(damaged(path.read_bytes(), "first row"))
+    monkeypatch.setattr(embedding_shards, "VERIFY_UP_TO", 0)
+    assert not torch.equal(embeddings.load_embeddings(path, example_clip).z, good)
+    with pytest.raises(UserError, match="is damaged: its content .* the command that made it makes it again"):
+        embeddings.load_embeddings(path, example_clip, verify=True)
+    assert not torch.equal(embeddings.embed_images(example_clip, data, cache=tmp_path).z, good) and not caplog.text
+    assert torch.equal(embeddings.embed_images(example_clip, data, cache=tmp_path, verify=True).z, good)
+    assert "is damaged" in caplog.text
+
+
+def test_where_the_cache_cannot_be_written_the_embeddings_are_used_all_the_same(example_clip, tmp_path, caplog):
+    data, cache = example("val", 10), tmp_path / "cache"
+    good = embeddings.embed_images(example_clip, data, cache=tmp_path / "other").z
+    cache.write_text("a file where the folder should be")
+    assert torch.equal(embeddings.embed_images(example_clip, data, cache=cache).z, good)
+    assert "cannot be kept" in caplog.text and "the next run computes them again" in caplog.text
+
+
+def test_the_command_that_is_there_to_write_stops_where_it_cannot(small_example, example_clip):
+    Path("full").write_text("a file where the folder should be")
+    with pytest.raises(OSError):
+        embeddings.main(["--device", "cpu", "--data.split", "val", "--cache", "full"])
+
+
+@pytest.mark.parametrize("wrong, said", [({"workers": -1}, "workers is -1"), ({"batch_size": 0}, "batch_size is 0")])
+def test_a_number_of_workers_or_images_that_means_nothing_is_refused(example_clip, tmp_path, wrong, said):
+    with pytest.raises(UserError, match=said):
+        embeddings.embed_images(example_clip, example("val", 3), cache=tmp_path, **wrong)
+
+
+def test_images_are_encoded_without_dropout_and_a_model_in_training_stays_so(example_clip, tmp_path):
+    data, clip = example("val", 10), Clip.create("example")
+    clip.model.visual = nn.Sequential(clip.model.visual, nn.Dropout(0.5))
+    clip.model.train()
+    expected = embeddings.embed_images(example_clip, data, cache=tmp_path).z
+    assert torch.allclose(encode(clip, data, Options(4)).z, expected, atol=1e-5)
+    assert clip.model.training
+    with pytest.raises(UserError, match="cannot be read"):
+        encode(clip, dataclasses.replace(data, load=lambda row: 1 // 0), Options(4))
+    assert clip.model.training

@@ -10,7 +10,6 @@ from pathlib import Path
 import gdown
 import pytest
 import torch
-from safetensors import safe_open
 
 import finetune
 import run
@@ -19,6 +18,7 @@ from pc_clip.checkpoint import load_model
 from pc_clip.clip import Clip
 from pc_clip.datasets import read_coco_captions
 from pc_clip.datasets.embedded import example
+from pc_clip.embedding_shards import read_file, read_head
 from pc_clip.embeddings import embed_images
 from pc_clip.errors import UserError
 
@@ -64,8 +64,9 @@ def convert_embeddings(content, tiny, *more):
 
 
 def converted():
-    with safe_open(EMBEDDINGS, "pt") as file:
-        return file.get_tensor("z"), json.loads(file.metadata()["ids"]), file.metadata()
+    head = read_head(EMBEDDINGS)
+    z, ids = read_file(head)
+    return z, list(ids), head.made_by
 
 
 # -- the model -----------------------------------------------------------------------------------------

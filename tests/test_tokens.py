@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import open_clip.tokenizer
 import pytest
+import regex
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -83,6 +84,32 @@ def test_a_large_vocabulary_gets_a_wider_table():
 
     assert tokens.make(tokenizer, ["a", "rare"]).tolist() == [[1, 2], [1, 70_000]]
     assert tokens.make(tokenizer, ["a"]).dtype == np.uint16
+
+
+def other_words(change) -> SimpleTokenizer:
+    """CLIP's tokenizer with another pattern of what a word is."""
+    found = SimpleTokenizer()
+    found.pat = change(found.pat)
+    return found
+
+
+def test_a_tokenizer_that_parts_words_in_another_way_never_shares_a_file(tokenizer):
+    """It says the same of the texts by which a tokenizer is known, which have no "'ll"."""
+    other = other_words(lambda pat: regex.compile(pat.pattern.replace("|'ll", ""), pat.flags))
+    texts = ["they'll come"]
+    assert tokenizer(tokens._PROBE).tolist() == other(tokens._PROBE).tolist()
+    for each in (tokenizer, other):
+        assert np.array_equal(tokens.tokenize(each, texts), each(texts).numpy())
+    assert not np.array_equal(tokens.tokenize(tokenizer, texts), tokens.tokenize(other, texts))
+
+
+def test_flags_of_the_pattern_and_the_library_that_reads_it_are_part_of_a_tokenizer(tokenizer, monkeypatch):
+    other = other_words(lambda pat: regex.compile(pat.pattern, pat.flags & ~regex.IGNORECASE))
+    assert tokenizer(tokens._PROBE).tolist() == other(tokens._PROBE).tolist()
+    assert tokens.identity(other) != tokens.identity(tokenizer) == tokens.identity(SimpleTokenizer())
+    before, real = tokens.identity(tokenizer), tokens.version
+    monkeypatch.setattr(tokens, "version", lambda name: "1.2.3" if name == "regex" else real(name))
+    assert tokens.identity(tokenizer) != before
 
 
 def hugging_face(vocabulary: dict[str, int], folder: Path, **options) -> HFTokenizer:
@@ -426,12 +453,44 @@ def test_a_store_that_only_gives_rows_is_enough():
 # -- captions ------------------------------------------------------------------------------------------
 
 
-def test_each_image_has_one_of_its_own_captions(example_clip):
-    save_embeddings(Path("z.safetensors"), Embeddings(Z, IDS), {"image_tower": example_clip.image_tower_hash()})
-    said = [tuple(f"picture {n} told {k}" for k in range(1 + n % 3)) for n in range(9)]
+def learn_captions(clip, data: Dataset) -> captions.Method:
+    """The method on the embeddings of all of IDS, whatever the data set has."""
+    save_embeddings(Path("z.safetensors"), Embeddings(Z, IDS), {"image_tower": clip.image_tower_hash()})
     config = FinetuneConfig(device="cpu", train=TrainConfig(batch_size=3))
     config.data.embeddings, config.captions = "z.safetensors", captions.Config()
-    method = captions.Method(example_clip, Dataset("some", "", IDS, None, "f", captions=said), config)
+    return captions.Method(clip, data, config)
+
+
+def test_images_without_a_caption_are_left_out_and_counted(example_clip):
+    told = {"im7": "seven", "im2": "two", "im5": "five", "elsewhere": "far", "im0": "zero"}
+    method = learn_captions(
+        example_clip, Dataset("some", "", list(told), None, "f", captions=[(text,) for text in told.values()])
+    )
+    assert method.notes == [
+        "5 images of z.safetensors have no caption and are left out",
+        "1 images of some are not there and are left out",
+    ]
+    seen, decode = set(), example_clip.tokenizer.decode
+    for epoch in range(10):
+        for batch in method.loader(epoch):
+            for key, row, image in zip(batch.ids, batch.tokens, batch.images):
+                assert decode([t for t in row.tolist() if 0 < t < 49406]).strip() == told[key]
+                assert torch.equal(image, Z[IDS.index(key)])
+                seen.add(key)
+    assert seen == told.keys() - {"elsewhere"} and method.steps_per_epoch == 1
+
+
+def test_embeddings_of_which_no_image_has_a_caption_are_an_error(example_clip):
+    with pytest.raises(
+        UserError, match=r"none of the 9 images of z\.safetensors has a caption in some, .* 'elsewhere'"
+    ):
+        learn_captions(example_clip, Dataset("some", "", ["elsewhere"], None, "f", captions=[("far",)]))
+
+
+def test_each_image_has_one_of_its_own_captions(example_clip):
+    said = [tuple(f"picture {n} told {k}" for k in range(1 + n % 3)) for n in range(9)]
+    method = learn_captions(example_clip, Dataset("some", "", IDS, None, "f", captions=said))
+    assert method.notes == []
     decode, seen = example_clip.tokenizer.decode, set()
     for epoch in range(30):
         for batch in method.loader(epoch):

@@ -19,6 +19,10 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".g
 PHOTO_TEMPLATE = ("This is a photo of a {}.",)
 
 
+class BrokenImage(UserError):
+    """An image whose bytes were read and are no picture: whoever tries again finds the same."""
+
+
 @dataclass(frozen=True)
 class Question:
     """A classification task: which of `classes` each of some images belongs to.
@@ -58,7 +62,8 @@ class Attribute:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Images and what is known about them. `load(row)` gives an RGB image or raises UserError with its path.
+    """Images and what is known about them. `load(row)` gives an RGB image or raises UserError with its path, and
+    BrokenImage where the fault is in the image.
 
     split: how results and files name it; it says how a random split was made ("test-10pct-seed0"). part: the
     split as it was asked for ("test"); empty for a data set without splits.
@@ -114,27 +119,33 @@ def _load_row(data: Dataset, rows: np.ndarray, place: int) -> Image.Image:
 
 
 def read_image(path: Path) -> Image.Image:
-    """An RGB image, or a UserError that names the path."""
+    """An RGB image. Raises UserError that names the path: BrokenImage where the fault is in the file's content."""
     try:
-        return _decode(path, str(path))
+        content = path.read_bytes()  # first, so that a fault of the disk is not taken for one of the picture
     except FileNotFoundError as error:
         raise UserError(f"no image at {path}") from error
+    except OSError as error:
+        raise unreadable(path, error) from error
+    return decode_image(content, str(path))
 
 
 def decode_image(content: bytes, name: str) -> Image.Image:
-    """An RGB image from a file's bytes, or a UserError with the name it is known by."""
-    return _decode(io.BytesIO(content), name)
-
-
-def _decode(source: Path | io.BytesIO, name: str) -> Image.Image:
+    """An RGB image from a file's bytes, or BrokenImage with the name it is known by."""
     try:
-        with Image.open(source) as image:
+        with Image.open(io.BytesIO(content)) as image:
             return image.convert("RGB")
-    except FileNotFoundError:
-        raise
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        what = str(error) if isinstance(source, Path) else "it is cut short, or no image"
-        raise UserError(f"{name} cannot be read as an image ({what}); replace or remove it") from error
+        if "out of memory" in str(error):  # so Pillow reports what its decoders did not get
+            raise MemoryError(f"decoding {name}") from error
+        if getattr(error, "errno", None):  # of the machine; a decoder's own have no number
+            raise
+        what = "it is cut short, or no image" if isinstance(error, UnidentifiedImageError) else error
+        raise BrokenImage(f"{name} cannot be read as an image ({what}); replace or remove it") from error
+
+
+def unreadable(path: Path, error: OSError) -> UserError:
+    """What to say where the system does not let a file or folder be read: nothing is known of its content."""
+    return UserError(f"{path} cannot be read ({error.strerror or error}); mend that and run the same command again")
 
 
 def read_file(files: list[Path], row: int) -> Image.Image:

@@ -11,9 +11,10 @@ To be embedded (`python -m pc_clip.embeddings`) images alone will do, and tar fi
 
 from __future__ import annotations
 
+import logging
 import re
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -21,12 +22,15 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from pc_clip.datasets.dataset import Dataset, Question, decode_image, digest, stat
+from pc_clip.datasets.dataset import Dataset, Question, decode_image, digest, stat, unreadable
 from pc_clip.datasets.layout import Layout
 from pc_clip.errors import UserError, check_choice
 
+log = logging.getLogger(__name__)
+
 LAYOUT = Layout((), ("*/*.tar",))
 IMAGES = ("webp", "png", "jpg", "jpeg")  # in the order in which CLIP_benchmark looks for them
+END = 2 * tarfile.BLOCKSIZE + tarfile.RECORDSIZE  # bytes of zeros that a tar file ends with, at most
 
 
 class Place(NamedTuple):
@@ -36,6 +40,14 @@ class Place(NamedTuple):
     name: str
     offset: int
     size: int
+
+
+class Members(NamedTuple):
+    """What a tar file holds. places: key -> ending -> where; texts: by key; images: names of all that end as one."""
+
+    places: dict[str, dict[str, Place]]
+    texts: dict[str, str]
+    images: list[str]
 
 
 class Sample(NamedTuple):
@@ -78,19 +90,22 @@ def fingerprint(root: Path, shards: list[Path]) -> str:
 def find_tars(root: Path, split: str | None) -> tuple[str, list[Path]]:
     """The tar files to embed, in order, and how the set is called; none of them is opened.
 
-    split: a folder in ROOT; None for the tar files in ROOT itself, or where there are none, for "train".
+    split: a folder in ROOT; None or empty for the tar files in ROOT itself, or where there are none, for "train".
     Raises UserError where there are none.
     """
     if not root.is_dir():
         raise UserError(f"webdataset is not at {root}; name the folder of the tar files with --data.root")
-    if split is None and (loose := _in_order(root.glob("*.tar"))):
+    loose = _in_order(root.glob("*.tar"))
+    if loose and not split:
         return root.resolve().name, loose
     split = split or "train"
+    if loose and not any((root / split).glob("*.tar")):
+        raise UserError(f"{root} has no split {split!r}; its tar files lie in {root} itself: --data.split null")
     return f"{root.resolve().name}-{split}", _shards(root, split)
 
 
 def open_tar(shard: Path) -> Dataset:
-    """The images of one tar file, whatever stands beside them. Raises UserError for one that is cut short."""
+    """The images of one tar file, whatever stands beside them. Raises UserError as `read_shard` does."""
     samples = read_shard(shard, None)
     return Dataset(
         name="webdataset",
@@ -102,7 +117,10 @@ def open_tar(shard: Path) -> Dataset:
 
 
 def unopened(root: Path, split: str | None) -> Dataset:
-    """What can be said of a WebDataset without opening a tar file, for those who have its embeddings already."""
+    """What can be said of a WebDataset without opening a tar file, for those who have its embeddings already.
+
+    The files are listed, and their sizes and times looked at. Raises UserError as `find_tars` does.
+    """
     label, shards = find_tars(root, split)
     return Dataset("webdataset", label, [], _not_opened, fingerprint(root, shards), part=split or "")
 
@@ -118,25 +136,11 @@ def _ids(samples: list[Sample]) -> list[str]:
 def read_shard(shard: Path, beside: str | None) -> list[Sample]:
     """The samples of a tar file in their order; only headers and texts are read.
 
-    beside: the ending of the text that each image needs; None: they need none, and their texts are empty. Raises
-    UserError for a tar file that is cut short, and for an image without its text or the other way round.
+    beside: the ending of the text that each image needs; None: they need none, and their texts are empty. Images that
+    the layout does not know are counted in the log. Raises UserError for a tar file that does not end where it must,
+    and for an image without its text or the other way round.
     """
-    places: dict[str, dict[str, Place]] = {}
-    texts: dict[str, str] = {}
-    try:
-        with tarfile.open(shard, "r:") as tar:
-            for member in tar:
-                found = re.fullmatch(r"((?:.*/)?[^./][^./]*)\.([^/]*)", member.name)
-                if not member.isreg() or found is None or re.match(r"__[^/]*__($|/)", member.name):
-                    continue
-                key, ending = found[1], found[2].lower()
-                if ending in places.setdefault(key, {}):
-                    raise UserError(f"{shard} has two members {member.name}")
-                places[key][ending] = Place(shard, member.name, member.offset_data, member.size)
-                if ending == beside:
-                    texts[key] = tar.extractfile(member).read().decode("utf-8")
-    except (tarfile.TarError, EOFError, UnicodeDecodeError) as error:
-        raise UserError(f"{shard} is cut short or no tar file ({error}); fetch it again") from error
+    places, texts, images = _read_members(shard, beside)
     samples = []
     for key, endings in places.items():
         image = next((endings[e] for e in IMAGES if e in endings), None)
@@ -149,7 +153,53 @@ def read_shard(shard: Path, beside: str | None) -> list[Sample]:
             lacks = f"{key}.{beside}" if image else f"the image of {key} ({', '.join(IMAGES)})"
             raise UserError(f"{shard} lacks {lacks}; it has {key}.{next(iter(endings))}")
         samples.append(Sample(image, texts[key]))
+    _say_what_is_left(shard, images, samples)
     return samples
+
+
+def _read_members(shard: Path, beside: str | None) -> Members:
+    """The members of a tar file by key and ending, as webdataset has them: an ending begins at a name's first dot."""
+    places, texts, images = found = Members({}, {}, [])
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            for member in tar:
+                parts = re.fullmatch(r"((?:.*/)?[^./][^./]*)\.([^/]*)", member.name)
+                if member.isdir() or parts is None or re.match(r"__[^/]*__($|/)", member.name):
+                    continue
+                key, ending = parts[1], parts[2].lower()
+                images += [member.name] if ending.rpartition(".")[2] in IMAGES else []
+                if not member.isreg():
+                    continue
+                if ending in places.setdefault(key, {}):
+                    raise UserError(f"{shard} has two members {member.name}; write the tar again with each name once")
+                places[key][ending] = Place(shard, member.name, member.offset_data, member.size)
+                if ending == beside:
+                    texts[key] = tar.extractfile(member).read().decode("utf-8")
+            _check_end(tar)
+    except (tarfile.TarError, EOFError, ValueError) as error:
+        raise UserError(f"{shard} is cut short or no tar file ({error}); fetch it again") from error
+    except OSError as error:
+        raise unreadable(shard, error) from error
+    return found
+
+
+def _check_end(tar: tarfile.TarFile) -> None:
+    """Raises ReadError unless zeros end a tar file where its members do. tarfile takes anything there for the end."""
+    tar.fileobj.seek(tar.offset)
+    rest = tar.fileobj.read(END + 1)
+    if len(rest) < tarfile.BLOCKSIZE or any(rest):
+        raise tarfile.ReadError(f"no end where one must be, at byte {tar.offset}")
+    if len(rest) > END:  # a download that had its space set aside
+        raise tarfile.ReadError(f"nothing but zeros from byte {tar.offset}, more than tar writes at an end")
+
+
+def _say_what_is_left(shard: Path, images: Sequence[str], samples: list[Sample]) -> None:
+    used = {sample.image.name for sample in samples}
+    if left := [name for name in images if name not in used]:
+        log.warning(
+            "%s: %d images are passed over, first %s. A WebDataset has one image a key, with one dot in its name, "
+            "and no links.", shard, len(left), left[0],
+        )  # fmt: skip
 
 
 def _load(places: list[Place], row: int) -> Image.Image:
@@ -160,6 +210,10 @@ def _load(places: list[Place], row: int) -> Image.Image:
             content = file.read(place.size)
     except FileNotFoundError as error:
         raise UserError(f"no file at {place.shard}") from error
+    except OSError as error:
+        raise unreadable(place.shard, error) from error
+    if len(content) < place.size:
+        raise UserError(f"{place.shard} has become shorter since it was opened; run the same command again")
     return decode_image(content, _name(place))
 
 
@@ -194,6 +248,11 @@ def _templates(root: Path) -> tuple[str, ...]:
         if template and (template.count("{}") != 1 or re.search(r"[{}]", template.replace("{}", ""))):
             raise UserError(f"{path} line {n}: a prompt needs {{c}} once, for the class, and no other braces")
     return tuple(template for _, template in found if template)
+
+
+def has_captions(root: Path) -> bool:
+    """Whether a WebDataset says that captions stand beside its images. Raises UserError for a kind it cannot be."""
+    return _kind(root) == "retrieval"
 
 
 def _kind(root: Path) -> str:

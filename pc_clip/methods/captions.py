@@ -43,21 +43,41 @@ class Method(nn.Module):
     def __init__(self, clip: Clip, data: Dataset, config: FinetuneConfig) -> None:
         super().__init__()
         self.model, self.clip, self.config = clip.model, clip, config
+        self.share = my_share("train.batch_size", config.train.batch_size)
         if not data.captions:
-            raise UserError(f"method captions needs captions, and {config.data.dataset} has none")
+            raise UserError(
+                f"method captions needs captions, and {config.data.dataset} has none; "
+                "name a file of them with --data.captions"
+            )
         self.images = Images(clip, data, config)
-        by_id = dict(zip(data.ids, data.captions))
-        unknown = [key for key in self.images.ids if key not in by_id]
-        if unknown:
-            raise UserError(f"image {unknown[0]!r} of {config.data.embeddings} has no caption in {data.label}")
-        self.texts = Texts(clip, [text for key in self.images.ids for text in by_id[key]])
-        self.caption_rows = self.texts.rows([text for key in self.images.ids for text in by_id[key]])  # image by image
-        self.captions_each = np.array([len(by_id[key]) for key in self.images.ids])
+        said, self.rows = self._match(data)
+        texts = [text for each in said for text in each]  # image by image
+        self.texts = Texts(clip, texts)
+        self.caption_rows = self.texts.rows(texts)
+        self.captions_each = np.array([len(each) for each in said])
         self.first_caption = self.captions_each.cumsum() - self.captions_each
-        self.notes = [f"{self.texts.truncated} texts longer than the context, cut"] if self.texts.truncated else []
-        self.steps_per_epoch = len(self.images.ids) // config.train.batch_size
+        if self.texts.truncated:
+            self.notes.append(f"{self.texts.truncated} texts longer than the context, cut")
+        self.steps_per_epoch = len(self.rows) // config.train.batch_size
         if not self.steps_per_epoch:
-            raise UserError(f"{len(self.images.ids)} images do not fill one batch of {config.train.batch_size}")
+            raise UserError(f"{len(self.rows)} images do not fill one batch of {config.train.batch_size}")
+
+    def _match(self, data: Dataset) -> tuple[list[tuple[str, ...]], np.ndarray]:
+        """Captions of those images that have some, and these images' rows, [N]. The others are counted in the notes."""
+        by_id, ids = dict(zip(data.ids, data.captions)), list(self.images.ids)
+        rows = [row for row, key in enumerate(ids) if key in by_id]
+        images, captions = self.config.data.embeddings or data.label, self.config.data.captions or data.label
+        if not rows:
+            raise UserError(
+                f"none of the {len(ids)} images of {images} has a caption in {captions}, "
+                f"which is about {data.ids[0]!r} and others"
+            )
+        lacking = [
+            (len(ids), f"images of {images} have no caption"),
+            (len(by_id), f"images of {captions} are not there"),
+        ]
+        self.notes = [f"{n - len(rows)} {what} and are left out" for n, what in lacking if n > len(rows)]
+        return [by_id[ids[row]] for row in rows], np.array(rows)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         fixed = self.config.captions.temperature is not None or self.config.model.train != "both"
@@ -67,12 +87,11 @@ class Method(nn.Module):
     def loader(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
         """This process's part of each batch; which of an image's captions it has is drawn anew each epoch."""
         rng = np.random.default_rng([self.config.seed, 2, epoch])
-        share = my_share("train.batch_size", self.config.train.batch_size)
-        for n, images in enumerate(shuffled_batches(len(self.images.ids), self.config.train.batch_size, rng)):
+        for n, images in enumerate(shuffled_batches(len(self.rows), self.config.train.batch_size, rng)):
             texts = self.caption_rows[self.first_caption[images] + rng.integers(self.captions_each[images])]
             if n < skip:
                 continue
-            images, texts = images[share], texts[share]
+            images, texts = self.rows[images[self.share]], texts[self.share]
             yield Batch([self.images.ids[row] for row in images], self.texts.batch(texts), self.images.batch(images))
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
