@@ -84,6 +84,16 @@ def test_the_results_in_the_text_are_those_of_the_studies(text):
                     assert shown[1] == pytest.approx(100 * row["std"].item(), abs=0.051), (variant, metric)
 
 
+def test_the_speeds_in_the_text_are_those_measured():
+    """Each row names a figure of bench/results.csv and shows it with three digits."""
+    (written,) = re.findall(r"<!-- bench/results.csv -->\n((?:\|.*\n)+)", README)
+    measured = pd.read_csv(ROOT / "bench" / "results.csv").drop_duplicates("name", keep="last").set_index("name")
+    rows = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in written.splitlines()[2:]]
+    assert len(rows) > 5
+    for name, shown in rows:
+        assert shown == f"{measured.ratio[name]:.3g} {measured.unit[name]}", name
+
+
 def test_every_file_and_option_the_readme_names_exists():
     for name in re.findall(r"`?((?:configs|pc_clip|docs|tests)/[\w/.-]+\.(?:yaml|py|md))", README):
         assert (ROOT / name).is_file(), name
