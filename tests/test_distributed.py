@@ -18,8 +18,8 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
 import pytest
+import sample_differences
 import torch
 import torch.distributed as dist
 import yaml
@@ -30,8 +30,6 @@ from safetensors.torch import load_file, save_file
 import finetune as script
 from pc_clip import environment, fast_text
 from pc_clip.config import FinetuneConfig, TrainConfig, dump
-from pc_clip.datasets import open_dataset
-from pc_clip.differences import Difference, to_line
 from pc_clip.errors import run_script
 from pc_clip.methods import captions, pairwise
 from pc_clip.training import finetune
@@ -48,14 +46,7 @@ def _small(small_example, monkeypatch):
 @pytest.fixture
 def config() -> FinetuneConfig:
     """A run of eight steps over the first training scenes, by the paper's loss."""
-    ids = open_dataset("example", split="train").ids
-    rng = np.random.default_rng(0)
-    lines = []
-    for n in range(60):
-        i, j = rng.choice(len(ids), 2, replace=False)
-        text = f"The first image shows {['a star', 'two rings', 'hearts'][n % 3]}, while the second shows thing {n}."
-        lines.append(to_line(Difference(ids[i], ids[j], text)))
-    Path("d.jsonl").write_text("".join(lines))
+    sample_differences.write(Path("d.jsonl"))
     found = FinetuneConfig(name="a", out="runs", device="cpu")
     found.data.split, found.data.differences = "train", "d.jsonl"
     found.train = TrainConfig(batch_size=8, steps=STEPS, lr=1e-3, log_every=2, threads=1)

@@ -24,14 +24,14 @@ import numpy as np
 import psutil
 import pytest
 import safetensors.torch
+import sample_differences
 import torch
 from safetensors import safe_open
 
 from pc_clip import checkpoint, environment, files
 from pc_clip.clip import Clip
 from pc_clip.config import FinetuneConfig, TrainConfig, dump
-from pc_clip.datasets import embedded, open_dataset
-from pc_clip.differences import Difference, to_line
+from pc_clip.datasets import embedded
 from pc_clip.errors import UserError
 from pc_clip.methods import pairwise
 from pc_clip.training import finetune
@@ -54,14 +54,7 @@ def config():
 
 def make_config(split, steps=STEPS, **train) -> FinetuneConfig:
     """A run named a, with anchor and mirror pairs, over some scenes of the embedded example."""
-    ids = open_dataset("example", split=split).ids
-    rng = np.random.default_rng(0)
-    lines = []
-    for n in range(60):
-        i, j = rng.choice(len(ids), 2, replace=False)
-        text = f"The first image shows {['a star', 'two rings', 'hearts'][n % 3]}, while the second shows thing {n}."
-        lines.append(to_line(Difference(ids[i], ids[j], text)))
-    Path("d.jsonl").write_text("".join(lines))
+    sample_differences.write(Path("d.jsonl"), split)
     found = FinetuneConfig(name="a", out="runs", device="cpu")
     found.data.split, found.data.differences = split, "d.jsonl"
     about = {"batch_size": 8, "lr": 1e-3, "save_every": SAVE_EVERY, "log_every": LOG_EVERY, "threads": 1}

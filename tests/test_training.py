@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sample_differences
 import torch
 import yaml
 from safetensors.torch import load_file
@@ -29,14 +30,7 @@ from pc_clip.training import finetune, learning_rate
 @pytest.fixture
 def config(small_example, tmp_path) -> FinetuneConfig:
     """A run of twelve steps over the first training scenes, with anchor and mirror pairs."""
-    ids = open_dataset("example", split="train").ids
-    rng = np.random.default_rng(0)
-    lines = []
-    for n in range(60):
-        i, j = rng.choice(len(ids), 2, replace=False)
-        text = f"The first image shows {['a star', 'two rings', 'hearts'][n % 3]}, while the second shows thing {n}."
-        lines.append(to_line(Difference(ids[i], ids[j], text)))
-    (tmp_path / "d.jsonl").write_text("".join(lines))
+    sample_differences.write(Path("d.jsonl"))
     found = FinetuneConfig(name="a", out="runs", device="cpu")
     found.model.train = "text_blocks"
     found.data.split, found.data.differences = "train", "d.jsonl"
