@@ -40,7 +40,7 @@ class FastText:
     """A text tower of open_clip's, called without its waste.
 
     recompute: keep nothing for the backward pass but the tokens, and compute about 2,048 of them at a time again.
-    Memory no longer grows with the batch, for about a third more time (GradCache, Gao et al. 2021, by torch's
+    What is kept no longer grows with the batch, for one more forward pass (GradCache, Gao et al. 2021, by torch's
     checkpoint).
     """
 
