@@ -32,10 +32,11 @@ from record import Figure, exit_if_missed, record
 from torch.utils.data import DataLoader
 
 from pc_clip import training
-from pc_clip.config import DataConfig, FinetuneConfig, TrainConfig, load_dataset
+from pc_clip.config import DataConfig, FinetuneConfig, TrainConfig
 from pc_clip.differences import Difference, contrast, to_line
 from pc_clip.embeddings import Embeddings, save_embeddings
 from pc_clip.errors import run_script
+from pc_clip.learning_data import load_dataset
 from pc_clip.methods import pairwise
 
 IMAGES, DIMENSIONS, CAPTIONS, SENTENCES, BATCH = 118_287, 768, 5, 560_000, 512

@@ -1,7 +1,7 @@
 """The published loop, restated plainly: what it costs, not what it does beyond that.
 
-Every ratio in RESULTS.md is against these functions. They keep what makes the PC-CLIP authors' code slow and nothing
-that makes it wrong:
+Every ratio in RESULTS.md is against these functions. They keep what makes the authors' code slow and nothing that
+makes it wrong. Of PC-CLIP:
 
 - everything in float32; texts padded to 77 tokens; all parameters of the text tower in the autograd graph although
   the optimizer holds the blocks alone; plain Adam.
@@ -11,13 +11,19 @@ that makes it wrong:
 - `zeroshot` encodes all images again for each checkpoint, and counts the confusion matrix in Python.
 - `all_pairs` encodes both images and the sentence of every pair.
 
+Of SimCLIP:
+
+- `similarity_clusters` computes, for each cluster, the cosines of all examples anew, norms included, and sorts them
+  all.
+
 What is left out, because it would only flatter us: printing, `empty_cache`, unpickling.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -112,3 +118,24 @@ def all_pairs(
         for pair, value in zip(some, cosine.tolist()):
             found[pair] = value
     return found
+
+
+def similarity_clusters(
+    z: np.ndarray, clusters: int, size: int, rng: np.random.Generator, neighbourhood: int = 1
+) -> Iterator[np.ndarray]:
+    """The clusters of a batch, one after the other, of embeddings [N, D] of any length."""
+    taken = np.zeros(len(z), dtype=bool)
+    for _ in range(clusters):
+        pivot = rng.choice(np.flatnonzero(~taken))
+        near = most_similar(z, pivot, taken)[: size * neighbourhood]
+        cluster = np.append(rng.choice(near, size - 1, replace=False), pivot)
+        taken[cluster] = True
+        yield cluster
+
+
+def most_similar(z: np.ndarray, pivot: int, taken: np.ndarray) -> np.ndarray:
+    """All examples, the most similar first; those that are taken, and the pivot, are put to the end."""
+    cosine = z @ z[pivot] / (np.linalg.norm(z, axis=1) * np.linalg.norm(z[pivot]))
+    cosine[taken] = -1.0
+    cosine[pivot] = -1.0
+    return np.argsort(cosine)[::-1]

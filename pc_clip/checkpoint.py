@@ -10,8 +10,10 @@ from __future__ import annotations
 import json
 import pickle
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -119,8 +121,21 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
 # -- the state of a run --------------------------------------------------------------------------------
 
 
-def save_state(run: Path, step: int, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
-    """All that the next step depends on: the trained weights, the optimizer's moments, the step.
+class State(NamedTuple):
+    """What was put back: the number of steps done, and what the method keeps besides its weights."""
+
+    step: int
+    memory: dict[str, Tensor]
+
+
+def save_state(
+    run: Path,
+    step: int,
+    parameters: dict[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    memory: Mapping[str, Tensor] = MappingProxyType({}),
+) -> None:
+    """All that the next step depends on: the trained weights, the optimizer's moments, the method's memory, the step.
 
     It does not depend on the number of processes. A checksum lies with it, which safetensors has none of.
     """
@@ -128,18 +143,19 @@ def save_state(run: Path, step: int, parameters: dict[str, Tensor], optimizer: t
     for index, moments in optimizer.state_dict()["state"].items():
         for key, value in moments.items():
             tensors[f"optimizer.{index}.{key}"] = torch.as_tensor(value)
+    tensors |= {f"memory.{name}": value for name, value in memory.items()}
     tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     write_tensors(run / STATE_FILE, tensors, {"step": str(step), "checksum": _checksum(tensors, str(step))})
 
 
-def load_state(run: Path, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> int:
-    """Put a saved state back; returns the number of steps done. 0 when nothing was saved.
+def load_state(run: Path, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> State:
+    """Put a saved state back: weights and optimizer here, the memory by whom it belongs to. Step 0 where none is saved.
 
     Raises UserError for a file that is cut short, damaged or of other parameters; nothing has been put back then.
     """
     path = run / STATE_FILE
     if not path.is_file():
-        return 0
+        return State(0, {})
     step, tensors = _read_state(path)
     saved = {key.removeprefix("weight.") for key in tensors if key.startswith("weight.")}
     if saved != parameters.keys():
@@ -158,7 +174,7 @@ def load_state(run: Path, parameters: dict[str, Tensor], optimizer: torch.optim.
         for name, parameter in parameters.items():
             parameter.copy_(tensors[f"weight.{name}"])
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return step
+    return State(step, {key.removeprefix("memory."): v for key, v in tensors.items() if key.startswith("memory.")})
 
 
 def _read_state(path: Path) -> tuple[int, dict[str, Tensor]]:

@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 _SAMPLES = ("a dog", "two large red circles on a striped background", "A photo. " * 30)  # of every kind of length
 
 TRAINABLE = ("text_blocks", "text", "all_text_but_embeddings", "both")
+SCRATCH = "scratch"  # in the place of a tag of pretrained weights: weights drawn at random
 
 
 def model_folder(name: str) -> Path:
@@ -40,7 +41,7 @@ class Clip:
     """A CLIP model with all that is needed to use it.
 
     name: an open_clip architecture ("ViT-L-14"), "example" for the embedded model, or "local-dir:FOLDER".
-    pretrained: what the weights were before any finetuning: a tag of open_clip's, a file, or None.
+    pretrained: what the weights were before any finetuning: a tag of open_clip's, a file, SCRATCH, or None.
     fast_text: whether texts are encoded by pc_clip.fast_text where it knows the tower. The result is the same;
         `choose_text_way` looks whether that is so on this machine.
     """
@@ -64,14 +65,17 @@ class Clip:
         load_weights: bool = True,
         device: str | torch.device = "cpu",
         preprocess: dict[str, Any] | None = None,
+        seed: int = 0,
     ) -> Clip:
         """Build the architecture and load its weights.
 
-        preprocess: the image transform in place of the one that comes with the weights (mean, std, ...).
+        preprocess: the image transform in place of the one that comes with the weights (mean, std, ...). seed: of the
+        weights where `pretrained` is SCRATCH.
         Raises UserError for an unknown name, an unknown tag, or weights that cannot be had.
         """
         known_as, name = name, f"local-dir:{model_folder('example')}" if name == "example" else name
         _check_name(name)
+        load_weights = load_weights and pretrained != SCRATCH
         options = _resolve_local_text_tower(name) | ({"force_preprocess_cfg": preprocess} if preprocess else {})
         if load_weights and not name.startswith("local-dir:") and pretrained is None:
             tags = [tag for architecture, tag in open_clip.list_pretrained() if architecture == name]
@@ -80,7 +84,8 @@ class Clip:
                 f"{', '.join(tags) or 'it has none'}; or --checkpoint a finetuned one."
             )
         try:
-            with _quiet_open_clip():
+            with _quiet_open_clip(), torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
                 model = open_clip.create_model(
                     name,
                     pretrained if load_weights else None,

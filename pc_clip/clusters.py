@@ -7,66 +7,55 @@ twice in a batch, because it would be its own negative.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
-import torch
 from torch import Tensor
 
-COLUMNS = 1 << 18  # similarities are computed to so many examples at a time
+from pc_clip import neighbours
+from pc_clip.errors import UserError, check_at_least
+from pc_clip.neighbours import Index
 
-
-def nearest(z: Tensor, rows: np.ndarray, m: int, allowed: np.ndarray | None = None) -> np.ndarray:
-    """The m examples most similar to each of some, nearest first, themselves left out.  -> [R, m] int64
-
-    z: [N, D] unit embeddings; rows: [R] of it; allowed: [N] bool, who may be found. Where fewer than m may, the rest of
-    a row is -1. Memory: R x COLUMNS similarities at a time.
-    """
-    queries, own = z[torch.from_numpy(rows)], torch.from_numpy(rows)[:, None]
-    best, found = torch.empty(len(rows), 0), torch.empty(len(rows), 0, dtype=torch.long)
-    for start in range(0, len(z), COLUMNS):
-        some = z[start : start + COLUMNS]
-        similar = queries @ some.T  # [R, C]
-        places = torch.arange(start, start + len(some))[None]
-        barred = places == own if allowed is None else (places == own) | ~torch.from_numpy(allowed[places[0].numpy()])
-        best = torch.cat([best, similar.masked_fill_(barred, -torch.inf)], 1)
-        found = torch.cat([found, places.expand(len(rows), -1)], 1)
-        best, order = best.topk(min(m, best.shape[1]), 1)
-        found = found.gather(1, order)
-    found = found.masked_fill(best == -torch.inf, -1).numpy()
-    return np.pad(found, ((0, 0), (0, m - found.shape[1])), constant_values=-1)
+SPARE = 8  # so many times a cluster's neighbourhood is looked for, because earlier clusters may have taken some of it
 
 
 def sizes(batch_size: int, size: int, share: float) -> list[int]:
-    """How large the clusters of a batch are: as many of `size` as the share holds, and one of what is left of it."""
+    """How large the clusters of a batch are: as many of `size` as the share holds, and one of what is left of it.
+
+    Less than two examples are no cluster; they are drawn at random with the rest of the batch.
+    """
     inside = round(share * batch_size)
     rest = inside % size
     return [size] * (inside // size) + ([rest] if rest > 1 else [])
 
 
 def clustered_batch(
-    z: Tensor, wanted: Sequence[int], neighbourhood: int, allowed: np.ndarray, rng: np.random.Generator
+    z: Tensor, wanted: Sequence[int], neighbourhood: int, allowed: np.ndarray, index: Index, rng: np.random.Generator
 ) -> np.ndarray:
-    """The examples of one batch's clusters, cluster by cluster.  -> [sum of `wanted`] int64, none of them twice
+    """The examples of one batch's clusters, in the order of `wanted`, each pivot first.  -> [sum of `wanted`] int64
 
     wanted: the clusters' sizes; neighbourhood: the k - 1 partners of a pivot are drawn from the `neighbourhood` * k
     nearest, itself counted, so that 1 means the nearest. allowed: [N] bool, who may be taken; as many as are wanted
-    at least. Where too few are left near a pivot, those further away take their place.
+    at least. None is taken twice. Where too few are left of what the index finds, because they are taken or because
+    it is an approximate one, the nearest of all that are left are looked for.
     """
-    taken, clusters = ~allowed, []
-    need = neighbourhood * max(wanted, default=0) + sum(wanted)  # enough even if all taken before are the nearest
-    left = list(wanted)
-    while left:
-        pivots = rng.choice(np.flatnonzero(~taken), len(left), replace=False)
-        for pivot, near in zip(pivots, nearest(z, pivots, min(need, len(z) - 1), ~taken)):
+    taken, clusters, left = ~allowed, [], int(np.count_nonzero(allowed))
+    while len(clusters) < len(wanted):
+        pivots = rng.choice(np.flatnonzero(~taken), len(wanted) - len(clusters), replace=False)
+        m = min(SPARE * neighbourhood * max(wanted), left - 1)
+        for pivot, near in zip(pivots, index.near(pivots, m, ~taken)):
             if taken[pivot]:
                 continue  # it is a partner in a cluster made since; another pivot is drawn in the next round
-            size = left.pop()
+            size = wanted[len(clusters)]
+            among = min(neighbourhood * size, left) - 1
             near = near[near >= 0]
-            near = near[~taken[near]][: neighbourhood * size - 1]
+            near = near[~taken[near]][:among]
+            if len(near) < among:
+                near = neighbours.nearest(z, np.array([pivot]), among, ~taken)[0]
             partners = near[: size - 1] if neighbourhood == 1 else rng.choice(near, size - 1, replace=False)
             clusters.append(np.concatenate([[pivot], partners]))
             taken[clusters[-1]] = True
+            left -= size
     return np.concatenate(clusters) if clusters else np.empty(0, dtype=np.int64)
 
 
@@ -79,39 +68,86 @@ def plan(
     share: float,
     neighbourhood: int = 1,
     cover: bool = False,
+    index: str | Index = "exact",
     rng: np.random.Generator,
 ) -> Iterator[np.ndarray]:
-    """Batches of one epoch: clusters first, then examples drawn at random.  -> `steps` of [batch_size] int64
+    """Batches of one epoch.  -> `steps` of [batch_size] int64
 
-    z: [N, D] unit embeddings. cover: no example comes twice in the epoch, so that in N // batch_size steps (nearly)
-    every one comes once; pivots are then drawn from those that have not come, and late clusters are less alike.
-    Otherwise an example may come in several batches, as in the reference; those drawn at random come in the order
-    of a shuffled epoch.
+    Clusters come first in a batch, whole and one after the other, as large and in the order that `sizes` says, each
+    with its pivot first. What is drawn at random follows.
+
+    z: [N, D] unit embeddings, on any device; size, share and neighbourhood: k, p and s of the study. cover: each
+    N // batch_size batches hold no example twice, so that all come once but for the rest of N / batch_size, which
+    is drawn anew each time; pivots are drawn from those that have not come, and late clusters are less alike.
+    Otherwise an example may come in several batches, as in the reference; those drawn at random come in the order of
+    a shuffled epoch. index: a kind that `neighbours.build` knows, or what it made; one that is wanted for several
+    epochs of the same z is best made once.
+    Raises UserError for settings that cannot be met, and for an index that is not installed.
     """
-    n, wanted = len(z), sizes(batch_size, size, share)
-    unseen = np.ones(n, dtype=bool)
-    queue = rng.permutation(n)
-    for _ in range(steps):
-        if cover and unseen.sum() < batch_size:
+    check_settings(len(z), batch_size, size, share, neighbourhood)
+    if isinstance(index, str):  # the spawned generator leaves the draws of `rng` as they are
+        index = neighbours.build(index, z, int(rng.spawn(1)[0].integers(2**31)))
+    wanted = sizes(batch_size, size, share)
+
+    def clusters_among(allowed: np.ndarray) -> np.ndarray:
+        return clustered_batch(z, wanted, neighbourhood, allowed, index, rng)
+
+    batches = _covering if cover else _independent
+    return batches(clusters_among, len(z), batch_size, steps, rng)
+
+
+def check_settings(n: int, batch_size: int, size: int, share: float, neighbourhood: int) -> None:
+    """Raise UserError unless batches of such clusters can be made of n examples."""
+    check_at_least("the batch size", batch_size, 2)
+    check_at_least("the size of a cluster", size, 2)
+    check_at_least("the neighbourhood", neighbourhood, 1)
+    if not 0 <= share <= 1:
+        raise UserError(f"the share of a batch that is in clusters is {share}; it must be from 0 to 1")
+    if size > batch_size:
+        raise UserError(
+            f"clusters of {size} do not fit into batches of {batch_size}: make them smaller, or the batch larger"
+        )
+    if batch_size > n:
+        raise UserError(
+            f"{n} examples do not make a batch of {batch_size} with none of them twice: make it smaller, or give more"
+        )
+
+
+def _covering(
+    clusters_among: Callable[[np.ndarray], np.ndarray], n: int, batch_size: int, steps: int, rng: np.random.Generator
+) -> Iterator[np.ndarray]:
+    """Passes over all of n examples but a rest, which is drawn beforehand: what remains in the end would most often be
+    those far from all others, because they are nobody's neighbours.
+    """
+    unseen = np.zeros(n, dtype=bool)
+    for step in range(steps):
+        if step % (n // batch_size) == 0:
             unseen[:] = True
-        inside = clustered_batch(z, wanted, neighbourhood, unseen.copy() if cover else np.ones(n, dtype=bool), rng)
-        free = unseen.copy()
-        free[inside] = False
-        waiting = queue[free[queue]]
-        if len(waiting) < batch_size - len(inside):  # the epoch's order is used up: another one begins
-            unseen[:] = True
-            queue = rng.permutation(n)
-            free = unseen.copy()
-            free[inside] = False
-            waiting = queue[free[queue]]
-        outside = waiting[: batch_size - len(inside)]
+            unseen[rng.choice(n, n % batch_size, replace=False)] = False
+        inside = clusters_among(unseen)
+        unseen[inside] = False
+        outside = rng.choice(np.flatnonzero(unseen), batch_size - len(inside), replace=False)
         unseen[outside] = False
-        if cover:
-            unseen[inside] = False
         yield np.concatenate([inside, outside])
 
 
+def _independent(
+    clusters_among: Callable[[np.ndarray], np.ndarray], n: int, batch_size: int, steps: int, rng: np.random.Generator
+) -> Iterator[np.ndarray]:
+    """Clusters among all of n examples in each batch; the others in the order of shuffled epochs."""
+    waiting = rng.permutation(n)
+    for _ in range(steps):
+        free = np.ones(n, dtype=bool)
+        inside = clusters_among(free)
+        free[inside] = False
+        if np.count_nonzero(free[waiting]) < batch_size - len(inside):  # the order is used up: another one begins
+            waiting = rng.permutation(n)
+        places = np.flatnonzero(free[waiting])[: batch_size - len(inside)]
+        yield np.concatenate([inside, waiting[places]])
+        waiting = np.delete(waiting, places)
+
+
 def hardness(z: Tensor) -> float:
-    """Mean cosine of the negatives of a batch. z: [B, D] unit embeddings"""
+    """Mean cosine of the negatives of a batch. z: [B, D] unit embeddings, B at least 2"""
     total = z.sum(0)
     return float((total @ total - len(z)) / (len(z) * (len(z) - 1)))

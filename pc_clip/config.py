@@ -16,13 +16,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jsonargparse
-import numpy as np
 import torch
 import yaml
 
-from pc_clip.datasets import READERS, Dataset, open_dataset, read_captions
-from pc_clip.datasets.dataset import subset
-from pc_clip.datasets.shards import has_captions, unopened
 from pc_clip.errors import UserError, check_at_least, check_choice, nearest
 from pc_clip.writers import LanguageModelConfig
 from pc_clip.writers.server import ServerConfig
@@ -37,7 +33,7 @@ class ModelConfig:
     Args:
         name: open_clip's name of the architecture, "example" for the embedded model, or local-dir:FOLDER; empty for
             the embedded model on the example, and the paper's (ViT-L-14, datacomp_xl_s13b_b90k) on anything else.
-        pretrained: One of open_clip's tags for it, or a file of weights.
+        pretrained: One of open_clip's tags for it, a file of weights, or scratch for weights drawn by the run's seed.
         train: Which parameters learn: text_blocks, text, all_text_but_embeddings or both.
         fast_text: Encode texts without padding (pc_clip/fast_text.py) where the text tower allows it; the results are
             the same but for rounding.
@@ -52,7 +48,28 @@ class ModelConfig:
         """The architecture and the weights a model is made of, when it is used on `dataset`."""
         if self.name:
             return self.name, self.pretrained
-        return ("example", None) if dataset == "example" else ("ViT-L-14", self.pretrained or "datacomp_xl_s13b_b90k")
+        if dataset == "example":
+            return "example", self.pretrained
+        return "ViT-L-14", self.pretrained or "datacomp_xl_s13b_b90k"
+
+
+@dataclass
+class MixConfig:
+    """Images of another data set that are mixed into those that are learnt from, to see what becomes of a rare kind.
+
+    Args:
+        dataset: A name that `python -m pc_clip.datasets` lists.
+        n: How many of its images, drawn by the run's seed.
+        root: The folder it is in, unless it is where that list says.
+        split: Which part of it; empty for its train split.
+        caption: What is said of an image that has no captions of its own, with {} for its class.
+    """
+
+    dataset: str
+    n: int
+    root: str | None = None
+    split: str | None = None
+    caption: str = "a photo of a {}"
 
 
 @dataclass
@@ -69,6 +86,11 @@ class DataConfig:
             are left out.
         embeddings: A file of image embeddings, or the index.json of many, to use in place of the images. The pictures
             of coco then need not be there, and tar files without captions are listed but not opened.
+        broken: What a picture means that is there but does not decode, error or skip; for skip all are decoded once
+            before the run, and those left out are counted.
+        mix: Images of other data sets to learn from as well: a list of {dataset: ..., n: ...}.
+        min_crop: Where the image tower learns, each image is a random crop of at least this share of its area; 1 for
+            the transform of the evaluations.
         workers: Processes that read images.
     """
 
@@ -79,7 +101,41 @@ class DataConfig:
     differences: str = ""
     captions: str | None = None
     embeddings: str | None = None
+    broken: str = "error"
+    mix: list[MixConfig] = field(default_factory=list)
+    min_crop: float = 1.0
     workers: int = 0
+
+
+@dataclass
+class SamplerConfig:
+    """Which examples come together in a batch: at random, or in clusters of similar ones (SimCLIP).
+
+    Args:
+        kind: random or clusters.
+        similarity: What makes examples similar, their text or their image.
+        online: Similar by the model as it is at the beginning of each epoch; otherwise as it was before training.
+        cluster_size: Examples a cluster (k).
+        clusters: Clusters a batch, in place of cluster_size: k is then share * batch_size / clusters.
+        share: The share of a batch that is in clusters (p); the rest is drawn at random.
+        double_at: Epochs (the first is 0) at which the share doubles, so that it ends at exactly `share`; for three
+            of them it begins at an eighth of it. Empty for the same share always.
+        neighbourhood: The k - 1 partners are drawn from the `neighbourhood` * k nearest (s); 1 for the nearest.
+        cover: Every example comes once an epoch, so that late clusters are less alike; otherwise those in clusters
+            are drawn anew for each batch.
+        index: How neighbours are found, exact, or faiss where it is installed.
+    """
+
+    kind: str = "random"
+    similarity: str = "text"
+    online: bool = True
+    cluster_size: int | None = None
+    clusters: int | None = None
+    share: float = 1.0
+    double_at: list[int] = field(default_factory=list)
+    neighbourhood: int = 1
+    cover: bool = False
+    index: str = "exact"
 
 
 @dataclass
@@ -90,8 +146,11 @@ class TrainConfig:
         batch_size: Items a step, over all processes.
         epochs: Passes over the data.
         steps: Steps in all; overrides epochs.
+        max_steps_per_epoch: An epoch ends after so many steps, even if there is more data; empty for all of it.
         optimizer: adam or adamw.
         lr: Learning rate at its highest.
+        betas: Decay rates of the optimizer's two moments.
+        eps: Added to the root of the second moment.
         weight_decay: As the optimizer understands it.
         schedule: constant, exponential (lr times `decay` after each epoch) or cosine (to zero).
         decay: Factor of the exponential schedule.
@@ -112,8 +171,11 @@ class TrainConfig:
     batch_size: int = 512
     epochs: int = 20
     steps: int | None = None
+    max_steps_per_epoch: int | None = None
     optimizer: str = "adam"
     lr: float = 1e-8
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    eps: float = 1e-8
     weight_decay: float = 0.0
     schedule: str = "exponential"
     decay: float = 0.9
@@ -152,6 +214,7 @@ class FinetuneConfig:
     device: str = ""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
@@ -387,36 +450,9 @@ def dump(config: Any) -> str:
     def plain(value: Any) -> Any:
         if dataclasses.is_dataclass(value):
             return {name: plain(v) for name, v in vars(value).items()}
-        return list(value) if isinstance(value, tuple) else value
+        return [plain(v) for v in value] if isinstance(value, list | tuple) else value
 
     return yaml.safe_dump(plain(config), sort_keys=False)
-
-
-def load_dataset(data: DataConfig) -> Dataset:
-    """The data a run learns from: its first split, train, unless another is named."""
-    if data.embeddings and data.dataset == "webdataset":
-        root = Path(data.root or READERS["webdataset"].root)
-        if data.captions or not has_captions(root):  # its tars may be too many to open, or hold images alone
-            return _about(unopened(root, data.split), data.captions)
-    splits = READERS[data.dataset].splits if data.dataset in READERS else ()
-    missing = "keep" if data.embeddings else data.missing  # nobody will look at the pictures
-    found = open_dataset(data.dataset, data.root, data.split or next(iter(splits), None), missing=missing)
-    return _with_captions(found, data.captions) if data.captions else found
-
-
-def _about(data: Dataset, path: str | None) -> Dataset:
-    """A data set whose images nobody has listed: those that a file has captions of, with these; or none."""
-    captions = read_captions(path) if path else {}
-    return dataclasses.replace(data, ids=list(captions), captions=[texts for _, texts in captions.values()] or None)
-
-
-def _with_captions(data: Dataset, path: str) -> Dataset:
-    """The images that a file has captions of, with those captions."""
-    captions = read_captions(path)
-    rows = np.array([row for row, key in enumerate(data.ids) if key in captions], dtype=np.int64)
-    if not len(rows):
-        raise UserError(f"{path} has captions of {len(captions)} images, none of which is in {data.label}")
-    return dataclasses.replace(subset(data, rows), captions=[captions[data.ids[row]][1] for row in rows])
 
 
 def _complete_switches(flags: list[str], kind: type, options: dict[str, type]) -> list[str]:

@@ -240,13 +240,14 @@ def embed(config: EmbedConfig, processes: Processes = ALONE) -> Made | None:
 
     Raises UserError for settings that do not fit, for an image that cannot be read, and for what data or model lack.
     """
-    from pc_clip.config import load_dataset
+    from pc_clip.learning_data import load_dataset
 
     options = Options(config.batch_size, config.data.workers, config.precision, config.dtype, config.broken)
     options.check()
     check_at_least("shard_size", config.shard_size, 1)
     if config.data.embeddings:
         raise UserError("data.embeddings names what is there already; leave it out to embed the images")
+    _check_for_training(config.data)
     part, cache = Part.parse(config.part), Path(config.cache) if config.cache else CACHE
     data = None if config.data.dataset == "webdataset" else load_dataset(config.data)
     work = _tars(config.data) if data is None else blocks(data, config.shard_size)
@@ -271,6 +272,16 @@ def embed(config: EmbedConfig, processes: Processes = ALONE) -> Made | None:
         return None
     found = usual and work.opens and not options.suffix and not any(left_out(head) for head in heads)
     return Made(folder / INDEX, sum(head.rows for head in heads), heads[0].width, found)
+
+
+def _check_for_training(data: DataConfig) -> None:
+    """Raises UserError for settings of training that would be without effect here."""
+    if data.mix:
+        raise UserError("data.mix is for training: embed each of its data sets by itself")
+    if data.min_crop != 1:
+        raise UserError(f"data.min_crop {data.min_crop:g} is for training; what is embedded is the whole image")
+    if data.broken != "error":
+        raise UserError(f"data.broken {data.broken} is for training; here it is --broken {data.broken}")
 
 
 def _one_file(clip: Clip, data: Dataset, cache: Path, options: Options, verify: bool) -> Made:

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from pc_clip.clip import Clip
 from pc_clip.datasets import Dataset
 from pc_clip.datasets.dataset import BrokenImage
-from pc_clip.errors import UserError, check_at_least, check_choice
+from pc_clip.errors import check_at_least, check_choice
+from pc_clip.reading import PIECE, Batch, once, plain
 
-# Images that a worker hands over at once. A worker has at most three such pieces in hand, two ready and one in the
-# making, however large the batch: 58 MB of pictures of 224 x 224.
-PIECE = 32
+__all__ = ["PIECE", "Encoded", "Options", "encode", "pixels"]
 
 
 @dataclass(frozen=True)
@@ -56,54 +55,10 @@ class Encoded(NamedTuple):
     left_out: list[str]
 
 
-class _Pictures(torch.utils.data.Dataset):
-    """Decodes and transforms one image at a time, so that worker processes can share the work."""
-
-    def __init__(self, data: Dataset, preprocess) -> None:
-        self.data, self.preprocess = data, preprocess
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, row: int) -> Tensor | UserError:
-        try:
-            return self.preprocess(self.data.load(row))
-        except UserError as error:  # raised where it can be caught: a worker process would wrap it in its traceback
-            return error
-        except Exception as error:  # Pillow's decoders raise all kinds
-            what = f"image {self.data.ids[row]} of {self.data.label} cannot be read ({type(error).__name__}: {error})"
-            if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno):  # not the image's fault
-                return UserError(f"{what}; mend that and run the same command again")
-            return BrokenImage(f"{what}; remove it")
-
-
-class _Batch(NamedTuple):
-    pixels: Tensor  # [B, 3, H, W] float32, without those that could not be read
-    rows: range  # of the data set, those that could not be read included
-    broken: dict[int, UserError]  # by row
-
-
-def _collate(images: list[Tensor | UserError]) -> tuple[Tensor | None, dict[int, UserError]]:
-    """One tensor, which is one shared file between two processes, and the errors by their place."""
-    broken = {n: image for n, image in enumerate(images) if isinstance(image, UserError)}
-    good = [image for image in images if isinstance(image, Tensor)]
-    return torch.stack(good) if good else None, broken
-
-
-def _batches(clip: Clip, data: Dataset, batch_size: int, workers: int) -> Iterator[_Batch]:
+def _batches(clip: Clip, data: Dataset, batch_size: int, workers: int) -> Iterator[Batch]:
     starts = range(0, len(data), batch_size)
-    batches = [range(start, min(start + batch_size, len(data))) for start in starts]
-    pieces = [batch[n : n + PIECE] for batch in batches for n in range(0, len(batch), PIECE)]
-    loader = iter(
-        DataLoader(_Pictures(data, clip.preprocess), batch_sampler=pieces, num_workers=workers, collate_fn=_collate)
-    )
-    for batch in batches:
-        found, broken = [], {}
-        for start in range(batch.start, batch.stop, PIECE):
-            images, errors = next(loader)
-            found += [images] if images is not None else []
-            broken |= {start + n: error for n, error in errors.items()}
-        yield _Batch(torch.cat(found) if found else torch.empty(0), batch, broken)
+    batches = (range(start, min(start + batch_size, len(data))) for start in starts)
+    return once(data, plain(clip.preprocess), workers, batches)
 
 
 def pixels(clip: Clip, data: Dataset, batch_size: int, workers: int) -> Iterator[Tensor]:
@@ -111,10 +66,9 @@ def pixels(clip: Clip, data: Dataset, batch_size: int, workers: int) -> Iterator
 
     Raises UserError for an image that cannot be read, with its path.
     """
-    for batch in _batches(clip, data, batch_size, workers):
-        for error in batch.broken.values():
-            raise error
-        yield batch.pixels
+    with closing(_batches(clip, data, batch_size, workers)) as coming:
+        for batch in coming:
+            yield batch.whole()
 
 
 @torch.no_grad()
@@ -127,15 +81,18 @@ def encode(clip: Clip, data: Dataset, options: Options, seen: Callable[[int], ob
     was_training = clip.model.training
     clip.model.eval()
     try:
-        return _encode(clip, data, options, seen)
+        with closing(_batches(clip, data, options.batch_size, options.workers)) as coming:
+            return _encode(clip, data, coming, options, seen)
     finally:
         clip.model.train(was_training)
 
 
-def _encode(clip: Clip, data: Dataset, options: Options, seen: Callable[[int], object]) -> Encoded:
+def _encode(
+    clip: Clip, data: Dataset, batches: Iterator[Batch], options: Options, seen: Callable[[int], object]
+) -> Encoded:
     z, done = None, 0  # filled batch by batch: what torch.cat makes would be there twice for a moment
     left_out: list[int] = []
-    for batch in _batches(clip, data, options.batch_size, options.workers):
+    for batch in batches:
         for error in batch.broken.values():
             if options.broken == "error" or not isinstance(error, BrokenImage):
                 raise error

@@ -193,7 +193,7 @@ def _one(subject: Subject, mode: str, folder: Path, keys: _Keys) -> dict[str, An
     result = {
         "model": folder.name, "evaluation": mode, "dataset": data.label, "about": _suffix(config).strip("-"),
         "metrics": found.metrics, "n": found.n,
-        "intervals": found.intervals, "curves": [curve._asdict() for curve in found.curves],
+        "intervals": found.intervals, "items": found.items, "curves": [curve._asdict() for curve in found.curves],
         "pictures": [
             {"file": f"{path.stem}-{name}", "alt": picture.alt} for name, picture in found.pictures.items()
         ],
@@ -229,6 +229,8 @@ class _Keys:
         model = self.weights, self.clip.describe(), self.clip.image_tower_hash()
         known, graded = self._known
         content = repr((settings, mode, data.fingerprint, chosen_on, model, known, graded, texts))
+        version = getattr(evals.find(mode), "VERSION", None)
+        content += "" if version is None else f" {version}"
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     @cached_property

@@ -2,7 +2,8 @@
 
 Each variant is a finetune.py command line, each evaluation one of run.py; both run as a user would run
 them, several at a time. What is finished is not done again, so an interrupted study continues. Writes
-results/NAME/table.csv (mean and standard deviation over the seeds), table.md and table.png.
+results/NAME/table.csv (mean, standard deviation and interval over the seeds), table.md and table.png, and
+comparison.csv where the study says what to compare with.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -25,44 +27,13 @@ from tqdm import tqdm
 from pc_clip import report
 from pc_clip.checkpoint import MODEL_FILE, STATE_FILE
 from pc_clip.errors import UserError, run_script
-from pc_clip.report import long_table, read
+from pc_clip.files import write_text
+from pc_clip.study_compare import compare, render_comparison
+from pc_clip.study_config import Study, label
+from pc_clip.study_plot import plot
+from pc_clip.study_table import read_results, render, render_choice, tabulate
 
 ROOT = Path(__file__).parents[1]
-COLUMNS = ["variant", "evaluation", "dataset", "metric", "mean", "std", "seeds"]
-
-
-@dataclass
-class Study:
-    """What a study's YAML says.
-
-    prepare: commands run once before, each a list. variants: name -> arguments of finetune.py, or null for
-    the model as it was. evaluations: lists of arguments of run.py. metrics: the figures of the table.
-    runs: the study whose runs are evaluated; its own unless named.
-    """
-
-    name: str
-    variants: dict[str, list[str] | None]
-    evaluations: list[list[str]]
-    metrics: list[str]
-    prepare: list[list[str]] = field(default_factory=list)
-    runs: str = ""
-
-    @property
-    def results(self) -> Path:
-        return Path("results") / self.name
-
-    @classmethod
-    def read(cls, path: Path) -> Study:
-        """Raises UserError for a file that is absent or is no study."""
-        if not path.is_file():
-            known = ", ".join(sorted(p.name for p in (ROOT / "configs" / "studies").glob("*.yaml")))
-            raise UserError(f"no study at {path}; in configs/studies: {known}")
-        try:
-            return cls(**yaml.safe_load(path.read_text(encoding="utf-8")))
-        except (TypeError, yaml.YAMLError) as error:
-            raise UserError(
-                f"{path} is no study ({error}); it needs name, variants, evaluations and metrics"
-            ) from error
 
 
 @dataclass
@@ -75,7 +46,7 @@ class Job:
 
     @property
     def label(self) -> str:
-        return self.variant if self.seed is None else f"{self.variant}-seed{self.seed}"
+        return label(self.variant, self.seed)
 
     @property
     def run(self) -> Path:
@@ -103,16 +74,12 @@ class Job:
             return self.label
 
 
-def conduct(study: Study, seeds: list[int], workers: int) -> pd.DataFrame:
-    """Run what is not done yet and return the table. Raises UserError when a command fails, with its last lines."""
+def conduct(study: Study, seeds: list[int], workers: int) -> None:
+    """Run what is not done yet. Raises UserError when a command fails, with its last lines."""
     for command in study.prepare:
         tqdm.write(f"python {' '.join(command)}")
         _call(command, study.results / "logs" / "prepare.log")
-    jobs = [
-        Job(study, variant, seed)
-        for variant, arguments in study.variants.items()
-        for seed in (seeds if arguments is not None else [None])
-    ]
+    jobs = [Job(study, variant, seed) for variant, seed in study.members(seeds)]
     jobs.sort(key=lambda job: -_length(study.variants[job.variant]))  # the longest first, so that none is left alone
     running: dict[str, Job] = {}
     stop = threading.Event()
@@ -141,7 +108,6 @@ def conduct(study: Study, seeds: list[int], workers: int) -> pd.DataFrame:
             stop.set()
             pool.shutdown(cancel_futures=True)
             raise
-    return tabulate(study, seeds)
 
 
 def _length(arguments: list[str] | None) -> int:
@@ -167,65 +133,29 @@ def _call(command: list[str], log: Path) -> None:
         raise UserError(f"python {' '.join(command)} failed with {code}: {' | '.join(last)} (all of it in {log})")
 
 
-def tabulate(study: Study, seeds: list[int]) -> pd.DataFrame:
-    """One row a figure, over the seeds: COLUMNS. The standard deviation is that of the sample, empty for one seed."""
-    frames = []
-    for variant, arguments in study.variants.items():
-        for seed in seeds if arguments is not None else [None]:
-            label = Job(study, variant, seed).label
-            table = long_table(read([study.results / label]))
-            table = table[table.metric.isin(study.metrics)]
-            if twice := table[table.duplicated(["dataset", "metric"])].metric.tolist():
-                raise UserError(
-                    f"{study.results / label} holds {twice[0]} twice; delete the result that is not of this study"
-                )
-            frames.append(table.assign(variant=variant))
-    table = pd.concat(frames)
-    keys = ["variant", "evaluation", "dataset", "metric"]
-    found = table.groupby(keys, sort=False).value.agg(mean="mean", std="std", seeds="count").reset_index()[COLUMNS]
-    found.to_csv(study.results / "table.csv", index=False, float_format="%.6f")
-    return found
+def announce(study: Study, seeds: list[int]) -> str:
+    """Every command the study runs, a line each, and how many they are."""
+    jobs = [Job(study, variant, seed) for variant, seed in study.members(seeds)]
+    commands = [*study.prepare, *(command for job in jobs for command in job.commands())]
+    trained = sum(job.seed is not None for job in jobs)
+    finished = sum((job.run / MODEL_FILE).is_file() for job in jobs if job.seed is not None)
+    lines = [f"python {shlex.join(command)}" for command in commands]
+    return "\n".join(lines) + (
+        f"\n\n{len(commands)} commands: {len(study.prepare)} to prepare, {trained} trainings ({finished} of them "
+        f"finished), {len(jobs) * len(study.evaluations)} evaluations of {len(study.variants)} variants"
+    )
 
 
-def render(study: Study, table: pd.DataFrame) -> str:
-    """The table as people read it: a row a variant, a column a metric, per cent, as Markdown."""
-    cells: dict[str, dict[str, str]] = {}
-    for row in table.itertuples():
-        spread = f" ± {100 * row.std:.1f}" if row.seeds > 1 and row.std == row.std else ""
-        cells.setdefault(row.variant, {})[row.metric] = f"{100 * row.mean:.1f}{spread}"
-    columns = list(dict.fromkeys(name for row in cells.values() for name in row))
-    columns.sort(key=lambda name: study.metrics.index(name) if name in study.metrics else len(study.metrics))
-    lines = [["variant", *columns]] + [[v, *(row.get(c, "") for c in columns)] for v, row in cells.items()]
-    widths = [max(len(line[k]) for line in lines) for k in range(len(columns) + 1)]
-    rows = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths)) + " |" for line in lines]
-    rows.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
-    return "\n".join(rows)
-
-
-def plot(study: Study, table: pd.DataFrame, path: Path) -> None:
-    """Bars: a group a metric, a bar a variant, with the spread over the seeds."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figures = {(row.variant, row.metric): (100 * row.mean, 100 * row.std) for row in table.itertuples()}
-    metrics = [m for m in study.metrics if m in set(table.metric)]
-    variants = list(dict.fromkeys(table.variant))
-    figure, axes = plt.subplots(figsize=(2.2 + 1.7 * len(metrics), 4.2), layout="constrained")
-    width, nothing = 0.8 / len(variants), (float("nan"),) * 2
-    for k, variant in enumerate(variants):
-        x = [n + (k - (len(variants) - 1) / 2) * width for n in range(len(metrics))]
-        heights, spread = zip(*[figures.get((variant, m), nothing) for m in metrics])
-        colour = plt.cm.viridis(k / len(variants))
-        bars = axes.bar(x, heights, width * 0.92, label=variant, yerr=spread, capsize=2, color=colour)
-        axes.bar_label(bars, [f"{h:.0f}" if h == h else "" for h in heights], fontsize=8, padding=2)
-    axes.set_xticks(range(len(metrics)), [m.replace("_", " ") for m in metrics])
-    axes.set(ylabel="per cent", ylim=(0, 108), title=f"{study.name}: {table.dataset.iloc[0]}")
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=min(6, len(variants)), frameon=False)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+def publish(study: Study, table: pd.DataFrame, comparison: pd.DataFrame | None, text: str) -> None:
+    """Write everything but the results themselves."""
+    for name, frame in (("table.csv", table), ("comparison.csv", comparison)):
+        if frame is not None:
+            write_text(study.results / name, frame.to_csv(index=False, float_format="%.6f"))
+    write_text(study.results / "table.md", text + "\n")
+    plot(study, table, study.results / "table.png", comparison)
+    runs = Path("runs") / (study.runs or study.name)
+    found = [path for path in (study.results, runs) if path.exists()]
+    report.write(found, study.results / "report.html")
 
 
 def main() -> None:
@@ -233,16 +163,32 @@ def main() -> None:
     parser.add_argument("study", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one finetuning a seed and variant")
     parser.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1), help="commands at a time")
+    parser.add_argument(
+        "--only", nargs="+", metavar="PATTERN", help="variants to run, such as 'text-*'; no table is written"
+    )
+    parser.add_argument("--dry_run", action="store_true", help="print the commands and run nothing")
     arguments = parser.parse_args()
-    study = Study.read(arguments.study.resolve())
+    study, seeds = Study.read(arguments.study.resolve()), list(dict.fromkeys(arguments.seeds))
     os.chdir(ROOT)
-    table = conduct(study, arguments.seeds, arguments.workers)
-    text = render(study, table)
-    (study.results / "table.md").write_text(text + "\n", encoding="utf-8")
-    plot(study, table, study.results / "table.png")
-    runs = Path("runs") / (study.runs or study.name)
-    report.write([path for path in (study.results, runs) if path.exists()], study.results / "report.html")
-    print(f"\n{text}\n\nper cent; table.csv and table.png are in {study.results}/, and report.html to look at")
+    if arguments.only:
+        study = study.only(arguments.only)
+    if arguments.dry_run:
+        print(announce(study, seeds))
+        return
+    conduct(study, seeds, arguments.workers)
+    measured = read_results(study, seeds)
+    table = tabulate(study, measured)
+    comparison = compare(study, measured) if study.against else None
+    parts = [render(study, table)]
+    parts += [render_choice(study, table)] if study.chosen_on else []
+    parts += [render_comparison(study, comparison)] if comparison is not None else []
+    text = "\n\n".join(parts)
+    if arguments.only:
+        print(f"\n{text}\n\nper cent; nothing was written but runs and results, because of --only")
+        return
+    publish(study, table, comparison, text)
+    also = ", comparison.csv" if comparison is not None else ""
+    print(f"\n{text}\n\nper cent; table.csv{also} and table.png are in {study.results}/, and report.html to look at")
 
 
 if __name__ == "__main__":

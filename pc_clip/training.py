@@ -32,12 +32,13 @@ from pc_clip import checkpoint, differences, environment, methods
 from pc_clip.background import ahead
 from pc_clip.clip import Clip, blend
 from pc_clip.compensated import CompensatedAdam
-from pc_clip.config import FinetuneConfig, TrainConfig, dump, load_dataset
+from pc_clip.config import FinetuneConfig, TrainConfig, dump
 from pc_clip.datasets import Dataset
 from pc_clip.download import file_digest
 from pc_clip.embedding_shards import index_of
 from pc_clip.errors import UserError, check_at_least, check_choice
 from pc_clip.files import alone, write_json, write_text
+from pc_clip.learning_data import load_dataset
 from pc_clip.memory import return_freed_memory
 
 log = logging.getLogger(__name__)
@@ -85,7 +86,7 @@ def _run(config: FinetuneConfig, run: Path, data: Dataset) -> Path:
         kwargs_handlers=[PATIENCE],
     )
     source = config.model.source(config.data.dataset)
-    clip = Clip.create(*source, device=accelerator.device)
+    clip = Clip.create(*source, device=accelerator.device, seed=config.seed)
     with accelerator.autocast():
         text_way = clip.choose_text_way(config.model.fast_text, train.recompute)
     if accelerator.is_main_process:
@@ -95,14 +96,15 @@ def _run(config: FinetuneConfig, run: Path, data: Dataset) -> Path:
     if accelerator.is_main_process and not (config.resume and (run / "config.yaml").is_file()):
         if config.overwrite and not config.resume:
             _delete(run)  # only now, when nothing is left that could be refused
-        about = {"data": learnt_from, "start": clip.weights_hash(), "notes": [text_way, *method.notes]}
+        notes = [text_way, *([data.note] if data.note else []), *method.notes]
+        about = {"data": learnt_from, "start": clip.weights_hash(), "notes": notes}
         _open_folder(run, config, environment.describe() | about)
     accelerator.wait_for_everyone()
     with _Stop() as stop:
         _loop(accelerator, method, config, run, stop)
     if accelerator.is_main_process:
         if train.blend != 1.0:
-            start = Clip.create(*source).model.state_dict()
+            start = Clip.create(*source, seed=config.seed).model.state_dict()
             end = {name: value.cpu() for name, value in clip.model.state_dict().items()}
             clip.model.load_state_dict(blend(start, end, train.blend))
         checkpoint.save_model(run / checkpoint.MODEL_FILE, clip)
@@ -119,7 +121,8 @@ def _loop(accelerator: Accelerator, method: nn.Module, config: FinetuneConfig, r
     optimizer = make_optimizer(train, list(parameters.values()))
     per_epoch, main = method.steps_per_epoch, accelerator.is_main_process
     total = train.steps or train.epochs * per_epoch
-    done = checkpoint.load_state(run, parameters, optimizer) if config.resume else 0
+    done, memory = checkpoint.load_state(run, parameters, optimizer) if config.resume else (0, {})
+    method.restore(memory)
     model, optimizer = accelerator.prepare(method, optimizer)
     metrics = _Metrics(run / "metrics.jsonl", done, accelerator) if main else None
 
@@ -130,7 +133,7 @@ def _loop(accelerator: Accelerator, method: nn.Module, config: FinetuneConfig, r
         log.info("%s: %d steps of %d, %.1f M parameters learn", config.method, total, train.batch_size, count / 1e6)
     since, then = done, time.perf_counter()
     bar = tqdm(total=total, initial=done, desc=config.name, disable=None if main else True)
-    with closing(ahead(pinned(batches(method, done, total), accelerator.device))) as coming:
+    with closing(epoch_by_epoch(method, done, total, accelerator.device)) as coming:
         for step, batch in coming:
             lr = learning_rate(train, step, per_epoch, total)
             for group in optimizer.param_groups:
@@ -144,6 +147,7 @@ def _loop(accelerator: Accelerator, method: nn.Module, config: FinetuneConfig, r
                 accelerator.clip_grad_norm_(parameters.values(), train.clip_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            method.after_step()
             bar.update()
             step += 1
             if step % train.log_every == 0 or step == total:
@@ -157,7 +161,7 @@ def _loop(accelerator: Accelerator, method: nn.Module, config: FinetuneConfig, r
                 if not all(torch.isfinite(p).all() for p in parameters.values()):  # the same in every process
                     _stop_at_nan(run, step - 1, batch.ids, float("nan"))
                 if main:
-                    checkpoint.save_state(run, step, parameters, optimizer.optimizer)
+                    checkpoint.save_state(run, step, parameters, optimizer.optimizer, method.state())
             if asked:
                 raise KeyboardInterrupt
     bar.close()
@@ -189,6 +193,20 @@ class _Stop:
         self.asked = True
 
 
+def epoch_by_epoch(method: nn.Module, done: int, total: int, device: torch.device) -> Iterator[tuple[int, Any]]:
+    """(step, batch) from step `done` on, made ahead within an epoch and not beyond it.
+
+    What a method puts into an epoch's batches may depend on the weights at its beginning.
+    """
+    while done < total:
+        epoch = done // method.steps_per_epoch
+        end = min(total, (epoch + 1) * method.steps_per_epoch)
+        method.begin_epoch(epoch)
+        with closing(ahead(pinned(batches(method, done, end), device))) as coming:
+            yield from coming
+        done = end
+
+
 def batches(method: nn.Module, done: int, total: int) -> Iterator[tuple[int, Any]]:
     """(step, batch) from step `done` on: what a straight run would have seen after that many steps."""
     step = done
@@ -214,10 +232,11 @@ def make_optimizer(train: TrainConfig, parameters: list[nn.Parameter]) -> torch.
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
     groups = [g for g in groups if g["params"]]
+    how = {"lr": train.lr, "betas": tuple(train.betas), "eps": train.eps}
     if train.compensated:
-        return CompensatedAdam(groups, lr=train.lr, decoupled=train.optimizer == "adamw")
+        return CompensatedAdam(groups, decoupled=train.optimizer == "adamw", **how)
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[train.optimizer]
-    return kind(groups, lr=train.lr, fused=True)
+    return kind(groups, fused=True, **how)
 
 
 HALF = ("bfloat16", "pure_bf16", "bf16_weights", "bf16-true", "float16", "fp16", "pure_fp16", "16-true")
@@ -233,6 +252,8 @@ def _check_choices(train: TrainConfig) -> None:
     check_choice("train.precision", train.precision, ("no", "bf16"))
     check_choice("train.optimizer", train.optimizer, ("adam", "adamw"))
     check_choice("train.schedule", train.schedule, ("constant", "exponential", "cosine"))
+    if len(train.betas) != 2 or not all(0 <= beta < 1 for beta in train.betas):
+        raise UserError(f"train.betas is {train.betas}; it takes two numbers from 0 up to, but not, 1")
     installed = [str(tracker) for tracker in get_available_trackers()]
     if train.tracker and train.tracker not in installed:
         raise UserError(

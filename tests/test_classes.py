@@ -9,10 +9,11 @@ from PIL import Image
 from test_evals import FakeClip
 
 from pc_clip import attributes, classes, differences, generate, prompts
-from pc_clip.config import DataConfig, EvaluateConfig, GenerateConfig, load_dataset
+from pc_clip.config import DataConfig, EvaluateConfig, GenerateConfig
 from pc_clip.datasets import Dataset, Question, open_dataset, read_captions
 from pc_clip.errors import UserError
 from pc_clip.evals import Subject, extended
+from pc_clip.learning_data import load_dataset
 from pc_clip.writers import RulesWriter, Writer
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from clip_benchmark.metrics import zeroshot_classification
+from clip_benchmark.metrics import zeroshot_classification, zeroshot_retrieval
 
 import run
 from pc_clip import benchmark as benchmark_command
@@ -20,8 +20,8 @@ from pc_clip import checkpoint, export
 from pc_clip.clip import Clip, model_folder
 from pc_clip.datasets import open_dataset
 from pc_clip.embeddings import embed_images
-from pc_clip.evals import zeroshot
-from pc_clip.example import scenes
+from pc_clip.evals import retrieve, zeroshot
+from pc_clip.example import scenes, world
 
 PER_CLASS = 5
 TEMPLATES = ["This is a photo of a {}.", "a {}", "two small {}s on a dark background"]
@@ -48,18 +48,23 @@ def keys(tmp_path) -> list[str]:
 
 
 def write_webdataset(root: Path, images: list[tuple[bytes, str]]) -> None:
-    """CLIP_benchmark's layout, in two shards. images: PNG and class of each."""
+    """CLIP_benchmark's layout. images: PNG and class of each."""
     classes = sorted({name for _, name in images})
-    (root / "test").mkdir(parents=True)
+    write_shards(root, [{"png": png, "cls": str(classes.index(name)).encode()} for png, name in images])
     (root / "classnames.txt").write_text("\n".join(classes))
     templates = "\n".join(template.replace("{}", "{c}") for template in TEMPLATES)
     (root / "zeroshot_classification_templates.txt").write_text(templates)
+
+
+def write_shards(root: Path, samples: list[dict[str, bytes]]) -> None:
+    """Two shards of the split test. samples: ending -> content of each."""
+    (root / "test").mkdir(parents=True)
     (root / "test" / "nshards.txt").write_text("2")
-    half = len(images) // 2
-    for shard, part in enumerate((images[:half], images[half:])):
+    half = len(samples) // 2
+    for shard, part in enumerate((samples[:half], samples[half:])):
         with tarfile.open(root / "test" / f"{shard}.tar", "w") as tar:
-            for k, (png, name) in enumerate(part):
-                for suffix, content in (("png", png), ("cls", str(classes.index(name)).encode())):
+            for k, sample in enumerate(part):
+                for suffix, content in sample.items():
                     member = tarfile.TarInfo(f"s{k:04d}.{suffix}")
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
@@ -89,10 +94,10 @@ def benchmark(monkeypatch):
     return evaluate
 
 
-def measure(*flags: str) -> dict:
+def measure(*flags: str, mode: str = "zeroshot") -> dict:
     """The result of one run.py."""
-    run.main([*flags, "--mode", "zeroshot", "--device", "cpu", "--out", "ours"])
-    (path,) = Path("ours").rglob("zeroshot*.json")
+    run.main([*flags, "--mode", mode, "--device", "cpu", "--out", "ours"])
+    (path,) = Path("ours").rglob(f"{mode}*.json")
     result = json.loads(path.read_text())
     shutil.rmtree("ours")
     return result
@@ -157,3 +162,86 @@ def test_a_checkpoint_by_the_name_of_its_architecture(keys, benchmark, tmp_path,
         clip = Clip.create("tiny-vit", load_weights=False)
     checkpoint.save_model(Path("runs/tiny/model.safetensors"), clip)
     assert_agree(benchmark("tiny-vit", "runs/tiny/model.safetensors"), "runs/tiny", clip, keys)
+
+
+# -- retrieval -----------------------------------------------------------------------------------------------
+
+THEIRS = {"t2i": "image_retrieval_recall", "i2t": "text_retrieval_recall"}  # their name says what is retrieved
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_recall_of_random_embeddings_is_what_its_code_counts(seed):
+    rng = np.random.default_rng(seed)
+    each = rng.integers(1, 6, 40)  # captions an image
+    unit = torch.nn.functional.normalize
+    images = unit(torch.from_numpy(rng.normal(size=(40, 16)).astype(np.float32)), dim=-1)
+    texts = torch.from_numpy(rng.normal(size=(int(each.sum()), 16)).astype(np.float32))
+    texts = unit(texts + images[np.repeat(np.arange(40), each)], dim=-1)
+
+    class Given:
+        """Embeddings are what is encoded."""
+
+        encode_image = encode_text = staticmethod(lambda given: given)
+
+    parts = np.split(np.arange(len(texts)), np.cumsum(each)[:-1])
+    batches = [(images[start : start + 7], parts[start : start + 7]) for start in range(0, 40, 7)]
+    theirs = zeroshot_retrieval.evaluate(
+        Given, batches, lambda rows: texts[np.array(rows)], "cpu", amp=False, recall_k_list=[1, 5, 10]
+    )
+    hits, queries = retrieve.per_image(retrieve.families(images, texts, each), 40)
+    for k in (1, 5, 10):
+        for name, other in THEIRS.items():
+            ours = hits[f"{name}_r{k}"].sum() / queries[f"{name}_r{k}"].sum()
+            assert ours == pytest.approx(theirs[f"{other}@{k}"], abs=1e-6)
+    assert 0.1 < theirs["image_retrieval_recall@1"] < 0.9
+
+
+@pytest.fixture
+def captioned(tmp_path) -> int:
+    """Scenes with one to four captions that no other scene has, as a web data set and as COCO. Returns how many."""
+    seen: set[str] = set()
+    samples: list[tuple[bytes, list[str]]] = []
+    for n in range(200):
+        texts = world.captions("val", n)
+        if not seen.intersection(texts) and len(samples) < 32:
+            scenes.draw(world.scene("val", n)).save(stream := io.BytesIO(), "PNG")
+            samples.append((stream.getvalue(), list(dict.fromkeys(texts))[: 1 + n % 4]))
+        seen.update(texts)
+    write_shards(tmp_path / "web", [{"png": png, "txt": "\n".join(texts).encode()} for png, texts in samples])
+    (tmp_path / "web" / "dataset_type.txt").write_text("retrieval")
+    (tmp_path / "coco" / "val2014").mkdir(parents=True)
+    for n, (png, _) in enumerate(samples):
+        (tmp_path / "coco" / "val2014" / f"{n}.png").write_bytes(png)
+    images = [{"id": n, "file_name": f"{n}.png"} for n in range(len(samples))]
+    said = [(n, text) for n, (_, texts) in enumerate(samples) for text in texts]
+    annotations = [{"id": k, "image_id": n, "caption": text} for k, (n, text) in enumerate(said)]
+    content = {"images": images, "annotations": annotations}
+    (tmp_path / "coco" / "captions_val2014.json").write_text(json.dumps(content))
+    return len(samples)
+
+
+@pytest.mark.parametrize(
+    ("told", "asked"),
+    [
+        ("--dataset wds/web --dataset_root web", "--dataset webdataset --root web"),
+        (
+            "--dataset mscoco_captions --dataset_root coco --annotation_file coco/captions_val2014.json",
+            "--dataset coco --root coco --split val2014",
+        ),
+    ],
+)
+def test_retrieval_of_a_finetuned_checkpoint_through_its_export(captioned, told, asked):
+    checkpoint.save_model(Path("runs/mine/model.safetensors"), perturbed(Clip.create("example"), 0.5))
+    export.main(["runs/mine", "--out", "exported/mine"])
+    command = ["eval", *told.split(), "--task", "zeroshot_retrieval", "--model", "local-dir:exported/mine",
+               "--pretrained", "", "--recall_k", "1", "5", "10", "--no_amp", "--num_workers", "0",
+               "--batch_size", "8", "--output", "theirs.json"]  # fmt: skip
+    with torch.random.fork_rng():
+        benchmark_command.main(command)
+    theirs = json.loads(Path("theirs.json").read_text())["metrics"]
+    ours = measure(*asked.split(), "--checkpoint", "runs/mine", mode="retrieve")
+    assert ours["n"] == captioned == 32
+    for k in (1, 5, 10):
+        for name, other in THEIRS.items():
+            assert ours["metrics"][f"{name}_r{k}"] == pytest.approx(theirs[f"{other}@{k}"], abs=1e-6)
+    assert 0.1 < theirs["text_retrieval_recall@1"] < 1

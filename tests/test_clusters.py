@@ -1,4 +1,6 @@
-"""Batches of similar examples: the nearest are the nearest, nobody comes twice, and an epoch can cover everything."""
+"""Batches of similar examples: clusters are neighbours, nobody comes twice, and an epoch can cover everything."""
+
+from itertools import accumulate
 
 import numpy as np
 import pytest
@@ -6,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pc_clip import clusters
+from pc_clip import clusters, neighbours
+from pc_clip.errors import UserError
 
 
 def embeddings(n, seed=0, d=6):
@@ -19,37 +22,45 @@ def slow_nearest(z, row, allowed):
     return sorted(others, key=lambda n: -float(z[n] @ z[row]))
 
 
-@given(st.integers(2, 40), st.integers(1, 45), st.integers(1, 15), st.integers(0, 20))
-def test_the_nearest_are_those_of_a_full_sort(n, m, columns, seed):
-    z, rng = embeddings(n, seed), np.random.default_rng(seed)
-    rows, allowed = rng.choice(n, min(n, 3), replace=False), rng.random(n) < 0.7
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(clusters, "COLUMNS", columns)
-        found = clusters.nearest(z, rows, m, allowed)
-    for row, near in zip(rows, found):
-        expected = slow_nearest(z, row, allowed)[:m]
-        assert near.tolist() == expected + [-1] * (m - len(expected))
+def plan(z, batch_size, steps, seed=0, **settings):
+    found = clusters.plan(z, batch_size, steps, **settings, rng=np.random.default_rng(seed))
+    return [batch.tolist() for batch in found]
+
+
+class Forgetful:
+    """An approximate index that finds every third of the nearest, and nothing at all for odd rows."""
+
+    def __init__(self, z):
+        self.z = z
+
+    def near(self, rows, m, allowed):
+        found = neighbours.nearest(self.z, rows, m, allowed)
+        kept = np.where((np.arange(m) % 3 == 0) & (rows % 2 == 0)[:, None], found, -1)
+        return np.take_along_axis(kept, np.argsort(kept < 0, axis=1, kind="stable"), 1)
 
 
 @pytest.mark.parametrize(
     ("batch_size", "size", "share", "expected"),
     [(1024, 16, 1.0, [16] * 64), (64, 16, 0.5, [16, 16]), (1024, 16, 2 / 1024, [2]), (10, 4, 1.0, [4, 4, 2]),
-     (9, 4, 1.0, [4, 4]), (8, 4, 0.0, [])],
+     (9, 4, 1.0, [4, 4]), (8, 4, 0.0, []), (8, 4, 0.125, []), (16, 16, 1.0, [16]), (16, 16, 0.5, [8])],
 )  # fmt: skip
 def test_how_many_clusters_a_share_holds(batch_size, size, share, expected):
     assert clusters.sizes(batch_size, size, share) == expected
 
 
-@given(st.integers(30, 60), st.integers(2, 6), st.integers(1, 3), st.integers(0, 30))
-def test_clusters_are_a_pivot_and_partners_from_its_neighbourhood(n, size, neighbourhood, seed):
-    """Each cluster, told from the first on, among those whom no cluster before it took."""
+@given(st.integers(30, 60), st.integers(2, 6), st.integers(1, 3), st.integers(1, 8), st.integers(0, 30))
+def test_clusters_are_a_pivot_and_partners_from_its_neighbourhood(n, size, neighbourhood, spare, seed):
+    """Each cluster, told from the first on, among those whom no cluster before it took; in the order of the sizes."""
     z, rng = embeddings(n, seed), np.random.default_rng(seed)
     allowed = rng.random(n) < 0.9
-    count = int(allowed.sum()) // (2 * size)
-    batch = clusters.clustered_batch(z, [size] * count, neighbourhood, allowed, rng)
-    assert len(batch) == len(set(batch.tolist())) == size * count
+    wanted = [size] * (int(allowed.sum()) // (2 * size)) + [2]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(clusters, "SPARE", spare)  # few enough for earlier clusters to take them all
+        batch = clusters.clustered_batch(z, wanted, neighbourhood, allowed, neighbours.Exact(z), rng)
+    assert len(batch) == len(set(batch.tolist())) == sum(wanted)
     free = allowed.copy()
-    for pivot, *partners in batch.reshape(count, size):
+    for end, size in zip(accumulate(wanted), wanted):
+        pivot, *partners = batch[end - size : end]
         assert free[pivot]
         near = slow_nearest(z, pivot, free)[: neighbourhood * size - 1]
         assert set(partners) <= set(near)
@@ -57,41 +68,130 @@ def test_clusters_are_a_pivot_and_partners_from_its_neighbourhood(n, size, neigh
         free[[pivot, *partners]] = False
 
 
-@given(st.integers(24, 70), st.sampled_from([0.0, 0.3, 0.5, 1.0]), st.booleans(), st.integers(0, 20))
-def test_a_batch_never_holds_an_example_twice_and_is_full(n, share, cover, seed):
+@given(st.integers(24, 70), st.sampled_from([0.0, 0.3, 0.5, 1.0]), st.booleans(), st.booleans(), st.integers(0, 20))
+def test_a_batch_never_holds_an_example_twice_and_is_full(n, share, cover, approximate, seed):
     z = embeddings(n, seed)
-    batches = list(
-        clusters.plan(
-            z, 12, 9, size=4, share=share, cover=cover, neighbourhood=1 + seed % 2, rng=np.random.default_rng(seed)
-        )
-    )
-    assert [len(set(batch.tolist())) for batch in batches] == [12] * 9
-    assert [batch.tolist() for batch in batches] == [
-        batch.tolist()
-        for batch in clusters.plan(
-            z, 12, 9, size=4, share=share, cover=cover, neighbourhood=1 + seed % 2, rng=np.random.default_rng(seed)
-        )
-    ]
-    if cover:  # an epoch: each at most once
-        epoch = np.concatenate(batches[: n // 12])
-        assert len(set(epoch.tolist())) == len(epoch) == n // 12 * 12
+    index = Forgetful(z) if approximate else "exact"
+    settings = {"size": 4, "share": share, "cover": cover, "neighbourhood": 1 + seed % 2, "index": index}
+    batches = plan(z, 12, 9, seed, **settings)
+    assert [len(set(batch)) for batch in batches] == [12] * 9
+    assert batches == plan(z, 12, 9, seed, **settings)
+    steps = n // 12
+    if cover:  # a pass: each at most once
+        for begin in range(0, 9 - steps + 1, steps):
+            assert len({row for batch in batches[begin : begin + steps] for row in batch}) == steps * 12
+
+
+@given(st.integers(1, 4), st.integers(0, 20))
+def test_partners_come_from_the_neighbourhood_also_where_the_index_finds_nothing(neighbourhood, seed):
+    z = embeddings(40, seed)
+    (batch,) = plan(z, 8, 1, seed, size=8, share=1.0, neighbourhood=neighbourhood, index=Forgetful(z))
+    near = slow_nearest(z, batch[0], np.ones(40, bool))
+    reach = 8 * neighbourhood - 1 if batch[0] % 2 else 3 * 8 * neighbourhood  # odd ones are completed, all exact
+    assert set(batch[1:]) <= set(near[:reach])
+
+
+@pytest.mark.parametrize("cover", [False, True])
+def test_an_approximate_index_makes_whole_batches_nearly_as_similar(cover):
+    pytest.importorskip("faiss")
+    z = embeddings(1500, d=8).float()
+    settings = {"size": 10, "share": 0.8, "cover": cover}
+    exact, found = (plan(z, 50, 30, index=index, **settings) for index in ("exact", "faiss"))
+    assert [len(set(batch)) for batch in found] == [50] * 30
+    assert found == plan(z, 50, 30, index="faiss", **settings)
+    if cover:
+        assert sorted(row for batch in found for row in batch) == list(range(1500))
+    theirs, ours = (np.mean([clusters.hardness(z[batch[:10]]) for batch in some]) for some in (exact, found))
+    assert ours == pytest.approx(theirs, abs=0.05)
+
+
+def test_a_named_index_and_a_built_one_give_the_same_batches():
+    z, settings = embeddings(60), {"size": 4, "share": 0.5}
+    assert plan(z, 12, 5, **settings) == plan(z, 12, 5, index=neighbours.build("exact", z), **settings)
+
+
+# -- epochs --------------------------------------------------------------------------------------------
 
 
 def test_without_clusters_an_epoch_is_a_shuffled_one():
-    z = embeddings(60)
-    batches = list(clusters.plan(z, 12, 5, size=4, share=0.0, rng=np.random.default_rng(1)))
-    assert sorted(np.concatenate(batches).tolist()) == list(range(60))
+    batches = plan(embeddings(60), 12, 5, seed=1, size=4, share=0.0)
+    assert sorted(row for batch in batches for row in batch) == list(range(60))
+
+
+@pytest.mark.parametrize("cover", [False, True])
+def test_epochs_go_on_after_all_have_come(cover):
+    counts = np.bincount(np.concatenate(plan(embeddings(24), 12, 6, size=4, share=0.0, cover=cover)))
+    assert counts.tolist() == [3] * 24
+
+
+def test_nobody_is_left_over_more_often_than_others_in_cover_mode():
+    """Nine in a heap, and three far from all: as partners these would come last. A quarter is left over an epoch."""
+    z = torch.eye(12)[[0] * 9 + [1, 2, 3]] + 0.01 * torch.from_numpy(np.random.default_rng(0).normal(size=(12, 12)))
+    z, left = torch.nn.functional.normalize(z, dim=-1), np.zeros(12)
+    for seed in range(400):
+        (first,) = plan(z, 9, 1, seed, size=9, share=1.0, cover=True)
+        left[sorted(set(range(12)) - set(first))] += 1
+    assert left.sum() == 400 * 3
+    assert abs(left - 100).max() < 5 * np.sqrt(400 * 0.25 * 0.75)  # five standard deviations
+
+
+def test_who_is_left_over_is_drawn_anew_in_each_pass():
+    batches = plan(embeddings(14), 6, 40, size=3, share=1.0, cover=True)
+    left = [frozenset(range(14)) - set(a) - set(b) for a, b in zip(batches[::2], batches[1::2])]
+    assert {len(some) for some in left} == {2}
+    assert frozenset.union(*left) == set(range(14))
+
+
+# -- the edges of the settings -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cover", [False, True])
+@pytest.mark.parametrize(
+    ("n", "settings"),
+    [
+        (40, {"size": 12, "share": 1.0}),  # one cluster, the whole batch
+        (40, {"size": 4, "share": 1 / 12}),  # one example is no cluster
+        (12, {"size": 4, "share": 1.0}),  # the batch is all there is
+        (12, {"size": 12, "share": 1.0, "neighbourhood": 9}),
+        (40, {"size": 5, "share": 1.0, "neighbourhood": 30}),  # a neighbourhood that is larger than the set
+        (47, {"size": 5, "share": 0.9}),
+    ],
+)
+def test_the_edges_of_the_settings_work(n, settings, cover):
+    for batch in plan(embeddings(n), 12, 7, cover=cover, **settings):
+        assert len(set(batch)) == 12
+        assert set(batch) <= set(range(n))
+
+
+def test_a_neighbourhood_larger_than_the_set_is_the_set():
+    """Partners of one pivot are then anybody: over many batches everybody comes as often."""
+    counts = np.bincount(np.concatenate(plan(embeddings(20), 5, 800, size=5, share=1.0, neighbourhood=100)))
+    assert abs(counts - 200).max() < 5 * np.sqrt(800 * 0.25 * 0.75)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"size": 1}, "size of a cluster is 1; it must be at least 2"),
+        ({"size": 13}, "clusters of 13 do not fit into batches of 12"),
+        ({"batch_size": 41}, "40 examples do not make a batch of 41"),
+        ({"batch_size": 1}, "batch size is 1"),
+        ({"share": 1.2}, "share of a batch that is in clusters is 1.2; it must be from 0 to 1"),
+        ({"share": float("nan")}, "is nan"),
+        ({"neighbourhood": 0}, "neighbourhood is 0; it must be at least 1"),
+        ({"index": "annoy"}, "index is 'annoy'"),
+    ],
+)
+def test_settings_that_cannot_be_met_say_so_before_the_first_batch(settings, said):
+    settings = {"batch_size": 12, "steps": 3, "size": 4, "share": 0.5, **settings}
+    with pytest.raises(UserError, match=said):
+        clusters.plan(embeddings(40), **settings, rng=np.random.default_rng(0))
 
 
 def test_clusters_make_negatives_harder_and_hardness_is_their_mean_cosine():
     z = embeddings(300, d=4)
     of = {
-        share: np.mean(
-            [
-                clusters.hardness(z[torch.from_numpy(batch)])
-                for batch in clusters.plan(z, 30, 8, size=10, share=share, rng=np.random.default_rng(0))
-            ]
-        )
+        share: np.mean([clusters.hardness(z[batch]) for batch in plan(z, 30, 8, size=10, share=share)])
         for share in (0.0, 0.5, 1.0)
     }
     assert of[0.0] < of[0.5] < of[1.0]

@@ -102,10 +102,10 @@ def test_dumped_settings_read_back_equal(tmp_path):
 
 
 def test_the_method_is_known_before_its_options_are(tmp_path):
-    (tmp_path / "c.yaml").write_text("method: captions\n")
-    assert peek(["--config", "c.yaml"], "method", None, "pairwise") == "captions"
+    (tmp_path / "c.yaml").write_text("method: contrastive\n")
+    assert peek(["--config", "c.yaml"], "method", None, "pairwise") == "contrastive"
     assert peek(["--config", "c.yaml", "--method", "pairwise"], "method", None, "x") == "pairwise"
-    assert peek([], "method", tmp_path / "c.yaml", "pairwise") == "captions"
+    assert peek([], "method", tmp_path / "c.yaml", "pairwise") == "contrastive"
     assert peek(["--config", "absent.yaml"], "method", None, "pairwise") == "pairwise"
 
 

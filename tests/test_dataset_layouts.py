@@ -1,6 +1,7 @@
 """Readers on miniature trees in each set's own layout, whole and damaged; class names; downloads, from this machine."""
 
 import functools
+import gzip
 import hashlib
 import http.server
 import io
@@ -870,6 +871,21 @@ def test_flowers_are_downloaded_with_the_files_that_are_not_packed(tmp_path, ser
     assert len(open_dataset("flowers102")) == 3  # from data/flowers102, where the list says
 
 
+def test_mnist_is_downloaded_and_read_packed_as_it_is(tmp_path, server, monkeypatch):
+    folder, address, asked = server
+    for archive in ARCHIVES["mnist"]:
+        images = "images" in archive.name
+        content = bytes((0, 0, 8, 3 if images else 1)) + (1).to_bytes(4, "big")
+        content += ((2).to_bytes(4, "big") * 2 + bytes((1, 2, 3, 4))) if images else b"\5"
+        (folder / archive.name).write_bytes(gzip.compress(content))
+    served = tuple(Archive(f"{address}/{a.name}", a.makes, md5(folder / a.name)) for a in ARCHIVES["mnist"])
+    monkeypatch.setitem(ARCHIVES, "mnist", served)
+    assert download("mnist") == download("mnist") == Path("data/mnist")
+    assert sorted(asked) == sorted(a.name for a in served) and state("mnist") == "found"
+    data = open_dataset("mnist")
+    assert data.questions[0].target.tolist() == [5] and data.load(0).getpixel((1, 1)) == (4, 4, 4)
+
+
 def test_a_wrong_checksum_unpacks_nothing(tmp_path, server, monkeypatch):
     folder, address, _ = server
     awa2_tree(tmp_path / "made")
@@ -975,6 +991,8 @@ def test_each_address_leads_to_what_its_reader_looks_for():
         ("food101", known.Food101._URL, known.Food101._MD5),
     ):
         assert (ARCHIVES[name][0].url, ARCHIVES[name][0].digest) == (url, f"md5:{sum_}")
+    assert [(a.name, a.digest) for a in ARCHIVES["mnist"]] == [(n, f"md5:{s}") for n, s in known.MNIST.resources]
+    assert {a.url.removesuffix(a.name) for a in ARCHIVES["mnist"]} <= set(known.MNIST.mirrors)
     flowers = known.Flowers102
     assert {(a.url, a.digest) for a in ARCHIVES["flowers102"]} == {
         (f"{flowers._download_url_prefix}{file}", f"md5:{sum_}") for file, sum_ in flowers._file_dict.values()

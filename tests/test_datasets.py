@@ -1,6 +1,7 @@
 """Readers: what they give on miniatures in each layout, and what they say when something is missing."""
 
 import errno
+import gzip
 import hashlib
 import io
 import json
@@ -16,9 +17,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import finetune
+import run
 from pc_clip import datasets
 from pc_clip._torchvision import torchvision
-from pc_clip.config import DataConfig, load_dataset
+from pc_clip.config import DataConfig
 from pc_clip.datasets import (
     __main__,
     embedded,
@@ -33,6 +36,7 @@ from pc_clip.datasets.shards import find_tars, open_tar
 from pc_clip.errors import UserError
 from pc_clip.example import scenes, world
 from pc_clip.example.captions import parse
+from pc_clip.learning_data import load_dataset
 
 DATA = Path(__file__).parents[1].parent / "shared" / "data" / "coco_mini"
 real_data = pytest.mark.skipif(not DATA.is_dir(), reason="the real data are not part of the project")
@@ -60,7 +64,8 @@ def write(path, text):
 @pytest.mark.parametrize(
     "name, split, said",
     [
-        ("cifar01", None, r"unknown data set 'cifar01'.*Did you mean .*'cifar10'.*Known: .*example"),
+        ("cifar01", None, r"unknown data set 'cifar01'.*Did you mean .*'cifar10'"),
+        ("something", None, r"unknown data set 'something'.*Known: .*example.*mnist.*tsv"),
         ("exmple", None, r"Did you mean 'example'"),
         ("example", "tset", r"no split 'tset'.*Did you mean 'test'"),
     ],
@@ -393,6 +398,79 @@ def test_the_photographs_of_coco_at_hand_are_opened():
     assert len(data) == len(list((DATA / "val2017").glob("*.jpg"))) == 283 and "4717 pictures" in data.note
     assert all(4 < len(texts) < 8 for texts in data.captions)
     assert min(data.load(0).size) == 256
+
+
+# -- SimCLIP's table -------------------------------------------------------------------------------------
+
+TABLE = "image\tcaption1\tcaption2\n9.jpg\tA cat.\tNA\n5.jpg\tnan\t\n"
+
+
+@pytest.mark.parametrize("ending", ["tsv", "csv", "txt"])
+@pytest.mark.parametrize("pictures", ["mini", "images/mini", "images", "."])
+def test_a_table_is_opened_with_its_pictures_where_coco_s_may_be(tmp_path, pictures, ending):
+    write(tmp_path / f"mini.{ending}", TABLE)
+    picture(tmp_path / pictures / "9.jpg", (200, 0, 0)), picture(tmp_path / pictures / "5.jpg", (0, 0, 200))
+    data = open_dataset("tsv", tmp_path, "mini")
+    assert (data.ids, data.captions) == (["9.jpg", "5.jpg"], [("A cat.", "NA"), ("nan",)])  # words, not gaps
+    assert [np.asarray(data.load(n)).mean((0, 1)).argmax() for n in (0, 1)] == [0, 2]
+    assert (data.label, data.part, data.note) == ("tsv/mini", "mini", "")
+
+
+def test_a_table_that_lies_elsewhere_is_named_by_its_path_in_place_of_a_split(tmp_path):
+    table = write(tmp_path / "lists" / "of mine.tsv", TABLE)
+    for name in ("9.jpg", "5.jpg"):
+        picture(tmp_path / "pictures" / name)
+    data = open_dataset("tsv", tmp_path / "pictures", str(table))
+    assert data.label == "tsv/of mine" and len(data) == 2 and data.load(1).size == (8, 6)
+    assert open_dataset("tsv", tmp_path / "pictures", "lists/of mine.tsv").fingerprint == data.fingerprint
+    trained_on = load_dataset(DataConfig(dataset="tsv", root=str(tmp_path / "pictures"), split=str(table)))
+    assert trained_on.fingerprint == data.fingerprint
+
+
+def test_a_table_may_name_its_pictures_by_whole_paths(tmp_path):
+    paths = [picture(tmp_path / "far" / "away" / f"{n}.png", (n, 0, 0)) for n in (50, 90)]
+    write(tmp_path / "t" / "train.tsv", "image\tcaption1\n" + "".join(f"{p}\ta\n" for p in paths))
+    data = open_dataset("tsv", tmp_path / "t", "train")
+    assert [data.load(n).getpixel((0, 0))[0] for n in (0, 1)] == [50, 90]
+
+
+def test_absent_pictures_of_a_table_are_an_error_or_left_out_and_counted(tmp_path):
+    write(tmp_path / "mini.tsv", TABLE)
+    picture(tmp_path / "5.jpg")
+    with pytest.raises(UserError, match=r"1 of the 2 pictures in .*mini\.tsv .*first 9\.jpg.*--data\.missing skip"):
+        open_dataset("tsv", tmp_path, "mini")
+    data = open_dataset("tsv", tmp_path, "mini", missing="skip")
+    assert data.captions == [("nan",)] and data.note == "1 pictures named in mini.tsv are absent and left out"
+    kept = open_dataset("tsv", tmp_path, "mini", missing="keep")
+    assert len(kept) == 2 and kept.note == "1 pictures named in mini.tsv are absent"
+    with pytest.raises(UserError, match=r"no image at .*9\.jpg"):
+        kept.load(0)
+
+
+def test_a_split_without_a_table_names_those_that_are_there_and_the_other_way(tmp_path):
+    write(tmp_path / "val.tsv", TABLE)
+    write(tmp_path / "mini.txt", TABLE)
+    with pytest.raises(UserError, match=r"no test\.tsv; tables found there: mini, val\. .*--data\.split FILE\.tsv"):
+        open_dataset("tsv", tmp_path)
+    with pytest.raises(UserError, match=r"no far/away\.tsv; tables"):
+        open_dataset("tsv", tmp_path, "far/away.tsv")
+
+
+@real_data
+def test_the_table_of_simclip_as_published_is_trained_on_and_evaluated(tmp_path):
+    """Its own four pictures are not at hand: scenes stand in for them."""
+    table = DATA / "simclip_example.tsv"
+    for n, (file, _) in enumerate(read_captions(table).values()):
+        path = tmp_path / "pictures" / file
+        path.parent.mkdir(exist_ok=True)
+        scenes.draw(world.scene("val", n)).save(path)
+    where = ["--root", "pictures", "--split", str(table)]
+    argv = [f"--data.{where[0][2:]}", where[1], f"--data.{where[2][2:]}", where[3], "--data.dataset", "tsv"]
+    argv += ["--method", "contrastive", "--model.name", "example", "--model.train", "both", "--train.batch_size", "2"]
+    trained = finetune.main(["--config", str(write(tmp_path / "c.yaml", "name: mine\n")), *argv, "--train.steps", "2"])
+    run.main(["--dataset", "tsv", *where, "--mode", "retrieve", "--checkpoint", str(trained)])
+    (result,) = Path("results").rglob("retrieve-*.json")
+    assert json.loads(result.read_text())["n"] in (4, 20)
 
 
 # -- folders -------------------------------------------------------------------------------------------
@@ -752,3 +830,68 @@ def test_a_class_of_cifar_without_a_name_is_an_error_that_names_it(tmp_path, mon
     write_cifar(monkeypatch, tmp_path, "CIFAR10", files)
     with pytest.raises(UserError, match=r"cifar10\.yaml has no name for 'lorry' \(1 of 10 classes\)"):
         open_dataset("cifar10", tmp_path)
+
+
+# -- MNIST ---------------------------------------------------------------------------------------------
+
+
+def idx(array):
+    return bytes((0, 0, 8, array.ndim)) + b"".join(n.to_bytes(4, "big") for n in array.shape) + array.tobytes()
+
+
+def write_mnist(folder, packed=False):
+    """Two digits to train on, one to test; the brightness of each picture says which it is."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for part, labels, shade in (("train", [7, 0], 100), ("t10k", [9], 200)):
+        images = np.array([np.full((28, 28), shade + n) for n in range(len(labels))], dtype=np.uint8)
+        images[:, 0, 27] = 0
+        for name, array in (("images-idx3", images), ("labels-idx1", np.array(labels, dtype=np.uint8))):
+            path = folder / f"{part}-{name}-ubyte{'.gz' if packed else ''}"
+            path.write_bytes(gzip.compress(idx(array)) if packed else idx(array))
+    return folder
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("inner", ["MNIST/raw", "raw", "."])
+def test_mnist_is_read_as_it_is_published_and_as_torchvision_keeps_it(tmp_path, inner, packed):
+    write_mnist(tmp_path / inner, packed)
+    train, test = open_dataset("mnist", tmp_path, "train"), open_dataset("mnist", tmp_path)
+    assert (train.label, train.ids, test.label, len(test)) == ("mnist/train", ["0", "1"], "mnist/test", 1)
+    (question,) = train.questions
+    assert question.classes == tuple("0123456789") and question.target.tolist() == [7, 0]
+    assert question.several == ('a photo of the number: "{}".',)
+    assert test.questions[0].target.tolist() == [9] and train.fingerprint != test.fingerprint
+    assert train.load(1).mode == "RGB" and train.load(1).size == (28, 28)
+    assert train.load(1).getpixel((3, 9)) == (101,) * 3 and train.load(1).getpixel((27, 0)) == (0, 0, 0)
+
+
+def test_mnist_is_the_same_as_torchvision_reads_it(tmp_path):
+    write_mnist(tmp_path / "MNIST" / "raw")
+    theirs, ours = torchvision.datasets.MNIST(tmp_path, train=True), open_dataset("mnist", tmp_path, "train")
+    assert [ours.questions[0].target[n] for n in (0, 1)] == [theirs[n][1] for n in (0, 1)]
+    assert all(ours.load(n) == theirs[n][0].convert("RGB") for n in (0, 1))
+
+
+@pytest.mark.parametrize(
+    "name, harm, said",
+    [
+        ("t10k-images-idx3-ubyte", lambda b: b[:-1], r"images-idx3-ubyte is damaged, or no file of MNIST; fetch it"),
+        ("t10k-images-idx3-ubyte", lambda b: b"", "damaged"),
+        ("t10k-images-idx3-ubyte", lambda b: b[:3] + b"\1" + b[4:], "damaged"),
+        ("t10k-labels-idx1-ubyte", lambda b: b[:-1] + b"\x0a", r"labels-idx1-ubyte has the label 10"),
+        ("t10k-labels-idx1-ubyte", lambda b: idx(np.zeros(2, np.uint8)), r"has 1 images and .* 2 labels"),
+        ("t10k-labels-idx1-ubyte.gz", lambda b: b[:-9], r"labels-idx1-ubyte\.gz is damaged"),
+        ("t10k-labels-idx1-ubyte.gz", lambda b: b"no gzip", r"labels-idx1-ubyte\.gz is damaged"),
+    ],
+)
+def test_a_damaged_file_of_mnist_is_an_error_with_its_path(tmp_path, name, harm, said):
+    path = write_mnist(tmp_path / "MNIST" / "raw", name.endswith(".gz")) / name
+    path.write_bytes(harm(path.read_bytes()))
+    with pytest.raises(UserError, match=said):
+        open_dataset("mnist", tmp_path)
+
+
+def test_mnist_without_one_of_its_files_is_incomplete_and_says_what_to_fetch(tmp_path):
+    (write_mnist(tmp_path / "MNIST" / "raw") / "t10k-labels-idx1-ubyte").unlink()
+    with pytest.raises(UserError, match=r"incomplete: no t10k-labels-idx1-ubyte.*Fetch it: .*--download mnist"):
+        open_dataset("mnist", tmp_path)

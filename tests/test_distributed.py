@@ -29,9 +29,9 @@ from safetensors.torch import load_file, save_file
 
 import finetune as script
 from pc_clip import environment, fast_text
-from pc_clip.config import FinetuneConfig, TrainConfig, dump
+from pc_clip.config import FinetuneConfig, SamplerConfig, TrainConfig, dump
 from pc_clip.errors import run_script
-from pc_clip.methods import captions, pairwise
+from pc_clip.methods import contrastive, pairwise
 from pc_clip.training import finetune
 
 forks = multiprocessing.get_context("fork")
@@ -111,7 +111,7 @@ def first_gradients(config: FinetuneConfig, name: str) -> list[dict[str, torch.T
 
     def work(rank: int) -> None:
         fast_text.PART = 60  # tokens recomputed at a time: few, so that there are several parts
-        step, method = torch.optim.Adam.step, (captions if config.method == "captions" else pairwise).Method
+        step, method = torch.optim.Adam.step, (contrastive if config.method == "contrastive" else pairwise).Method
         trainable, names = method.trainable, {}
 
         def named(self):
@@ -136,8 +136,14 @@ def first_gradients(config: FinetuneConfig, name: str) -> list[dict[str, torch.T
 
 
 def image_and_text_towers(config: FinetuneConfig) -> None:
-    config.method, config.model.train = "captions", "both"
-    config.captions = captions.Config()  # with the model's own temperature, which learns
+    config.method, config.model.train = "contrastive", "both"
+    config.contrastive = contrastive.Config()  # with the model's own temperature, which learns
+
+
+def clusters_of_similar_images(config: FinetuneConfig) -> None:
+    """Embedded by both processes together, each its part."""
+    image_and_text_towers(config)
+    config.sampler = SamplerConfig(kind="clusters", similarity="image", cluster_size=4, share=0.5)
 
 
 def squared_error(config: FinetuneConfig) -> None:
@@ -149,13 +155,13 @@ def all_of_pairwise(config: FinetuneConfig) -> None:
     config.model.train, config.train.recompute = "text", True
 
 
-@pytest.mark.parametrize("change", [image_and_text_towers, squared_error, all_of_pairwise])
+@pytest.mark.parametrize("change", [image_and_text_towers, clusters_of_similar_images, squared_error, all_of_pairwise])
 def test_a_step_of_two_processes_has_the_gradients_of_one_with_the_whole_batch(config, change):
     change(config)
     config.train.steps = 2  # in the second, torch tells of parameters that had no part in the first
     (one,), two = first_gradients(config, "one"), first_gradients(config, "two")
     assert one.keys() == two[0].keys() == two[1].keys()
-    learning = {"captions": {"logit_scale", "visual.conv1.weight"}, "pairwise": set()}[config.method]
+    learning = {"contrastive": {"logit_scale", "visual.conv1.weight"}, "pairwise": set()}[config.method]
     assert learning | {"transformer.resblocks.0.attn.in_proj_weight"} <= one.keys()
     largest = max(float(gradient.norm()) for gradient in one.values())
     for name, expected in one.items():

@@ -15,7 +15,7 @@ from pc_clip.config import EvaluateConfig
 from pc_clip.datasets import Attribute, Dataset, Question, open_dataset
 from pc_clip.differences import Difference, swap_roles, to_line
 from pc_clip.errors import UserError
-from pc_clip.evals import Subject, compositional, difference, rank, retrieve, zeroshot
+from pc_clip.evals import Subject, compositional, difference, rank, zeroshot
 
 
 class FakeClip:
@@ -194,27 +194,7 @@ def test_a_folder_is_ranked_by_a_phrase_and_by_a_phrase_against_another():
     assert against.details["order"][1]["score"] == pytest.approx(unit[0] - unit[1], abs=1e-6)
 
 
-# -- retrieval and SugarCrepe --------------------------------------------------------------------------------
-
-
-@given(st.integers(0, 60))
-def test_ranks_equal_sorting_one_query_at_a_time(seed):
-    rng = np.random.default_rng(seed)
-    queries, items = (torch.from_numpy(rng.integers(-2, 3, (n, 3)).astype(np.float32)) for n in (5, 8))
-    right = [rng.choice(8, rng.integers(1, 4), replace=False) for _ in range(5)]
-    for n, found in enumerate(retrieve.ranks(queries, items, right, block=2)):
-        scores = [float(queries[n] @ item) for item in items]
-        best = max(scores[k] for k in right[n])
-        others = [scores[k] for k in range(8) if k not in right[n]]
-        assert found == sum(s > best for s in others) + sum(s == best for s in others) / 2
-
-
-def test_retrieval_both_ways():
-    texts = {"a": [1, 0, 0], "also a": [0.9, 0.1, 0], "b": [0, 1, 0], "c": [1, 0.1, 0]}
-    found = retrieve.evaluate(subject(texts, np.eye(3).tolist(), captions=[("a", "also a"), ("b",), ("c",)]))
-    assert found.metrics["t2i_r1"] == 0.75  # "c" is nearest to the first image
-    assert found.metrics["i2t_r1"] == pytest.approx(2 / 3)
-    assert found.metrics["t2i_r5"] == found.metrics["i2t_r5"] == 1.0
+# -- SugarCrepe -----------------------------------------------------------------------------------------------
 
 
 def test_sugar_crepe_is_scored_on_the_photographs_that_are_there(tmp_path):

@@ -399,7 +399,7 @@ def test_no_byte_of_a_state_can_change_unseen(tmp_path):
         parameters, optimizer = {n: torch.nn.Parameter(torch.zeros_like(p)) for n, p in parameters.items()}, None
         optimizer = torch.optim.Adam(parameters.values())
         try:
-            step = checkpoint.load_state(tmp_path, parameters, optimizer)
+            step = checkpoint.load_state(tmp_path, parameters, optimizer).step
         except UserError as error:
             assert "--overwrite true" in str(error)
             assert not any(p.any() for p in parameters.values())  # and nothing of it was used
@@ -414,7 +414,7 @@ def test_a_state_without_a_checksum_is_of_an_earlier_version_and_still_read(tmp_
     checkpoint.save_state(tmp_path, 2, parameters, optimizer)
     path = tmp_path / checkpoint.STATE_FILE
     safetensors.torch.save_file(safetensors.torch.load_file(path), path, {"step": "2"})
-    assert checkpoint.load_state(tmp_path, parameters, optimizer) == 2
+    assert checkpoint.load_state(tmp_path, parameters, optimizer).step == 2
 
 
 def test_a_damaged_state_is_refused_with_what_to_do(config):

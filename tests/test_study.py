@@ -1,6 +1,7 @@
-"""Studies: what runs, what is not run again, and a table whose numbers are means over the seeds."""
+"""Studies: what runs, what is not run again, and what is written."""
 
 import json
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -10,7 +11,9 @@ import yaml
 
 from pc_clip import methods, study
 from pc_clip.errors import UserError
-from pc_clip.study import COLUMNS, Job, Study, conduct, plot, render, tabulate
+from pc_clip.study import Job, conduct
+from pc_clip.study_config import Study
+from pc_clip.study_table import COLUMNS
 
 ROOT = Path(__file__).parents[1]
 SMALL = Study(
@@ -47,13 +50,11 @@ def calls(monkeypatch):
 
 
 def test_each_variant_is_trained_once_a_seed_and_the_base_never(calls):
-    table = conduct(SMALL, [0, 1], workers=2)
+    conduct(SMALL, [0, 1], workers=2)
     trained = [c for c in calls if c[0] == "finetune.py"]
     assert len(trained) == 4
     assert sum(c[0] == "run.py" for c in calls) == 5
     assert {c[c.index("--seed") + 1] for c in trained} == {"0", "1"}
-    assert list(table.columns) == COLUMNS
-    assert dict(zip(table.variant, table.seeds)) == {"base": 1, "a": 2, "b": 2}
 
 
 def test_a_study_goes_on_where_it_was_interrupted(calls):
@@ -66,21 +67,62 @@ def test_a_study_goes_on_where_it_was_interrupted(calls):
     assert "--resume" not in job.commands()[0]  # finetune.py checks that the finished run is this one
 
 
-def test_mean_and_sample_deviation_over_seeds():
-    write_result("base", zeroshot=0.8, difference=0.5, other=1.0)
-    for seed, value in enumerate((0.7, 0.8, 0.9)):
-        write_result(f"a-seed{seed}", zeroshot=value, difference=0.9)
-        write_result(f"b-seed{seed}", zeroshot=0.6, difference=0.9)
-    table = tabulate(SMALL, [0, 1, 2])
-    row = table[(table.variant == "a") & (table.metric == "zeroshot")].iloc[0]
-    assert (row["mean"], row["std"], row.seeds) == (pytest.approx(0.8), pytest.approx(0.1), 3)
-    assert set(table.metric) == {"zeroshot", "difference"}
-    saved = pd.read_csv("results/small/table.csv")
-    assert saved[saved.variant == "base"]["std"].isna().all()
-    text = render(SMALL, table)
-    assert "80.0 ± 10.0" in text
-    plot(SMALL, table, Path("table.png"))
-    assert Path("table.png").stat().st_size > 5000
+@pytest.fixture
+def main(calls, monkeypatch, tmp_path):
+    """The command line, for a study of two runs and a baseline."""
+    content = {
+        "name": "small",
+        "variants": {"base": None, "a": ["--train.lr", "1"]},
+        "grid": [{"variant": "b-{k}", "arguments": ["--k", "{k}"], "values": {"k": [1]}}],
+        "evaluations": [["--mode", "zeroshot"]],
+        "metrics": ["zeroshot", "difference"],
+        "against": "base",
+    }
+    Path("small.yaml").write_text(yaml.safe_dump(content))
+    monkeypatch.setattr(study, "ROOT", tmp_path)
+
+    def run(*arguments: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["study", "small.yaml", *arguments])
+        study.main()
+
+    return run
+
+
+def test_a_study_writes_its_tables_its_picture_and_a_page(main, capsys):
+    main("--seeds", "0", "1")
+    table = pd.read_csv("results/small/table.csv")
+    assert list(table.columns) == COLUMNS
+    assert list(table.columns)[:7] == ["variant", "evaluation", "dataset", "metric", "mean", "std", "seeds"]
+    assert dict(zip(table.variant, table.seeds)) == {"base": 1, "a": 2, "b-1": 2}
+    text = Path("results/small/table.md").read_text()
+    assert text.strip() in capsys.readouterr().out
+    assert "Nothing to compare with base" in text  # the results have no number for each image
+    assert Path("results/small/comparison.csv").read_text().count("\n") == 1
+    assert Path("results/small/table.png").stat().st_size > 5000
+    assert Path("results/small/report.html").is_file()
+
+
+def test_only_runs_what_matches_and_leaves_the_tables_as_they_were(main, calls, capsys):
+    main("--only", "b-*")
+    assert [c[c.index("--name") + 1] for c in calls if c[0] == "finetune.py"] == ["small/b-1-seed0"]
+    assert "| b-1 " in capsys.readouterr().out
+    assert not list(Path("results/small").glob("table.*"))
+    with pytest.raises(UserError, match=r"--only c\* matches no variant.*b-1"):
+        main("--only", "c*")
+
+
+def test_a_dry_run_prints_each_command_and_how_many_they_are_and_runs_none(main, calls, capsys):
+    folder = Path("runs/small/a-seed0")
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").touch()
+    main("--seeds", "0", "1", "--dry_run")
+    lines = capsys.readouterr().out.splitlines()
+    assert calls == []
+    assert "python finetune.py --k 1 --name small/b-1-seed1 --seed 1" in lines
+    assert sum(line.startswith("python run.py") for line in lines) == 5
+    assert lines[-1].startswith(
+        "9 commands: 0 to prepare, 4 trainings (1 of them finished), 5 evaluations of 3 variants"
+    )
 
 
 def test_a_command_that_fails_stops_the_study_with_its_last_lines(tmp_path):

@@ -22,7 +22,7 @@ from pc_clip.datasets import Dataset
 from pc_clip.differences import Difference, contrast, swap_roles, to_line
 from pc_clip.embeddings import Embeddings, save_embeddings
 from pc_clip.errors import UserError
-from pc_clip.methods import captions, pairwise
+from pc_clip.methods import contrastive, pairwise
 from pc_clip.methods._batches import Texts, _equal_rows
 
 TEXTS = ["a dog", "two cats on a sofa", "a dog", "", "¿qué? 12 — ok", "word " * 90]
@@ -453,12 +453,12 @@ def test_a_store_that_only_gives_rows_is_enough():
 # -- captions ------------------------------------------------------------------------------------------
 
 
-def learn_captions(clip, data: Dataset) -> captions.Method:
+def learn_captions(clip, data: Dataset) -> contrastive.Method:
     """The method on the embeddings of all of IDS, whatever the data set has."""
     save_embeddings(Path("z.safetensors"), Embeddings(Z, IDS), {"image_tower": clip.image_tower_hash()})
     config = FinetuneConfig(device="cpu", train=TrainConfig(batch_size=3))
-    config.data.embeddings, config.captions = "z.safetensors", captions.Config()
-    return captions.Method(clip, data, config)
+    config.data.embeddings, config.contrastive = "z.safetensors", contrastive.Config()
+    return contrastive.Method(clip, data, config)
 
 
 def test_images_without_a_caption_are_left_out_and_counted(example_clip):

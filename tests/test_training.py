@@ -19,11 +19,12 @@ from safetensors.torch import load_file
 
 from pc_clip import fast_text, methods
 from pc_clip.clip import Clip
-from pc_clip.config import FinetuneConfig, TrainConfig, dump, load_dataset
+from pc_clip.config import FinetuneConfig, TrainConfig, dump
 from pc_clip.datasets import open_dataset
 from pc_clip.differences import Difference, swap_roles, to_line
 from pc_clip.errors import UserError
-from pc_clip.methods import _batches, captions, pairwise
+from pc_clip.learning_data import load_dataset
+from pc_clip.methods import _batches, contrastive, pairwise
 from pc_clip.training import finetune, learning_rate
 
 
@@ -36,7 +37,7 @@ def config(small_example, tmp_path) -> FinetuneConfig:
     found.data.split, found.data.differences = "train", "d.jsonl"
     found.train = TrainConfig(batch_size=16, steps=12, lr=1e-3, save_every=5, log_every=2, threads=1)
     found.pairwise = pairwise.Config(anchor=1.0, anchor_captions=40, anchor_batch=4, mirror=True)
-    found.captions = captions.Config()
+    found.contrastive = contrastive.Config()
     return found
 
 
@@ -136,7 +137,7 @@ def test_only_what_was_named_changes(config, which):
     assert len(changed) > 0.8 * len(expected)
 
 
-@pytest.mark.parametrize("option", ["mse", "captions", "bf16", "compensated", "recompute", "plain"])
+@pytest.mark.parametrize("option", ["mse", "contrastive", "bf16", "compensated", "recompute", "plain"])
 def test_every_ablation_learns(config, option, monkeypatch):
     if option == "mse":
         config.pairwise.loss = "mse"
@@ -144,8 +145,11 @@ def test_every_ablation_learns(config, option, monkeypatch):
         config.train.precision = "bf16"
     elif option in ("compensated", "recompute"):
         setattr(config.train, option, True)
-    elif option == "captions":
-        config.method, config.captions.temperature = "captions", 1.0  # at the model's own it is near its floor already
+    elif option == "contrastive":
+        config.method, config.contrastive.temperature = (
+            "contrastive",
+            1.0,
+        )  # at the model's own it is near its floor already
     else:
         config.pairwise = pairwise.Config()
     config.train.steps, config.train.lr = 40, 3e-3
@@ -374,9 +378,9 @@ def test_every_pair_comes_once_an_epoch_and_epochs_differ(config):
     assert first == [key for batch in method.loader(0) for key in batch.ids[:8]]
 
 
-@pytest.mark.parametrize("method", ["pairwise", "captions"])
+@pytest.mark.parametrize("method", ["pairwise", "contrastive"])
 def test_an_epoch_can_be_joined_later_without_making_what_came_before(config, method, monkeypatch):
-    if method == "captions":
+    if method == "contrastive":
         config.train.batch_size = 40
     config.method = method
     found = methods.find(method).Method(Clip.create("example"), load_dataset(config.data), config)
@@ -388,8 +392,8 @@ def test_an_epoch_can_be_joined_later_without_making_what_came_before(config, me
             assert [batch.ids for batch in later] == [batch.ids for batch in whole[skip:]]
             for one, other in zip(later, whole[skip:]):
                 assert all(torch.equal(a, b) for a, b in zip(one[1:], other[1:]))
-    made, original = [], _batches.Images.batch
-    monkeypatch.setattr(_batches.Images, "batch", lambda self, rows: made.append(0) or original(self, rows))
+    made, original = [], _batches._take
+    monkeypatch.setattr(_batches, "_take", lambda z, rows: made.append(0) or original(z, rows))
     assert len(list(islice(found.loader(0, 4), 1))) == len(made) == 1
 
 

@@ -14,13 +14,14 @@ from pc_clip.datasets import archives
 from pc_clip.datasets.archives import ARCHIVES
 from pc_clip.datasets.awa2 import LAYOUT as AWA2
 from pc_clip.datasets.awa2 import open_awa2
-from pc_clip.datasets.captioned import open_coco, read_captions, read_coco_captions, read_simclip_tsv
+from pc_clip.datasets.captioned import open_coco, open_tsv, read_captions, read_coco_captions, read_simclip_tsv
 from pc_clip.datasets.classified import (
     LAYOUTS,
     open_cifar,
     open_eurosat,
     open_flowers102,
     open_food101,
+    open_mnist,
     open_sun397,
 )
 from pc_clip.datasets.classnames import ClassNames, class_names
@@ -45,7 +46,8 @@ class Reader:
     """How a data set is opened, and what a user has to fetch for it.
 
     root: where it is looked for unless told otherwise; None: it needs no files. splits: the last is the default of
-    an evaluation, the first of training. any_split: whether others may be named, since the files decide.
+    an evaluation, the first of training. any_split: whether others may be named, since the files decide. may_miss:
+    whether pictures may be absent that a file lists; `open` then takes `missing` as well.
     """
 
     open: Callable[[Path, str], Dataset]
@@ -56,6 +58,7 @@ class Reader:
     licence: str
     layout: Layout = NO_FILES
     any_split: bool = False
+    may_miss: bool = False
 
 
 def _command(name: str, of: str, makes: str) -> str:
@@ -71,7 +74,12 @@ READERS: dict[str, Reader] = {
         _command("coco", "train2017.zip, val2017.zip and annotations_trainval2017.zip of cocodataset.org",
                  "train2017/, val2017/ and annotations/"),
         "20 GB", "pictures: Flickr's terms; captions: CC BY 4.0",
-        Layout((), ("annotations/captions_*.json|captions_*.json",)), any_split=True,
+        Layout((), ("annotations/captions_*.json|captions_*.json",)), any_split=True, may_miss=True,
+    ),
+    "tsv": Reader(
+        open_tsv, "data/tsv", ("train", "test"),
+        "Put SPLIT.tsv there (columns image, caption1, caption2, ...), and the pictures there, in SPLIT/ or images/.",
+        "yours", "yours", any_split=True, may_miss=True,
     ),
     "folder": Reader(open_folder, "data/images", (), "Put images there, in a folder a class.", "yours", "yours"),
     "webdataset": Reader(
@@ -88,6 +96,11 @@ READERS: dict[str, Reader] = {
         partial(open_cifar, "CIFAR100"), "data/cifar100", ("train", "test"),
         _command("cifar100", "cifar-100-python.tar.gz of www.cs.toronto.edu/~kriz", "cifar-100-python/"),
         "169 MB", "not stated", LAYOUTS["cifar100"],
+    ),
+    "mnist": Reader(
+        open_mnist, "data/mnist", ("train", "test"),
+        "Fetch it: python -m pc_clip.datasets --download mnist (or put its four *-ubyte.gz there, in MNIST/raw/).",
+        "12 MB", "CC BY-SA 3.0", LAYOUTS["mnist"],
     ),
     "eurosat": Reader(
         open_eurosat, "data/eurosat", ("train", "test"),
@@ -147,7 +160,7 @@ def open_dataset(
     if reader.root is not None and not folder.is_dir():
         raise UserError(f"{name} is not at {folder}. {reader.fetch} Then name the folder with --root (--data.root).")
     reader.layout.require(name, folder, reader.fetch)
-    opener = partial(reader.open, missing=missing) if name == "coco" else reader.open
+    opener = partial(reader.open, missing=missing) if reader.may_miss else reader.open
     return opener(folder, split)
 
 

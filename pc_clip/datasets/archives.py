@@ -40,9 +40,10 @@ class Archive:
 
 
 _COCO = "http://images.cocodataset.org"
+_MNIST = "https://ossci-datasets.s3.amazonaws.com/mnist"
 _FLOWERS = "https://www.robots.ox.ac.uk/~vgg/data/flowers/102"
 
-# Addresses and MD5 of cifar, eurosat, sun397, flowers102 and food101 are those of torchvision 0.28.0; sizes and
+# Addresses and MD5 of cifar, mnist, eurosat, sun397, flowers102 and food101 are those of torchvision 0.28.0; sizes and
 # SHA-256 of coco are those TensorFlow Datasets keeps; CUB's are those of its record at Caltech.
 ARCHIVES: dict[str, tuple[Archive, ...]] = {
     "coco": (
@@ -69,6 +70,24 @@ ARCHIVES: dict[str, tuple[Archive, ...]] = {
         Archive(
             "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz", "cifar-100-python",
             "md5:eb9058c3a382ffc7106e4002c42a8d85", 169001437,
+        ),
+    ),
+    "mnist": (  # read as they are, so never unpacked
+        Archive(
+            f"{_MNIST}/train-images-idx3-ubyte.gz", "MNIST/raw/train-images-idx3-ubyte.gz",
+            "md5:f68b3c2dcbeaaa9fbdd348bbdeb94873", 9912422,
+        ),
+        Archive(
+            f"{_MNIST}/train-labels-idx1-ubyte.gz", "MNIST/raw/train-labels-idx1-ubyte.gz",
+            "md5:d53e105ee54ea40749a09fcbcd1e9432", 28881,
+        ),
+        Archive(
+            f"{_MNIST}/t10k-images-idx3-ubyte.gz", "MNIST/raw/t10k-images-idx3-ubyte.gz",
+            "md5:9fb629c4189551a2d022fa330f9573f3", 1648877,
+        ),
+        Archive(
+            f"{_MNIST}/t10k-labels-idx1-ubyte.gz", "MNIST/raw/t10k-labels-idx1-ubyte.gz",
+            "md5:ec29112dd5afa0611ce80d1b7f02629c", 4542,
         ),
     ),
     "eurosat": (

@@ -15,6 +15,8 @@ from PIL import Image
 from pc_clip.datasets.dataset import Dataset, digest, read_image
 from pc_clip.errors import UserError
 
+TABLES = (".tsv", ".csv", ".txt")  # endings of tables, whose columns are apart by tabs whatever the ending
+
 
 def read_coco_captions(path: Path) -> dict[str, tuple[str, tuple[str, ...]]]:
     """A COCO captions file: image id -> (file name, its captions). Images without a caption are left out.
@@ -113,7 +115,7 @@ def read_captions(path: str | Path) -> dict[str, tuple[str, tuple[str, ...]]]:
     path = Path(path)
     if path.suffix == ".jsonl":
         return read_rewritten(path)
-    return read_simclip_tsv(path) if path.suffix in {".tsv", ".txt", ".csv"} else read_coco_captions(path)
+    return read_simclip_tsv(path) if path.suffix in TABLES else read_coco_captions(path)
 
 
 def open_coco(root: Path, split: str, missing: str = "error") -> Dataset:
@@ -129,19 +131,51 @@ def open_coco(root: Path, split: str, missing: str = "error") -> Dataset:
             p.stem.removeprefix("captions_") for f in (root / "annotations", root) for p in f.glob("captions_*.json")
         )
         raise UserError(f"{root} has no captions_{split}.json; splits found there: {', '.join(present) or 'none'}")
-    entries = read_coco_captions(path)
+    return _with_pictures(
+        "coco", split, path, read_coco_captions(path), root, missing, f"Get {split}.zip of cocodataset.org"
+    )
+
+
+def open_tsv(root: Path, split: str, missing: str = "error") -> Dataset:
+    """SimCLIP's table, and its pictures below {root}, in the folders where COCO's may be.
+
+    split: NAME for {root}/NAME.tsv (or .csv, .txt), or the path of a table that lies anywhere. missing: as for COCO. A
+    column `image` with whole paths is taken at its word.
+    """
+    candidates = [root / f"{split}{ending}" for ending in TABLES]
+    candidates += [path for path in (Path(split), root / split) if path.suffix in TABLES]
+    path = next((p for p in candidates if p.is_file()), None)
+    if path is None:
+        present = sorted({p.stem for ending in TABLES for p in root.glob(f"*{ending}")})
+        raise UserError(
+            f"{root} has no {split.removesuffix('.tsv')}.tsv; tables found there: {', '.join(present) or 'none'}. "
+            "A table elsewhere is named by its path: --data.split FILE.tsv (--split for run.py)."
+        )
+    return _with_pictures("tsv", path.stem, path, read_simclip_tsv(path), root, missing, "Put them there", split)
+
+
+def _with_pictures(
+    name: str, split: str, path: Path, entries: dict[str, tuple[str, tuple[str, ...]]], root: Path, missing: str,
+    get: str, part: str = "",
+) -> Dataset:  # fmt: skip
+    """A data set of captions by image id, and of pictures that are looked for below `root`.
+
+    path: the file that has the captions. missing: an absent picture is an "error", or its image is left out ("skip"),
+    or kept until it is looked at ("keep"). get: how the pictures are had, for the error. part: as it was asked for,
+    where that is not `split`.
+    """
     folders = [str(folder) for folder in (root / split, root / "images" / split, root / "images", root)]
-    files = {key: _find(folders, name) for key, (name, _) in entries.items()}
+    files = {key: _find(folders, file) for key, (file, _) in entries.items()}
     absent = [entries[key][0] for key, file in files.items() if file is None]
     if absent and missing != "keep" and (missing == "error" or len(absent) == len(files)):
         raise UserError(
             f"{len(absent)} of the {len(files)} pictures in {path} are not in {root / split}, first {absent[0]}. "
-            f"Get {split}.zip of cocodataset.org, or use only those that are there with --data.missing skip."
+            f"{get}, or use only those that are there with --data.missing skip."
         )
     kept = [key for key, file in files.items() if file is not None or missing == "keep"]
     places = [files[key] or (os.path.join(folders[0], entries[key][0]),) for key in kept]
     return Dataset(
-        name="coco",
+        name=name,
         split=split,
         ids=kept,
         load=partial(_read_place, [place[0] for place in places]),  # says which one is absent
@@ -150,7 +184,7 @@ def open_coco(root: Path, split: str, missing: str = "error") -> Dataset:
         note=f"{len(absent)} pictures named in {path.name} are absent{'' if missing == 'keep' else ' and left out'}"
         if absent
         else "",
-        part=split,
+        part=part or split,
     )
 
 

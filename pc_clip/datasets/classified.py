@@ -1,9 +1,12 @@
-"""Data sets of labelled images that torchvision reads. Their classes are named by `classnames/`."""
+"""Data sets of labelled images, most of which torchvision reads. Their classes are named by `classnames/`."""
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
+import math
+import zlib
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -14,14 +17,17 @@ from PIL import Image
 
 from pc_clip.datasets import _split
 from pc_clip.datasets.classnames import class_names
-from pc_clip.datasets.dataset import Dataset, Question, digest, read_file, stat_images
+from pc_clip.datasets.dataset import Dataset, Question, digest, read_file, stat_images, unreadable
 from pc_clip.datasets.layout import Layout
 from pc_clip.errors import UserError
 
 BATCHES = tuple(f"data_batch_{n}" for n in range(1, 6))
+MNIST_FILES = tuple(f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1"))
+MNIST_PROMPT = 'a photo of the number: "{}".'  # CLIP's own for this set
 LAYOUTS = {
     "cifar10": Layout(("cifar-10-batches-py",), (*BATCHES, "test_batch", "batches.meta")),
     "cifar100": Layout(("cifar-100-python",), ("train", "test", "meta")),
+    "mnist": Layout(("MNIST/raw", "raw"), tuple(f"{name}|{name}.gz" for name in MNIST_FILES)),
     "eurosat": Layout(("2750", "eurosat/2750", "EuroSAT_RGB"), ("*/*.jpg",)),
     "sun397": Layout(("SUN397",), ("ClassName.txt", "*/*")),
     "flowers102": Layout(("flowers-102",), ("jpg", "imagelabels.mat", "setid.mat")),
@@ -55,6 +61,49 @@ def open_cifar(kind: str, root: Path, split: str) -> Dataset:
 
 def _read_torchvision(data: Any, row: int) -> Image.Image:
     return data[row][0].convert("RGB")
+
+
+def open_mnist(root: Path, split: str) -> Dataset:
+    """MNIST in the four files it is published as, packed or unpacked. Its classes are the digits, "0" to "9"."""
+    folder = LAYOUTS["mnist"].folder(root)
+    part = "train" if split == "train" else "t10k"
+    images, path = _read_idx(folder, f"{part}-images-idx3-ubyte", 3)
+    labels, labels_path = _read_idx(folder, f"{part}-labels-idx1-ubyte", 1)
+    if len(images) != len(labels) or not len(labels):
+        raise UserError(f"{path} has {len(images)} images and {labels_path} {len(labels)} labels; fetch both again")
+    if labels.max() > 9:
+        raise UserError(f"{labels_path} has the label {labels.max()}; the digits are 0 to 9")
+    digits = tuple(map(str, range(10)))
+    target = labels.astype(np.int64)
+    return Dataset(
+        name="mnist",
+        split=split,
+        ids=[str(i) for i in range(len(images))],
+        load=partial(_read_array, images),
+        fingerprint=digest(split, images.shape, hashlib.sha256(images.tobytes()).hexdigest(), target.tolist()),
+        questions=(Question("class", digits, np.arange(len(target)), target, several=(MNIST_PROMPT,)),),
+        part=split,
+    )
+
+
+def _read_idx(folder: Path, name: str, dimensions: int) -> tuple[np.ndarray, Path]:
+    """An array in MNIST's format (0, 0, 8, how many dimensions, each as four bytes, the values), and its file."""
+    path = next(p for p in (folder / name, folder / f"{name}.gz") if p.exists())
+    try:
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise UserError(f"{path} is damaged ({error}); fetch it again") from error
+    except OSError as error:
+        raise unreadable(path, error) from error
+    start = 4 + 4 * dimensions
+    shape = [int.from_bytes(content[n : n + 4], "big") for n in range(4, start, 4)]
+    if content[:4] != bytes((0, 0, 8, dimensions)) or len(content) != start + math.prod(shape):
+        raise UserError(f"{path} is damaged, or no file of MNIST; fetch it again")
+    return np.frombuffer(content, dtype=np.uint8, offset=start).reshape(shape), path
+
+
+def _read_array(images: np.ndarray, row: int) -> Image.Image:
+    return Image.fromarray(images[row]).convert("RGB")
 
 
 def open_eurosat(root: Path, split: str) -> Dataset:

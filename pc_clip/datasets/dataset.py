@@ -103,7 +103,7 @@ def subset(data: Dataset, rows: np.ndarray) -> Dataset:
     return dataclasses.replace(
         data,
         ids=[data.ids[row] for row in rows],
-        load=partial(_load_row, data, rows),
+        load=partial(_load_row, data.load, rows),
         fingerprint=digest(data.fingerprint, rows.tolist()),
         captions=[data.captions[row] for row in rows] if data.captions else None,
         questions=tuple(map(of, data.questions)),
@@ -111,8 +111,8 @@ def subset(data: Dataset, rows: np.ndarray) -> Dataset:
     )
 
 
-def _load_row(data: Dataset, rows: np.ndarray, place: int) -> Image.Image:
-    return data.load(int(rows[place]))
+def _load_row(load: Callable[[int], Image.Image], rows: np.ndarray, place: int) -> Image.Image:
+    return load(int(rows[place]))
 
 
 # -- for readers --------------------------------------------------------------------------------------

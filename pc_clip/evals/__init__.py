@@ -7,6 +7,7 @@ Such a file has
     evaluate(subject)        -> Result
     lacks(subject)           optional: why the weights do not allow it, in words; None when they do
     also_reads(data)         optional: another split that its figures depend on
+    VERSION                  optional: of what its figures mean; results of another one are measured again
 
 All get image embeddings from the cache; none encodes an image twice, except average where the image tower
 was finetuned too.
@@ -31,7 +32,7 @@ from PIL import Image
 from torch import Tensor
 
 from pc_clip import attributes
-from pc_clip.clip import Clip
+from pc_clip.clip import SCRATCH, Clip
 from pc_clip.config import EvaluateConfig
 from pc_clip.datasets import Attribute, Dataset, held_out, open_dataset
 from pc_clip.datasets.dataset import subset
@@ -65,7 +66,10 @@ class Result:
     """What an evaluation found.
 
     metrics: fractions by name; n: how many items they are over; intervals: metric -> its bootstrap 95 %
-    interval; details: whatever explains them; curves, and pictures by file name, are for people to look at.
+    interval; details: whatever explains them; curves, and pictures by file name, are for people to look at; items:
+    metric -> one number an item, in the data set's order, whose mean is the metric but for rounding, so that two
+    checkpoints can be compared item by item. It is a share; where items were asked about unequally often, the share
+    times how often this one was, over the mean of that.
     """
 
     metrics: dict[str, float]
@@ -74,6 +78,7 @@ class Result:
     pictures: dict[str, Picture] = field(default_factory=dict)
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
     curves: list[Curve] = field(default_factory=list)
+    items: dict[str, list[float]] = field(default_factory=dict)
 
 
 @dataclass
@@ -149,7 +154,9 @@ def find(name: str) -> ModuleType:
 
 
 def base_of(clip: Clip) -> Clip | None:
-    """The model a checkpoint was finetuned from; None when it cannot be had."""
+    """The model a checkpoint was finetuned from; None when it cannot be had, or there was none."""
+    if clip.pretrained == SCRATCH:
+        return None
     try:
         return Clip.create(clip.name, clip.pretrained, device=clip.device)
     except UserError:

@@ -59,7 +59,7 @@ def pretrain(out: Path, steps: int, images: int, batch_size: int, lr: float, see
     torch.manual_seed(seed)
     out.mkdir(parents=True, exist_ok=True)
     (out / "open_clip_config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
-    clip = Clip.create(f"local-dir:{out}", load_weights=False)
+    clip = Clip.create(f"local-dir:{out}", load_weights=False, seed=seed)
     model = clip.model.train().to(memory_format=torch.channels_last)
     pictures = render("train", images)
     tokens = clip.tokenize([text for i in range(images) for text in captions("train", i)])

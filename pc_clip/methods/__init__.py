@@ -1,14 +1,17 @@
 """What a run learns from, one file a method: `methods/NAME.py` is `--method NAME`.
 
 Such a file has a dataclass `Config`, whose options appear as `--NAME.option`, and a class `Method`, a
-torch module with
+torch module (a `BaseMethod` of _method.py, which has what they share) with
 
     Method(clip, data, config)   config: the run's FinetuneConfig; its own options are config.NAME
     forward(batch)           -> (loss, logs): a scalar, and numbers for the log
+    begin_epoch(epoch)       called before each epoch, when the weights are as they then are
     loader(epoch, skip)      batches of one epoch, the same every time, without the first `skip`; batch.ids names
                              what is in one
     steps_per_epoch          how many batches that is
     trainable()              the parameters that learn, by name
+    after_step()             called after each step of the optimizer
+    state(), restore(state)  tensors by name: what the next step depends on besides weights and optimizer
     notes                    lines for the log: what was counted, dropped, truncated
 
 The loop in training.py asks for nothing else.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 
 import numpy as np
 import torch
@@ -10,12 +11,14 @@ from accelerate import PartialState
 from torch import Tensor, nn
 
 from pc_clip import array_cache, tokens
+from pc_clip.augment import RandomCrop
 from pc_clip.clip import Clip, hash_tensors
 from pc_clip.config import FinetuneConfig
 from pc_clip.datasets import Dataset
 from pc_clip.embedding_shards import Rows
 from pc_clip.embeddings import embed_images, load_embeddings
 from pc_clip.errors import UserError
+from pc_clip.reading import Reader, Transform, plain
 
 
 class Tokens:
@@ -79,6 +82,7 @@ class Images:
     def __init__(self, clip: Clip, data: Dataset, config: FinetuneConfig) -> None:
         self.clip, self.data = clip, data
         self.learns = config.model.train == "both"
+        self.reader = Reader(data, self._transform(config), config.data.workers)  # of pixels
         self.z: Tensor | Rows | None = None
         self.ids = data.ids
         if config.data.embeddings:
@@ -88,9 +92,38 @@ class Images:
         elif not self.learns:
             with PartialState().main_process_first():  # the others then find them in the cache
                 self.z, self.ids = embed_images(clip, data, workers=config.data.workers)
+        else:
+            self.reader.start()  # while this is the only thread; batches are asked for by another
+
+    def _transform(self, config: FinetuneConfig) -> Transform:
+        """What becomes of a picture. Raises UserError for crops that cannot be."""
+        share = config.data.min_crop
+        if share == 1:
+            return plain(self.clip.preprocess)
+        if not self.learns and 0 < share < 1:
+            raise UserError(
+                f"data.min_crop is {share:g}, but with model.train {config.model.train} the image tower is frozen and "
+                "its images are embedded once, uncropped; leave it at 1, or set model.train both"
+            )
+        return RandomCrop.of(self.clip, share, config.seed)
+
+    def batches(self, rows: Iterable[np.ndarray], epoch: int) -> Iterator[Tensor]:
+        """An epoch's batches: for each array of rows what `batch` gives, with this epoch's crops if there are any.
+
+        Pixels come from worker processes, which work ahead by two pieces of 32 images each. Closing the iterator before
+        its end stops them. Raises UserError for an image that cannot be read, with its path.
+        """
+        if self.z is not None:
+            yield from (_take(self.z, some) for some in rows)
+            return
+        with closing(self.reader.batches(rows, epoch)) as coming:
+            for batch in coming:
+                if batch.broken:
+                    self.reader.close()  # now, since an error keeps it for long
+                yield batch.whole()
 
     def batch(self, rows: np.ndarray) -> Tensor:
-        """[B, D] embeddings, or [B, 3, H, W] pixels when the image tower learns."""
+        """[B, D] embeddings, or [B, 3, H, W] pixels when the image tower learns: whole images, read here and now."""
         if self.z is not None:
             return _take(self.z, rows)
         return torch.stack([self.clip.preprocess(self.data.load(int(row))) for row in rows])
@@ -145,10 +178,3 @@ def my_share(setting: str, batch_size: int) -> slice:
         raise UserError(f"{setting} {batch_size} cannot be dealt out to {state.num_processes} processes")
     each = batch_size // state.num_processes
     return slice(state.process_index * each, (state.process_index + 1) * each)
-
-
-def shuffled_batches(n: int, batch_size: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """Every item at most once an epoch, in whole batches."""
-    order = rng.permutation(n)
-    for start in range(0, n - batch_size + 1, batch_size):
-        yield order[start : start + batch_size]

@@ -1,12 +1,15 @@
 """PC-CLIP: the embedding of a difference sentence moves to the difference of the two images' embeddings.
 
-Finetuning CLIP to Reason about Pairwise Differences (arXiv 2409.09721, TMLR 2025). Two additions, both
-off unless asked for: an anchor that keeps ordinary captions where they were, and mirror pairs.
+Finetuning CLIP to Reason about Pairwise Differences (arXiv 2409.09721, TMLR 2025). Three additions, all off
+unless asked for: an anchor that keeps ordinary captions where they were, mirror pairs, and a choice of pairs whose
+images are alike. Batches of similar sentences or similar differences come from the sampler (pc_clip/samplers.py).
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,12 +18,14 @@ import torch
 from accelerate import PartialState
 from torch import Tensor, nn
 
-from pc_clip import differences, distributed, losses
+from pc_clip import differences, distributed, losses, samplers
 from pc_clip.clip import Clip
 from pc_clip.config import FinetuneConfig
 from pc_clip.datasets import Dataset
 from pc_clip.errors import UserError, check_at_least, check_choice
-from pc_clip.methods._batches import Images, Texts, Tokens, my_share, shuffled_batches
+from pc_clip.methods import _embedded
+from pc_clip.methods._batches import Images, Texts, Tokens, my_share
+from pc_clip.methods._method import BaseMethod
 
 
 @dataclass
@@ -34,6 +39,8 @@ class Config:
         anchor_captions: How many captions it holds in all, drawn from the data set's.
         anchor_batch: How many of them a step.
         mirror: Put each pair into the batch in both orders, the second with "first" and "second" exchanged.
+        keep: The share of the pairs that is learnt from.
+        keep_by: Which those are: random, or similar for those whose two images are most alike before training.
     """
 
     loss: str = "info_nce"
@@ -42,6 +49,8 @@ class Config:
     anchor_captions: int = 20000
     anchor_batch: int = 64
     mirror: bool = False
+    keep: float = 1.0
+    keep_by: str = "random"
 
 
 class Batch(NamedTuple):
@@ -57,33 +66,31 @@ class Batch(NamedTuple):
     anchor_start: Tensor  # [A, D] float32, where these captions were before training
 
 
-class Method(nn.Module):
+class Method(BaseMethod):
     """One step: unit differences of unit image embeddings against unit text embeddings."""
 
     def __init__(self, clip: Clip, data: Dataset, config: FinetuneConfig) -> None:
-        super().__init__()
+        super().__init__(clip, config)
         self.options: Config = config.pairwise
         check_choice("pairwise.loss", self.options.loss, ("info_nce", "mse"))
         check_at_least("pairwise.anchor_batch", self.options.anchor_batch, 1)
         check_at_least("pairwise.anchor_captions", self.options.anchor_captions, 1)
         if self.options.mirror and config.train.batch_size % 2:
             raise UserError(f"train.batch_size {config.train.batch_size} is odd; mirror pairs come by twos")
-        self.model, self.clip, self.config = clip.model, clip, config
-        self.share = my_share("train.batch_size", config.train.batch_size)
+        check_choice("pairwise.keep_by", self.options.keep_by, ("random", "similar"))
+        if not 0 < self.options.keep <= 1:
+            raise UserError(f"pairwise.keep is {self.options.keep}; it is a share of the pairs, above 0 and at most 1")
         self.anchor_share = (
             my_share("pairwise.anchor_batch", self.options.anchor_batch) if self.options.anchor else slice(0)
         )
-        self.notes: list[str] = []
         self.images = Images(clip, data, config)
         self._read_differences(config.data.differences)
+        self._keep_some()
         self._draw_anchor(data.captions or [])
         # With mirror pairs a batch of B sentences is about B / 2 differences.
         self.pairs_per_batch = config.train.batch_size // (2 if self.options.mirror else 1)
-        self.steps_per_epoch = len(self.pairs) // self.pairs_per_batch
-        if not self.steps_per_epoch:
-            raise UserError(
-                f"{len(self.pairs)} differences do not fill one batch of {config.train.batch_size}; make it smaller"
-            )
+        self.sampler = samplers.make(config, len(self.pairs), self.pairs_per_batch, self.embeddings, "differences")
+        self.notes += self.sampler.notes
 
     def _read_differences(self, path: str) -> None:
         """Sentences as tokens, pairs as rows; those that cannot teach anything are dropped and counted."""
@@ -104,6 +111,44 @@ class Method(nn.Module):
         self.texts = Tokens(self.clip, found.tokens)
         said = [self.text_rows] if self.mirror_rows is None else [self.text_rows, self.mirror_rows]
         self._note(self.texts.count_truncated(*said), "texts longer than the context, cut")
+
+    def _keep_some(self) -> None:
+        """The share of the pairs that was asked for: the hardest by their images, or a control of as many."""
+        if self.options.keep == 1:
+            return
+        kept = round(self.options.keep * len(self.pairs))
+        if self.options.keep_by == "random":
+            chosen = np.random.default_rng([self.config.seed, 5]).permutation(len(self.pairs))[:kept]
+        else:
+            alike = self._alike()
+            chosen = np.argsort(-alike, kind="stable")[:kept]
+            self.notes.append(
+                f"cosine of a pair's images: {alike.mean():.3f} in all, {alike[chosen].mean():.3f} in those kept"
+            )
+        chosen.sort()
+        self.pairs, self.text_rows = self.pairs[chosen], self.text_rows[chosen]
+        self.mirror_rows = None if self.mirror_rows is None else self.mirror_rows[chosen]
+        self.notes.append(f"{kept} pairs kept, {self.options.keep_by}")
+
+    def _alike(self, block: int = 8192) -> np.ndarray:
+        """Cosine of the two images of each pair, before training.  -> [N]"""
+        used, places = np.unique(self.pairs, return_inverse=True)
+        z = _embedded.of_images(self.images, used, False, self.config.data.workers)
+        places = torch.from_numpy(places.reshape(self.pairs.shape))
+        starts = range(0, len(places), block)
+        return np.concatenate(
+            [(z[places[n : n + block, 0]] * z[places[n : n + block, 1]]).sum(-1).numpy() for n in starts]
+        )
+
+    def embeddings(self, similarity: str, now: bool) -> Tensor:
+        """What makes pairs similar: their sentences, or their images' differences.  -> [N, D] float32, unit length"""
+        if similarity == "text":
+            said, rows = np.unique(self.text_rows, return_inverse=True)
+            return _embedded.of_texts(self.texts, said)[torch.from_numpy(rows)]
+        used, places = np.unique(self.pairs, return_inverse=True)
+        z = _embedded.of_images(self.images, used, now, self.config.data.workers)
+        places = torch.from_numpy(places.reshape(self.pairs.shape))
+        return losses.unit_differences(z[places[:, 0]], z[places[:, 1]])
 
     def _draw_anchor(self, captions: list[tuple[str, ...]]) -> None:
         """Some captions and where their embeddings are now. Drawn by the run's seed."""
@@ -128,24 +173,33 @@ class Method(nn.Module):
     # -- the epoch -------------------------------------------------------------------------------------
 
     def loader(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
-        """This process's part of each batch. Every pair comes once an epoch, in whole batches."""
+        """This process's part of each batch."""
         rng = np.random.default_rng([self.config.seed, 2, epoch])
-        for n, chosen in enumerate(shuffled_batches(len(self.pairs), self.pairs_per_batch, rng)):
-            anchors = (
-                rng.integers(len(self.anchors.distinct), size=self.options.anchor_batch)
-                if self.anchors
-                else np.empty(0, int)
-            )
-            if n < skip:
-                continue
-            pairs, rows = self.pairs[chosen], self.text_rows[chosen]
-            if self.mirror_rows is not None:
-                pairs = np.concatenate([pairs, pairs[:, ::-1]])
-                rows = np.concatenate([rows, self.mirror_rows[chosen]])
-            yield self._batch(pairs[self.share], rows[self.share], anchors[self.anchor_share])
+        waiting: deque[tuple[np.ndarray, np.ndarray, np.ndarray]] = deque()  # for their images, which may be read ahead
 
-    def _batch(self, pairs: np.ndarray, rows: np.ndarray, anchors: np.ndarray) -> Batch:
-        used, index = np.unique(pairs, return_inverse=True)
+        def wanted() -> Iterator[np.ndarray]:
+            for n, chosen in enumerate(self.sampler.batches(epoch, rng)):
+                anchors = (
+                    rng.integers(len(self.anchors.distinct), size=self.options.anchor_batch)
+                    if self.anchors
+                    else np.empty(0, int)
+                )
+                if n < skip:
+                    continue
+                pairs, rows = self.pairs[chosen], self.text_rows[chosen]
+                if self.mirror_rows is not None:
+                    pairs = np.concatenate([pairs, pairs[:, ::-1]])
+                    rows = np.concatenate([rows, self.mirror_rows[chosen]])
+                waiting.append((pairs[self.share], rows[self.share], anchors[self.anchor_share]))
+                yield np.unique(pairs[self.share])
+
+        with closing(self.images.batches(wanted(), epoch)) as coming:
+            for images in coming:
+                yield self._batch(*waiting.popleft(), images)
+
+    def _batch(self, pairs: np.ndarray, rows: np.ndarray, anchors: np.ndarray, images: Tensor) -> Batch:
+        """images: of the images of these pairs, each once, in the order of their rows."""
+        index = np.unique(pairs, return_inverse=True)[1]
         said, text = np.unique(rows, return_inverse=True)
         index = torch.from_numpy(index.reshape(pairs.shape))
         none = torch.empty(0, 0, dtype=torch.long)
@@ -153,7 +207,7 @@ class Method(nn.Module):
             ids=[f"{self.images.ids[i]}|{self.images.ids[j]}" for i, j in pairs.tolist()],
             tokens=self.texts.batch(said),
             text=torch.from_numpy(text),
-            images=self.images.batch(used),
+            images=images,
             first=index[:, 0],
             second=index[:, 1],
             anchor_tokens=self.anchors.batch(anchors) if self.anchors else none,

@@ -1,0 +1,62 @@
+"""What all methods have in common: a sampler, and what else a run that is continued has to know."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pc_clip.clip import SCRATCH, Clip
+from pc_clip.config import FinetuneConfig
+from pc_clip.methods._batches import my_share
+from pc_clip.samplers import Sampler
+
+
+class BaseMethod(nn.Module):
+    """A method without its batches and its loss; methods/__init__.py says what those are."""
+
+    sampler: Sampler  # made by the method, which knows what its examples are
+
+    def __init__(self, clip: Clip, config: FinetuneConfig) -> None:
+        super().__init__()
+        self.model, self.clip, self.config = clip.model, clip, config
+        self.share = my_share("train.batch_size", config.train.batch_size)
+        self.notes: list[str] = []
+        # Statistics of BatchNorm are learnt from scratch only: a finetuned model keeps those it has.
+        self.train(config.model.pretrained == SCRATCH)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.sampler.steps_per_epoch
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Called before each epoch, when all steps before it are done."""
+        self.sampler.begin(epoch)
+
+    def after_step(self) -> None:
+        """Called after each step of the optimizer. CLIP keeps its logit scale at 100 or below (Radford et al. 2021)."""
+        scale = getattr(self.model, "logit_scale", None)
+        if scale is not None and scale.requires_grad:
+            with torch.no_grad():
+                scale.clamp_(max=LARGEST_LOGIT_SCALE)
+
+    def state(self) -> dict[str, Tensor]:
+        """What the next step depends on besides weights and optimizer."""
+        found = {f"sampler.{name}": value for name, value in self.sampler.state().items()}
+        if self.training:
+            found |= {f"buffer.{name}": value for name, value in self.model.named_buffers()}
+        return found
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Put back what `state` gave; nothing, where an earlier version has saved nothing."""
+        of = {
+            kind: {name.removeprefix(kind): v for name, v in state.items() if name.startswith(kind)}
+            for kind in ("sampler.", "buffer.")
+        }
+        if of["sampler."]:
+            self.sampler.restore(of["sampler."])
+        for name, value in self.model.named_buffers():
+            if name in of["buffer."]:
+                value.copy_(of["buffer."][name])
+
+
+LARGEST_LOGIT_SCALE = torch.tensor(100.0).log().item()

@@ -1,0 +1,306 @@
+"""What a run learns from: data sets mixed together, and pictures that do not decode."""
+
+import gzip
+import logging
+import shutil
+from pathlib import Path
+
+import jsonargparse
+import numpy as np
+import pytest
+from PIL import Image
+
+import finetune
+from pc_clip import learning_data
+from pc_clip.config import DataConfig, EmbedConfig, FinetuneConfig, MixConfig, configure
+from pc_clip.datasets import open_dataset
+from pc_clip.embeddings import embed
+from pc_clip.errors import UserError
+from pc_clip.learning_data import load_dataset
+
+SHADES = range(20, 140, 20)
+
+
+def tsv(root, shades=SHADES, split="train"):
+    """Pictures in shades of red, each with a caption that says which."""
+    folder = Path(root) / split
+    folder.mkdir(parents=True, exist_ok=True)
+    for shade in shades:
+        path = folder / f"{shade}.png"
+        if not path.exists():  # a file that is written again is another one
+            Image.new("RGB", (8, 6), (shade, 0, 0)).save(path)
+    rows = "".join(f"{shade}.png\tred {shade}\n" for shade in shades)
+    (Path(root) / f"{split}.tsv").write_text(f"image\tcaption1\n{rows}")
+    return DataConfig(dataset="tsv", root=str(root))
+
+
+def mnist(root="data/mnist", n=40):
+    """Digits 0 to 9 in turn, whose brightness is their number."""
+    folder = Path(root) / "MNIST" / "raw"
+    folder.mkdir(parents=True)
+    labels = np.arange(n, dtype=np.uint8) % 10
+    images = np.repeat(np.arange(n, dtype=np.uint8), 16).reshape(n, 4, 4)
+    for part in ("train", "t10k"):
+        for name, array in (("images-idx3", images), ("labels-idx1", labels)):
+            shape = b"".join(k.to_bytes(4, "big") for k in array.shape)
+            content = bytes((0, 0, 8, array.ndim)) + shape + array.tobytes()
+            (folder / f"{part}-{name}-ubyte.gz").write_bytes(gzip.compress(content))
+
+
+def red(data, row):
+    return data.load(row).getpixel((0, 0))[0]
+
+
+def folder(root, colours=(250, 240)):
+    """Two images a class, "hot dog" and "cat"; nothing is said of them."""
+    for name, shade in zip(("hot_dog", "cat"), colours):
+        for n in range(2):
+            path = Path(root) / name / f"{n}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 6), (shade + n, 0, 0)).save(path)
+
+
+# -- mixing --------------------------------------------------------------------------------------------
+
+
+def test_images_of_another_set_come_after_the_own_ones_with_captions_that_tell_their_class():
+    config = tsv("main")
+    mnist()
+    config.mix = [MixConfig("mnist", 15, caption="A MNIST digit of {}")]
+    data, plain = load_dataset(config), load_dataset(tsv("main"))
+    assert data.ids[:6] == plain.ids and data.captions[:6] == plain.captions and len(data) == 21
+    assert [red(data, row) for row in range(6)] == list(SHADES)
+    for row in range(6, 21):
+        number = int(data.ids[row].removeprefix("mnist:"))
+        assert red(data, row) == number and data.captions[row] == (f"A MNIST digit of {number % 10}",)
+    assert len(set(data.ids)) == 21 and data.ids[6:] != [f"mnist:{n}" for n in range(15)]
+    assert data.label == "tsv/train" and data.note == "15 images of mnist/train mixed in"
+
+
+def test_what_is_mixed_in_is_drawn_by_seed_and_fewer_are_among_more():
+    mnist()
+
+    def drawn(n, seed):
+        data = load_dataset(tsv("main") if not n else mixing(n), seed)
+        return set(data.ids[6:]), data.fingerprint
+
+    def mixing(n):
+        config = tsv("main")
+        config.mix = [MixConfig("mnist", n)]
+        return config
+
+    assert drawn(10, 0) == drawn(10, 0)
+    assert drawn(10, 0)[0] != drawn(10, 1)[0] and drawn(10, 0)[0] < drawn(20, 0)[0]
+    assert len({drawn(n, seed)[1] for n, seed in ((0, 0), (10, 0), (10, 1), (20, 0))}) == 4
+
+
+def test_captions_of_their_own_are_kept_and_the_same_ids_do_not_collide(small_example):
+    config = DataConfig(mix=[MixConfig("example", 5), MixConfig("example", 4, split="val")])
+    data, val = load_dataset(config), open_dataset("example", split="val")
+    own = dict(zip([f"example-2:{key}" for key in val.ids], val.captions))
+    assert len(data) == 309 == len(set(data.ids)) == len(data.captions)
+    assert all(key.startswith("example:train-") for key in data.ids[300:305])
+    for row in range(305, 309):
+        assert data.captions[row] == own[data.ids[row]]
+        assert data.load(row) == val.load(val.ids.index(data.ids[row].removeprefix("example-2:")))
+    assert data.note == "5 images of example/train mixed in; 4 images of example/val mixed in"
+
+
+def test_what_is_known_of_the_own_images_stays_and_of_the_others_nothing_is_said(small_example):
+    plain = load_dataset(DataConfig())
+    data = load_dataset(DataConfig(mix=[MixConfig("example", 7, split="val")]))
+    for ours, theirs in zip(data.questions, plain.questions):
+        assert np.array_equal(ours.rows, theirs.rows) and np.array_equal(ours.target, theirs.target)
+    for ours, theirs in zip(data.attributes, plain.attributes):
+        assert np.array_equal(ours.value[:300], theirs.value, equal_nan=True)
+        assert ours.value.shape == (307,) and np.isnan(ours.value[300:]).all()
+
+
+def test_an_entry_may_be_a_dict_and_a_folder_s_classes_are_said():
+    config = tsv("main")
+    folder("others")
+    config.mix = [{"dataset": "folder", "n": 4, "root": "others", "caption": "a picture of a {}"}]
+    data = load_dataset(config)
+    said = dict(zip(data.ids, data.captions))
+    assert said["folder:hot_dog/1.png"] == ("a picture of a hot dog",)
+    assert said["folder:cat/0.png"] == ("a picture of a cat",)
+
+
+def test_captions_of_a_file_replace_those_of_the_main_set_alone():
+    config = tsv("main")
+    folder("others")
+    Path("new.jsonl").write_text('{"image": "40.png", "text": "another red"}\n')
+    config.captions, config.mix = "new.jsonl", [MixConfig("folder", 4, root="others", caption="the {}")]
+    data = load_dataset(config)
+    assert data.captions[0] == ("another red",) and red(data, 0) == 40
+    assert len(data) == 5 and {texts[0] for texts in data.captions[1:]} == {"the hot dog", "the cat"}
+
+
+@pytest.mark.parametrize(
+    ("entries", "said"),
+    [
+        ([MixConfig("mnits", 5)], "unknown data set 'mnits'.*Did you mean 'mnist'"),
+        ([MixConfig("mnist", 41)], r"data\.mix asks for 41 images of mnist/train, which has 40"),
+        ([MixConfig("mnist", 0)], r"n of mnist in data\.mix is 0; it must be at least 1"),
+        ([MixConfig("mnist", 5, caption="a digit")], r"caption 'a digit' needs exactly one \{\}"),
+        ([MixConfig("mnist", 5), MixConfig("mnist", 3)], r"names mnist/train twice"),
+        ([MixConfig("folder", 1, root="flat")], r"nothing is known of the images of folder.*neither captions"),
+        ([{"dataset": "mnist"}], r"an entry of data\.mix is .*needs dataset and n"),
+        ([{"dataset": "mnist", "n": "five"}], r"an entry of data\.mix is .*a whole number"),
+        (["mnist"], r"an entry of data\.mix is 'mnist'; it needs dataset and n"),
+        ([MixConfig("coco", 5)], r"coco is not at data/coco\. Fetch it"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_mixed_in_is_an_error_in_words(entries, said):
+    config = tsv("main")
+    mnist()
+    Path("flat").mkdir()
+    shutil.copy("main/train/20.png", "flat/a.png")
+    config.mix = entries
+    with pytest.raises(UserError, match=said):
+        load_dataset(config)
+
+
+def test_an_id_that_is_taken_already_is_an_error():
+    config = tsv("main")
+    mnist()
+    table = Path("main/train.tsv")
+    table.write_text("id\timage\tcaption1\n" + "".join(f"mnist:{n}\t20.png\tred\n" for n in range(40)))
+    config.mix = [MixConfig("mnist", 1)]
+    with pytest.raises(UserError, match=r"tsv/train has images that are called like some of data\.mix"):
+        load_dataset(config)
+
+
+def test_captions_cannot_be_mixed_into_a_set_without_any(small_example):
+    folder("pictures")
+    with pytest.raises(UserError, match=r"folder/?\S* has none; name a file of them with --data\.captions"):
+        load_dataset(DataConfig(dataset="folder", root="pictures", mix=[MixConfig("example", 3)]))
+
+
+@pytest.mark.parametrize(
+    ("extra", "said"),
+    [
+        ({"mix": [MixConfig("example", 3)]}, r"data\.embeddings holds one data set's images, so that data\.mix"),
+        ({"broken": "skip"}, r"data\.embeddings stands in for the pictures: leave data\.broken skip out"),
+    ],
+)
+def test_embeddings_go_with_neither(extra, said):
+    with pytest.raises(UserError, match=said):
+        load_dataset(DataConfig(embeddings="e.safetensors", **extra))
+
+
+def test_flags_and_yaml_both_say_what_is_mixed_in():
+    Path("c.yaml").write_text("data:\n  mix:\n  - {dataset: mnist, n: 5}\n  - dataset: folder\n    n: 2\n    root: x\n")
+    read = [
+        configure(FinetuneConfig, jsonargparse.ArgumentParser(), argv).data.mix
+        for argv in (["--config", "c.yaml"], ["--data.mix", '[{"dataset": "example", "n": 5}]'])
+    ]
+    assert read == [[MixConfig("mnist", 5), MixConfig("folder", 2, root="x")], [MixConfig("example", 5)]]
+
+
+# -- pictures that do not decode -----------------------------------------------------------------------
+
+
+def harm(path, keep=40):
+    Path(path).write_bytes(Path(path).read_bytes()[:keep])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_broken_pictures_are_left_out_and_counted_when_that_is_asked_for(workers):
+    config = tsv("main")
+    harm("main/train/60.png"), harm("main/train/100.png")
+    whole = load_dataset(config)
+    assert len(whole) == 6 and whole.note == ""
+    config.broken, config.workers = "skip", workers
+    data = load_dataset(config)
+    assert data.ids == ["20.png", "40.png", "80.png", "120.png"] and red(data, 2) == 80
+    assert data.captions[3] == ("red 120",) and data.fingerprint != whole.fingerprint
+    assert data.note.startswith("2 broken pictures are left out, first: main/train/60.png cannot be read as an image")
+
+
+def test_what_is_broken_is_looked_for_once_for_as_long_as_the_files_stay_as_they_are(monkeypatch):
+    config = tsv("main")
+    config.broken = "skip"
+    harm("main/train/60.png")
+    looked, look = [], learning_data.broken_images
+
+    def count(data, *how):
+        looked.append(len(data))
+        return look(data, *how)
+
+    monkeypatch.setattr(learning_data, "broken_images", count)
+    first = load_dataset(config)
+    assert 6 in looked
+    looked.clear()
+    again = load_dataset(config)
+    assert (again.ids, again.note) == (first.ids, first.note) and sum(looked) <= 1  # one for its path
+    harm("main/train/120.png")
+    assert load_dataset(config).note.startswith("2 broken") and 6 in looked
+
+
+def test_nothing_is_left_out_where_all_decode_and_something_must_be_left():
+    config = tsv("main")
+    config.broken = "skip"
+    data = load_dataset(config)
+    assert len(data) == 6 and data.note == "" and data.fingerprint == load_dataset(tsv("main")).fingerprint
+    for shade in SHADES:
+        harm(f"main/train/{shade}.png")
+    with pytest.raises(UserError, match=r"none of the 6 pictures of tsv/train can be used: main/train/20\.png cannot"):
+        load_dataset(config)
+
+
+def test_what_the_disk_does_not_give_is_never_left_out():
+    config = tsv("main")
+    config.broken = "skip"
+    path = Path("main/train/80.png")
+    harm("main/train/20.png")
+    path.unlink()
+    path.symlink_to("80.png")  # a link to itself: not absent, not readable
+    with pytest.raises(UserError, match=r"80\.png"):
+        load_dataset(config)
+
+
+def test_broken_pictures_among_those_mixed_in_are_left_out_too():
+    config = tsv("main")
+    folder("others")
+    harm("others/cat/1.png"), harm("main/train/20.png")
+    config.broken, config.mix = "skip", [MixConfig("folder", 4, root="others")]
+    data = load_dataset(config)
+    assert len(data) == 8 and "folder:cat/1.png" not in data.ids and red(data, 0) == 40
+    assert data.note.startswith(
+        "4 images of folder/others mixed in; 2 broken pictures are left out, first: main/train/20"
+    )
+
+
+def test_another_word_than_error_or_skip_is_refused():
+    with pytest.raises(UserError, match=r"data\.broken is 'skp'\. Did you mean 'skip'"):
+        load_dataset(DataConfig(broken="skp"))
+
+
+def test_training_on_pixels_stops_at_a_broken_picture_or_goes_on_without_it(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    config = tsv("main")
+    harm("main/train/60.png")
+    Path("c.yaml").write_text("name: mine\nmethod: contrastive\n")
+    argv = ["--config", "c.yaml", "--data.dataset", "tsv", "--data.root", config.root, "--train.batch_size", "5"]
+    argv += ["--model.name", "example", "--model.train", "both", "--train.epochs", "1", "--train.lr", "1e-4"]
+    with pytest.raises(UserError, match=r"main/train/60\.png cannot be read as an image"):
+        finetune.main([*argv, "--train.batch_size", "6"])
+    run = finetune.main([*argv, "--data.broken", "skip", "--name", "without"])
+    assert (run / "model.safetensors").is_file()
+
+
+# -- embedding beforehand ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("extra", "said"),
+    [
+        ({"mix": [MixConfig("mnist", 3)]}, r"data\.mix is for training: embed each of its data sets by itself"),
+        ({"min_crop": 0.8}, r"data\.min_crop 0\.8 is for training"),
+        ({"broken": "skip"}, r"data\.broken skip is for training; here it is --broken skip"),
+    ],
+)
+def test_settings_of_training_are_refused_where_images_are_embedded(small_example, extra, said):
+    with pytest.raises(UserError, match=said):
+        embed(EmbedConfig(data=DataConfig(**extra)))

@@ -1,0 +1,39 @@
+"""Likely false negatives: captions whose every content word another image of the batch is told with."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pc_clip.overlap import content_words, likely_false
+
+WORDS = ["red", "circle", "a", "two", "the", "blue", "of"]
+captions = st.lists(st.sampled_from(WORDS), max_size=4).map(" ".join)
+batches = st.lists(st.lists(captions, min_size=1, max_size=3), min_size=2, max_size=6)
+
+
+def test_content_words_say_what_is_in_the_picture():
+    assert content_words("A photo of TWO red circles, on the left!") == {"two", "red", "circles", "left"}
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [
+        ([["a red circle"], ["a blue star"]], 0.0),
+        ([["a red circle"], ["two circles", "a large red circle"]], 0.5),  # the first is true of the second image
+        ([["a circle"], ["the circle"]], 1.0),
+        ([["red circle"], ["red"], ["circle"]], 2 / 6),  # words of several images do not count together
+        ([["red"], ["a circle", "it is red"], ["blue"]], 1 / 6),
+        ([["the picture"], ["blue"]], 0.5),  # what says nothing is true of all
+        ([["red"]], 0.0),
+    ],
+)
+def test_the_share_of_negatives_that_are_likely_none(told, expected):
+    assert likely_false([texts[0] for texts in told], told) == pytest.approx(expected)
+
+
+@given(batches, st.integers(0, 2))
+def test_it_agrees_with_looking_at_each_pair(told, which):
+    said = [texts[which % len(texts)] for texts in told]
+    pairs = [(n, m) for n in range(len(told)) for m in range(len(told)) if n != m]
+    false = sum(content_words(said[n]) <= set().union(*map(content_words, told[m])) for n, m in pairs)
+    assert likely_false(said, told) == pytest.approx(false / len(pairs))

@@ -1,0 +1,106 @@
+"""PC-CLIP in batches of similar pairs, and from pairs whose images are alike."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sample_differences
+import torch
+
+from pc_clip import differences
+from pc_clip.clip import Clip
+from pc_clip.config import FinetuneConfig, SamplerConfig, TrainConfig
+from pc_clip.embeddings import embed_images
+from pc_clip.errors import UserError
+from pc_clip.learning_data import load_dataset
+from pc_clip.methods import pairwise
+from pc_clip.training import finetune
+
+
+@pytest.fixture
+def config(small_example) -> FinetuneConfig:
+    sample_differences.write(Path("d.jsonl"))
+    found = FinetuneConfig(name="a", device="cpu", train=TrainConfig(batch_size=12, steps=6, lr=1e-3, threads=1))
+    found.data.split, found.data.differences = "train", "d.jsonl"
+    found.pairwise = pairwise.Config()
+    return found
+
+
+def make(config: FinetuneConfig, clip: Clip) -> pairwise.Method:
+    return pairwise.Method(clip, load_dataset(config.data), config)
+
+
+def told(config: FinetuneConfig) -> dict[str, str]:
+    """What is said of each pair, by the name that it has in a batch."""
+    return {f"{d.first}|{d.second}": d.text for d in differences.read(config.data.differences)}
+
+
+def test_pairs_are_similar_by_their_sentences_or_by_the_differences_of_their_images(config, example_clip):
+    method, data = make(config, example_clip), load_dataset(config.data)
+    z = torch.nn.functional.normalize(embed_images(example_clip, data).z, dim=-1)
+    text, image = method.embeddings("text", True), method.embeddings("image", True)
+    said = told(config)
+    for row in (0, 11, len(method.pairs) - 1):
+        i, j = method.pairs[row]
+        assert torch.allclose(text[row], example_clip.embed_texts([said[f"{data.ids[i]}|{data.ids[j]}"]])[0], atol=1e-5)
+        assert torch.allclose(image[row], torch.nn.functional.normalize(z[i] - z[j], dim=-1), atol=1e-5)
+
+
+@pytest.mark.parametrize("mirror", [False, True])
+def test_a_batch_of_clusters_says_similar_things(config, example_clip, mirror):
+    """Its sentences begin in one of three ways; a cluster of four mostly in one."""
+    config.pairwise.mirror, config.train.batch_size = mirror, 24 if mirror else 12
+    said, mixed = told(config), {}
+    for name, config.sampler in (
+        ("clusters", SamplerConfig(kind="clusters", cluster_size=4)),
+        ("random", SamplerConfig()),
+    ):
+        batches = [
+            [said[key].split(",")[0] for key in batch.ids[:12]] for batch in make(config, example_clip).loader(0)
+        ]
+        assert all(len(batch) == 12 for batch in batches)
+        mixed[name] = np.mean([len(set(batch[n : n + 4])) for batch in batches for n in (0, 4, 8)])
+    assert mixed["clusters"] < 1.4 < 1.9 < mixed["random"]
+
+
+@pytest.mark.parametrize("similarity", ["text", "image"])
+def test_a_run_in_clusters_ends(config, similarity):
+    config.sampler = SamplerConfig(kind="clusters", cluster_size=4, similarity=similarity)
+    assert (finetune(config) / "model.safetensors").is_file()
+
+
+def test_the_pairs_whose_images_are_most_alike_are_kept(config, example_clip):
+    data = load_dataset(config.data)
+    z = torch.nn.functional.normalize(embed_images(example_clip, data).z, dim=-1)
+    everything = make(config, example_clip).pairs
+    config.pairwise = pairwise.Config(keep=0.25, keep_by="similar")
+    method = make(config, example_clip)
+    alike = np.array([float(z[i] @ z[j]) for i, j in everything])
+    hardest = everything[np.sort(np.argsort(-alike)[: len(everything) // 4])]
+    assert (method.pairs == hardest).all()
+    assert any("15 pairs kept, similar" in note for note in method.notes)
+    assert len(method.text_rows) == len(method.pairs) == 15
+
+
+def test_or_as_many_by_chance_which_the_seed_decides(config, example_clip):
+    config.pairwise = pairwise.Config(keep=0.25)
+    kept = []
+    for config.seed in (0, 0, 1):
+        kept.append(make(config, example_clip).pairs.tolist())
+    assert kept[0] == kept[1] != kept[2]
+    assert len(kept[0]) == 15
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"keep": 0.0}, r"pairwise.keep is 0.0; it is a share of the pairs, above 0 and at most 1"),
+        ({"keep": 1.5}, r"pairwise.keep is 1.5"),
+        ({"keep_by": "alike"}, r"pairwise.keep_by is 'alike'"),
+        ({"keep": 0.1}, r"6 differences do not fill one batch of 12"),
+    ],
+)
+def test_a_choice_that_means_nothing_is_said_in_words(config, example_clip, options, message):
+    config.pairwise = pairwise.Config(**options)
+    with pytest.raises(UserError, match=message):
+        make(config, example_clip)

@@ -1,0 +1,328 @@
+"""Retrieval on hand-made embeddings, against slow and obvious counting."""
+
+import json
+from math import comb
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+import run
+from pc_clip import report
+from pc_clip.config import EvaluateConfig
+from pc_clip.datasets import Dataset
+from pc_clip.errors import UserError
+from pc_clip.evals import Subject, _intervals, retrieve
+
+FAMILIES = ("t2i", "i2t", "paired_t2i", "paired_i2t")
+
+
+class Given:
+    """A model whose texts have the embeddings they are given."""
+
+    def __init__(self, texts: dict[str, list[float]]) -> None:
+        self.texts = texts
+
+    def embed_texts(self, texts):
+        return torch.tensor([self.texts[text] for text in texts], dtype=torch.float32)
+
+
+def measure(z, texts: dict[str, list[float]], captions: list[tuple[str, ...]]):
+    """The result for images with embeddings z and texts with theirs, as they are."""
+    data = Dataset(
+        "made", "test", [f"i{n}" for n in range(len(z))], lambda row: Image.new("RGB", (8, 8)), "f", captions
+    )
+    subject = Subject(Given(texts), lambda: None, data, EvaluateConfig())
+    subject.__dict__["z"] = torch.as_tensor(z, dtype=torch.float32)
+    return retrieve.evaluate(subject)
+
+
+def made(z, texts, each):
+    """The same for texts in a row, each[n] of them for image n."""
+    names = [f"t{n}" for n in range(len(texts))]
+    ends = np.cumsum(each)
+    captions = [tuple(names[end - count : end]) for end, count in zip(ends, each)]
+    return measure(z, dict(zip(names, [list(map(float, text)) for text in texts])), captions)
+
+
+# -- slow and obvious ----------------------------------------------------------------------------------------
+
+
+def places(query, items, right) -> list[int]:
+    """The ranks, from 1, that ties leave open to the best right item."""
+    scores = [sum(a * b for a, b in zip(query, item)) for item in items]
+    best = max(scores[n] for n in right)
+    first = 1 + sum(score > best for score in scores)
+    return list(range(first, first + 1 + sum(scores[n] == best for n in range(len(items)) if n not in right)))
+
+
+def hit(open_to: list[int], k: int) -> float:
+    middle = (open_to[0] + open_to[-1]) / 2
+    return sum(place <= k for place in open_to) / len(open_to) if middle <= k else 0.0
+
+
+def slowly(z, texts, each) -> dict[str, list[tuple[int, list[int]]]]:
+    """Of each family, (image, open ranks) a query."""
+    owner = [n for n, count in enumerate(each) for _ in range(count)]
+    own = [[t for t, image in enumerate(owner) if image == n] for n in range(len(z))]
+    found = {name: [] for name in FAMILIES}
+    found["t2i"] = [(owner[t], places(text, z, [owner[t]])) for t, text in enumerate(texts)]
+    found["i2t"] = [(n, places(image, texts, own[n])) for n, image in enumerate(z)]
+    for turn in range(min(each)):
+        chosen = [texts[own[n][turn]] for n in range(len(z))]
+        found["paired_t2i"] += [(n, places(text, z, [n])) for n, text in enumerate(chosen)]
+        found["paired_i2t"] += [(n, places(image, chosen, [n])) for n, image in enumerate(z)]
+    return found
+
+
+@st.composite
+def small_sets(draw):
+    """Images, texts and captions an image; whole numbers, so that many cosines are the same, and exactly so."""
+    each = draw(st.lists(st.integers(1, 3), min_size=2, max_size=9))
+    rng = np.random.default_rng(draw(st.integers(0, 999)))
+    widest = draw(st.integers(0, 3))
+    z, texts = (rng.integers(-widest, widest + 1, (n, 3)) for n in (len(each), sum(each)))
+    return z.tolist(), texts.tolist(), each
+
+
+@given(small_sets())
+def test_all_figures_are_what_counting_one_query_at_a_time_gives(case):
+    z, texts, each = case
+    found, expected = made(z, texts, each), slowly(z, texts, each)
+    names = set()
+    for name, queries in expected.items():
+        candidates = sum(each) if name == "i2t" else len(z)
+        assert found.details[f"{name}_median_rank"] == np.median([np.mean(open_to) for _, open_to in queries])
+        assert found.details["tied"][name] == pytest.approx(np.mean([len(open_to) > 1 for _, open_to in queries]))
+        for k in (k for k in retrieve.KS if k < candidates):
+            names.add(f"{name}_r{k}")
+            assert found.metrics[f"{name}_r{k}"] == pytest.approx(np.mean([hit(open_to, k) for _, open_to in queries]))
+    assert set(found.metrics) == set(found.intervals) == names | {m for m in found.metrics if m.startswith("centred")}
+
+
+@given(small_sets())
+def test_no_tie_is_worth_more_than_breaking_it_at_random(case):
+    z, texts, each = case
+    owner = np.repeat(np.arange(len(each)), each)
+    family = retrieve.families(torch.tensor(z).float(), torch.tensor(texts).float(), np.array(each))["i2t"]
+    for n, (first, last) in enumerate(zip(*family.ranks)):
+        scores = np.array(texts) @ np.array(z[n])
+        right = int((scores[owner == n] == scores[owner == n].max()).sum())
+        for k in retrieve.KS:
+            kept = min(max(k + 1 - first, 0), last - first + right)  # places of the tie that lie within k
+            chance = 1 - comb(last - first, kept) / comb(last - first + right, kept)
+            assert family.ranks.hits(k)[n] <= chance + 1e-12
+
+
+@given(st.lists(st.integers(1, 5), min_size=2, max_size=70), st.integers(0, 99))
+def test_a_model_that_tells_nothing_apart_gets_nothing_beyond_chance(each, seed):
+    """One embedding for everything, of numbers that a product rounds."""
+    one = F.normalize(torch.from_numpy(np.random.default_rng(seed).normal(size=37)), dim=0).float().tolist()
+    found = made([one] * len(each), [one] * sum(each), each)
+    total = sum(each)
+    for metric, value in found.metrics.items():
+        name, k = metric.rsplit("_r", 1)
+        k = int(k)
+        chance = (
+            np.mean([1 - comb(total - own, k) / comb(total, k) for own in each])
+            if name.endswith("i2t") and "paired" not in name
+            else k / len(each)
+        )
+        assert value <= chance + 1e-12
+        assert value == 0 or k > 1
+    assert found.details["t2i_median_rank"] == found.details["paired_i2t_median_rank"] == (1 + len(each)) / 2
+
+
+@given(st.integers(2, 12), st.integers(0, 99))
+def test_a_caption_that_is_close_to_everything_loses_that_where_it_is_centred(n, seed):
+    rng = np.random.default_rng(seed)
+    z, texts = rng.normal(size=(n, 5)), rng.normal(size=(2 * n, 5))
+    scores = z @ texts.T
+    scores -= scores.mean(0)
+    ranks = [1 + int((scores[i] > scores[i, 2 * i : 2 * i + 2].max()).sum()) for i in range(n)]
+    found = made(z, texts, [2] * n)
+    assert found.metrics["centred_i2t_r1"] == np.mean([rank <= 1 for rank in ranks])
+    assert found.details["centred_i2t_median_rank"] == np.median(ranks)
+
+
+# -- what the figures mean -----------------------------------------------------------------------------------
+
+
+def test_retrieval_both_ways():
+    texts = {"a": [1, 0, 0], "also a": [0.9, 0.1, 0], "b": [0, 1, 0], "c": [0.9, 0, 0.1]}
+    found = measure(torch.eye(3), texts, [("a", "also a"), ("b",), ("c",)])
+    assert found.metrics == pytest.approx(
+        {"t2i_r1": 0.75, "i2t_r1": 1, "paired_t2i_r1": 2 / 3, "paired_i2t_r1": 1, "centred_i2t_r1": 1}
+    )  # "c" is nearer to the first image than to its own, and still the nearest that its own has
+    assert found.n == 3
+    assert (found.details["images"], found.details["captions"], found.details["captions_in_turn"]) == (3, 4, 1)
+
+
+def test_any_caption_will_do_in_the_pool_but_each_is_asked_for_in_pairs():
+    """Each image's second caption is the first one's of the next image: right in the pool, wrong in its own turn."""
+    z = np.eye(4)
+    texts = [vector for n in range(4) for vector in (z[n], 0.5 * z[(n + 1) % 4])]
+    found = made(z, texts, [2] * 4)
+    assert (found.metrics["i2t_r1"], found.metrics["paired_i2t_r1"]) == (1.0, 0.5)
+    assert found.metrics["t2i_r1"] == found.metrics["paired_t2i_r1"] == 0.5
+
+
+def test_pairs_take_as_many_turns_as_every_image_has_captions():
+    z = np.eye(3)
+    wrong = -np.ones(3)
+    found = made(z, [z[0], wrong, z[1], wrong, z[2]], [2, 2, 1])
+    assert found.metrics["paired_t2i_r1"] == found.metrics["paired_i2t_r1"] == 1.0
+    assert found.metrics["t2i_r1"] == 0.6
+    assert found.details["captions_in_turn"] == 1
+
+
+def test_a_tie_for_the_first_place_is_no_hit_at_1():
+    z = np.eye(6)
+    found = made(z, [z[0] + z[1], *z[1:]], [1] * 6)
+    assert found.metrics["t2i_r1"] == pytest.approx(5 / 6)
+    assert found.metrics["t2i_r5"] == 1.0
+    assert found.details["tied"]["t2i"] == pytest.approx(1 / 6)
+
+
+def test_ranks_count_from_one():
+    z = np.eye(8)
+    perfect = made(z, z, [1] * 8)
+    last = made(z, 1 - z, [1] * 8)
+    for name in FAMILIES:
+        assert perfect.details[f"{name}_median_rank"] == 1
+        assert last.details[f"{name}_median_rank"] == 8
+        assert (perfect.metrics[f"{name}_r1"], last.metrics[f"{name}_r5"]) == (1.0, 0.0)
+
+
+def test_a_k_that_every_answer_meets_is_left_out_and_said():
+    found = made(np.eye(10), np.repeat(np.eye(10), 2, axis=0), [2] * 10)
+    assert {m for m in found.metrics if m.startswith(("t2i", "paired_i2t"))} == {
+        "t2i_r1", "t2i_r5", "paired_i2t_r1", "paired_i2t_r5"
+    }  # fmt: skip
+    assert "i2t_r10" in found.metrics
+    assert "i2t_r20" not in found.metrics
+    assert set(found.details["left_out"]) == {
+        f"{name}_r{k}"
+        for name in (*FAMILIES, "centred_i2t")
+        for k in retrieve.KS
+        if k >= (20 if name in ("i2t", "centred_i2t") else 10)
+    }
+    assert found.details["left_out"]["t2i_r10"].endswith("number of candidates, 10")
+
+
+def test_each_definition_is_named_in_the_result():
+    found = made(np.eye(3), np.eye(3), [1, 1, 1])
+    assert set(found.details["definitions"]) == {metric.rsplit("_r", 1)[0] for metric in found.metrics}
+
+
+@pytest.mark.parametrize("images", [7, 61, 301])
+def test_the_same_text_of_two_images_ties_exactly_wherever_it_stands(images):
+    """Each text is said of two images, so that every image finds its own tied with another's."""
+    rng = np.random.default_rng(images)
+    z = F.normalize(torch.from_numpy(rng.normal(size=(images, 77))), dim=-1).float()
+    texts = [tuple(f"t{n}" for n in rng.permutation([i, (i + 1) % images])) for i in range(images)]
+    embeddings = F.normalize(torch.from_numpy(rng.normal(size=(images, 77))), dim=-1).float()
+    found = measure(z, {f"t{n}": embeddings[n].tolist() for n in range(images)}, texts)
+    assert found.details["tied"]["i2t"] == 1.0
+    assert found.details["tied"]["t2i"] == 0.0
+    assert found.metrics["i2t_r1"] == 0.0
+
+
+@given(small_sets(), st.integers(1, 40))
+def test_the_size_of_blocks_changes_nothing(case, at_once):
+    z, texts, each = case
+    owner = np.repeat(np.arange(len(z)), each)
+    search = [retrieve.Search(np.arange(len(z)), owner[:, None])]
+    whole, parts = (
+        retrieve.ranks(torch.tensor(texts).float(), torch.tensor(z).float(), search, size)[0]
+        for size in (10_000, at_once)
+    )
+    assert np.array_equal(whole, parts)
+
+
+# -- intervals and items -------------------------------------------------------------------------------------
+
+
+def noisy(images: int, each, seed: int = 0):
+    rng = np.random.default_rng(seed)
+    each = np.broadcast_to(each, images).tolist()
+    z = rng.normal(size=(images, 12))
+    return z, np.repeat(z, each, axis=0) + 1.2 * rng.normal(size=(sum(each), 12)), each
+
+
+def test_intervals_are_over_images_because_captions_of_one_image_are_alike():
+    """Five times the same caption tell no more than one does."""
+    z, texts, each = noisy(80, 1)
+    once, five = made(z, texts, each), made(z, np.repeat(texts, 5, axis=0), [5] * 80)
+    assert once.metrics["t2i_r1"] == pytest.approx(five.metrics["t2i_r1"])
+    assert once.intervals["t2i_r1"] == pytest.approx(five.intervals["t2i_r1"])
+    assert once.intervals["t2i_r1"] == pytest.approx(_intervals.of_mean(np.array(once.items["t2i_r1"]), 0))
+
+
+def test_the_interval_of_unequally_many_captions_is_that_of_a_ratio():
+    found = made(*noisy(300, np.random.default_rng(1).integers(1, 9, 300)))
+    low, high = found.intervals["t2i_r1"]
+    _, texts, each = noisy(300, np.random.default_rng(1).integers(1, 9, 300))
+    hits = np.array(found.items["t2i_r1"]) * np.mean(each)  # summed over the captions of an image
+    off = hits - found.metrics["t2i_r1"] * np.array(each)
+    error = np.sqrt((off**2).sum()) / len(texts)
+    assert low < found.metrics["t2i_r1"] < high
+    assert (high - low) / (2 * 1.96) == pytest.approx(error, rel=0.15)
+
+
+def test_where_all_is_found_drawing_images_with_more_captions_changes_nothing():
+    found = made(np.eye(9), np.repeat(np.eye(9), range(1, 10), axis=0), list(range(1, 10)))
+    assert set(found.metrics.values()) == {1.0}
+    assert all(interval == pytest.approx((1, 1)) for interval in found.intervals.values())
+
+
+@given(small_sets())
+def test_items_are_one_number_an_image_whose_mean_is_the_metric(case):
+    z, texts, each = case
+    found, expected = made(z, texts, each), slowly(z, texts, each)
+    assert set(found.items) == set(retrieve.COMPARED) & set(found.metrics)
+    for name in FAMILIES:
+        if f"{name}_r1" not in found.items:
+            continue
+        values = found.items[f"{name}_r1"]
+        assert np.mean(values) == pytest.approx(found.metrics[f"{name}_r1"], abs=1e-4)
+        mean_queries = len(expected[name]) / len(z)
+        for n in range(len(z)):
+            own = sum(hit(open_to, 1) for image, open_to in expected[name] if image == n)
+            assert values[n] == pytest.approx(own / mean_queries, abs=1e-4)
+
+
+# -- what cannot be measured ---------------------------------------------------------------------------------
+
+
+def test_one_image_alone_or_one_without_a_caption_is_refused():
+    with pytest.raises(UserError, match="made/test has 1 images"):
+        made(np.eye(1), np.eye(1), [1])
+    with pytest.raises(UserError, match="i1 has no caption"):
+        measure(np.eye(2), {"a": [1.0, 0.0]}, [("a",), ()])
+
+
+def test_a_model_that_diverged_is_refused_and_not_perfect():
+    with pytest.raises(UserError, match="captions of made/test are not finite"):
+        made(np.eye(2), np.full((2, 2), np.nan), [1, 1])
+
+
+# -- the command ---------------------------------------------------------------------------------------------
+
+
+def test_the_command_writes_figures_intervals_and_items_and_the_report_reads_them(small_example):
+    run.main(["--mode", "retrieve", "--split", "val", "--device", "cpu"])
+    (path,) = Path("results").rglob("retrieve-*.json")
+    found = json.loads(path.read_text())
+    assert {f"{name}_r{k}" for name in FAMILIES for k in (1, 5, 10, 20, 50)} <= set(found["metrics"])
+    for metric, (low, high) in found["intervals"].items():
+        assert 0 <= low <= found["metrics"][metric] <= high <= 1
+    assert {metric: len(values) for metric, values in found["items"].items()} == {f"{name}_r1": 60 for name in FAMILIES}
+    page, gathered = report.write([Path("results")])
+    assert not gathered.skipped
+    assert "paired_i2t_r50" in page.with_suffix(".csv").read_text()

@@ -1,0 +1,161 @@
+"""Which examples come together: settings that fit each other, shares that double, clusters that are similar."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from pc_clip import samplers
+from pc_clip.clusters import sizes
+from pc_clip.config import FinetuneConfig, SamplerConfig, TrainConfig
+from pc_clip.errors import UserError
+
+GROUPS, EACH = 12, 8  # examples that are alike: 0-7, 8-15, ...
+N = GROUPS * EACH
+
+
+def grouped(similarity: str, now: bool) -> torch.Tensor:
+    """Embeddings of GROUPS directions, EACH examples around each."""
+    noise = torch.randn(N, GROUPS, generator=torch.Generator().manual_seed(0))
+    return torch.nn.functional.normalize(torch.eye(GROUPS).repeat_interleave(EACH, 0) + 0.05 * noise, dim=-1)
+
+
+def noting(asked: list, which: int):
+    """grouped, that keeps what it was asked for."""
+
+    def embed(*how) -> torch.Tensor:
+        asked.append(how[which])
+        return grouped(*how)
+
+    return embed
+
+
+def settings(batch_size: int = 24, **options) -> FinetuneConfig:
+    train = {name: options.pop(name) for name in ("epochs", "steps", "max_steps_per_epoch") if name in options}
+    config = FinetuneConfig(train=TrainConfig(batch_size=batch_size, **train), sampler=SamplerConfig(**options))
+    config.sampler.kind = options.get("kind", "clusters")
+    return config
+
+
+def make(config: FinetuneConfig, n: int = N, embed=grouped) -> samplers.Sampler:
+    return samplers.make(config, n, config.train.batch_size, embed)
+
+
+def epoch(sampler: samplers.Sampler, number: int) -> np.ndarray:
+    return np.stack(list(sampler.batches(number, np.random.default_rng(number))))
+
+
+def test_random_batches_hold_everything_once_an_epoch_in_another_order_each():
+    sampler = make(settings(kind="random"))
+    first, second = epoch(sampler, 0), epoch(sampler, 1)
+    assert first.shape == second.shape == (sampler.steps_per_epoch, 24) == (4, 24)
+    assert sorted(first.ravel()) == sorted(second.ravel()) == list(range(N))
+    assert (first != second).any()
+
+
+@pytest.mark.parametrize("kind", ["random", "clusters"])
+def test_an_epoch_can_be_cut_short(kind):
+    sampler = make(settings(kind=kind, max_steps_per_epoch=3))
+    assert sampler.steps_per_epoch == 3
+    assert epoch(sampler, 0).shape == (3, 24)
+    assert make(settings(kind=kind, max_steps_per_epoch=99)).steps_per_epoch == 4
+
+
+@pytest.mark.parametrize(("options", "size"), [({"cluster_size": 8}, 8), ({"clusters": 3}, 8), ({"clusters": 6}, 4)])
+def test_clusters_are_of_similar_examples(options, size):
+    for batch in epoch(make(settings(**options)), 0):
+        assert len(set(batch.tolist())) == 24
+        for cluster in batch.reshape(-1, size):
+            assert len(set(cluster // EACH)) == 1
+
+
+def test_the_share_is_in_clusters_and_the_rest_at_random():
+    batches = epoch(make(settings(cluster_size=4, share=0.5)), 0)
+    inside, outside = batches[:, :12].reshape(-1, 4), batches[:, 12:].reshape(-1, 4)
+    assert all(len(set(cluster // EACH)) == 1 for cluster in inside)
+    assert np.mean([len(set(some // EACH)) for some in outside]) > 2.5
+
+
+def test_the_share_doubles_at_the_epochs_named_and_ends_at_exactly_what_was_asked():
+    options = settings(epochs=20, cluster_size=4, double_at=[4, 6, 8, 10, 12, 14, 16, 18]).sampler
+    shares = [samplers.share(options, n) for n in range(20)]
+    assert shares[:4] == [1 / 256] * 4
+    assert shares[4:6] == [1 / 128] * 2
+    assert shares[18:] == [1.0, 1.0]
+    assert all(b in (a, 2 * a) for a, b in itertools.pairwise(shares))
+
+
+def test_clusters_grow_in_number_with_the_share():
+    sampler = make(settings(epochs=5, cluster_size=4, double_at=[1, 3]))
+    for number, share in ((0, 0.25), (1, 0.5), (2, 0.5), (3, 1.0), (4, 1.0)):
+        for batch in epoch(sampler, number):
+            held = sum(sizes(24, 4, share))
+            assert held == 24 * share // 2 * 2
+            assert all(len(set(cluster // EACH)) == 1 for cluster in batch[: held // 4 * 4].reshape(-1, 4))
+    assert "share of a batch: 0.25 from epoch 0, 0.5 from epoch 1, 1 from epoch 3" in sampler.notes[0]
+
+
+def test_online_looks_at_the_model_at_each_epochs_beginning_and_offline_before_training_alone():
+    for online, expected in ((True, [True] * 3), (False, [False])):
+        asked: list[bool] = []
+        sampler = make(settings(online=online, cluster_size=4), embed=noting(asked, 1))
+        assert asked == ([] if online else [False])
+        for number in range(3):
+            sampler.begin(number)
+            epoch(sampler, number)
+        assert asked == expected
+
+
+def test_an_epoch_is_part_of_the_state_and_is_not_made_again():
+    sampler = make(settings(cluster_size=4))
+    sampler.begin(2)
+    expected, state = epoch(sampler, 2), sampler.state()
+
+    def forbidden(*how):
+        raise AssertionError("the weights of the epoch's beginning are gone")
+
+    later = make(settings(cluster_size=4), embed=forbidden)
+    later.restore(state)
+    later.begin(2)
+    assert (epoch(later, 2) == expected).all()
+    with pytest.raises(AssertionError):
+        later.begin(3)
+
+
+def test_similar_by_what_is_asked_of_the_method():
+    asked = []
+    for similarity in ("text", "image"):
+        make(settings(similarity=similarity, cluster_size=4), embed=noting(asked, 0)).begin(0)
+    assert asked == ["text", "image"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kind": "clustered"}, r"sampler.kind is 'clustered'. Did you mean 'clusters'"),
+        ({"kind": "random", "cluster_size": 4}, r"sampler.cluster_size has no effect on random batches; add"),
+        ({"kind": "random", "double_at": [1]}, r"sampler.double_at has no effect on random batches"),
+        ({"similarity": "picture"}, r"sampler.similarity is 'picture'.*text"),
+        ({"index": "fais"}, r"sampler.index is 'fais'. Did you mean 'faiss'"),
+        ({"neighbourhood": 0}, r"sampler.neighbourhood is 0; it must be at least 1"),
+        ({"share": 0.0}, r"sampler.share is 0.0; it is a share of the batch, above 0 and at most 1"),
+        ({"share": 16.0}, r"sampler.share is 16.0"),
+        ({"clusters": 0}, r"sampler.clusters is 0; it must be at least 1"),
+        ({"clusters": 5}, r"sampler.clusters is 5, which does not divide the 24 examples in clusters"),
+        ({"clusters": 3, "cluster_size": 4}, r"clusters 3 of sampler.cluster_size 4 are 12 examples, .* is 24;"),
+        ({"clusters": 24}, r"clusters of 1 in batches of 24: they need at least 2 and at most 24"),
+        ({"cluster_size": 25}, r"clusters of 25 in batches of 24"),
+        ({"double_at": [3, 2]}, r"sampler.double_at is \[3, 2\]; it takes epochs from 1 on, each later"),
+        ({"double_at": [0, 2]}, r"sampler.double_at is \[0, 2\]"),
+        ({"double_at": [1, 5], "epochs": 5}, r"would end at 0.5 and not at 1: it doubles at epochs \[1, 5\].*has 5"),
+        ({"double_at": [1, 2], "steps": 8}, r"would end at 0.5 and not at 1.*the run has 2, the last of them 1"),
+        ({"double_at": [1], "clusters": 3}, r"sampler.double_at changes how many clusters there are"),
+        ({"max_steps_per_epoch": 0}, r"train.max_steps_per_epoch is 0; it must be at least 1"),
+        ({"batch_size": 97}, r"96 examples do not fill one batch of 97; make train.batch_size smaller"),
+    ],
+)  # fmt: skip
+def test_settings_that_do_not_fit_are_said_in_words(options, message):
+    options = {"epochs": 20, **options}
+    with pytest.raises(UserError, match=message):
+        make(settings(**options))
