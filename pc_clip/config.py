@@ -79,7 +79,7 @@ class DataConfig:
     Args:
         dataset: A name that `python -m pc_clip.datasets` lists.
         root: The folder it is in, unless it is where that list says.
-        split: Which part of it; empty for train.
+        split: Which part of it, or the path of a table for tsv; empty for train.
         missing: What pictures absent from a captions file's list mean, error or skip.
         differences: The JSONL file of difference sentences; only methods that learn from them read it.
         captions: A file of captions in place of the data set's own, rewritten ones for instance; images without one
@@ -87,7 +87,7 @@ class DataConfig:
         embeddings: A file of image embeddings, or the index.json of many, to use in place of the images. The pictures
             of coco then need not be there, and tar files without captions are listed but not opened.
         broken: What a picture means that is there but does not decode, error or skip; for skip all are decoded once
-            before the run, and those left out are counted.
+            before the run, and those left out are counted. Which they are is remembered until a file changes.
         mix: Images of other data sets to learn from as well: a list of {dataset: ..., n: ...}.
         min_crop: Where the image tower learns, each image is a random crop of at least this share of its area; 1 for
             the transform of the evaluations.
@@ -123,7 +123,7 @@ class SamplerConfig:
         neighbourhood: The k - 1 partners are drawn from the `neighbourhood` * k nearest (s); 1 for the nearest.
         cover: Every example comes once an epoch, so that late clusters are less alike; otherwise those in clusters
             are drawn anew for each batch.
-        index: How neighbours are found, exact, or faiss where it is installed.
+        index: How neighbours are found, exact, or faiss where that is installed.
     """
 
     kind: str = "random"
@@ -274,7 +274,7 @@ class EvaluateConfig:
     Args:
         dataset: A name that `python -m pc_clip.datasets` lists.
         root: The folder it is in, unless it is where that list says.
-        split: Which part of it; empty for the test split.
+        split: Which part of it, or the path of a table for tsv; empty for the test split.
         missing: What pictures absent from a captions file's list mean, error or skip.
         download: Fetch the data set if it is not there.
         mode: Evaluations, separated by commas; empty for all that the data set allows.

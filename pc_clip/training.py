@@ -60,8 +60,8 @@ def finetune(config: FinetuneConfig) -> Path:
     if train.steps is not None:
         check_at_least("train.steps", train.steps, 1)
     _check_choices(train)
-    data = load_dataset(config.data)  # before the model, whose weights may take long to fetch
     process = PartialState(cpu=config.device == "cpu", **PATIENCE.to_kwargs())
+    data = load_dataset(config.data, config.seed)  # before the model, whose weights may take long to fetch
     busy = (
         f"another process is training {run}; let it finish or stop it, or choose another --name "
         f"(on a file system without locks, if there surely is none, delete {run / LOCK})"
@@ -92,12 +92,12 @@ def _run(config: FinetuneConfig, run: Path, data: Dataset) -> Path:
     if accelerator.is_main_process:
         log.info("%s", text_way)
     method = methods.find(config.method).Method(clip, data, config)
+    method.notes[:0] = [data.note] if data.note else []
     method.trainable()  # so that a wrong model.train is told of before anything is deleted
     if accelerator.is_main_process and not (config.resume and (run / "config.yaml").is_file()):
         if config.overwrite and not config.resume:
             _delete(run)  # only now, when nothing is left that could be refused
-        notes = [text_way, *([data.note] if data.note else []), *method.notes]
-        about = {"data": learnt_from, "start": clip.weights_hash(), "notes": notes}
+        about = {"data": learnt_from, "start": clip.weights_hash(), "notes": [text_way, *method.notes]}
         _open_folder(run, config, environment.describe() | about)
     accelerator.wait_for_everyone()
     with _Stop() as stop:

@@ -8,12 +8,14 @@ from pathlib import Path
 import jsonargparse
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 import finetune
 from pc_clip import learning_data
 from pc_clip.config import DataConfig, EmbedConfig, FinetuneConfig, MixConfig, configure
-from pc_clip.datasets import open_dataset
+from pc_clip.datasets import embedded, open_dataset
 from pc_clip.embeddings import embed
 from pc_clip.errors import UserError
 from pc_clip.learning_data import load_dataset
@@ -288,6 +290,18 @@ def test_training_on_pixels_stops_at_a_broken_picture_or_goes_on_without_it(tmp_
         finetune.main([*argv, "--train.batch_size", "6"])
     run = finetune.main([*argv, "--data.broken", "skip", "--name", "without"])
     assert (run / "model.safetensors").is_file()
+
+
+def test_crops_are_learnt_from_and_processes_change_no_bit_of_the_result(monkeypatch):
+    monkeypatch.setitem(embedded.EXAMPLE_SIZES, "train", 40)
+    Path("c.yaml").write_text("method: contrastive\nmodel:\n  train: both\ndata:\n  min_crop: 0.5\n")
+    argv = ["--config", "c.yaml", "--train.batch_size", "16", "--train.steps", "3", "--train.lr", "1e-3"]
+    ways = {"here": [], "two": ["--data.workers", "2"], "whole": ["--data.min_crop", "1"]}
+    here, two, whole = (
+        load_file(finetune.main([*argv, "--name", name, *flags]) / "model.safetensors") for name, flags in ways.items()
+    )
+    assert all(torch.equal(weights, two[name]) for name, weights in here.items())  # over two epochs
+    assert not all(torch.equal(weights, whole[name]) for name, weights in here.items())
 
 
 # -- embedding beforehand ------------------------------------------------------------------------------
