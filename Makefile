@@ -5,11 +5,12 @@ RUN    := $(VENV)/bin/python
 READY  := $(VENV)/.ready
 DATA   ?= data/coco
 
-.PHONY: quickstart reproduce test photo llm clean help
+.PHONY: quickstart reproduce simclip test photo llm clean help
 
 help:
 	@echo "make quickstart   write differences, finetune, evaluate on the embedded example; print one table"
 	@echo "make reproduce    the same with three seeds, and the paper's other evaluations"
+	@echo "make simclip      batches of similar examples against random ones, and hard pairs; about two hours on two cores"
 	@echo "make test         the whole test suite"
 	@echo "make photo DATA=folder   the same scripts on photographs with human captions (COCO's layout)"
 	@echo "make llm DATA=folder     a small language model writes 600 differences of those photographs; an audit"
@@ -28,6 +29,10 @@ quickstart: $(READY)
 
 reproduce: $(READY)
 	@for study in quickstart comparative averaging space; do \
+	  $(RUN) -m pc_clip.study configs/studies/$$study.yaml --seeds 0 1 2 || exit $$?; done
+
+simclip: $(READY)
+	@for study in simclip simclip_towers hard_pairs; do \
 	  $(RUN) -m pc_clip.study configs/studies/$$study.yaml --seeds 0 1 2 || exit $$?; done
 
 test: $(READY)

@@ -19,15 +19,17 @@ from pc_clip.errors import run_script
 from pc_clip.generate import write_missing_example
 from pc_clip.training import PATIENCE, finetune
 
-DEFAULT = Path(__file__).parent / "configs" / "example.yaml"
+CONFIGS = Path(__file__).parent / "configs"
+DEFAULTS = {"pairwise": "example.yaml", "contrastive": "example_captions.yaml"}  # by --method, where no config is named
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     parser = jsonargparse.ArgumentParser(prog="finetune.py", description=__doc__)
-    method = peek(argv, "method", DEFAULT, FinetuneConfig.method)
+    method = peek(argv, "method", None, FinetuneConfig.method)
     options = {method: methods.find(method).Config}
-    config = configure(FinetuneConfig, parser, argv, default=DEFAULT, options=options)
+    default = CONFIGS / DEFAULTS.get(method, "example.yaml")
+    config = configure(FinetuneConfig, parser, argv, default=default, options=options)
     with PartialState(cpu=config.device == "cpu", **PATIENCE.to_kwargs()).main_process_first():
         write_missing_example(config.data)
     run = finetune(config)

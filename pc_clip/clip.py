@@ -85,7 +85,7 @@ class Clip:
             )
         try:
             with _quiet_open_clip(), torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
+                torch.default_generator.manual_seed(seed)  # of the CPU alone: torch.manual_seed takes the GPUs' along
                 model = open_clip.create_model(
                     name,
                     pretrained if load_weights else None,

@@ -141,13 +141,10 @@ def _independent(
         inside = clusters_among(free)
         free[inside] = False
         if np.count_nonzero(free[waiting]) < batch_size - len(inside):  # the order is used up: another one begins
-            waiting = rng.permutation(n)
+            again = rng.permutation(n)
+            held = np.zeros(n, dtype=bool)
+            held[waiting] = True
+            waiting = np.concatenate([waiting, again[~held[again]]])  # who still waits comes first
         places = np.flatnonzero(free[waiting])[: batch_size - len(inside)]
         yield np.concatenate([inside, waiting[places]])
         waiting = np.delete(waiting, places)
-
-
-def hardness(z: Tensor) -> float:
-    """Mean cosine of the negatives of a batch. z: [B, D] unit embeddings, B at least 2"""
-    total = z.sum(0)
-    return float((total @ total - len(z)) / (len(z) * (len(z) - 1)))

@@ -44,8 +44,15 @@ def build(kind: str, z: Tensor, seed: int = 0) -> Index:
     seed: below 2**31. The same one gives the same index, with any number of threads but for rounding.
     Raises UserError for a kind that is not known or not installed.
     """
-    check_choice("index", kind, KINDS)
+    check(kind)
     return KINDS[kind](z, seed)
+
+
+def check(kind: str) -> None:
+    """Raise UserError for a kind that is not known or not installed."""
+    check_choice("index", kind, KINDS)
+    if kind == "faiss":
+        _import("faiss", "faiss-cpu")
 
 
 # -- exact ---------------------------------------------------------------------------------------------

@@ -11,8 +11,7 @@ A sampler has
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -27,7 +26,18 @@ from pc_clip.errors import UserError, check_at_least, check_choice
 
 CLUSTER_SIZE = 16  # k where nobody says otherwise: the largest of the paper's, and its README's
 
-Embed = Callable[[str, bool], Tensor]  # (text or image, by the model as it is now) -> [N, D] unit embeddings
+
+class Examples(Protocol):
+    """What a sampler asks of a method about its N examples. similarity: text or image."""
+
+    def embeddings(self, similarity: str, now: bool) -> Tensor:
+        """[N, D] unit embeddings, by the model as it is now or as it was before training."""
+
+    def learns(self, similarity: str) -> bool:
+        """Whether these change in training."""
+
+    def alike(self, similarity: str) -> np.ndarray:
+        """[N] int64: a number for each example, the same for those that no embedding could tell apart."""
 
 
 class Sampler(Protocol):
@@ -43,7 +53,7 @@ class Sampler(Protocol):
     def restore(self, state: dict[str, Tensor]) -> None: ...
 
 
-def make(config: FinetuneConfig, n: int, batch_size: int, embed: Embed, what: str = "examples") -> Sampler:
+def make(config: FinetuneConfig, n: int, batch_size: int, examples: Examples, what: str = "examples") -> Sampler:
     """The sampler that the settings name, for n examples in batches of batch_size.
 
     Raises UserError for settings that do not fit each other, and for fewer examples than fill a batch.
@@ -56,23 +66,23 @@ def make(config: FinetuneConfig, n: int, batch_size: int, embed: Embed, what: st
         check_at_least("train.max_steps_per_epoch", config.train.max_steps_per_epoch, 1)
         steps = min(steps, config.train.max_steps_per_epoch)
     if config.sampler.kind == "random":
-        _refuse_unused(config.sampler)
-        return Random(n, batch_size, steps)
-    return Clusters(config, n, batch_size, steps, embed)
+        return Random(n, batch_size, steps, _without_effect(config.sampler))
+    return Clusters(config, batch_size, steps, examples)
 
 
-def _refuse_unused(options: SamplerConfig) -> None:
-    for field, plain in zip(dataclasses.fields(SamplerConfig), dataclasses.astuple(SamplerConfig())):
-        if getattr(options, field.name) != plain and field.name != "kind":
-            raise UserError(f"sampler.{field.name} has no effect on random batches; add --sampler.kind clusters")
+def _without_effect(options: SamplerConfig) -> list[str]:
+    """A line that names what is set but means nothing for random batches: a config of clusters may be run without."""
+    plain = vars(SamplerConfig())
+    unused = [f"sampler.{name}" for name, value in vars(options).items() if value != plain[name] and name != "kind"]
+    return [f"batches are random, so {', '.join(unused)} has no effect"] if unused else []
 
 
 class Random:
     """Every example at most once an epoch, in whole batches."""
 
-    def __init__(self, n: int, batch_size: int, steps_per_epoch: int) -> None:
+    def __init__(self, n: int, batch_size: int, steps_per_epoch: int, notes: Sequence[str] = ()) -> None:
         self.n, self.batch_size, self.steps_per_epoch = n, batch_size, steps_per_epoch
-        self.notes: list[str] = []
+        self.notes = list(notes)
 
     def begin(self, epoch: int) -> None:
         pass
@@ -93,35 +103,56 @@ class Clusters:
     """Batches of which a share is clusters of similar examples: pc_clip.clusters, an epoch at a time.
 
     The batches of an epoch are settled when it begins, because what is similar may depend on the weights of that
-    moment; they are part of a run's state, so that it can be continued within the epoch.
+    moment; they are part of a run's state, so that it can be continued within the epoch. Examples that no embedding
+    could tell apart, such as pairs of which the same sentence is told, are one while batches are made, and one of them
+    is drawn for each batch: they would be negatives of each other that nothing can be learnt from.
     """
 
-    def __init__(self, config: FinetuneConfig, n: int, batch_size: int, steps_per_epoch: int, embed: Embed) -> None:
-        self.options, self.seed, self.embed = config.sampler, config.seed, embed
-        self.n, self.batch_size, self.steps_per_epoch = n, batch_size, steps_per_epoch
+    def __init__(self, config: FinetuneConfig, batch_size: int, steps_per_epoch: int, examples: Examples) -> None:
+        self.options, self.seed, self.examples = config.sampler, config.seed, examples
+        self.batch_size, self.steps_per_epoch = batch_size, steps_per_epoch
         train = config.train
         epochs = train.epochs if train.steps is None else -(-train.steps // steps_per_epoch)
         check_options(self.options, batch_size, epochs)
         self.size = cluster_size(self.options, batch_size)
-        # From the weights before training, which are gone when the first epoch is over.
-        self.z = None if self.options.online else embed(self.options.similarity, False)
-        self.index = neighbours.build(self.options.index, self.z, self.seed % 2**31) if self.z is not None else None
+        self.members = _Members(examples.alike(self.options.similarity))
+        if len(self.members) < batch_size:
+            raise UserError(
+                f"only {len(self.members)} examples differ by {self.options.similarity}, which do not fill a batch of "
+                f"{batch_size} in clusters; make train.batch_size smaller, or take --sampler.kind random"
+            )
+        self.online = self.options.online and examples.learns(self.options.similarity)
+        self.index: neighbours.Index | None = None  # of the weights before training, which are gone after an epoch
+        if not self.online:
+            self.z, self.index = self._search(False)
         self.epoch, self.plan = -1, np.empty((0, batch_size), dtype=np.int64)
-        self.notes = [_describe(self.options, batch_size, self.size)]
+        self.notes = [_describe(self.options, batch_size, self.size, self.online)]
+
+    def _search(self, now: bool) -> tuple[Tensor | None, neighbours.Index | None]:
+        """What is searched and how: in the main process, on its GPU if it has one. Nothing in the others."""
+        z = self.examples.embeddings(self.options.similarity, now)  # by all processes together
+        if not PartialState().is_main_process:
+            return None, None
+        z = self.members.first_of(z).to(PartialState().device if self.options.index == "exact" else "cpu")
+        return z, neighbours.build(self.options.index, z, self.seed % 2**31)
 
     def begin(self, epoch: int) -> None:
         """Settle the epoch's batches: in one process, for all of them, since rounding must not tell them apart."""
         if epoch == self.epoch:
             return
-        z = self.embed(self.options.similarity, True) if self.z is None else self.z
+        z, index = self._search(True) if self.online else (self.z, self.index)
         state = PartialState()
-        plan = self._plan(z, epoch) if state.is_main_process else np.empty((self.steps_per_epoch, self.batch_size), int)
+        plan = (
+            np.empty((self.steps_per_epoch, self.batch_size), dtype=np.int64)
+            if z is None
+            else self._plan(z, index, epoch)
+        )
         if state.num_processes > 1:
             plan = broadcast(torch.from_numpy(plan).to(state.device)).cpu().numpy()
         self.epoch, self.plan = epoch, plan
 
-    def _plan(self, z: Tensor, epoch: int) -> np.ndarray:
-        options = self.options
+    def _plan(self, z: Tensor, index: neighbours.Index, epoch: int) -> np.ndarray:
+        options, rng = self.options, np.random.default_rng([self.seed, 4, epoch])
         made = clusters.plan(
             z,
             self.batch_size,
@@ -130,10 +161,10 @@ class Clusters:
             share=share(options, epoch),
             neighbourhood=options.neighbourhood,
             cover=options.cover,
-            index=self.index or options.index,
-            rng=np.random.default_rng([self.seed, 4, epoch]),
+            index=index,
+            rng=rng,
         )
-        return np.stack(list(made))
+        return self.members.draw(np.stack(list(made)), rng)
 
     def batches(self, epoch: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
         self.begin(epoch)
@@ -146,6 +177,27 @@ class Clusters:
         self.epoch, self.plan = int(state["epoch"]), state["plan"].numpy()
 
 
+class _Members:
+    """Groups of examples that are alike. len() of it: how many groups."""
+
+    def __init__(self, group: np.ndarray) -> None:
+        self.order = np.argsort(group, kind="stable")
+        _, self.start, self.count = np.unique(group[self.order], return_index=True, return_counts=True)
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+    def first_of(self, z: Tensor) -> Tensor:
+        """One row a group.  [N, D] -> [G, D]"""
+        return z if len(self) == len(z) else z[torch.from_numpy(self.order[self.start])]
+
+    def draw(self, groups: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """An example of each group, any of them as likely as another. -> the same shape"""
+        if len(self) == len(self.order):
+            return self.order[groups]
+        return self.order[self.start[groups] + rng.integers(self.count[groups])]
+
+
 def share(options: SamplerConfig, epoch: int) -> float:
     """The share of a batch that is in clusters in an epoch (from 0): exactly `share` from the last doubling on."""
     return options.share / 2 ** sum(at > epoch for at in options.double_at)
@@ -154,7 +206,7 @@ def share(options: SamplerConfig, epoch: int) -> float:
 def cluster_size(options: SamplerConfig, batch_size: int) -> int:
     """k, given or by the number of clusters. Raises UserError where these do not come out even."""
     if options.clusters is None:
-        return options.cluster_size or CLUSTER_SIZE
+        return CLUSTER_SIZE if options.cluster_size is None else options.cluster_size
     inside = round(options.share * batch_size)
     if inside % options.clusters:
         raise UserError(
@@ -175,6 +227,7 @@ def check_options(options: SamplerConfig, batch_size: int, epochs: int) -> None:
     """Raises UserError for settings of clusters that mean nothing."""
     check_choice("sampler.similarity", options.similarity, ("text", "image"))
     check_choice("sampler.index", options.index, neighbours.KINDS)
+    neighbours.check(options.index)
     check_at_least("sampler.neighbourhood", options.neighbourhood, 1)
     if not 0 < options.share <= 1:
         raise UserError(f"sampler.share is {options.share}; it is a share of the batch, above 0 and at most 1")
@@ -183,6 +236,11 @@ def check_options(options: SamplerConfig, batch_size: int, epochs: int) -> None:
     size = cluster_size(options, batch_size)
     if not 2 <= size <= batch_size:
         raise UserError(f"clusters of {size} in batches of {batch_size}: they need at least 2 and at most {batch_size}")
+    if not clusters.sizes(batch_size, size, options.share):
+        raise UserError(
+            f"sampler.share {options.share} of a batch of {batch_size} is less than two examples, so no cluster; "
+            "make it larger, or take --sampler.kind random"
+        )
     _check_schedule(options, epochs)
 
 
@@ -200,8 +258,8 @@ def _check_schedule(options: SamplerConfig, epochs: int) -> None:
         )
 
 
-def _describe(options: SamplerConfig, batch_size: int, size: int) -> str:
-    when = "by the model at each epoch's beginning" if options.online else "by the model before training"
+def _describe(options: SamplerConfig, batch_size: int, size: int, online: bool) -> str:
+    when = "by the model at each epoch's beginning" if online else "by the model before training"
     shares = [(at, share(options, at)) for at in (0, *options.double_at)]
     told = ", ".join(f"{p:g} from epoch {at}" for at, p in shares) if len(shares) > 1 else f"{shares[0][1]:g}"
     few = "" if round(shares[0][1] * batch_size) > 1 else " (fewer than two examples at first, so no cluster)"

@@ -131,7 +131,7 @@ def _loop(accelerator: Accelerator, method: nn.Module, config: FinetuneConfig, r
         for line in method.notes:
             log.info("%s", line)
         log.info("%s: %d steps of %d, %.1f M parameters learn", config.method, total, train.batch_size, count / 1e6)
-    since, then = done, time.perf_counter()
+    since, then, settling = done, time.perf_counter(), 0.0
     bar = tqdm(total=total, initial=done, desc=config.name, disable=None if main else True)
     with closing(epoch_by_epoch(method, done, total, accelerator.device)) as coming:
         for step, batch in coming:
@@ -151,8 +151,9 @@ def _loop(accelerator: Accelerator, method: nn.Module, config: FinetuneConfig, r
             bar.update()
             step += 1
             if step % train.log_every == 0 or step == total:
-                rate = (step - since) * train.batch_size / (time.perf_counter() - then)
-                since, then = step, time.perf_counter()
+                spent = time.perf_counter() - then - (method.settling - settling)
+                rate = (step - since) * train.batch_size / spent
+                since, then, settling = step, time.perf_counter(), method.settling
                 means = {k: v.item() for k, v in accelerator.reduce({"loss": loss.detach()} | logs, "mean").items()}
                 if main:
                     metrics.write({"step": step, "epoch": step / per_epoch, "lr": lr, "pairs_per_second": rate} | means)
@@ -322,7 +323,10 @@ def _already_done(run: Path, config: FinetuneConfig, learnt_from: dict[str, str]
 
 
 def _as_now(old: dict[str, Any], config: FinetuneConfig) -> dict[str, Any]:
-    """An earlier version's settings with those that it did not have at their defaults."""
+    """An earlier version's settings by today's names, with those that it did not have at their defaults."""
+    if old.get("method") in methods.RENAMED:
+        before, now = old["method"], methods.RENAMED[old["method"]]
+        old = {now if key == before else key: value for key, value in old.items()} | {"method": now}
     fresh = FinetuneConfig()
     setattr(fresh, config.method, methods.find(config.method).Config())
     defaults = yaml.safe_load(dump(fresh))

@@ -16,6 +16,12 @@ def embeddings(n, seed=0, d=6):
     return torch.nn.functional.normalize(torch.from_numpy(np.random.default_rng(seed).normal(size=(n, d))), dim=-1)
 
 
+def hardness(z) -> float:
+    """Mean cosine of a batch's negatives."""
+    total = z.sum(0)
+    return float((total @ total - len(z)) / (len(z) * (len(z) - 1)))
+
+
 def slow_nearest(z, row, allowed):
     """All others that may be found, most similar first."""
     others = [n for n in range(len(z)) if n != row and allowed[n]]
@@ -101,7 +107,7 @@ def test_an_approximate_index_makes_whole_batches_nearly_as_similar(cover):
     assert found == plan(z, 50, 30, index="faiss", **settings)
     if cover:
         assert sorted(row for batch in found for row in batch) == list(range(1500))
-    theirs, ours = (np.mean([clusters.hardness(z[batch[:10]]) for batch in some]) for some in (exact, found))
+    theirs, ours = (np.mean([hardness(z[batch[:10]]) for batch in some]) for some in (exact, found))
     assert ours == pytest.approx(theirs, abs=0.05)
 
 
@@ -191,10 +197,10 @@ def test_settings_that_cannot_be_met_say_so_before_the_first_batch(settings, sai
 def test_clusters_make_negatives_harder_and_hardness_is_their_mean_cosine():
     z = embeddings(300, d=4)
     of = {
-        share: np.mean([clusters.hardness(z[batch]) for batch in plan(z, 30, 8, size=10, share=share)])
+        share: np.mean([hardness(z[batch]) for batch in plan(z, 30, 8, size=10, share=share)])
         for share in (0.0, 0.5, 1.0)
     }
     assert of[0.0] < of[0.5] < of[1.0]
     some = z[:7]
     cosines = [float(some[i] @ some[j]) for i in range(7) for j in range(7) if i != j]
-    assert clusters.hardness(some) == pytest.approx(np.mean(cosines))
+    assert hardness(some) == pytest.approx(np.mean(cosines))

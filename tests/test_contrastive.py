@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from pc_clip import checkpoint, training
@@ -83,8 +84,8 @@ def test_batches_are_similar_captions_and_so_harder_than_random_ones(config, exa
         with torch.no_grad():
             logs = [method(batch)[1] for batch in islice(method.loader(0), 4)]
         hard[method] = {name: np.mean([float(each[name]) for each in logs]) for name in logs[0]}
-    for name in ("negatives", "likely_false_negatives"):
-        assert hard[clustered][name] > 1.2 * hard[at_random][name]
+    for name in ("mean_negative", "hardest_negative", "likely_false_negatives"):
+        assert hard[clustered][name] > 1.05 * hard[at_random][name]
 
 
 # -- what is logged ------------------------------------------------------------------------------------
@@ -98,7 +99,8 @@ def test_hardness_is_the_mean_cosine_of_wrong_pairs_and_the_share_of_likely_fals
         text = torch.nn.functional.normalize(example_clip.encode_text(batch.tokens), dim=-1)
     image = torch.nn.functional.normalize(batch.images, dim=-1)
     cosines = [float(text[i] @ image[j]) for i in range(24) for j in range(24) if i != j]
-    assert float(logs["negatives"]) == pytest.approx(np.mean(cosines), abs=1e-5)
+    assert float(logs["mean_negative"]) == pytest.approx(np.mean(cosines), abs=1e-5)
+    assert float(logs["hardest_negative"]) == pytest.approx(np.reshape(cosines, (24, 23)).max(1).mean(), abs=1e-5)
     told = [data.captions[data.ids.index(key)] for key in batch.ids]
     tokens = {tuple(example_clip.tokenizer([text])[0].tolist()): text for texts in told for text in texts}
     width = example_clip.context_length - batch.tokens.shape[1]
@@ -111,7 +113,10 @@ def test_hardness_is_the_mean_cosine_of_wrong_pairs_and_the_share_of_likely_fals
 def test_both_are_in_the_log_of_a_run(config):
     found = rows(finetune(config))
     assert len(found) == 12
-    assert all(-1 < row["negatives"] < 1 and 0 <= row["likely_false_negatives"] <= 1 for row in found)
+    assert all(
+        -1 < row["mean_negative"] < row["hardest_negative"] < 1 and 0 <= row["likely_false_negatives"] <= 1
+        for row in found
+    )
 
 
 # -- an epoch's batches depend on the weights at its beginning -------------------------------------------
@@ -233,3 +238,36 @@ def test_captions_are_needed(config, example_clip):
     data = load_dataset(config.data)
     with pytest.raises(UserError, match="method contrastive needs captions, and example has none"):
         contrastive.Method(example_clip, type(data)(**{**vars(data), "captions": None}), config)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0])
+def test_a_temperature_that_means_nothing_is_refused(config, example_clip, temperature):
+    config.contrastive.temperature = temperature
+    with pytest.raises(UserError, match="contrastive.temperature is .*; it must be above 0, or null"):
+        make(config, example_clip)
+
+
+def test_what_is_only_for_the_log_is_found_where_there_is_a_line_of_it(config, example_clip):
+    config.train.log_every, config.train.epochs = 3, 2  # of eight steps
+    found = [float(batch.likely_false) for epoch in (0, 1) for batch in make(config, example_clip).loader(epoch)]
+    assert [np.isfinite(value) for value in found] == [(n + 1) % 3 == 0 or n == 7 for n in range(8)]
+
+
+# -- the earlier name ------------------------------------------------------------------------------------
+
+
+def test_the_earlier_name_is_told_of(config):
+    config.method = "captions"
+    with pytest.raises(UserError, match="method captions is called contrastive now; so is its group of settings"):
+        finetune(config)
+
+
+def test_a_run_by_the_earlier_name_is_known(config):
+    config.sampler = SamplerConfig()
+    path = finetune(config) / "config.yaml"
+    settings = yaml.safe_load(path.read_text())
+    settings["method"], settings["captions"] = "captions", settings.pop("contrastive")
+    path.write_text(yaml.safe_dump(settings))
+    written = (path.parent / "model.safetensors").stat().st_mtime_ns
+    finetune(config)
+    assert (path.parent / "model.safetensors").stat().st_mtime_ns == written

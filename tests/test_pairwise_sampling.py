@@ -1,5 +1,6 @@
 """PC-CLIP in batches of similar pairs, and from pairs whose images are alike."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +62,21 @@ def test_a_batch_of_clusters_says_similar_things(config, example_clip, mirror):
         assert all(len(batch) == 12 for batch in batches)
         mixed[name] = np.mean([len(set(batch[n : n + 4])) for batch in batches for n in (0, 4, 8)])
     assert mixed["clusters"] < 1.4 < 1.9 < mixed["random"]
+
+
+def test_hardness_and_sentences_that_come_twice_are_in_the_log(config):
+    lines = Path("d.jsonl").read_text().splitlines()
+    texts = [json.loads(line) for line in lines]
+    for n, row in enumerate(texts):
+        row["text"] = texts[n // 30]["text"]  # two sentences, thirty times each
+    Path("d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
+    config.train.steps, config.train.log_every = 1, 1
+    (row,) = [json.loads(line) for line in (finetune(config) / "metrics.jsonl").read_text().splitlines()]
+    assert 0.3 < row["identical_negatives"] < 0.7
+    assert -1 < row["mean_negative"] < row["hardest_negative"] < 1
+    config.name, config.sampler = "b", SamplerConfig(kind="clusters", cluster_size=4)
+    with pytest.raises(UserError, match="only 2 examples differ by text"):
+        finetune(config)
 
 
 @pytest.mark.parametrize("similarity", ["text", "image"])

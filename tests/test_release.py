@@ -491,7 +491,13 @@ def test_training_goes_on_from_the_released_files_without_a_picture(example_clip
     where = ["--model.name", "example", "--data.dataset", "coco", "--data.root", "data/release", "--data.split",
              "release", "--train.batch_size", "16", "--train.steps", "3"]  # fmt: skip
     released = ["--data.embeddings", "data/release/coco_embeddings.safetensors"]
-    config = ["--config", str(finetune.DEFAULT), *where, "--data.differences", "llm_diffs/coco_release.jsonl"]
+    config = [
+        "--config",
+        str(finetune.CONFIGS / "example.yaml"),
+        *where,
+        "--data.differences",
+        "llm_diffs/coco_release.jsonl",
+    ]
     run = finetune.main([*config, *released, "--pairwise.anchor", "1"])
     assert (run / "model.safetensors").is_file()
     assert "taken on trust" in caplog.text

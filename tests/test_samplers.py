@@ -1,6 +1,7 @@
 """Which examples come together: settings that fit each other, shares that double, clusters that are similar."""
 
 import itertools
+import sys
 
 import numpy as np
 import pytest
@@ -15,20 +16,23 @@ GROUPS, EACH = 12, 8  # examples that are alike: 0-7, 8-15, ...
 N = GROUPS * EACH
 
 
-def grouped(similarity: str, now: bool) -> torch.Tensor:
-    """Embeddings of GROUPS directions, EACH examples around each."""
-    noise = torch.randn(N, GROUPS, generator=torch.Generator().manual_seed(0))
-    return torch.nn.functional.normalize(torch.eye(GROUPS).repeat_interleave(EACH, 0) + 0.05 * noise, dim=-1)
+class Grouped:
+    """Examples in GROUPS directions, EACH around each; what is asked of them is kept."""
 
+    def __init__(self, learns: bool = True, alike: np.ndarray | None = None) -> None:
+        self.asked: list[tuple[str, bool]] = []
+        self.changes, self.numbers = learns, np.arange(N) if alike is None else alike
 
-def noting(asked: list, which: int):
-    """grouped, that keeps what it was asked for."""
+    def embeddings(self, similarity: str, now: bool) -> torch.Tensor:
+        self.asked.append((similarity, now))
+        noise = torch.randn(N, GROUPS, generator=torch.Generator().manual_seed(0))
+        return torch.nn.functional.normalize(torch.eye(GROUPS).repeat_interleave(EACH, 0) + 0.05 * noise, dim=-1)
 
-    def embed(*how) -> torch.Tensor:
-        asked.append(how[which])
-        return grouped(*how)
+    def learns(self, similarity: str) -> bool:
+        return self.changes
 
-    return embed
+    def alike(self, similarity: str) -> np.ndarray:
+        return self.numbers
 
 
 def settings(batch_size: int = 24, **options) -> FinetuneConfig:
@@ -38,8 +42,8 @@ def settings(batch_size: int = 24, **options) -> FinetuneConfig:
     return config
 
 
-def make(config: FinetuneConfig, n: int = N, embed=grouped) -> samplers.Sampler:
-    return samplers.make(config, n, config.train.batch_size, embed)
+def make(config: FinetuneConfig, examples: Grouped | None = None) -> samplers.Sampler:
+    return samplers.make(config, N, config.train.batch_size, examples or Grouped())
 
 
 def epoch(sampler: samplers.Sampler, number: int) -> np.ndarray:
@@ -96,15 +100,19 @@ def test_clusters_grow_in_number_with_the_share():
     assert "share of a batch: 0.25 from epoch 0, 0.5 from epoch 1, 1 from epoch 3" in sampler.notes[0]
 
 
-def test_online_looks_at_the_model_at_each_epochs_beginning_and_offline_before_training_alone():
-    for online, expected in ((True, [True] * 3), (False, [False])):
-        asked: list[bool] = []
-        sampler = make(settings(online=online, cluster_size=4), embed=noting(asked, 1))
-        assert asked == ([] if online else [False])
-        for number in range(3):
-            sampler.begin(number)
-            epoch(sampler, number)
-        assert asked == expected
+@pytest.mark.parametrize(
+    ("online", "learns", "expected"),
+    [(True, True, [True] * 3), (False, True, [False]), (True, False, [False])],  # the last: why look again
+)
+def test_online_looks_at_the_model_at_each_epochs_beginning_and_offline_before_training(online, learns, expected):
+    examples = Grouped(learns)
+    sampler = make(settings(online=online, cluster_size=4), examples)
+    assert examples.asked == [("text", False)] * (not expected[0])
+    for number in range(3):
+        sampler.begin(number)
+        epoch(sampler, number)
+    assert [now for _, now in examples.asked] == expected
+    assert ("at each epoch's beginning" in sampler.notes[0]) == expected[0]
 
 
 def test_an_epoch_is_part_of_the_state_and_is_not_made_again():
@@ -112,30 +120,60 @@ def test_an_epoch_is_part_of_the_state_and_is_not_made_again():
     sampler.begin(2)
     expected, state = epoch(sampler, 2), sampler.state()
 
-    def forbidden(*how):
-        raise AssertionError("the weights of the epoch's beginning are gone")
-
-    later = make(settings(cluster_size=4), embed=forbidden)
+    examples = Grouped()  # which must not be asked: the weights of the epoch's beginning are gone
+    later = make(settings(cluster_size=4), examples)
     later.restore(state)
     later.begin(2)
     assert (epoch(later, 2) == expected).all()
-    with pytest.raises(AssertionError):
-        later.begin(3)
+    assert not examples.asked
+    later.begin(3)
+    assert examples.asked
 
 
-def test_similar_by_what_is_asked_of_the_method():
-    asked = []
-    for similarity in ("text", "image"):
-        make(settings(similarity=similarity, cluster_size=4), embed=noting(asked, 0)).begin(0)
-    assert asked == ["text", "image"]
+@pytest.mark.parametrize("similarity", ["text", "image"])
+def test_similar_by_what_is_asked_of_the_method(similarity):
+    examples = Grouped()
+    make(settings(similarity=similarity, cluster_size=4), examples).begin(0)
+    assert examples.asked == [(similarity, True)]
+
+
+def test_examples_that_are_alike_are_not_each_others_negatives_and_all_of_them_come():
+    """Two of each eight are told by the same words: a batch of 24 has at most one of the two."""
+    alike = np.arange(N)
+    alike[1::EACH] = alike[::EACH]
+    sampler, seen = make(settings(cluster_size=4), Grouped(alike=alike)), set()
+    for number in range(20):
+        for batch in epoch(sampler, number):
+            assert len(set(alike[batch].tolist())) == 24
+            assert all(len(set(cluster // EACH)) == 1 for cluster in batch.reshape(-1, 4))
+            seen |= set(batch.tolist())
+    assert seen == set(range(N))
+
+
+def test_too_few_that_differ_are_said():
+    with pytest.raises(UserError, match="only 12 examples differ by text, which do not fill a batch of 24 in clusters"):
+        make(settings(cluster_size=4), Grouped(alike=np.arange(N) // EACH))
+
+
+def test_random_batches_say_which_settings_of_clusters_have_no_effect():
+    found = make(settings(kind="random", cluster_size=4, double_at=[1]))
+    assert isinstance(found, samplers.Random)
+    assert found.notes == ["batches are random, so sampler.cluster_size, sampler.double_at has no effect"]
+    assert make(settings(kind="random")).notes == []
+
+
+def test_an_index_that_is_not_installed_is_told_of_before_a_run_begins(monkeypatch):
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(UserError, match="pip install faiss-cpu"):
+        make(settings(cluster_size=4, index="faiss"))
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"kind": "clustered"}, r"sampler.kind is 'clustered'. Did you mean 'clusters'"),
-        ({"kind": "random", "cluster_size": 4}, r"sampler.cluster_size has no effect on random batches; add"),
-        ({"kind": "random", "double_at": [1]}, r"sampler.double_at has no effect on random batches"),
+        ({"cluster_size": 0}, r"clusters of 0 in batches of 24"),
+        ({"share": 0.01}, r"sampler.share 0.01 of a batch of 24 is less than two examples, so no cluster"),
         ({"similarity": "picture"}, r"sampler.similarity is 'picture'.*text"),
         ({"index": "fais"}, r"sampler.index is 'fais'. Did you mean 'faiss'"),
         ({"neighbourhood": 0}, r"sampler.neighbourhood is 0; it must be at least 1"),

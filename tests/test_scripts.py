@@ -36,7 +36,9 @@ def test_with_no_argument_each_runs_in_any_order_and_says_what_it_made(small_exa
     monkeypatch.setattr(generate, "EXAMPLE", small)
     run.main([])
     assert "no finetuned example yet" in caplog.text
-    finetune.main(["--train.steps", "3", "--data.dataset", "example", "--config", str(finetune.DEFAULT)])
+    finetune.main(
+        ["--train.steps", "3", "--data.dataset", "example", "--config", str(finetune.CONFIGS / "example.yaml")]
+    )
     assert "is not there yet; writing it" in caplog.text
     assert Path("runs/example/model.safetensors").is_file()
     assert len(Path("llm_diffs/example.jsonl").read_text().splitlines()) == 200
@@ -205,7 +207,7 @@ def test_differences_that_cannot_be_used(small_example):
         "--data.differences",
         "d.jsonl",
         "--config",
-        str(finetune.DEFAULT),
+        str(finetune.CONFIGS / "example.yaml"),
     ]
     assert "no differences at d.jsonl" in call(finetune.main, *start)
     Path("d.jsonl").write_text('{"first": "train-00001", "second": "train-00002", "text": "ok"}\n{"first": \n')

@@ -23,7 +23,9 @@ import importlib
 import pkgutil
 from types import ModuleType
 
-from pc_clip.errors import check_choice
+from pc_clip.errors import UserError, check_choice
+
+RENAMED = {"captions": "contrastive"}  # earlier names
 
 
 def names() -> list[str]:
@@ -32,5 +34,7 @@ def names() -> list[str]:
 
 def find(name: str) -> ModuleType:
     """The module of a method. Raises UserError for an unknown one."""
+    if name in RENAMED:
+        raise UserError(f"method {name} is called {RENAMED[name]} now; so is its group of settings")
     check_choice("method", name, names())
     return importlib.import_module(f"{__name__}.{name}")

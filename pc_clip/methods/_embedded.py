@@ -58,13 +58,13 @@ def of_images(images: Images, rows: np.ndarray, now: bool, workers: int) -> Tens
 def _together(n: int, compute: Callable[[np.ndarray], Tensor], what: str) -> Tensor:
     """Rows 0 to n - 1 by `compute`, each process its part; every process has them all.  -> [n, D] on the CPU"""
     state = PartialState()
-    parts, starts = [], range(0, n, BLOCK)
+    found, starts = torch.empty(0), range(0, n, BLOCK)
     for start in tqdm(starts, what, leave=False, disable=None if len(starts) > 1 and state.is_main_process else True):
         block = np.arange(start, min(start + BLOCK, n))
-        if state.num_processes == 1:
-            parts.append(compute(block))
-            continue
         each = -(-len(block) // state.num_processes)
         mine = np.resize(block[state.process_index * each : (state.process_index + 1) * each], each)
-        parts.append(gather(compute(mine).to(state.device))[: len(block)].cpu())
-    return torch.cat(parts)
+        z = compute(mine)
+        z = z if state.num_processes == 1 else gather(z.to(state.device))[: len(block)].cpu()
+        found = found if len(found) else torch.empty(n, z.shape[1])  # filled: what torch.cat makes is there twice
+        found[start : start + len(block)] = z
+    return found

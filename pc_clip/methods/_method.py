@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import time
+
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast
 from torch import Tensor, nn
 
 from pc_clip.clip import SCRATCH, Clip
@@ -21,6 +25,7 @@ class BaseMethod(nn.Module):
         self.model, self.clip, self.config = clip.model, clip, config
         self.share = my_share("train.batch_size", config.train.batch_size)
         self.notes: list[str] = []
+        self.settling = 0.0  # seconds that the beginnings of epochs have taken
         # Statistics of BatchNorm are learnt from scratch only: a finetuned model keeps those it has.
         self.train(config.model.pretrained == SCRATCH)
 
@@ -30,7 +35,17 @@ class BaseMethod(nn.Module):
 
     def begin_epoch(self, epoch: int) -> None:
         """Called before each epoch, when all steps before it are done."""
+        begun = time.perf_counter()
+        if self.training and PartialState().num_processes > 1:  # else each process embeds by statistics of its own
+            for value in self.model.buffers():
+                broadcast(value)
         self.sampler.begin(epoch)
+        self.settling += time.perf_counter() - begun
+
+    def is_logged(self, epoch: int, n: int) -> bool:
+        """Whether the log has a line of the n-th step of an epoch; what is only for the log need not be found else."""
+        train, step = self.config.train, epoch * self.steps_per_epoch + n + 1
+        return step % train.log_every == 0 or step == (train.steps or train.epochs * self.steps_per_epoch)
 
     def after_step(self) -> None:
         """Called after each step of the optimizer. CLIP keeps its logit scale at 100 or below (Radford et al. 2021)."""

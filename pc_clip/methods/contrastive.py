@@ -44,7 +44,7 @@ class Batch(NamedTuple):
     ids: list[str]
     tokens: Tensor  # [B, L] int64
     images: Tensor  # [B, D] embeddings, or [B, 3, H, W] pixels when the image tower learns
-    likely_false: Tensor  # scalar: the share of negatives that are likely none
+    likely_false: Tensor  # scalar: the share of all processes' negatives that are likely none; NaN if it is not logged
 
 
 class Method(BaseMethod):
@@ -52,6 +52,11 @@ class Method(BaseMethod):
 
     def __init__(self, clip: Clip, data: Dataset, config: FinetuneConfig) -> None:
         super().__init__(clip, config)
+        temperature = config.contrastive.temperature
+        if temperature is not None and not temperature > 0:
+            raise UserError(
+                f"contrastive.temperature is {temperature}; it must be above 0, or null for the model's own"
+            )
         if not data.captions:
             raise UserError(
                 f"method contrastive needs captions, and {config.data.dataset} has none; "
@@ -66,7 +71,7 @@ class Method(BaseMethod):
         self.first_caption = self.captions_each.cumsum() - self.captions_each
         if self.texts.truncated:
             self.notes.append(f"{self.texts.truncated} texts longer than the context, cut")
-        self.sampler = samplers.make(config, len(self.rows), config.train.batch_size, self.embeddings, "images")
+        self.sampler = samplers.make(config, len(self.rows), config.train.batch_size, self, "images")
         self.notes += self.sampler.notes
 
     def _match(self, data: Dataset) -> tuple[list[tuple[str, ...]], np.ndarray]:
@@ -102,45 +107,42 @@ class Method(BaseMethod):
         means.index_add_(0, image_of, z[torch.from_numpy(self.caption_rows)])
         return nn.functional.normalize(means, dim=-1)
 
+    def learns(self, similarity: str) -> bool:
+        return similarity == "text" or self.images.learns
+
+    def alike(self, similarity: str) -> np.ndarray:
+        return np.arange(len(self.rows))
+
     def loader(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
         """This process's part of each batch; which of an image's captions it has is drawn anew each epoch."""
         rng = np.random.default_rng([self.config.seed, 2, epoch])
-        waiting: deque[tuple[np.ndarray, np.ndarray]] = deque()  # for their images, which may be read ahead
+        waiting: deque[tuple[np.ndarray, np.ndarray, float]] = deque()  # for their images, which may be read ahead
 
         def wanted() -> Iterator[np.ndarray]:
             for n, chosen in enumerate(self.sampler.batches(epoch, rng)):
                 drawn = rng.integers(self.captions_each[chosen])
                 if n >= skip:
-                    waiting.append((chosen[self.share], drawn[self.share]))
+                    likely = self._likely_false(chosen, drawn) if self.is_logged(epoch, n) else float("nan")
+                    waiting.append((chosen[self.share], drawn[self.share], likely))
                     yield self.rows[chosen[self.share]]
 
         with closing(self.images.batches(wanted(), epoch)) as coming:
             for images in coming:
-                yield self._batch(*waiting.popleft(), images)
+                chosen, drawn, likely = waiting.popleft()
+                tokens = self.texts.batch(self.caption_rows[self.first_caption[chosen] + drawn])
+                ids = [self.images.ids[row] for row in self.rows[chosen]]
+                yield Batch(ids, tokens, images, torch.tensor(likely))
 
-    def _batch(self, chosen: np.ndarray, drawn: np.ndarray, images: Tensor) -> Batch:
+    def _likely_false(self, chosen: np.ndarray, drawn: np.ndarray) -> float:
         told = [self.said[n] for n in chosen]
-        return Batch(
-            ids=[self.images.ids[row] for row in self.rows[chosen]],
-            tokens=self.texts.batch(self.caption_rows[self.first_caption[chosen] + drawn]),
-            images=images,
-            likely_false=torch.tensor(likely_false([each[k] for each, k in zip(told, drawn)], told)),
-        )
+        return likely_false([texts[k] for texts, k in zip(told, drawn)], told)
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         text = self.clip.encode_text(batch.tokens).float()  # [B, D]
         image = self.images.encode(batch.images).float()  # [B, D]
-        temperature = self.config.contrastive.temperature or 1 / self.model.logit_scale.exp()
+        fixed = self.config.contrastive.temperature
+        temperature = 1 / self.model.logit_scale.exp() if fixed is None else fixed
         loss = distributed.info_nce(text, image, temperature)
         logs = {"temperature": torch.as_tensor(temperature).detach()}
-        if len(text) > 1:
-            logs |= {"negatives": _negatives(text, image), "likely_false_negatives": batch.likely_false}
+        logs |= {"likely_false_negatives": batch.likely_false} | distributed.hardness(text, image)
         return loss, logs
-
-
-@torch.no_grad()
-def _negatives(text: Tensor, image: Tensor) -> Tensor:
-    """Mean cosine of the captions with the images of this process that are not theirs: how hard the batch is."""
-    text, image = nn.functional.normalize(text, dim=-1), nn.functional.normalize(image, dim=-1)
-    n = len(text)
-    return (text.sum(0) @ image.sum(0) - (text * image).sum()) / (n * (n - 1))

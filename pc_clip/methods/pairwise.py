@@ -27,6 +27,8 @@ from pc_clip.methods import _embedded
 from pc_clip.methods._batches import Images, Texts, Tokens, my_share
 from pc_clip.methods._method import BaseMethod
 
+BLOCK = 8192  # pairs whose embeddings are held at a time
+
 
 @dataclass
 class Config:
@@ -64,6 +66,7 @@ class Batch(NamedTuple):
     second: Tensor  # [B] int64
     anchor_tokens: Tensor  # [A, L'] int64
     anchor_start: Tensor  # [A, D] float32, where these captions were before training
+    identical: Tensor  # scalar: the share of all processes' negatives that say the very same sentence
 
 
 class Method(BaseMethod):
@@ -89,7 +92,7 @@ class Method(BaseMethod):
         self._draw_anchor(data.captions or [])
         # With mirror pairs a batch of B sentences is about B / 2 differences.
         self.pairs_per_batch = config.train.batch_size // (2 if self.options.mirror else 1)
-        self.sampler = samplers.make(config, len(self.pairs), self.pairs_per_batch, self.embeddings, "differences")
+        self.sampler = samplers.make(config, len(self.pairs), self.pairs_per_batch, self, "differences")
         self.notes += self.sampler.notes
 
     def _read_differences(self, path: str) -> None:
@@ -120,25 +123,23 @@ class Method(BaseMethod):
         if self.options.keep_by == "random":
             chosen = np.random.default_rng([self.config.seed, 5]).permutation(len(self.pairs))[:kept]
         else:
-            alike = self._alike()
-            chosen = np.argsort(-alike, kind="stable")[:kept]
+            closeness = self._closeness()
+            chosen = np.argsort(-closeness, kind="stable")[:kept]
             self.notes.append(
-                f"cosine of a pair's images: {alike.mean():.3f} in all, {alike[chosen].mean():.3f} in those kept"
+                f"cosine of two images: {closeness.mean():.3f} in all pairs, {closeness[chosen].mean():.3f} in those kept"
             )
         chosen.sort()
         self.pairs, self.text_rows = self.pairs[chosen], self.text_rows[chosen]
         self.mirror_rows = None if self.mirror_rows is None else self.mirror_rows[chosen]
         self.notes.append(f"{kept} pairs kept, {self.options.keep_by}")
 
-    def _alike(self, block: int = 8192) -> np.ndarray:
+    def _closeness(self) -> np.ndarray:
         """Cosine of the two images of each pair, before training.  -> [N]"""
         used, places = np.unique(self.pairs, return_inverse=True)
         z = _embedded.of_images(self.images, used, False, self.config.data.workers)
         places = torch.from_numpy(places.reshape(self.pairs.shape))
-        starts = range(0, len(places), block)
-        return np.concatenate(
-            [(z[places[n : n + block, 0]] * z[places[n : n + block, 1]]).sum(-1).numpy() for n in starts]
-        )
+        blocks = places.split(BLOCK)
+        return np.concatenate([(z[some[:, 0]] * z[some[:, 1]]).sum(-1).numpy() for some in blocks])
 
     def embeddings(self, similarity: str, now: bool) -> Tensor:
         """What makes pairs similar: their sentences, or their images' differences.  -> [N, D] float32, unit length"""
@@ -147,8 +148,20 @@ class Method(BaseMethod):
             return _embedded.of_texts(self.texts, said)[torch.from_numpy(rows)]
         used, places = np.unique(self.pairs, return_inverse=True)
         z = _embedded.of_images(self.images, used, now, self.config.data.workers)
-        places = torch.from_numpy(places.reshape(self.pairs.shape))
-        return losses.unit_differences(z[places[:, 0]], z[places[:, 1]])
+        places, found = torch.from_numpy(places.reshape(self.pairs.shape)), torch.empty(len(self.pairs), z.shape[1])
+        for n in range(0, len(places), BLOCK):
+            some = places[n : n + BLOCK]
+            found[n : n + BLOCK] = losses.unit_differences(z[some[:, 0]], z[some[:, 1]])
+        return found
+
+    def learns(self, similarity: str) -> bool:
+        return similarity == "text" or self.images.learns
+
+    def alike(self, similarity: str) -> np.ndarray:
+        """Pairs of which the same sentence is told, or whose two images are the same."""
+        if similarity == "text":
+            return self.text_rows
+        return np.unique(self.pairs, axis=0, return_inverse=True)[1].reshape(-1)
 
     def _draw_anchor(self, captions: list[tuple[str, ...]]) -> None:
         """Some captions and where their embeddings are now. Drawn by the run's seed."""
@@ -175,7 +188,9 @@ class Method(BaseMethod):
     def loader(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
         """This process's part of each batch."""
         rng = np.random.default_rng([self.config.seed, 2, epoch])
-        waiting: deque[tuple[np.ndarray, np.ndarray, np.ndarray]] = deque()  # for their images, which may be read ahead
+        waiting: deque[tuple[np.ndarray, np.ndarray, np.ndarray, float]] = (
+            deque()
+        )  # for their images, which may be read ahead
 
         def wanted() -> Iterator[np.ndarray]:
             for n, chosen in enumerate(self.sampler.batches(epoch, rng)):
@@ -190,14 +205,17 @@ class Method(BaseMethod):
                 if self.mirror_rows is not None:
                     pairs = np.concatenate([pairs, pairs[:, ::-1]])
                     rows = np.concatenate([rows, self.mirror_rows[chosen]])
-                waiting.append((pairs[self.share], rows[self.share], anchors[self.anchor_share]))
+                anchors = anchors[self.anchor_share]
+                waiting.append((pairs[self.share], rows[self.share], anchors, _identical(rows)))
                 yield np.unique(pairs[self.share])
 
         with closing(self.images.batches(wanted(), epoch)) as coming:
             for images in coming:
                 yield self._batch(*waiting.popleft(), images)
 
-    def _batch(self, pairs: np.ndarray, rows: np.ndarray, anchors: np.ndarray, images: Tensor) -> Batch:
+    def _batch(
+        self, pairs: np.ndarray, rows: np.ndarray, anchors: np.ndarray, identical: float, images: Tensor
+    ) -> Batch:
         """images: of the images of these pairs, each once, in the order of their rows."""
         index = np.unique(pairs, return_inverse=True)[1]
         said, text = np.unique(rows, return_inverse=True)
@@ -212,6 +230,7 @@ class Method(BaseMethod):
             second=index[:, 1],
             anchor_tokens=self.anchors.batch(anchors) if self.anchors else none,
             anchor_start=self.anchor_start[torch.from_numpy(anchors)] if self.anchors else none.float(),
+            identical=torch.tensor(identical),
         )
 
     # -- the step --------------------------------------------------------------------------------------
@@ -224,9 +243,16 @@ class Method(BaseMethod):
             loss = losses.squared_distance(text, target)
         else:
             loss = distributed.info_nce(text.float(), target.float(), self.options.temperature)
-        logs = {"difference_loss": loss.detach()}
+        logs = {"difference_loss": loss.detach(), "identical_negatives": batch.identical}
+        logs |= distributed.hardness(text, target)
         if len(batch.anchor_tokens):
             turned = losses.anchor(self.clip.encode_text(batch.anchor_tokens).float(), batch.anchor_start)
             logs["anchor"] = turned.detach()
             loss = loss + self.options.anchor * turned
         return loss, logs
+
+
+def _identical(rows: np.ndarray) -> float:
+    """The share of pairs of different places whose rows are the same."""
+    n, counts = len(rows), np.unique(rows, return_counts=True)[1]
+    return float((counts * (counts - 1)).sum() / (n * (n - 1))) if n > 1 else 0.0
