@@ -32,7 +32,7 @@ reproduce: $(READY)
 	  $(RUN) -m pc_clip.study configs/studies/$$study.yaml --seeds 0 1 2 || exit $$?; done
 
 simclip: $(READY)
-	@for study in simclip simclip_towers hard_pairs; do \
+	@for study in simclip simclip_towers simclip_scratch hard_pairs; do \
 	  $(RUN) -m pc_clip.study configs/studies/$$study.yaml --seeds 0 1 2 || exit $$?; done
 
 test: $(READY)

@@ -7,6 +7,7 @@ Any setting can be given again as a flag: --train.lr 1e-8. On several GPUs: acce
 """
 
 import logging
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,7 +34,11 @@ def main(argv: Sequence[str] | None = None) -> Path:
     with PartialState(cpu=config.device == "cpu", **PATIENCE.to_kwargs()).main_process_first():
         write_missing_example(config.data)
     run = finetune(config)
-    print(f"the model is in {run}; evaluate it: python run.py --dataset {config.data.dataset} --checkpoint {run}")
+    words = ["--dataset", config.data.dataset, *(["--root", config.data.root] if config.data.root else [])]
+    table = config.data.dataset == "tsv"
+    words += [*(["--split", "TABLE"] if table else []), "--checkpoint", str(run)]
+    told = " (TABLE: the name or path of the table held out)" if table else ""
+    print(f"the model is in {run}; evaluate it: python run.py {shlex.join(words)}{told}")
     return run
 
 

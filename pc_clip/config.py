@@ -121,8 +121,8 @@ class SamplerConfig:
         double_at: Epochs (the first is 0) at which the share doubles, so that it ends at exactly `share`; for three
             of them it begins at an eighth of it. Empty for the same share always.
         neighbourhood: The k - 1 partners are drawn from the `neighbourhood` * k nearest (s); 1 for the nearest.
-        cover: Every example comes once an epoch, so that late clusters are less alike; otherwise those in clusters
-            are drawn anew for each batch.
+        cover: No example comes twice in an epoch, so that all come but for those that fill no whole batch, and late
+            clusters are less alike; otherwise clusters are drawn anew for each batch, and many are not seen in it.
         index: How neighbours are found, exact, or faiss where that is installed.
     """
 
@@ -416,6 +416,8 @@ def configure(
         config.device = _device(config.device)
     if hasattr(config, "batch_size"):
         check_at_least("batch_size", config.batch_size, 1)
+    if hasattr(config, "seed"):
+        check_at_least("seed", config.seed, 0)
     return config
 
 
@@ -529,4 +531,8 @@ def _explain(message: str, known: list[str]) -> str:
     if found := re.search(r"unrecognized arguments: (.*)", message):
         word = found.group(1).split()[0]
         return f"there is no setting {word.split('=')[0]}. {nearest(word.lstrip('-').split('=')[0], known)}"
-    return message.replace("<class '", "").replace("'>", "")
+    message = message.replace("<class '", "").replace("'>", "")
+    if found := re.search(r'key "data\.mix[^"]*": (?:Problem with given class_path \S+: )?(.*)', message):
+        why = found.group(1).replace("Expected a dot import path string:", "found")
+        return f"""data.mix takes a list: '[{{"dataset": "mnist", "n": 500}}]' ({why})"""
+    return message

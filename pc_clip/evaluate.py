@@ -197,7 +197,8 @@ def _one(subject: Subject, mode: str, folder: Path, keys: _Keys) -> dict[str, An
         "pictures": [
             {"file": f"{path.stem}-{name}", "alt": picture.alt} for name, picture in found.pictures.items()
         ],
-        "details": found.details, "key": key, "weights": keys.weights, "checkpoint_of": subject.clip.describe(),
+        "details": found.details, "key": key, "images": data.fingerprint, "weights": keys.weights,
+        "checkpoint_of": subject.clip.describe(),
         "base_known": subject.base is not None if "base" in vars(subject) else None,
         "seed": config.seed, **environment.describe(),
     }  # fmt: skip

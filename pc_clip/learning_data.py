@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import PIL
 from accelerate import PartialState
 from PIL import Image
 from tqdm import tqdm
@@ -43,7 +45,7 @@ def load_dataset(data: DataConfig, seed: int = 0) -> Dataset:
     if data.captions:
         found = _with_captions(found, data.captions)
     if data.mix:
-        found = _mixed(found, data.mix, missing, seed)
+        found = _mixed(found, data, missing, seed)
     return _without_broken(found, data.workers) if data.broken == "skip" else found
 
 
@@ -83,17 +85,19 @@ def _note(data: Dataset, said: str) -> Dataset:
 # -- images of other data sets -------------------------------------------------------------------------
 
 
-def _mixed(main: Dataset, mix: list[MixConfig], missing: str, seed: int) -> Dataset:
+def _mixed(main: Dataset, data: DataConfig, missing: str, seed: int) -> Dataset:
     """A data set with images of others after its own. What is asked about its own images stays as it was."""
     if not main.captions:
         raise UserError(
             f"data.mix adds images with captions, and {main.label} has none; name a file of them with --data.captions"
         )
-    parts, places = [main], set()
-    for number, entry in enumerate(mix):
+    parts, own, places = [main], _place(main, data.root), set()
+    for number, entry in enumerate(data.mix):
         entry = _mix_config(entry)
         drawn = _drawn(entry, missing, np.random.default_rng([seed, STREAM, number]))
-        place = (entry.dataset, entry.root, drawn.part)
+        place = _place(drawn, entry.root)
+        if place == own:
+            raise UserError(f"data.mix names {drawn.label}, which is learnt from already; name another split or set")
         if place in places:
             raise UserError(f"data.mix names {drawn.label} twice; ask once for as many images as there shall be")
         same = sum(name == entry.dataset for name, _, _ in places)
@@ -103,24 +107,37 @@ def _mixed(main: Dataset, mix: list[MixConfig], missing: str, seed: int) -> Data
     return _joined(parts)
 
 
+def _place(data: Dataset, root: str | None) -> tuple[str, str, str]:
+    """What a data set is of and where, the same however its folder is written."""
+    usual = READERS[data.name].root
+    return data.name, str(Path(root or usual).resolve()) if usual else "", data.split or ""
+
+
 def _mix_config(entry: MixConfig | dict[str, Any]) -> MixConfig:
     """An entry of data.mix, which may be a plain dict. Raises UserError for one that means nothing."""
     from pc_clip.config import MixConfig
 
+    known = "dataset and n (a whole number), and takes root, split and caption"
+    wrong = UserError(f"an entry of data.mix is {entry!r}; it needs {known}")
     try:
         entry = MixConfig(**entry) if isinstance(entry, dict) else entry
-        check_at_least(f"n of {entry.dataset} in data.mix", entry.n, 1)
-    except (TypeError, AttributeError) as error:
-        known = "dataset and n (a whole number), and takes root, split and caption"
-        raise UserError(f"an entry of data.mix is {entry!r}; it needs {known}") from error
-    if entry.caption.count("{}") != 1:
+    except TypeError as error:
+        raise wrong from error
+    if not isinstance(entry, MixConfig) or not isinstance(entry.dataset, str):
+        raise wrong
+    if not isinstance(entry.n, int) or isinstance(entry.n, bool):
+        raise wrong
+    if not all(value is None or isinstance(value, str) for value in (entry.root, entry.split)):
+        raise wrong
+    check_at_least(f"n of {entry.dataset} in data.mix", entry.n, 1)
+    if not isinstance(entry.caption, str) or entry.caption.count("{}") != 1:
         raise UserError(f"data.mix: the caption {entry.caption!r} needs exactly one {{}}, for the class")
     return entry
 
 
 def _drawn(entry: MixConfig, missing: str, rng: np.random.Generator) -> Dataset:
     """n images drawn from a data set, with captions. Of the same seed fewer are among more."""
-    data = _open(entry.dataset, entry.root, entry.split, missing)
+    data = _open_mixed(entry, missing)
     usable = np.arange(len(data))
     if not data.captions:
         if not data.questions:
@@ -133,6 +150,16 @@ def _drawn(entry: MixConfig, missing: str, rng: np.random.Generator) -> Dataset:
     if entry.n > len(usable):
         raise UserError(f"data.mix asks for {entry.n} images of {data.label}, which has {len(usable)}")
     return subset(data, np.sort(rng.permutation(usable)[: entry.n]))
+
+
+def _open_mixed(entry: MixConfig, missing: str) -> Dataset:
+    """The data set of an entry. Its errors name the entry's settings: flags are about the set that is mixed into."""
+    try:
+        return _open(entry.dataset, entry.root, entry.split, missing)
+    except UserError as error:
+        said = re.sub(r" \(--[^)]*\)", "", str(error))  # the other script's flag
+        said = re.sub(r"--(?:data\.)?(root|split)\b", lambda flag: f"{flag[1]} of {entry.dataset} in data.mix", said)
+        raise UserError(said if "data.mix" in said else f"data.mix: {said}") from error
 
 
 def _joined(parts: list[Dataset]) -> Dataset:
@@ -167,8 +194,9 @@ def _load_of(loads: list[Any], ends: np.ndarray, row: int) -> Image.Image:
 
 def _without_broken(data: Dataset, workers: int) -> Dataset:
     """The images that decode. Which do not is remembered, as long as the files stay as they are."""
+    key = {"images": data.fingerprint, "Pillow": PIL.__version__}  # another one may decode what this one does not
     with PartialState().main_process_first():  # the others then find it in the cache
-        found = array_cache.cached("broken", {"images": data.fingerprint}, partial(_look, data, workers))
+        found = array_cache.cached("broken", key, partial(_look, data, workers))
     broken = found["rows"]
     if not len(broken):
         return data

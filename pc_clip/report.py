@@ -6,6 +6,7 @@ Writes one HTML page that opens from disk and needs nothing else, its tables as 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
@@ -18,9 +19,16 @@ from pc_clip.errors import UserError, run_script
 from pc_clip.files import write_text
 from pc_clip.report_page.gather import METRICS, Gathered, files_below, gather, read_result
 from pc_clip.report_page.page import page
-from pc_clip.report_page.summary import summarise
+from pc_clip.report_page.summary import interval, summarise
 from pc_clip.report_page.tables import every_figure, markdown
-from pc_clip.report_page.words import figure, is_share
+from pc_clip.report_page.words import figure, is_share, spread
+
+# What an evaluation's names mean, for those who meet them on the terminal; the page has a paragraph of its own.
+_NAMES = {
+    "retrieve": "t2i: a caption finds its image; i2t: an image finds one of its captions (CLIP_benchmark).\n"
+    "paired: one caption an image (SimCLIP). centred: i2t without what a caption has of all images. More: docs/evaluations.md.",
+}
+_AT = re.compile(r"(.+)_r([1-9]\d*)")  # a figure at rank k, such as t2i_r10
 
 
 def read(paths: Iterable[Path]) -> list[dict[str, Any]]:
@@ -49,15 +57,59 @@ def long_table(results: Iterable[dict[str, Any]]) -> pd.DataFrame:
 
 
 def show(results: Iterable[dict[str, Any]]) -> None:
-    """Print results: one block an evaluation, one column a model. Fractions are shown in per cent."""
-    table = long_table(results)
-    for (evaluation, dataset, about), block in table.groupby(["evaluation", "dataset", "about"], sort=False):
-        wide = block.pivot_table(index="metric", columns="model", values="value", sort=False).astype(object)
-        print(f"\n{evaluation} on {dataset}{about and f', {about}'} (n = {block.n.max()})")
-        for metric, row in wide.iterrows():
-            share = is_share(metric, row)
-            wide.loc[metric] = [figure(value, share) for value in row]
-        print(wide.rename_axis(None).rename_axis(None, axis=1).to_string())
+    """Print results: one block an evaluation, a row a metric, a column a model. Fractions are shown in per cent.
+
+    What is measured at several ranks, as NAME_r1, NAME_r5, ..., is one row a name and model, with a column a rank.
+    """
+    blocks: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for result in (r for r in results if r["metrics"]):
+        blocks.setdefault((result["evaluation"], result["dataset"], result.get("about", "")), []).append(result)
+    for (evaluation, dataset, about), block in blocks.items():
+        table = long_table(block)
+        ranked = _ranked(dict.fromkeys(table.metric))
+        plain = table[~table.metric.isin([f"{name}_r{k}" for name, ks in ranked.items() for k in ks])]
+        print(f"\n{evaluation} on {dataset}{about and f', {about}'} (n = {table.n.max()})")
+        parts = [_by_model(plain)] if len(plain) else []
+        parts += [_by_rank(block, ranked)] if ranked else []
+        print("\n\n".join(parts))
+        if ranked:
+            print("\nrk: per cent found among the first k" + "; [a, b]: its 95 % interval" * ("[" in parts[-1]) + ".")
+        if evaluation in _NAMES:
+            print(_NAMES[evaluation])
+
+
+def _by_model(table: pd.DataFrame) -> str:
+    """A row a metric, a column a model."""
+    wide = table.pivot_table(index="metric", columns="model", values="value", sort=False).astype(object)
+    for metric, row in wide.iterrows():
+        share = is_share(metric, row)
+        wide.loc[metric] = [figure(value, share) for value in row]
+    return wide.rename_axis(None).rename_axis(None, axis=1).to_string()
+
+
+def _ranked(metrics: Iterable[str]) -> dict[str, list[int]]:
+    """Name -> the ranks it is measured at; empty where there is one such figure alone, as difference_r1 is."""
+    found: dict[str, list[int]] = {}
+    for match in filter(None, map(_AT.fullmatch, metrics)):
+        found.setdefault(match[1], []).append(int(match[2]))
+    return found if sum(map(len, found.values())) > 1 else {}
+
+
+def _by_rank(results: Sequence[dict[str, Any]], ranked: dict[str, list[int]]) -> str:
+    """A row a name and model, a column a rank; the first rank of all with its interval."""
+    ranks, several = sorted({k for ks in ranked.values() for k in ks}), len({r["model"] for r in results}) > 1
+    rows = {}
+    for name in ranked:
+        for result in results:
+            known = result["metrics"]
+            cells = [figure(known.get(f"{name}_r{k}"), share=True) for k in ranks]
+            cells[0] = f"{cells[0]} {spread(None, *interval(result, f'{name}_r{ranks[0]}'), share=True)}".strip()
+            if any(f"{name}_r{k}" in known for k in ranks):
+                rows[(name, result["model"]) if several else name] = cells
+    wide = pd.DataFrame.from_dict(rows, orient="index", columns=[f"r{k}" for k in ranks])
+    if several:
+        wide.index = pd.MultiIndex.from_tuples(wide.index)
+    return wide.to_string()
 
 
 def write(paths: Sequence[Path], out: Path | None = None, baseline: str | None = None) -> tuple[Path, Gathered]:

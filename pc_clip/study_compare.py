@@ -7,9 +7,12 @@ seeds of one variant say next to nothing about their own spread, so they are dra
 variants: each one's deviation from the mean of its variant, widened by sqrt(S / (S - 1)) because that mean was taken
 from the same seeds.
 
-That is crude. It takes the noise of training to be alike in all variants, and with three seeds of only a few variants
-the spread is badly known. What one seed gets right or wrong by chance, image by image, is counted in both, which makes
-intervals rather too wide. With one seed the noise of training is not known, and the intervals leave it out.
+A spread that is known from few seeds is known badly, so the deviations are also widened by how much wider Student's t
+is than the normal distribution, at the degrees of freedom that all trained variants give together.
+
+That is crude. It takes the noise of training to be alike in all variants. What one seed gets right or wrong by chance,
+image by image, is counted in both, which makes intervals rather too wide. With one seed the noise of training is not
+known, and the intervals leave it out.
 """
 
 from __future__ import annotations
@@ -18,9 +21,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 from pc_clip.errors import UserError
-from pc_clip.study_config import Study
+from pc_clip.study_config import Study, label
 from pc_clip.study_table import Measured, aligned
 
 COLUMNS = ["variant", "dataset", "metric", "difference", "low", "high", "seeds", "p", "significant"]
@@ -35,13 +39,14 @@ def compare(study: Study, measured: Sequence[Measured], seed: int = 0) -> pd.Dat
     difference: mean over seeds of variant - baseline, over the images' own numbers; low, high: its 95 % interval; p:
     two-sided, no smaller than 2 / DRAWS. significant: whether it holds after Holm's correction for all the variants
     that are compared on that data set by that metric. What has no number for each image is left out.
-    Raises UserError when two were not measured on as many images.
+    Raises UserError when two were not measured on the same images.
     """
     rows = []
+    _check_same_images(study, measured)
     for (dataset, metric), items in _items(study, measured).items():
         if study.against not in items or len(items) < 2:
             continue
-        _check_same_images(study.against, items, dataset, metric)
+        _check_as_many(study.against, items, dataset, metric)
         trained = {variant: study.variants[variant] is not None for variant in items}
         point, low, high, p = differences(items, study.against, trained, np.random.default_rng(seed))
         others = [variant for variant in items if variant != study.against]
@@ -98,9 +103,9 @@ def _counted(metric: str, block: pd.DataFrame) -> str:
     above, below, kept = (block.low > 0).sum(), (block.high < 0).sum(), block[block.significant]
     better, worse = (kept.difference > 0).sum(), (kept.difference < 0).sum()
     return (
-        f"- {metric}: of {len(block)} intervals {above} lie above 0 and {below} below; about "
-        f"{LEVEL * len(block):.1f} would by chance if nothing differed. After the correction {better} are better, "
-        f"{worse} worse."
+        f"- {metric}: of {len(block)} intervals {above} lie above 0 and {below} below; if nothing differed, about "
+        f"{LEVEL * len(block):.1f} would by chance on average; they come together, since all are compared with the "
+        f"same runs. Trust the *: after the correction {better} are better, {worse} worse."
     )
 
 
@@ -141,7 +146,22 @@ def _items(study: Study, measured: Sequence[Measured]) -> dict[tuple[str, str], 
     }
 
 
-def _check_same_images(against: str, items: dict[str, np.ndarray], dataset: str, metric: str) -> None:
+def _check_same_images(study: Study, measured: Sequence[Measured]) -> None:
+    """By the data set's fingerprint, where the results know it: as many images may still be others."""
+    known: dict[tuple[str, str], tuple[str, str]] = {}  # (dataset, metric) -> whose, fingerprint; the baseline's first
+    for variant, seed, results in sorted(measured, key=lambda each: each.variant != study.against):
+        for result in results:
+            dataset, images = result["dataset"], result.get("images")
+            for metric in (m for m in study.metrics if images and m in (result.get("items") or {})):
+                who, theirs = known.setdefault((dataset, metric), (label(variant, seed), images))
+                if theirs != images:
+                    raise UserError(
+                        f"{label(variant, seed)} and {who} have {metric} of different images of {dataset} ({images}, "
+                        f"{theirs}); delete the older results, and run again"
+                    )
+
+
+def _check_as_many(against: str, items: dict[str, np.ndarray], dataset: str, metric: str) -> None:
     for variant, rows in items.items():
         if rows.shape[1] != items[against].shape[1]:
             raise UserError(_unlike(f"{variant} and {against}", dataset, metric))
@@ -163,11 +183,16 @@ def _mean_over_drawn_images(values: np.ndarray, rng: np.random.Generator) -> np.
 
 
 def _deviations(variants: Sequence[np.ndarray]) -> np.ndarray:
-    """How far each seed lies off the mean of its variant, as wide as the spread of seeds is.  V x [S, N] -> [sum S]"""
-    found = [np.empty(0)]
+    """How far each seed lies off the mean of its variant, as wide as the spread of seeds is.  V x [S, N] -> [sum S]
+
+    Wider still by the ratio of Student's t to the normal distribution, because the spread is only estimated. Empty
+    where no variant has two seeds.
+    """
+    found, freedom = [np.empty(0)], sum(len(rows) - 1 for rows in variants)
     for rows in variants:
         seeds = len(rows)
         if seeds > 1:
             means = rows.mean(1)
             found.append((means - means.mean()) * np.sqrt(seeds / (seeds - 1)))
-    return np.concatenate(found)
+    wider = stats.t.ppf(1 - LEVEL / 2, freedom) / stats.norm.ppf(1 - LEVEL / 2) if freedom else 1.0
+    return wider * np.concatenate(found)

@@ -217,6 +217,8 @@ def captioned(tmp_path) -> int:
     annotations = [{"id": k, "image_id": n, "caption": text} for k, (n, text) in enumerate(said)]
     content = {"images": images, "annotations": annotations}
     (tmp_path / "coco" / "captions_val2014.json").write_text(json.dumps(content))
+    for name in ("coco_test_karpathy.json", "val2014/captions_karpathy.json"):  # a part of val2014, where each looks
+        (tmp_path / "coco" / name).write_text(json.dumps(content))
     return len(samples)
 
 
@@ -227,6 +229,10 @@ def captioned(tmp_path) -> int:
         (
             "--dataset mscoco_captions --dataset_root coco --annotation_file coco/captions_val2014.json",
             "--dataset coco --root coco --split val2014",
+        ),
+        (
+            "--dataset mscoco_captions --dataset_root coco",
+            "--dataset coco --root coco/val2014 --split karpathy",
         ),
     ],
 )

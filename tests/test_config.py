@@ -57,6 +57,10 @@ def test_the_default_file_is_read_only_when_none_is_named(tmp_path):
         (["--resume", "perhaps"], r'"resume".*perhaps'),
         (["--config", "absent.yaml"], r"no config at absent\.yaml; in configs.*example\.yaml"),
         (["zeroshot"], "no setting zeroshot"),
+        (["--seed", "-1"], "seed is -1; it must be at least 0"),
+        (["--data.mix", "mnist"], r'^data\.mix takes a list: .\[\{"dataset": "mnist", "n": 500\}\]. \(found mnist\)$'),
+        (["--data.mix", '[{"dataset": "mnist"}]'], r"^data\.mix takes a list: .*required: n\)$"),
+        (["--data.mix", '[{"dataset": "mnist", "n": "five"}]'], r"^data\.mix takes a list: .*Expected a int.*five\)$"),
     ],
 )
 def test_a_wrong_flag_is_one_line_that_names_it_and_the_nearest(argv, message):
@@ -73,6 +77,7 @@ def test_a_wrong_flag_is_one_line_that_names_it_and_the_nearest(argv, message):
         ("train: [", "is not YAML"),
         ("train: 3\n", "train is a group of settings, not 3"),
         ("train:\n  epochs: many\n", r"epochs"),
+        ("data:\n  mix:\n  - {dataset: mnist, m: 5}\n", r"^data\.mix takes a list: .*'m' is not accepted"),
     ],
 )
 def test_a_wrong_key_in_a_file_is_named(tmp_path, text, message):
@@ -142,6 +147,11 @@ def test_unknown_methods_and_modes_name_the_known():
     with pytest.raises(UserError, match="Known: .*comparative, compositional, difference, .*rank, retrieve, zeroshot"):
         evals.find("everything")
     assert EvaluateConfig().mode == ""
+
+
+def test_a_negative_seed_is_refused_by_evaluations_too():
+    with pytest.raises(UserError, match="seed is -1; it must be at least 0"):
+        evaluate("--seed", "-1")
 
 
 def test_lists_are_written_with_commas_and_a_prompt_keeps_its_own():

@@ -1,5 +1,6 @@
 """Readers: what they give on miniatures in each layout, and what they say when something is missing."""
 
+import csv
 import errno
 import gzip
 import hashlib
@@ -14,6 +15,7 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
@@ -270,6 +272,34 @@ def test_a_table_is_read_by_its_columns(tmp_path):
     }
 
 
+SAID = [
+    'A sign that says "STOP"',
+    '"STOP" it says',
+    'It says "STOP"',
+    '"a" and "b"',
+    '"',
+    '""',
+    "5' 2\"",
+    "plain",
+    '"all"',
+]
+
+
+@pytest.mark.parametrize("quoting", [csv.QUOTE_MINIMAL, csv.QUOTE_ALL])
+def test_a_table_that_pandas_wrote_has_the_captions_it_was_given(tmp_path, quoting):
+    table = pd.DataFrame({"image": [f"{n}.jpg" for n in range(len(SAID))], "caption1": SAID, "caption2": SAID[::-1]})
+    table.to_csv(tmp_path / "t.tsv", sep="\t", index=False, quoting=quoting)
+    found = read_simclip_tsv(tmp_path / "t.tsv")
+    assert [texts for _, texts in found.values()] == list(zip(SAID, SAID[::-1]))
+    assert [file for file, _ in found.values()] == table["image"].tolist()
+
+
+def test_quotes_that_no_writer_put_there_stay(tmp_path):
+    said = ['"Hello" and "bye"', '"unfinished', 'unfinished"', 'a "big" dog', '"']
+    write(tmp_path / "t.tsv", "\ufeffimage\tcaption1\r\n" + "".join(f"{n}\t{text}\r\n" for n, text in enumerate(said)))
+    assert [texts for _, (texts,) in read_simclip_tsv(tmp_path / "t.tsv").values()] == said
+
+
 @pytest.mark.parametrize("rest", ["", "\t", "\t "])
 def test_a_missing_caption_is_never_nan(tmp_path, rest):
     path = write(tmp_path / "t.tsv", f"image\tcaption1\tcaption2\na.jpg\tA dog\tOne dog\nb.jpg\tA cat{rest}\n")
@@ -279,11 +309,14 @@ def test_a_missing_caption_is_never_nan(tmp_path, rest):
 @pytest.mark.parametrize(
     "text, said",
     [
-        ("image,caption1\na.jpg,A dog\n", r"t\.tsv needs a column image"),
+        ("image,caption1\na.jpg,A dog\n", r"found image,caption1 \(one column: separate them by tabs\)"),
         ("picture\tcaption1\na.jpg\tA dog\n", r"found picture, caption1"),
         ("image\ttext\na.jpg\tA dog\n", r"caption1, caption2.*found image, text"),
         ("image\tcaption1\na.jpg\t\n", r"t\.tsv holds no captions: 1 rows"),
         ("image\tcaption1\n", r"t\.tsv holds no captions: 0 rows"),
+        ("image\tcaption1\na.jpg\tA dog\n\nb.jpg\tA cat\tOne cat\n", r"t\.tsv, line 4: 3 fields, but .* 2 columns"),
+        ("image\tcaption1\na.jpg\tA dog\tOne dog\n", r"t\.tsv, line 2: 3 fields"),
+        ("image\tcaption1\na.jpg\tA dog\n\tA cat\n", r"t\.tsv, line 3: no image is named, in 'A cat'"),
     ],
 )
 def test_a_table_that_cannot_be_used_is_an_error_that_says_why(tmp_path, text, said):
@@ -405,7 +438,7 @@ def test_the_photographs_of_coco_at_hand_are_opened():
 TABLE = "image\tcaption1\tcaption2\n9.jpg\tA cat.\tNA\n5.jpg\tnan\t\n"
 
 
-@pytest.mark.parametrize("ending", ["tsv", "csv", "txt"])
+@pytest.mark.parametrize("ending", ["tsv", "csv", "txt", "TSV"])
 @pytest.mark.parametrize("pictures", ["mini", "images/mini", "images", "."])
 def test_a_table_is_opened_with_its_pictures_where_coco_s_may_be(tmp_path, pictures, ending):
     write(tmp_path / f"mini.{ending}", TABLE)
@@ -421,10 +454,32 @@ def test_a_table_that_lies_elsewhere_is_named_by_its_path_in_place_of_a_split(tm
     for name in ("9.jpg", "5.jpg"):
         picture(tmp_path / "pictures" / name)
     data = open_dataset("tsv", tmp_path / "pictures", str(table))
-    assert data.label == "tsv/of mine" and len(data) == 2 and data.load(1).size == (8, 6)
-    assert open_dataset("tsv", tmp_path / "pictures", "lists/of mine.tsv").fingerprint == data.fingerprint
+    assert data.label.startswith("tsv/of mine-") and len(data) == 2 and data.load(1).size == (8, 6)
+    relative = open_dataset("tsv", tmp_path / "pictures", "lists/of mine.tsv")
+    assert (relative.label, relative.fingerprint) == (data.label, data.fingerprint)
     trained_on = load_dataset(DataConfig(dataset="tsv", root=str(tmp_path / "pictures"), split=str(table)))
     assert trained_on.fingerprint == data.fingerprint
+
+
+def test_two_tables_of_one_name_have_labels_of_their_own_and_the_root_s_has_its_name(tmp_path):
+    for place in ("photos.tsv", "photos.csv", "two/photos.tsv", "far/photos.tsv"):
+        write(tmp_path / "root" / place, TABLE)
+    for name in ("9.jpg", "5.jpg"):
+        picture(tmp_path / "root" / "photos" / name)
+    named = ("photos", "photos.tsv", "root/photos.tsv")
+    assert {open_dataset("tsv", "root", split).label for split in named} == {"tsv/photos"}
+    others = [open_dataset("tsv", "root", split).label for split in ("photos.csv", "two/photos", "root/far/photos.tsv")]
+    assert len({"tsv/photos", *others}) == 4 and all(re.fullmatch(r"tsv/photos-[0-9a-f]{6}", one) for one in others)
+
+
+def test_a_table_of_whole_paths_needs_no_folder_and_a_folder_that_is_named_has_to_be_there(tmp_path):
+    path = picture(tmp_path / "far" / "a.png", (50, 0, 0))
+    write(tmp_path / "mine.TSV", f"image\tcaption1\n{path}\ta\n")
+    assert open_dataset("tsv", split="mine.TSV").load(0).getpixel((0, 0))[0] == 50
+    with pytest.raises(UserError, match=r"tsv is not at nowhere\."):
+        open_dataset("tsv", "nowhere", "mine.TSV")
+    with pytest.raises(UserError, match=r"tsv is not at data/tsv\."):
+        open_dataset("tsv", split="yours.tsv")
 
 
 def test_a_table_may_name_its_pictures_by_whole_paths(tmp_path):
@@ -452,8 +507,14 @@ def test_a_split_without_a_table_names_those_that_are_there_and_the_other_way(tm
     write(tmp_path / "mini.txt", TABLE)
     with pytest.raises(UserError, match=r"no test\.tsv; tables found there: mini, val\. .*--data\.split FILE\.tsv"):
         open_dataset("tsv", tmp_path)
-    with pytest.raises(UserError, match=r"no far/away\.tsv; tables"):
-        open_dataset("tsv", tmp_path, "far/away.tsv")
+    for split, file in (
+        ("far/away.tsv", "far/away.tsv"),
+        ("foo.csv", "foo.csv"),
+        ("FOO.TSV", "FOO.TSV"),
+        ("v1.5", "v1.5.tsv"),
+    ):
+        with pytest.raises(UserError, match=rf"no {re.escape(file)}; tables"):
+            open_dataset("tsv", tmp_path, split)
 
 
 @real_data

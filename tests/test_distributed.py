@@ -7,6 +7,7 @@ variables, over gloo.
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import multiprocessing
 import os
@@ -29,6 +30,7 @@ from safetensors.torch import load_file, save_file
 
 import finetune as script
 from pc_clip import environment, fast_text
+from pc_clip.clip import SCRATCH
 from pc_clip.config import FinetuneConfig, SamplerConfig, TrainConfig, dump
 from pc_clip.errors import run_script
 from pc_clip.methods import contrastive, pairwise
@@ -169,6 +171,46 @@ def test_a_step_of_two_processes_has_the_gradients_of_one_with_the_whole_batch(c
         # Some gradients are nothing but rounding: a bias of keys changes no attention.
         assert (two[0][name] - expected).norm() <= 2e-5 * expected.norm() + 1e-6 * largest, name
     assert all(one[name].norm() > 0.01 * largest for name in learning)  # so that these were compared, too
+
+
+def test_how_hard_a_batch_is_does_not_depend_on_the_number_of_processes(config):
+    """All processes' rows are negatives of each other, also where clusters lie within one process."""
+    clusters_of_similar_images(config)
+    config.train.steps = config.train.log_every = 1
+    rows = {}
+    for config.name, processes in (("one", 1), ("two", 2)):
+        succeed(processes, lambda rank: finetune(config))
+        rows[config.name] = json.loads(Path(f"runs/{config.name}/metrics.jsonl").read_text())
+    for name in ("mean_negative", "hardest_negative", "likely_false_negatives"):
+        assert rows["two"][name] == pytest.approx(rows["one"][name], abs=1e-4), name
+
+
+@pytest.mark.parametrize("start", [None, SCRATCH])
+def test_two_processes_in_clusters_go_on_between_two_epochs_as_if_they_had_not_stopped(config, start):
+    """From scratch each process has statistics of its own until the epoch begins."""
+    clusters_of_similar_images(config)
+    config.model.pretrained, config.train.steps, config.train.max_steps_per_epoch = start, 4, 2
+    config.train.save_every = 1
+    succeed(2, lambda rank: finetune(config))
+    Path("runs/a").rename("runs/straight")
+
+    def stopped(rank: int) -> None:
+        forward, count = contrastive.Method.forward, itertools.count(1)
+
+        def interrupted(self, batch):
+            if next(count) == 2:
+                signal.raise_signal(signal.SIGTERM)
+            return forward(self, batch)
+
+        contrastive.Method.forward = interrupted
+        finetune(config)
+
+    codes, said = together(2, stopped)
+    assert codes == [130, 130], "\n".join(said)
+    config.resume = True
+    succeed(2, lambda rank: finetune(config))
+    resumed, straight = (load_file(f"runs/{name}/model.safetensors") for name in ("a", "straight"))
+    assert all(torch.equal(resumed[name], straight[name]) for name in straight)
 
 
 # -- the group -----------------------------------------------------------------------------------------

@@ -2,11 +2,13 @@
 
 import gzip
 import logging
+import os
 import shutil
 from pathlib import Path
 
 import jsonargparse
 import numpy as np
+import PIL
 import pytest
 import torch
 from PIL import Image
@@ -97,15 +99,15 @@ def test_what_is_mixed_in_is_drawn_by_seed_and_fewer_are_among_more():
 
 
 def test_captions_of_their_own_are_kept_and_the_same_ids_do_not_collide(small_example):
-    config = DataConfig(mix=[MixConfig("example", 5), MixConfig("example", 4, split="val")])
+    config = DataConfig(mix=[MixConfig("example", 5, split="test"), MixConfig("example", 4, split="val")])
     data, val = load_dataset(config), open_dataset("example", split="val")
     own = dict(zip([f"example-2:{key}" for key in val.ids], val.captions))
     assert len(data) == 309 == len(set(data.ids)) == len(data.captions)
-    assert all(key.startswith("example:train-") for key in data.ids[300:305])
+    assert all(key.startswith("example:test-") for key in data.ids[300:305])
     for row in range(305, 309):
         assert data.captions[row] == own[data.ids[row]]
         assert data.load(row) == val.load(val.ids.index(data.ids[row].removeprefix("example-2:")))
-    assert data.note == "5 images of example/train mixed in; 4 images of example/val mixed in"
+    assert data.note == "5 images of example/test mixed in; 4 images of example/val mixed in"
 
 
 def test_what_is_known_of_the_own_images_stays_and_of_the_others_nothing_is_said(small_example):
@@ -149,8 +151,18 @@ def test_captions_of_a_file_replace_those_of_the_main_set_alone():
         ([MixConfig("folder", 1, root="flat")], r"nothing is known of the images of folder.*neither captions"),
         ([{"dataset": "mnist"}], r"an entry of data\.mix is .*needs dataset and n"),
         ([{"dataset": "mnist", "n": "five"}], r"an entry of data\.mix is .*a whole number"),
+        ([MixConfig("mnist", 2.5)], r"an entry of data\.mix is .*a whole number"),
+        ([MixConfig("mnist", True)], r"an entry of data\.mix is .*a whole number"),
+        ([MixConfig("mnist", None)], r"an entry of data\.mix is .*a whole number"),
+        ([MixConfig(["mnist"], 5)], r"an entry of data\.mix is .*needs dataset and n"),
+        ([MixConfig("mnist", 5, root=7)], r"an entry of data\.mix is .*takes root, split and caption"),
+        ([{"dataset": "mnist", "n": 5, "caption": None}], r"caption None needs exactly one \{\}"),
+        ([MixConfig("mnist", 5), MixConfig("mnist", 3, root="./data/mnist/")], r"names mnist/train twice"),
+        ([MixConfig("tsv", 2, root="./main/")], r"names tsv/train, which is learnt from already"),
+        ([MixConfig("tsv", 2, root="main", split="main/train.tsv")], r"names tsv/train, which is learnt from already"),
         (["mnist"], r"an entry of data\.mix is 'mnist'; it needs dataset and n"),
-        ([MixConfig("coco", 5)], r"coco is not at data/coco\. Fetch it"),
+        ([MixConfig("coco", 5)], r"coco is not at data/coco\. Fetch it.* folder with root of coco in data\.mix\.$"),
+        ([MixConfig("tsv", 5, root="main", split="x")], r"path: split of tsv in data\.mix FILE\.tsv\.$"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_mixed_in_is_an_error_in_words(entries, said):
@@ -200,6 +212,11 @@ def test_flags_and_yaml_both_say_what_is_mixed_in():
     assert read == [[MixConfig("mnist", 5), MixConfig("folder", 2, root="x")], [MixConfig("example", 5)]]
 
 
+def test_the_example_is_the_same_wherever_its_folder_is_said_to_be(small_example):
+    with pytest.raises(UserError, match="names example/train, which is learnt from already"):
+        load_dataset(DataConfig(mix=[MixConfig("example", 3, root="anywhere")]))
+
+
 # -- pictures that do not decode -----------------------------------------------------------------------
 
 
@@ -238,6 +255,21 @@ def test_what_is_broken_is_looked_for_once_for_as_long_as_the_files_stay_as_they
     assert (again.ids, again.note) == (first.ids, first.note) and sum(looked) <= 1  # one for its path
     harm("main/train/120.png")
     assert load_dataset(config).note.startswith("2 broken") and 6 in looked
+
+
+def test_another_version_of_pillow_looks_again(monkeypatch):
+    config = tsv("main")
+    config.broken = "skip"
+    path = Path("main/train/60.png")
+    content = path.read_bytes()
+    stamp = path.stat().st_mtime_ns
+    path.write_bytes(b"x" * len(content))
+    os.utime(path, ns=(stamp, stamp))
+    assert len(load_dataset(config)) == 5
+    path.write_bytes(content)  # as if another version could decode it: neither its size nor its time tells
+    os.utime(path, ns=(stamp, stamp))
+    monkeypatch.setattr(PIL, "__version__", "999.0")
+    assert len(load_dataset(config)) == 6
 
 
 def test_nothing_is_left_out_where_all_decode_and_something_must_be_left():

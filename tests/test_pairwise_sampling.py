@@ -68,7 +68,7 @@ def test_hardness_and_sentences_that_come_twice_are_in_the_log(config):
     lines = Path("d.jsonl").read_text().splitlines()
     texts = [json.loads(line) for line in lines]
     for n, row in enumerate(texts):
-        row["text"] = texts[n // 30]["text"]  # two sentences, thirty times each
+        row["text"] = f"The first image shows {('a star', 'two rings')[n // 30]}."  # thirty times each
     Path("d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
     config.train.steps, config.train.log_every = 1, 1
     (row,) = [json.loads(line) for line in (finetune(config) / "metrics.jsonl").read_text().splitlines()]

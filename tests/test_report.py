@@ -181,6 +181,44 @@ def test_read_and_long_table_are_as_run_and_study_use_them(capsys):
         report.read([Path("absent")])
 
 
+def test_figures_at_several_ranks_are_printed_as_one_row_with_what_their_names_mean(capsys):
+    figures = {"t2i_r1": 0.25, "i2t_r1": 0.5, "t2i_r5": 0.75, "t2i_r10": 1.0, "centred_i2t_r1": 0.125, "spearman": -0.5}
+    put("base", "retrieve-x", metrics=figures, intervals={"t2i_r1": [0.2, 0.3], "t2i_r5": [0.7, 0.8]})
+    put("base", "difference-x", metrics={"sign": 0.5, "difference_r1": 0.75})
+    report.show(report.read([Path("results")]))
+    difference, retrieve = capsys.readouterr().out.strip().split("\n\n", 1)
+    assert difference.splitlines()[2:] == ["sign           50.0", "difference_r1  75.0"]  # one alone is a row as others
+    rows = [line.split() for line in retrieve.splitlines()]
+    assert ["spearman", "−0.50"] in rows
+    assert ["r1", "r5", "r10"] in rows
+    assert ["t2i", "25.0", "[20.0,", "30.0]", "75.0", "100.0"] in rows
+    assert ["i2t", "50.0", "–", "–"] in rows
+    assert ["centred_i2t", "12.5", "–", "–"] in rows
+    assert "t2i_r1" not in retrieve
+    for words_ in (
+        "rk: per cent found among the first k; [a, b]",
+        "t2i: a caption finds its image",
+        "paired: one",
+        "docs/",
+    ):
+        assert words_ in retrieve
+
+
+def test_ranks_of_several_models_stand_below_one_another(capsys):
+    for label, value in (("base", 0.25), ("tuned", 0.5)):
+        put(label, "retrieve-x", metrics={"t2i_r1": value, "t2i_r20": 0.75})
+    put("later", "retrieve-x", metrics={"t2i_r5": 0.625})
+    report.show(report.read([Path("results/base"), Path("results/tuned"), Path("results/later")]))
+    printed = capsys.readouterr().out
+    rows = [line.split() for line in printed.splitlines()]
+    assert rows[rows.index(["r1", "r5", "r20"]) :][1:4] == [
+        ["t2i", "base", "25.0", "–", "75.0"],
+        ["tuned", "50.0", "–", "75.0"],
+        ["later", "–", "62.5", "–"],
+    ]
+    assert "[a, b]" not in printed  # none has an interval
+
+
 # -- what is in the folders ----------------------------------------------------------------------------
 
 
@@ -374,6 +412,34 @@ def test_runs_of_one_variant_share_a_colour_and_a_chart():
     assert drawn["a-seed0"] == drawn["a-seed1"] != drawn["b-seed0"]
     assert "mean of up to 5 neighbouring records" in words_of(figures[0].find("figcaption"))
     assert len([p for p in figures[0].iter("path") if "faint" in p.get("class")]) == 1  # the long run as logged
+
+
+def test_how_hard_the_negatives_of_runs_are_is_drawn_with_what_it_means_in_words():
+    hardness = ("mean_negative", "hardest_negative", "likely_false_negatives", "identical_negatives")
+    for label, level in (("random", 0.25), ("k2", 0.5)):
+        rows = [{"step": s, "loss": 2.0} | dict.fromkeys(hardness, level + s / 100) for s in (0, 10, 20)]
+        rows[1]["likely_false_negatives"] = float("nan")
+        log_run(label, rows)
+    root = parsed(report.write([Path("runs")])[0])
+    figures = {words_of(f[0]).split()[0]: f for f in root.findall(".//section[@id='training']//figure")}
+    assert list(figures) == ["loss", *hardness]
+    for name in hardness:
+        svg = figures[name].find("svg")
+        assert {path.findtext("title") for path in svg.iter("path")} == {"random", "k2"}
+        assert "k2: 0.5 at step 0, 0.7 at 20" in svg.get("aria-label")
+        assert words_of(figures[name].find("figcaption")).endswith(words.logged(name))
+        assert words.logged(name)
+    assert "same sentence" in words_of(figures["identical_negatives"].find("figcaption"))
+    assert words.logged("loss") == ""
+
+
+def test_names_are_in_the_order_people_count_in():
+    for label in ("k16", "k2", "k2-seed10", "k2-seed9", "k4"):
+        log_run(label, [{"step": 1, "loss": 1.0}])
+        put(label)
+    root = parsed(report.write([Path("results"), Path("runs")])[0])
+    assert list(table(root, "Models and evaluations on x")) == ["k2 3 seeds", "k4", "k16"]
+    assert list(table(root, "Runs")) == [f"runs/{n}" for n in ("k2", "k2-seed9", "k2-seed10", "k4", "k16")]
 
 
 def test_curves_are_means_over_seeds_with_each_choice_marked():

@@ -15,7 +15,7 @@ from PIL import Image
 import run
 from pc_clip import report
 from pc_clip.config import EvaluateConfig
-from pc_clip.datasets import Dataset
+from pc_clip.datasets import Dataset, open_dataset
 from pc_clip.errors import UserError
 from pc_clip.evals import Subject, _intervals, retrieve
 
@@ -315,7 +315,7 @@ def test_a_model_that_diverged_is_refused_and_not_perfect():
 # -- the command ---------------------------------------------------------------------------------------------
 
 
-def test_the_command_writes_figures_intervals_and_items_and_the_report_reads_them(small_example):
+def test_the_command_writes_figures_intervals_and_items_and_the_report_reads_them(small_example, capsys):
     run.main(["--mode", "retrieve", "--split", "val", "--device", "cpu"])
     (path,) = Path("results").rglob("retrieve-*.json")
     found = json.loads(path.read_text())
@@ -323,6 +323,16 @@ def test_the_command_writes_figures_intervals_and_items_and_the_report_reads_the
     for metric, (low, high) in found["intervals"].items():
         assert 0 <= low <= found["metrics"][metric] <= high <= 1
     assert {metric: len(values) for metric, values in found["items"].items()} == {f"{name}_r1": 60 for name in FAMILIES}
+    assert found["images"] == open_dataset("example", split="val").fingerprint
+    printed = capsys.readouterr().out.splitlines()
+    shown = {line.split()[0]: line.split()[1:] for line in printed if line.strip()}
+    assert shown["r1"] == ["r5", "r10", "r20", "r50"]
+    for name in FAMILIES:  # R@1 with its interval, then the others
+        low, high = found["intervals"][f"{name}_r1"]
+        figures = [100 * found["metrics"][f"{name}_r{k}"] for k in (1, 5, 10, 20, 50)]
+        beside = [f"[{100 * low:.1f},", f"{100 * high:.1f}]"]
+        assert shown[name][:7] == [f"{figures[0]:.1f}", *beside, *(f"{value:.1f}" for value in figures[1:])]
+    assert any("t2i: a caption finds its image; i2t: an image finds one of its captions" in line for line in printed)
     page, gathered = report.write([Path("results")])
     assert not gathered.skipped
     assert "paired_i2t_r50" in page.with_suffix(".csv").read_text()

@@ -14,7 +14,14 @@ from pc_clip.datasets import archives
 from pc_clip.datasets.archives import ARCHIVES
 from pc_clip.datasets.awa2 import LAYOUT as AWA2
 from pc_clip.datasets.awa2 import open_awa2
-from pc_clip.datasets.captioned import open_coco, open_tsv, read_captions, read_coco_captions, read_simclip_tsv
+from pc_clip.datasets.captioned import (
+    is_table,
+    open_coco,
+    open_tsv,
+    read_captions,
+    read_coco_captions,
+    read_simclip_tsv,
+)
 from pc_clip.datasets.classified import (
     LAYOUTS,
     open_cifar,
@@ -47,7 +54,8 @@ class Reader:
 
     root: where it is looked for unless told otherwise; None: it needs no files. splits: the last is the default of
     an evaluation, the first of training. any_split: whether others may be named, since the files decide. may_miss:
-    whether pictures may be absent that a file lists; `open` then takes `missing` as well.
+    whether pictures may be absent that a file lists; `open` then takes `missing` as well. table_may_be_split: whether a
+    split may be the path of a table, which may name pictures anywhere, so that nothing need be at `root`.
     """
 
     open: Callable[[Path, str], Dataset]
@@ -59,6 +67,7 @@ class Reader:
     layout: Layout = NO_FILES
     any_split: bool = False
     may_miss: bool = False
+    table_may_be_split: bool = False
 
 
 def _command(name: str, of: str, makes: str) -> str:
@@ -79,7 +88,7 @@ READERS: dict[str, Reader] = {
     "tsv": Reader(
         open_tsv, "data/tsv", ("train", "test"),
         "Put SPLIT.tsv there (columns image, caption1, caption2, ...), and the pictures there, in SPLIT/ or images/.",
-        "yours", "yours", any_split=True, may_miss=True,
+        "yours", "yours", any_split=True, may_miss=True, table_may_be_split=True,
     ),
     "folder": Reader(open_folder, "data/images", (), "Put images there, in a folder a class.", "yours", "yours"),
     "webdataset": Reader(
@@ -157,7 +166,8 @@ def open_dataset(
     if reader.splits and split not in reader.splits and not reader.any_split:
         raise UserError(f"{name} has no split {split!r}. {nearest(split, reader.splits)}")
     folder = Path(root or reader.root or ".")
-    if reader.root is not None and not folder.is_dir():
+    lone = reader.table_may_be_split and root is None and is_table(Path(split))
+    if reader.root is not None and not folder.is_dir() and not lone:
         raise UserError(f"{name} is not at {folder}. {reader.fetch} Then name the folder with --root (--data.root).")
     reader.layout.require(name, folder, reader.fetch)
     opener = partial(reader.open, missing=missing) if reader.may_miss else reader.open

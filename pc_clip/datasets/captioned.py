@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import stat
-import warnings
 from functools import partial
 from pathlib import Path
 
-import pandas as pd
 from PIL import Image
 
 from pc_clip.datasets.dataset import Dataset, digest, read_image
 from pc_clip.errors import UserError
 
-TABLES = (".tsv", ".csv", ".txt")  # endings of tables, whose columns are apart by tabs whatever the ending
+TABLES = (".tsv", ".csv", ".txt")  # endings of tables in any case; columns are apart by tabs whatever the ending
 
 
 def read_coco_captions(path: Path) -> dict[str, tuple[str, tuple[str, ...]]]:
@@ -62,33 +61,63 @@ def _bad_entry(content: dict, path: Path) -> UserError:
 def read_simclip_tsv(path: Path) -> dict[str, tuple[str, tuple[str, ...]]]:
     """SimCLIP's table, `image caption1 caption2 ...`, tab-separated: image id -> (file name, its captions).
 
-    The id is the column `id` where there is one, else the file's name. A missing caption is left out,
-    never "nan". Raises UserError when the file or its columns are missing, or it has no captions.
+    The id is the column `id` where there is one, else the file's name. A missing caption is left out, never "nan".
+    Fields are taken as they stand, or without the quotes that pandas and csv put around them.
+    Raises UserError when the file or its columns are missing, for a row that does not fit, or without any captions.
     """
     if not path.is_file():
         raise UserError(f"no captions file at {path}; give --captions a tab-separated file")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", pd.errors.ParserWarning)  # about a tab at the end of each row
-            table = pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False, quoting=3, index_col=False)
-    except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is no tab-separated UTF-8 table: {str(error).strip()}") from error
-    columns = [c for c in table.columns if c.startswith("caption")]
-    if "image" not in table.columns or not columns:
+    (_, head), *rows = _fields(path)
+    columns = [n for n, name in enumerate(head) if name.startswith("caption")]
+    if "image" not in head or not columns:
+        apart = " (one column: separate them by tabs)" if len(head) == 1 else ""
         raise UserError(
-            f"{path} needs a column image and columns caption1, caption2, ...; found {', '.join(table.columns)}"
+            f"{path} needs a column image and columns caption1, caption2, ...; found {', '.join(head)}{apart}"
         )
+    image = head.index("image")
+    named = head.index("id") if "id" in head else image
     found = {}
-    for row in table.to_dict("records"):
-        texts = tuple(" ".join(row[c].split()) for c in columns if row[c].strip())
-        key = row.get("id") or row["image"]
+    for line, row in rows:
+        if any(field.strip() for field in row[len(head) :]):
+            raise UserError(f"{path}, line {line}: {len(row)} fields, but the first line names {len(head)} columns")
+        row += [""] * (len(head) - len(row))
+        if not row[image].strip():
+            raise UserError(f"{path}, line {line}: no image is named, in {' '.join(row).strip()[:80]!r}")
+        texts = tuple(" ".join(row[n].split()) for n in columns if row[n].strip())
+        key = row[named] or row[image]
         if key in found:
-            raise UserError(f"{path} has two rows for {key!r}; put all captions of an image into one row")
+            raise UserError(f"{path}, line {line}: a second row for {key!r}; put all captions of an image into one row")
         if texts:
-            found[key] = (row["image"], texts)
+            found[key] = (row[image], texts)
     if not found:
-        raise UserError(f"{path} holds no captions: {len(table)} rows, all without one")
+        raise UserError(f"{path} holds no captions: {len(rows)} rows, all without one")
     return found
+
+
+def _fields(path: Path) -> list[tuple[int, list[str]]]:
+    """The rows of a table that hold anything, the head first, each with the number of its line, from 1.
+
+    Quotes are read as characters: SimCLIP's tables have captions with a lone one, which would swallow the lines after.
+    """
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            lines = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+            found = [(lines.line_num, [_unquoted(field) for field in row]) for row in lines if any(map(str.strip, row))]
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is no tab-separated UTF-8 table: {error}") from error
+    if not found:
+        raise UserError(f"{path} is no tab-separated UTF-8 table: it is empty")
+    return found
+
+
+def _unquoted(field: str) -> str:
+    """A field that a writer of CSV put into quotes, as it was; any other as it is.
+
+    Such a field begins and ends with a quote, and those within are doubled.
+    """
+    if len(field) < 2 or not field[0] == field[-1] == '"' or '"' in field[1:-1].replace('""', ""):
+        return field
+    return field[1:-1].replace('""', '"')
 
 
 def read_rewritten(path: Path) -> dict[str, tuple[str, tuple[str, ...]]]:
@@ -115,7 +144,7 @@ def read_captions(path: str | Path) -> dict[str, tuple[str, tuple[str, ...]]]:
     path = Path(path)
     if path.suffix == ".jsonl":
         return read_rewritten(path)
-    return read_simclip_tsv(path) if path.suffix in TABLES else read_coco_captions(path)
+    return read_simclip_tsv(path) if path.suffix.lower() in TABLES else read_coco_captions(path)
 
 
 def open_coco(root: Path, split: str, missing: str = "error") -> Dataset:
@@ -140,36 +169,51 @@ def open_tsv(root: Path, split: str, missing: str = "error") -> Dataset:
     """SimCLIP's table, and its pictures below {root}, in the folders where COCO's may be.
 
     split: NAME for {root}/NAME.tsv (or .csv, .txt), or the path of a table that lies anywhere. missing: as for COCO. A
-    column `image` with whole paths is taken at its word.
+    column `image` with whole paths is taken at its word. A table that is not {root}/NAME.tsv has six digits of its path
+    in the label, so that results of two tables of one name are kept apart.
     """
-    candidates = [root / f"{split}{ending}" for ending in TABLES]
-    candidates += [path for path in (Path(split), root / split) if path.suffix in TABLES]
-    path = next((p for p in candidates if p.is_file()), None)
+    path = next((p for p in [*_named(root, split), Path(split), root / split] if is_table(p)), None)
     if path is None:
-        present = sorted({p.stem for ending in TABLES for p in root.glob(f"*{ending}")})
+        present = sorted({p.stem for p in root.glob("*") if is_table(p)})
+        file = split if Path(split).suffix.lower() in TABLES else f"{split}.tsv"
         raise UserError(
-            f"{root} has no {split.removesuffix('.tsv')}.tsv; tables found there: {', '.join(present) or 'none'}. "
+            f"{root} has no {file}; tables found there: {', '.join(present) or 'none'}. "
             "A table elsewhere is named by its path: --data.split FILE.tsv (--split for run.py)."
         )
-    return _with_pictures("tsv", path.stem, path, read_simclip_tsv(path), root, missing, "Put them there", split)
+    first = next((p for p in _named(root, path.stem) if is_table(p)), None)  # what its bare name would open
+    label = path.stem
+    if first is None or first.resolve() != path.resolve():
+        label += f"-{digest(str(path.resolve()))[:6]}"
+    return _with_pictures("tsv", label, path, read_simclip_tsv(path), root, missing, "Put them there", split, path.stem)
+
+
+def is_table(path: Path) -> bool:
+    """Whether there is a file whose name ends as a table's does."""
+    return path.suffix.lower() in TABLES and path.is_file()
+
+
+def _named(root: Path, name: str) -> list[Path]:
+    """Where a table may be that is named without its ending."""
+    return [root / f"{name}{ending}" for ending in (*TABLES, *map(str.upper, TABLES))]
 
 
 def _with_pictures(
     name: str, split: str, path: Path, entries: dict[str, tuple[str, tuple[str, ...]]], root: Path, missing: str,
-    get: str, part: str = "",
+    get: str, part: str = "", inner: str = "",
 ) -> Dataset:  # fmt: skip
     """A data set of captions by image id, and of pictures that are looked for below `root`.
 
     path: the file that has the captions. missing: an absent picture is an "error", or its image is left out ("skip"),
     or kept until it is looked at ("keep"). get: how the pictures are had, for the error. part: as it was asked for,
-    where that is not `split`.
+    where that is not `split`. inner: the folder below `root` where they are looked for first, where it is not `split`.
     """
-    folders = [str(folder) for folder in (root / split, root / "images" / split, root / "images", root)]
+    inner = inner or split
+    folders = [str(folder) for folder in (root / inner, root / "images" / inner, root / "images", root)]
     files = {key: _find(folders, file) for key, (file, _) in entries.items()}
     absent = [entries[key][0] for key, file in files.items() if file is None]
     if absent and missing != "keep" and (missing == "error" or len(absent) == len(files)):
         raise UserError(
-            f"{len(absent)} of the {len(files)} pictures in {path} are not in {root / split}, first {absent[0]}. "
+            f"{len(absent)} of the {len(files)} pictures in {path} are not in {root / inner}, first {absent[0]}. "
             f"{get}, or use only those that are there with --data.missing skip."
         )
     kept = [key for key, file in files.items() if file is not None or missing == "keep"]

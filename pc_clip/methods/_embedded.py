@@ -11,6 +11,7 @@ from accelerate.utils import gather
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from pc_clip.config import FinetuneConfig
 from pc_clip.datasets.dataset import subset
 from pc_clip.embedding_shards import Rows
 from pc_clip.embeddings import embed_images
@@ -38,18 +39,19 @@ def of_texts(texts: Tokens, rows: np.ndarray) -> Tensor:
     return _together(len(rows), compute, "embedding texts")
 
 
-def of_images(images: Images, rows: np.ndarray, now: bool, workers: int) -> Tensor:
+def of_images(images: Images, rows: np.ndarray, now: bool, config: FinetuneConfig) -> Tensor:
     """Unit embeddings of some images: cached ones, or where the tower learns and `now`, fresh.  -> [R, D] float32"""
     if images.z is not None:
         z = images.z.whole() if isinstance(images.z, Rows) else images.z
         return nn.functional.normalize(z[torch.from_numpy(rows)].float(), dim=-1)
     if not now:
         with PartialState().main_process_first():  # the others then find them in the cache
-            z = embed_images(images.clip, images.data, workers=workers).z
+            z = embed_images(images.clip, images.data, workers=config.data.workers).z
         return nn.functional.normalize(z[torch.from_numpy(rows)].float(), dim=-1)
 
     def compute(some: np.ndarray) -> Tensor:
-        found = encode(images.clip, subset(images.data, rows[some]), Options(workers=workers)).z
+        options = Options(workers=config.data.workers, precision=config.train.precision)
+        found = encode(images.clip, subset(images.data, rows[some]), options).z
         return nn.functional.normalize(found.float(), dim=-1)
 
     return _together(len(rows), compute, "embedding images")

@@ -99,7 +99,7 @@ class Method(BaseMethod):
     def embeddings(self, similarity: str, now: bool) -> Tensor:
         """What makes images similar: themselves, or the mean over their captions.  -> [N, D] float32, unit length"""
         if similarity == "image":
-            return _embedded.of_images(self.images, self.rows, now, self.config.data.workers)
+            return _embedded.of_images(self.images, self.rows, now, self.config)
         all_rows = np.arange(len(self.texts.distinct))
         z = _embedded.of_texts(self.texts, all_rows) if now else self.texts.embeddings()  # [U, D]
         means = torch.zeros(len(self.rows), z.shape[1])

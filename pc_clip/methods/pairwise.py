@@ -126,7 +126,7 @@ class Method(BaseMethod):
             closeness = self._closeness()
             chosen = np.argsort(-closeness, kind="stable")[:kept]
             self.notes.append(
-                f"cosine of two images: {closeness.mean():.3f} in all pairs, {closeness[chosen].mean():.3f} in those kept"
+                f"cosine of a pair's images: {closeness.mean():.3f} in all, {closeness[chosen].mean():.3f} in these"
             )
         chosen.sort()
         self.pairs, self.text_rows = self.pairs[chosen], self.text_rows[chosen]
@@ -136,7 +136,7 @@ class Method(BaseMethod):
     def _closeness(self) -> np.ndarray:
         """Cosine of the two images of each pair, before training.  -> [N]"""
         used, places = np.unique(self.pairs, return_inverse=True)
-        z = _embedded.of_images(self.images, used, False, self.config.data.workers)
+        z = _embedded.of_images(self.images, used, False, self.config)
         places = torch.from_numpy(places.reshape(self.pairs.shape))
         blocks = places.split(BLOCK)
         return np.concatenate([(z[some[:, 0]] * z[some[:, 1]]).sum(-1).numpy() for some in blocks])
@@ -147,7 +147,7 @@ class Method(BaseMethod):
             said, rows = np.unique(self.text_rows, return_inverse=True)
             return _embedded.of_texts(self.texts, said)[torch.from_numpy(rows)]
         used, places = np.unique(self.pairs, return_inverse=True)
-        z = _embedded.of_images(self.images, used, now, self.config.data.workers)
+        z = _embedded.of_images(self.images, used, now, self.config)
         places, found = torch.from_numpy(places.reshape(self.pairs.shape)), torch.empty(len(self.pairs), z.shape[1])
         for n in range(0, len(places), BLOCK):
             some = places[n : n + BLOCK]

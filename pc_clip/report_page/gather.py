@@ -78,9 +78,15 @@ def files_below(given: Path) -> Iterator[tuple[Path, str]]:
     if given.is_file():
         yield given, clean(given.name)
         return
-    for file in sorted(given.rglob("*.json")) + sorted(given.rglob(METRICS)):
+    for file in sorted(given.rglob("*.json"), key=natural) + sorted(given.rglob(METRICS), key=natural):
         if file.is_file():
             yield file, clean(str(Path(given.resolve().name) / file.relative_to(given)))
+
+
+def natural(path: Path) -> tuple[list[list[str | int]], str]:
+    """A key that sorts names as people count: k2 comes before k16."""
+    parts = [re.split(r"(\d+)", part) for part in path.parts]
+    return [[int(piece) if piece.isdecimal() else piece for piece in part] for part in parts], str(path)
 
 
 def read_result(file: Path) -> dict[str, Any] | None:

@@ -8,6 +8,20 @@ from collections.abc import Iterable
 # Figures between -1 and 1 that are no share of anything, by a word of their name.
 _PLAIN = {"alignment", "alpha", "cosine", "images", "modality", "spearman"}
 
+# What finetune.py logs, where the name alone does not say it.
+_LOGGED = {
+    "mean_negative": "mean cosine of a batch's pairs that do not belong together",
+    "hardest_negative": "cosine with the nearest of a batch that does not belong to it, on average",
+    "likely_false_negatives": "share of a batch's wrong pairs that are likely right: all words of the caption are in the "
+    "captions of the other image",
+    "identical_negatives": "share of a batch's wrong pairs of which the very same sentence is told",
+}
+
+
+def logged(name: str) -> str:
+    """A logged figure in plain words; empty for a name that says enough."""
+    return _LOGGED.get(name, "")
+
 
 def is_share(metric: str, values: Iterable[float]) -> bool:
     """Whether a figure is shown in per cent: all its values lie between -1 and 1, and its name is no other unit's."""
