@@ -193,7 +193,8 @@ def _one(subject: Subject, mode: str, folder: Path, keys: _Keys) -> dict[str, An
     result = {
         "model": folder.name, "evaluation": mode, "dataset": data.label, "about": _suffix(config).strip("-"),
         "metrics": found.metrics, "n": found.n,
-        "intervals": found.intervals, "items": found.items, "curves": [curve._asdict() for curve in found.curves],
+        "intervals": {name: list(ends) for name, ends in found.intervals.items()},  # as they are read again
+        "items": found.items, "curves": [curve._asdict() for curve in found.curves],
         "pictures": [
             {"file": f"{path.stem}-{name}", "alt": picture.alt} for name, picture in found.pictures.items()
         ],

@@ -26,7 +26,8 @@ from pc_clip.report_page.words import figure, is_share, spread
 # What an evaluation's names mean, for those who meet them on the terminal; the page has a paragraph of its own.
 _NAMES = {
     "retrieve": "t2i: a caption finds its image; i2t: an image finds one of its captions (CLIP_benchmark).\n"
-    "paired: one caption an image (SimCLIP). centred: i2t without what a caption has of all images. More: docs/evaluations.md.",
+    "paired: one caption an image (SimCLIP). centred: i2t without what a caption has of all images. See "
+    "docs/evaluations.md.",
 }
 _AT = re.compile(r"(.+)_r([1-9]\d*)")  # a figure at rank k, such as t2i_r10
 

@@ -311,7 +311,7 @@ def test_another_word_than_error_or_skip_is_refused():
         load_dataset(DataConfig(broken="skp"))
 
 
-def test_training_on_pixels_stops_at_a_broken_picture_or_goes_on_without_it(tmp_path, caplog):
+def test_training_on_pixels_stops_at_a_broken_picture_or_goes_on_without_it(tmp_path, caplog, capsys):
     caplog.set_level(logging.INFO)
     config = tsv("main")
     harm("main/train/60.png")
@@ -322,6 +322,8 @@ def test_training_on_pixels_stops_at_a_broken_picture_or_goes_on_without_it(tmp_
         finetune.main([*argv, "--train.batch_size", "6"])
     run = finetune.main([*argv, "--data.broken", "skip", "--name", "without"])
     assert (run / "model.safetensors").is_file()
+    said = f"python run.py --dataset tsv --root {config.root} --split TABLE --checkpoint {run} (TABLE: the name or path"
+    assert said in capsys.readouterr().out
 
 
 def test_crops_are_learnt_from_and_processes_change_no_bit_of_the_result(monkeypatch):

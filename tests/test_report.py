@@ -427,8 +427,8 @@ def test_how_hard_the_negatives_of_runs_are_is_drawn_with_what_it_means_in_words
         svg = figures[name].find("svg")
         assert {path.findtext("title") for path in svg.iter("path")} == {"random", "k2"}
         assert "k2: 0.5 at step 0, 0.7 at 20" in svg.get("aria-label")
-        assert words_of(figures[name].find("figcaption")).endswith(words.logged(name))
         assert words.logged(name)
+        assert f"{name} {words.logged(name)} as logged" == words_of(figures[name].find("figcaption"))
     assert "same sentence" in words_of(figures["identical_negatives"].find("figcaption"))
     assert words.logged("loss") == ""
 

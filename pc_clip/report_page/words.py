@@ -12,8 +12,8 @@ _PLAIN = {"alignment", "alpha", "cosine", "images", "modality", "spearman"}
 _LOGGED = {
     "mean_negative": "mean cosine of a batch's pairs that do not belong together",
     "hardest_negative": "cosine with the nearest of a batch that does not belong to it, on average",
-    "likely_false_negatives": "share of a batch's wrong pairs that are likely right: all words of the caption are in the "
-    "captions of the other image",
+    "likely_false_negatives": "share of a batch's wrong pairs that are likely right: all words of the caption are in "
+    "the captions of the other image",
     "identical_negatives": "share of a batch's wrong pairs of which the very same sentence is told",
 }
 
