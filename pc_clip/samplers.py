@@ -178,23 +178,24 @@ class Clusters:
 
 
 class _Members:
-    """Groups of examples that are alike. len() of it: how many groups."""
+    """Groups of examples that are alike, in the order of their numbers. len() of it: how many groups."""
 
     def __init__(self, group: np.ndarray) -> None:
         self.order = np.argsort(group, kind="stable")
         _, self.start, self.count = np.unique(group[self.order], return_index=True, return_counts=True)
+        self.all_differ = len(self.start) == len(group)  # each example is then a group of its own, in its own place
 
     def __len__(self) -> int:
         return len(self.start)
 
     def first_of(self, z: Tensor) -> Tensor:
         """One row a group.  [N, D] -> [G, D]"""
-        return z if len(self) == len(z) else z[torch.from_numpy(self.order[self.start])]
+        return z if self.all_differ else z[torch.from_numpy(self.order[self.start])]
 
     def draw(self, groups: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """An example of each group, any of them as likely as another. -> the same shape"""
-        if len(self) == len(self.order):
-            return self.order[groups]
+        if self.all_differ:
+            return groups
         return self.order[self.start[groups] + rng.integers(self.count[groups])]
 
 

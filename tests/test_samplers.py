@@ -145,8 +145,15 @@ def test_examples_that_are_alike_are_not_each_others_negatives_and_all_of_them_c
     for number in range(20):
         for batch in epoch(sampler, number):
             assert len(set(alike[batch].tolist())) == 24
+            assert np.mean([len(set(cluster // EACH)) for cluster in batch.reshape(-1, 4)]) < 2.0
             seen |= set(batch.tolist())
     assert seen == set(range(N))
+
+
+def test_how_examples_that_all_differ_are_numbered_does_not_matter():
+    numbers = np.random.default_rng(0).permutation(N) + 7
+    plain, numbered = (make(settings(cluster_size=4), Grouped(alike=alike)) for alike in (None, numbers))
+    assert (epoch(plain, 0) == epoch(numbered, 0)).all()
 
 
 def test_too_few_that_differ_are_said():
