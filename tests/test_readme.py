@@ -80,10 +80,16 @@ def test_the_results_in_the_text_are_those_of_the_studies(document):
                 row = table[(table.variant == variant) & (table.metric == metric)]
                 if not cell:
                     continue
-                shown = [float(number) for number in re.findall(r"-?[\d.]+", cell)]
-                assert shown[0] == pytest.approx(100 * row["mean"].item(), abs=0.051), (variant, metric)
-                if len(shown) > 1:
-                    assert shown[1] == pytest.approx(100 * row["std"].item(), abs=0.051), (variant, metric)
+                figure, _, interval = cell.partition("[")
+                shown = {"mean": figure.split("±")[0], "std": figure.partition("±")[2]}
+                shown |= dict(zip(("low", "high"), interval.rstrip("]").split(",")))
+                for name, number in shown.items():
+                    if number:
+                        assert float(number) == pytest.approx(100 * row[name].item(), abs=0.051), (
+                            variant,
+                            metric,
+                            name,
+                        )
 
 
 def test_the_speeds_in_the_text_are_those_measured():
