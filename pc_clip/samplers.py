@@ -24,7 +24,7 @@ from pc_clip import clusters, neighbours
 from pc_clip.config import FinetuneConfig, SamplerConfig
 from pc_clip.errors import UserError, check_at_least, check_choice
 
-CLUSTER_SIZE = 16  # k where nobody says otherwise: the largest of the paper's, and its README's
+CLUSTER_SIZE = 16  # k where nobody says otherwise: that of the authors' README
 
 
 class Examples(Protocol):
