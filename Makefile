@@ -10,7 +10,7 @@ DATA   ?= data/coco
 help:
 	@echo "make quickstart   write differences, finetune, evaluate on the embedded example; print one table"
 	@echo "make reproduce    the same with three seeds, and the paper's other evaluations"
-	@echo "make simclip      batches of similar examples against random ones, and hard pairs; about two hours on two cores"
+	@echo "make simclip      batches of similar examples against random ones, and hard pairs; an hour or more on two cores"
 	@echo "make test         the whole test suite"
 	@echo "make photo DATA=folder   the same scripts on photographs with human captions (COCO's layout)"
 	@echo "make llm DATA=folder     a small language model writes 600 differences of those photographs; an audit"

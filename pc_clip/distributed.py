@@ -53,18 +53,19 @@ def hardness(a: Tensor, b: Tensor) -> dict[str, Tensor]:
     a, b: [B, D], this process's; row n of one belongs to row n of the other, all processes' other rows are negatives.
     The mean of the results over the processes is that of the whole batch. Empty for a batch of one.
     """
-    a, b = F.normalize(a.float(), dim=-1), gather(F.normalize(b.float(), dim=-1))
-    if len(b) < 2:
-        return {}
-    first = dist.get_rank() * len(a) if _processes() > 1 else 0
-    total, hardest = a.new_zeros(()), a.new_zeros(())
-    for start in range(0, len(a), losses.BLOCK):
-        cosine = a[start : start + losses.BLOCK] @ b.T
-        rows = torch.arange(len(cosine), device=a.device)
-        own = rows + first + start
-        total += cosine.sum() - cosine[rows, own].sum()
-        cosine[rows, own] = -torch.inf
-        hardest += cosine.amax(1).sum()
+    with torch.autocast(a.device.type, enabled=False):
+        a, b = F.normalize(a.float(), dim=-1), gather(F.normalize(b.float(), dim=-1))
+        if len(b) < 2:
+            return {}
+        first = dist.get_rank() * len(a) if _processes() > 1 else 0
+        total, hardest = a.new_zeros(()), a.new_zeros(())
+        for start in range(0, len(a), losses.BLOCK):
+            cosine = a[start : start + losses.BLOCK] @ b.T
+            rows = torch.arange(len(cosine), device=a.device)
+            own = rows + first + start
+            total += cosine.sum() - cosine[rows, own].sum()
+            cosine[rows, own] = -torch.inf
+            hardest += cosine.amax(1).sum()
     return {"mean_negative": total / (len(a) * (len(b) - 1)), "hardest_negative": hardest / len(a)}
 
 
