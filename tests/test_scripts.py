@@ -145,10 +145,12 @@ def test_every_config_shrunk_runs(path, small_example, monkeypatch, coco_folder)
     ]
     Path("d.jsonl").write_text("".join(lines))
     files = ["--data.differences", "d.jsonl"] if content["method"] == "pairwise" else []
-    size = ["--train.batch_size", "4", "--train.steps", "2"]
-    finetune.main(
-        ["--config", str(path), "--model.name", "example", "--model.pretrained", "null", *data, *files, *size]
-    )
+    size = ["--train.batch_size", "4", "--train.steps", "2", "--data.workers", "0"]
+    if "sampler" in content:
+        size += ["--sampler.clusters", "null", "--sampler.cluster_size", "2"]
+    start = "scratch" if content["model"].get("pretrained") == "scratch" else "null"
+    model = ["--model.name", "example", "--model.pretrained", start]
+    finetune.main(["--config", str(path), *model, *data, *files, *size])
     assert Path(f"runs/{content['name']}/model.safetensors").is_file()
 
 
