@@ -15,7 +15,8 @@ import jsonargparse
 from accelerate import PartialState
 
 from pc_clip import methods
-from pc_clip.config import FinetuneConfig, configure, peek
+from pc_clip.config import FinetuneConfig
+from pc_clip.configure import configure, peek
 from pc_clip.errors import run_script
 from pc_clip.generate import write_missing_example
 from pc_clip.training import PATIENCE, finetune

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import jsonargparse
 
-from pc_clip.config import GenerateConfig, configure, peek
+from pc_clip.config import GenerateConfig
+from pc_clip.configure import configure, peek
 from pc_clip.errors import run_script
 from pc_clip.generate import generate
 

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 
 import jsonargparse
 
-from pc_clip.config import EvaluateConfig, configure
+from pc_clip.config import EvaluateConfig
+from pc_clip.configure import configure
 from pc_clip.errors import run_script
 from pc_clip.evaluate import evaluate, example_checkpoints
 from pc_clip.report import show

@@ -309,7 +309,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     import jsonargparse
     from tqdm.contrib.logging import logging_redirect_tqdm
 
-    from pc_clip.config import EmbedConfig, configure
+    from pc_clip.config import EmbedConfig
+    from pc_clip.configure import configure
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     parser = jsonargparse.ArgumentParser(prog="python -m pc_clip.embeddings", description=main.__doc__)

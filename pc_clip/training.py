@@ -32,7 +32,8 @@ from pc_clip import checkpoint, differences, environment, methods
 from pc_clip.background import ahead
 from pc_clip.clip import Clip, blend
 from pc_clip.compensated import CompensatedAdam
-from pc_clip.config import FinetuneConfig, TrainConfig, dump
+from pc_clip.config import FinetuneConfig, TrainConfig
+from pc_clip.configure import dump
 from pc_clip.datasets import Dataset
 from pc_clip.download import file_digest
 from pc_clip.embedding_shards import index_of

@@ -31,7 +31,8 @@ from safetensors.torch import load_file, save_file
 import finetune as script
 from pc_clip import environment, fast_text
 from pc_clip.clip import SCRATCH
-from pc_clip.config import FinetuneConfig, SamplerConfig, TrainConfig, dump
+from pc_clip.config import FinetuneConfig, SamplerConfig, TrainConfig
+from pc_clip.configure import dump
 from pc_clip.errors import run_script
 from pc_clip.methods import contrastive, pairwise
 from pc_clip.training import finetune

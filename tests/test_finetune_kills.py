@@ -30,7 +30,8 @@ from safetensors import safe_open
 
 from pc_clip import checkpoint, environment, files
 from pc_clip.clip import Clip
-from pc_clip.config import FinetuneConfig, TrainConfig, dump
+from pc_clip.config import FinetuneConfig, TrainConfig
+from pc_clip.configure import dump
 from pc_clip.datasets import embedded
 from pc_clip.errors import UserError
 from pc_clip.methods import pairwise

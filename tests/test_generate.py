@@ -17,7 +17,8 @@ import pytest
 
 from pc_clip import differences, generate, shards
 from pc_clip.cleaning import Checked, clean
-from pc_clip.config import DataConfig, GenerateConfig, configure
+from pc_clip.config import DataConfig, GenerateConfig
+from pc_clip.configure import configure
 from pc_clip.datasets import read_captions
 from pc_clip.errors import UserError, run_script
 from pc_clip.writers import RulesWriter

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 
 import finetune
 from pc_clip import learning_data
-from pc_clip.config import DataConfig, EmbedConfig, FinetuneConfig, MixConfig, configure
+from pc_clip.config import DataConfig, EmbedConfig, FinetuneConfig, MixConfig
+from pc_clip.configure import configure
 from pc_clip.datasets import embedded, open_dataset
 from pc_clip.embeddings import embed
 from pc_clip.errors import UserError

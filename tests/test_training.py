@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 
 from pc_clip import fast_text, methods
 from pc_clip.clip import Clip
-from pc_clip.config import FinetuneConfig, TrainConfig, dump
+from pc_clip.config import FinetuneConfig, TrainConfig
+from pc_clip.configure import dump
 from pc_clip.datasets import open_dataset
 from pc_clip.differences import Difference, swap_roles, to_line
 from pc_clip.errors import UserError

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from pc_clip.errors import UserError
+from pc_clip.statements import Statement
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
 PHOTO_TEMPLATE = ("This is a photo of a {}.",)
@@ -79,6 +80,7 @@ class Dataset:
     attributes: tuple[Attribute, ...] = ()
     note: str = ""
     part: str = ""
+    statements: tuple[Statement, ...] = ()
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -108,7 +110,13 @@ def subset(data: Dataset, rows: np.ndarray) -> Dataset:
         captions=[data.captions[row] for row in rows] if data.captions else None,
         questions=tuple(map(of, data.questions)),
         attributes=tuple(dataclasses.replace(a, value=a.value[rows]) for a in data.attributes),
+        statements=_about(data.statements, [data.ids[row] for row in rows]),
     )
+
+
+def _about(statements: tuple[Statement, ...], ids: list[str]) -> tuple[Statement, ...]:
+    kept = set(ids)
+    return tuple(s for s in statements if s.image in kept)
 
 
 def _load_row(load: Callable[[int], Image.Image], rows: np.ndarray, place: int) -> Image.Image:
