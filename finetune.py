@@ -22,7 +22,11 @@ from pc_clip.generate import write_missing_example
 from pc_clip.training import PATIENCE, finetune
 
 CONFIGS = Path(__file__).parent / "configs"
-DEFAULTS = {"pairwise": "example.yaml", "contrastive": "example_captions.yaml"}  # by --method, where no config is named
+DEFAULTS = {  # by --method, where no config is named
+    "pairwise": "example.yaml",
+    "contrastive": "example_captions.yaml",
+    "preference": "example_dpo.yaml",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> Path:

@@ -5,6 +5,8 @@ With no argument it writes those of the embedded example, by rule. From COCO's c
     python generate_diffs.py --config configs/diffs_llama2_coco.yaml
 What classes look like, or how they differ:
     python generate_diffs.py --task describe --dataset awa2
+Which of two similar images fits a caption better: captions and images -> llm_diffs/NAME.parquet:
+    python generate_diffs.py --config configs/rank_example.yaml
 Interrupted and started again, it continues where it stopped, with as many processes as it then has; on several
 GPUs: accelerate launch generate_diffs.py ...
 """

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pc_clip import _torchvision  # noqa: F401  (before open_clip)
+from pc_clip import _torchvision, adapters  # noqa: F401  (the former before open_clip)
 from pc_clip.errors import UserError, check_choice, nearest
 from pc_clip.fast_text import FastText
+from pc_clip.trainable import TRAINABLE, parameters_of
 
 import open_clip  # isort: skip
 from open_clip.transform import PreprocessCfg, image_transform_v2  # isort: skip
@@ -27,7 +28,6 @@ log = logging.getLogger(__name__)
 
 _SAMPLES = ("a dog", "two large red circles on a striped background", "A photo. " * 30)  # of every kind of length
 
-TRAINABLE = ("text_blocks", "text", "all_text_but_embeddings", "both")
 SCRATCH = "scratch"  # in the place of a tag of pretrained weights: weights drawn at random
 
 
@@ -231,25 +231,12 @@ class Clip:
     # -- its parts -------------------------------------------------------------------------------------
 
     def trainable(self, which: str) -> dict[str, nn.Parameter]:
-        """The parameters a run trains, by name in the model's state dict.
+        """The parameters a run trains, by name; `which` as pc_clip.trainable says. Of adapters, where there are some.
 
-        text_blocks: the text transformer's blocks alone, as PC-CLIP's code does (85.1 of 123.7 million in
-        ViT-L-14). text: the whole text tower. all_text_but_embeddings: the same without token and position
-        embeddings. both: every parameter, the logit scale included.
+        Raises UserError for an unknown `which`, and where the model has nothing of the kind.
         """
         check_choice("model.train", which, TRAINABLE)
-        parameters = dict(self.model.named_parameters())
-        if which == "both":
-            return parameters
-        text = {n: p for n, p in parameters.items() if not n.startswith(("visual.", "logit_"))}
-        if which == "text":
-            return text
-        if which == "all_text_but_embeddings":
-            return {n: p for n, p in text.items() if "embedding" not in n}
-        blocks = {n: p for n, p in text.items() if "transformer.resblocks." in n or "transformer.encoder.layer." in n}
-        if not blocks:
-            raise UserError(f"the text tower of {self.name} has no blocks that are known here; use --model.train text")
-        return blocks
+        return adapters.parameters(self.model) or parameters_of(self.model, which, self.name)
 
     def image_tower_hash(self) -> str:
         """Identifies the image tower: its weights and the transform of its input."""

@@ -16,7 +16,11 @@ class ModelConfig:
         name: open_clip's name of the architecture, "example" for the embedded model, or local-dir:FOLDER; empty for
             the embedded model on the example, and the paper's (ViT-L-14, datacomp_xl_s13b_b90k) on anything else.
         pretrained: One of open_clip's tags for it, a file of weights, or scratch for weights drawn by the run's seed.
-        train: Which parameters learn: text_blocks, text, all_text_but_embeddings or both.
+        train: Which parameters learn: text_blocks, text, all_text_but_embeddings or both; attention for what makes
+            queries, keys and values in both towers (A-CLIP), text_attention for that in the text tower alone.
+        lora_rank: Train adapters of this rank on the weights that `train` names, in place of these weights; 0 for none.
+            Needs the package peft. When training is done they are added to the weights.
+        lora_alpha: What adapters add is multiplied by lora_alpha / lora_rank; null for 1, peft's own default.
         fast_text: Encode texts without padding (pc_clip/fast_text.py) where the text tower allows it; the results are
             the same but for rounding.
     """
@@ -24,13 +28,15 @@ class ModelConfig:
     name: str = ""
     pretrained: str | None = None
     train: str = "text_blocks"
+    lora_rank: int = 0
+    lora_alpha: float | None = None
     fast_text: bool = True
 
     def source(self, dataset: str) -> tuple[str, str | None]:
         """The architecture and the weights a model is made of, when it is used on `dataset`."""
         if self.name:
             return self.name, self.pretrained
-        if dataset == "example":
+        if dataset in ("example", "example_relations"):
             return "example", self.pretrained
         return "ViT-L-14", self.pretrained or "datacomp_xl_s13b_b90k"
 
@@ -204,15 +210,50 @@ class FinetuneConfig:
 
 
 @dataclass
+class RankConfig:
+    """Which images are put in order by how well they fit a caption, for --task rank.
+
+    Args:
+        n_queries: How many captions, each of another image; empty for one of each image.
+        margin: Candidates are the images whose cosine with the caption is within this of the best one's.
+        least: Fewer candidates are filled up with crops of them.
+        most: No more candidates than these, the caption's own image among them.
+        pairs_each: How many pairs of a caption's candidates are drawn; empty for all.
+        pictures: Whether the writer server is shown the pictures; false sends it their captions alone, for models that
+            see none.
+        order_prompt: What a language model is asked for an order, a YAML like configs/prompts/rank_order.yaml; empty
+            for that one. --prompt is for the descriptions.
+        missing: What pictures absent from a captions file's list mean, error or skip.
+        device: Where images and captions are embedded, cpu or cuda; empty for the GPU if there is one.
+        batch_size: Images embedded together.
+        workers: Processes that read images.
+    """
+
+    n_queries: int | None = None
+    margin: float = 0.05
+    least: int = 4
+    most: int = 9
+    pairs_each: int | None = None
+    pictures: bool = True
+    order_prompt: str | None = None
+    missing: str = "error"
+    device: str = ""
+    batch_size: int = 128
+    workers: int = 0
+
+
+@dataclass
 class GenerateConfig:
     """Write sentences on how one image differs from another, from their captions alone; or on classes.
 
     Args:
         name: The sentences go to {out}/{name}.jsonl; empty for example, or for the data set and the task.
         task: pairs (of images, from their captions), compare (how one class differs from another), describe (what
-            images of a class look like) or rewrite (captions in other words).
-        captions: A COCO captions JSON or a SimCLIP TSV; empty for the captions of the embedded example.
-        dataset: Whose classes are compared or described.
+            images of a class look like), rewrite (captions in other words) or rank (which images fit a caption better
+            than others, to {out}/{name}.parquet).
+        captions: A COCO captions JSON or a SimCLIP TSV; empty for the captions of the embedded example, or of the data
+            set whose images are ranked.
+        dataset: Whose classes are compared or described, or whose images are ranked.
         root: The folder it is in, unless it is where `python -m pc_clip.datasets` says.
         question: Which of its classifications, where it has several (the example has).
         split: Which split of the data set; the first, train, unless named.
@@ -220,7 +261,7 @@ class GenerateConfig:
         n_pairs: How many pairs of them, or of classes, are drawn; empty for all.
         n_each: Descriptions a class.
         both_orders: Whether each pair is written about in both orders.
-        caption: Which of an image's captions is used: random (drawn for each pair) or longest (it says most).
+        caption: Which of an image's captions is used: random (drawn for each pair, or query) or longest (it says most).
         writer: rules, transformers or server.
         min_characters: Shorter sentences are rejected; empty for 60, and 20 where classes or single captions are
             written about.
@@ -248,6 +289,8 @@ class GenerateConfig:
     seed: int = 0
     out: str = "llm_diffs"
     overwrite: bool = False
+    rank: RankConfig = field(default_factory=RankConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
     transformers: LanguageModelConfig = field(default_factory=LanguageModelConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
 
@@ -273,6 +316,7 @@ class EvaluateConfig:
         against: Its opposite, if there is one.
         statements: Files of what is true and false of images, or folders of such files, for --mode relations and
             compositional (VSR, SugarCrepe, ARO, your own); empty for the data set's own.
+        retrieval_batch: Images searched among, for --mode batches.
         prompts: paper for "This is a photo of a {}.", several for the mean over the data set's own list of prompts.
         templates: Prompts with {} for the class, in place of either.
         alphas: The values tried for comparative prompting and for averaging weights.
@@ -309,6 +353,7 @@ class EvaluateConfig:
     attribute: str | None = None
     against: str | None = None
     statements: list[str] = field(default_factory=list)
+    retrieval_batch: int = 64
     prompts: str = "paper"
     templates: list[str] = field(default_factory=list)
     alphas: list[float] = field(default_factory=lambda: [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0])

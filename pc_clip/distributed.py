@@ -14,9 +14,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
         ctx.rows = len(x)
-        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, x.contiguous())
-        return torch.cat(parts)
+        return torch.cat(_parts(x))
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> Tensor:
@@ -44,6 +42,25 @@ def info_nce(a: Tensor, b: Tensor, temperature: float | Tensor) -> Tensor:
     if _processes() == 1:
         return losses.info_nce(a, b, temperature)
     return losses.info_nce(a, b, temperature, gather(a), gather(b), dist.get_rank() * len(a))
+
+
+def info_nce_with_negatives(
+    text: Tensor, rejected: Tensor, image: Tensor, owner: Tensor, logit_scale: float | Tensor
+) -> Tensor:
+    """losses.info_nce_with_negatives over the rows of all processes. [B, D] each, owner: [B]; this process's."""
+    if _processes() == 1:
+        return losses.info_nce_with_negatives(text, rejected, image, owner, logit_scale)
+    first = dist.get_rank() * len(text)
+    owners = torch.cat(_parts(owner))
+    gathered = gather(text), gather(rejected), gather(image)
+    return losses.info_nce_with_negatives(*gathered, owners, logit_scale, slice(first, first + len(text)))
+
+
+def _parts(x: Tensor) -> list[Tensor]:
+    """What each process has, without gradients."""
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x.contiguous())
+    return parts
 
 
 @torch.no_grad()

@@ -24,6 +24,8 @@ PACKAGES = (
     "tokenizers",
     "pillow",
     "timm",
+    "pandas",
+    "pyarrow",
 )
 
 

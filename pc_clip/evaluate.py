@@ -28,6 +28,7 @@ from pc_clip.errors import UserError
 from pc_clip.evals import Result, Subject
 from pc_clip.evals.comparative import FOLDER as COMPARISONS
 from pc_clip.files import write_json, write_text
+from pc_clip.statements import label_of, read_statements
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +95,7 @@ def _all_that_can_be_measured(subject: Subject, modes: list[str], folder: Path, 
 def _can_be_measured(mode: str, subject: Subject) -> bool:
     """Whether data, settings and weights allow a mode that was not asked for by name."""
     module = evals.find(mode)
-    if not module.applies(subject.data, subject.config):
+    if getattr(module, "BY_NAME_ALONE", False) or not module.applies(subject.data, subject.config):
         return False
     if why := getattr(module, "lacks", lambda _: None)(subject):
         log.info("%s is left out: %s", mode, why)
@@ -218,11 +219,11 @@ class _Keys:
         """The key of one evaluation: equal keys, equal results."""
         config, data = self.config, self.data
         settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in _ASIDE}
-        for name in ("differences", "descriptions", "sugar_crepe"):  # by content: an edited file is evaluated again
+        for name in ("differences", "descriptions"):  # by content: an edited file is evaluated again
             if settings[name]:
                 path = Path(settings[name])
-                files = sorted(path.glob("*.json")) if path.is_dir() else [path] if path.is_file() else []
-                settings[name] = [hashlib.sha256(f.read_bytes()).hexdigest() for f in files]
+                settings[name] = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+        settings["statements"] = self._statements
         other = getattr(evals.find(mode), "also_reads", lambda _: None)(data)
         chosen_on = self.subject.open(other).fingerprint if other else None
         compared = COMPARISONS / f"{data.name}.yaml"
@@ -246,6 +247,13 @@ class _Keys:
         return (data.captions, questions), graded
 
     @cached_property
+    def _statements(self) -> str:
+        """What is said of the images, by content and with the contradictions that our table gives."""
+        config = self.config
+        said = read_statements(config.statements, config.seed) if config.statements else self.data.statements
+        return hashlib.sha256(repr(tuple(said)).encode()).hexdigest()
+
+    @cached_property
     def _tasks(self) -> list[bytes]:
         return [(attributes.FOLDER / f"{task}.yaml").read_bytes() for task in attributes.tasks_of(self.data.name)]
 
@@ -255,9 +263,17 @@ def _suffix(config: EvaluateConfig) -> str:
     files = [Path(value).stem for value in (config.differences, config.descriptions) if value]
     named = [*files, *filter(None, (config.attribute, config.against)), *config.tasks]
     named += ["auto"] * (config.pairs == "auto") + ["several"] * (config.prompts == "several")
+    named += ["+".join(map(_place, config.statements))] if config.statements else []
+    named += [f"batches of {config.retrieval_batch}"] * (config.retrieval_batch != EvaluateConfig.retrieval_batch)
     named += ["prompts " + _digest(config.templates)] if config.templates else []
     cut = [value if len(value) <= 40 else f"{value[:40]} {_digest(value)}" for value in named]
     return "".join(f"-{''.join(c if c.isalnum() else '_' for c in value)}" for value in cut)
+
+
+def _place(statements: str) -> str:
+    """A file of statements with the folder it is in: VSR has several of the name test.jsonl."""
+    inside = "" if Path(statements).is_dir() else f"{Path(statements).resolve().parent.name} "
+    return inside + label_of([statements])
 
 
 def _digest(value: Any) -> str:

@@ -25,9 +25,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.attention.varlen import varlen_attn
+from torch.nn.utils.parametrize import type_before_parametrizations as _type
 from torch.utils.checkpoint import checkpoint
 
 from pc_clip import _torchvision  # noqa: F401  (before open_clip)
+from pc_clip.adapters import is_plain
 from pc_clip.packing import Group, Packed, pack, pack_shared
 
 from open_clip.transformer import LayerNorm, LayerNormFp32, QuickGELU, ResidualAttentionBlock  # isort: skip
@@ -51,19 +53,20 @@ class FastText:
     def of(cls, tower: nn.Module | None) -> FastText | str:
         """The fast way through a tower, or why there is none. tower: a plain causal one, see Clip._causal_tower.
 
-        Strict about types: a layer put in the place of another (LoRA's, a quantised one) would be passed over.
+        Strict about types: a layer put in the place of another (a quantised one) would be passed over. Adapters of
+        pc_clip.adapters are not: who reads a weight reads their sum.
         """
         if tower is None:
             return "it is no plain causal transformer of open_clip's"
-        if any(m._forward_hooks or m._forward_pre_hooks or hasattr(m, "parametrizations") for m in tower.modules()):
+        if any(m._forward_hooks or m._forward_pre_hooks or not is_plain(m) for m in tower.modules()):
             return "it has hooks or parametrizations"
         for block in tower.transformer.resblocks:
             if type(block) is not ResidualAttentionBlock or {type(block.ls_1), type(block.ls_2)} != {nn.Identity}:
                 return f"its blocks are {type(block).__name__}, or scaled"
             attn = block.attn
-            if type(attn) is not nn.MultiheadAttention or attn.in_proj_weight is None or attn.dropout:
+            if _type(attn) is not nn.MultiheadAttention or attn.in_proj_weight is None or attn.dropout:
                 return f"its attention is {type(attn).__name__}, or drops out"
-            layers = [(name, type(layer)) for name, layer in block.mlp.named_children()]
+            layers = [(name, _type(layer)) for name, layer in block.mlp.named_children()]
             if layers[::2] != [("c_fc", nn.Linear), ("c_proj", nn.Linear)] or layers[1][1] not in (nn.GELU, QuickGELU):
                 return "its MLP has other layers"
             if {type(norm) for norm in (block.ln_1, block.ln_2, tower.ln_final)} - {LayerNorm, LayerNormFp32}:

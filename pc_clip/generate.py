@@ -31,14 +31,15 @@ from pc_clip.writers import Job, LanguageModelWriter, RulesWriter, Writer
 
 log = logging.getLogger(__name__)
 
-TASKS = ("pairs", "compare", "describe", "rewrite")
+TASKS = ("pairs", "compare", "describe", "rewrite", "rank")
 WRITERS = ("rules", "transformers", "server")
 MIN_OF_CLASSES = 20  # characters; "An owl: a small bird." says enough, where of two photographs it would not
 UNUSED = {  # settings that a task has no use for; silence about them would be believed
-    "pairs": ("dataset", "root", "question", "n_each"),
-    "rewrite": ("dataset", "root", "question", "n_each", "n_pairs", "both_orders", "caption"),
-    "compare": ("captions", "n_images", "n_each", "caption"),
-    "describe": ("captions", "n_images", "n_pairs", "both_orders", "caption"),
+    "pairs": ("dataset", "root", "question", "n_each", "rank", "model"),
+    "rewrite": ("dataset", "root", "question", "n_each", "n_pairs", "both_orders", "caption", "rank", "model"),
+    "compare": ("captions", "n_images", "n_each", "caption", "rank", "model"),
+    "describe": ("captions", "n_images", "n_pairs", "both_orders", "caption", "rank", "model"),
+    "rank": ("question", "n_images", "n_pairs", "n_each", "both_orders"),
 }
 HOW = {  # of a writer's settings, those that say how it writes, not what
     "transformers": ("batch_size", "share_prefix", "device"),
@@ -64,11 +65,25 @@ def generate(config: GenerateConfig, processes: Processes | None = None) -> Path
             check_at_least(name, value, 1)
     _check_no_unused(config)
     config = dataclasses.replace(config, name=config.name or _name(config))
+    processes = processes or Processes.here()
+    if config.task == "rank":
+        from pc_clip.generate_rank import generate_rank  # here, because it loads models, and uses this module
+
+        return generate_rank(config, processes)
     out = Path(config.out) / f"{config.name}.jsonl"
+    check_free(out, ".parquet")
     work = _work(config)
     settings = json.loads(json.dumps(_settings(config, work.made_from)))  # as a file of them reads
-    processes, parts = processes or Processes.here(), Parts(out)
-    finished = _is_finished(out, settings, config.overwrite)
+    return write_all(config, work, out, settings, processes)
+
+
+def write_all(config: GenerateConfig, work: Work, out: Path, settings: dict[str, Any], processes: Processes) -> Path:
+    """Write what a task asks for into `out`, or continue; all processes call this alike.
+
+    settings: all that the sentences depend on, as JSON gives it back.
+    """
+    parts = Parts(out)
+    finished = is_finished(out, settings, config.overwrite)
     items = [] if finished else work.items()
     if not finished and not items:
         raise UserError(f"there are no {work.unit} to write about; a pair takes two images, or classes")
@@ -77,9 +92,9 @@ def generate(config: GenerateConfig, processes: Processes | None = None) -> Path
             held.enter_context(parts.lock(0))
             _begin(out, parts, settings, config.overwrite)
         processes.wait()
-        if _is_finished(out, settings, config.overwrite):  # asked again: nothing can change under the main one's lock
+        if is_finished(out, settings, config.overwrite):  # asked again: nothing can change under the main one's lock
             if processes.is_main:
-                parts.clear(sum(_meta(out)["counts"].values()))
+                parts.clear(sum(read_meta(out)["counts"].values()))
                 log.info("%s is complete; --overwrite true writes it again", out)
             return out
         if not processes.is_main:
@@ -91,7 +106,7 @@ def generate(config: GenerateConfig, processes: Processes | None = None) -> Path
         _write(config, work, parts, items, processes.share(todo), processes)
         processes.wait()
         if processes.is_main:
-            writer = parts.writer() or make_writer(config).describe()
+            writer = parts.writer() or (work.writer or make_writer)(config).describe()
             _merge(out, parts, items, {"settings": settings, "writer": writer}, work.to_line)
         processes.wait()
     return out
@@ -99,14 +114,21 @@ def generate(config: GenerateConfig, processes: Processes | None = None) -> Path
 
 def _check_no_unused(config: GenerateConfig) -> None:
     of_rules = ("prompt",) if config.writer == "rules" else ()
-    unused = (*UNUSED[config.task], *of_rules, *(("split",) if config.captions else ()))
-    for f in dataclasses.fields(config):
-        if f.name in unused and getattr(config, f.name) != f.default:
-            hint = "; for COCO's captions give --captions" if f.name == "dataset" else ""
-            beside = " with --captions" if f.name == "split" else ""
-            raise UserError(
-                f"--{f.name} has no effect in --task {config.task} --writer {config.writer}{beside}; leave it out{hint}"
-            )
+    unused = (*UNUSED[config.task], *of_rules, *(("split",) if config.captions and config.task != "rank" else ()))
+    usual = GenerateConfig()
+    for name in unused:
+        if changed := _changed(name, getattr(config, name), getattr(usual, name)):
+            hint = "; for COCO's captions give --captions" if name == "dataset" else ""
+            beside = " with --captions" if name == "split" else ""
+            where = f"--task {config.task} --writer {config.writer}{beside}"
+            raise UserError(f"--{changed} has no effect in {where}; leave it out{hint}")
+
+
+def _changed(name: str, value: Any, usual: Any) -> str:
+    """A setting's name if it is not as usual, of a group the first such within; otherwise empty."""
+    if dataclasses.is_dataclass(usual):
+        return next((f"{name}.{key}" for key, was in vars(usual).items() if getattr(value, key) != was), "")
+    return name if value != usual else ""
 
 
 def make_writer(config: GenerateConfig | EvaluateConfig, task: str | None = None) -> Writer:
@@ -130,7 +152,7 @@ def compare_classes(
 
     kind: rules or transformers, what the writer is.
     """
-    jobs = [_class_job(kind, data, question, a, b, _seed(seed, n)) for n, (a, b) in enumerate(pairs)]
+    jobs = [_class_job(kind, data, question, a, b, job_seed(seed, n)) for n, (a, b) in enumerate(pairs)]
     return [clean(raw, min_characters=MIN_OF_CLASSES)[0] for raw in writer.write(jobs)]
 
 
@@ -145,10 +167,11 @@ def write_missing_example(data: DataConfig) -> None:
 # -- what goes in --------------------------------------------------------------------------------------
 
 
-class _Work(NamedTuple):
+class Work(NamedTuple):
     """What a task writes about.
 
-    items: pairs of keys. job: of two keys and a number. to_line: of a finished row.
+    items: pairs of keys. job: of two keys and a number. to_line: of a finished row. writer: made of the settings,
+    where it is not `make_writer`'s; judge: how its answers are looked at, where that is not the cleaning of sentences.
     """
 
     items: Callable[[], list[Item]]
@@ -156,16 +179,18 @@ class _Work(NamedTuple):
     to_line: Callable[[dict[str, Any]], str]
     unit: str
     made_from: dict[str, Any]
+    writer: Callable[[GenerateConfig], Writer] | None = None
+    judge: Callable[[str, Job], Checked] | None = None
 
 
-def _work(config: GenerateConfig) -> _Work:
+def _work(config: GenerateConfig) -> Work:
     if config.task == "rewrite":
         if config.writer == "rules":
             raise UserError("rules cannot rewrite captions; use --writer transformers or --writer server")
         captions = _captions(config)
-        return _Work(
+        return Work(
             lambda: [(i, str(k)) for i in _draw_images(sorted(captions), config) for k in range(len(captions[i]))],
-            lambda key, k, n: Job(captions[key][int(k)], "", _seed(config.seed, n)),
+            lambda key, k, n: Job(captions[key][int(k)], "", job_seed(config.seed, n)),
             lambda row: json.dumps({"image": row["first"], "text": row["text"]}, ensure_ascii=False) + "\n",
             "captions", {},
         )  # fmt: skip
@@ -177,17 +202,17 @@ def _work(config: GenerateConfig) -> _Work:
         def pairs() -> list[Item]:
             return choose_pairs(_draw_images(sorted(captions), config), config.n_pairs, config.seed, config.both_orders)
 
-        return _Work(pairs, lambda i, j, n: _job(captions, i, j, config.seed, n), _difference_line, "pairs", {})
+        return Work(pairs, lambda i, j, n: _job(captions, i, j, config.seed, n), _difference_line, "pairs", {})
     data = open_dataset(config.dataset, config.root, config.split or next(iter(_splits(config.dataset)), None))
     question = classes.find_question(data, config.question)
     made_from = {"classes": list(question.classes), "data": data.label, "fingerprint": data.fingerprint}
     if config.task == "compare":
-        return _Work(
+        return Work(
             lambda: choose_pairs(list(question.classes), config.n_pairs, config.seed, config.both_orders),
-            lambda a, b, n: _class_job(config.writer, data, question, a, b, _seed(config.seed, n)),
+            lambda a, b, n: _class_job(config.writer, data, question, a, b, job_seed(config.seed, n)),
             _difference_line, "pairs of classes", made_from,
         )  # fmt: skip
-    return _Work(
+    return Work(
         lambda: [(name, str(k)) for name in question.classes for k in range(config.n_each)],
         lambda name, _, n: _description_job(config, data, question, name, n),
         lambda row: json.dumps({"class": row["first"], "text": row["text"]}, ensure_ascii=False) + "\n",
@@ -223,13 +248,13 @@ def _class_job(writer: str, data: Dataset, question: Question, a: str, b: str, s
 
 
 def _description_job(config: GenerateConfig, data: Dataset, question: Question, name: str, number: int) -> Job:
-    seed = _seed(config.seed, number)
+    seed = job_seed(config.seed, number)
     if config.writer == "rules":
         return Job(classes.described(data, question, name, seed), "", seed)
     return Job(classes.phrase(question, name), "", seed)
 
 
-def _seed(seed: int, number: int) -> int:
+def job_seed(seed: int, number: int) -> int:
     return int(np.random.default_rng([seed, 3, number]).integers(2**31))
 
 
@@ -256,7 +281,7 @@ def _job(captions: dict[str, tuple[str, ...]], i: str, j: str, seed: int, number
 def _settings(config: GenerateConfig, made_from: dict[str, Any]) -> dict[str, Any]:
     """Everything the sentences depend on, and nothing else."""
     found = dataclasses.asdict(config) | made_from
-    found["min_characters"] = _min_characters(config)
+    found["min_characters"] = least_characters(config)
     for name in ("out", "overwrite", "prompt", *(["min_characters"] if config.writer == "rules" else [])):
         found.pop(name)
     about_classes = config.task in ("describe", "compare")
@@ -285,7 +310,7 @@ def _judge(config: GenerateConfig, writer: Writer) -> Callable[[str, Job], Check
         return lambda raw, job: Checked(raw or None, "kept" if raw else "empty", ())
     asked = getattr(writer, "asked", None)
     shown = tuple(text for example in writer.describe().get("worked_examples", ()) for text in example.values())
-    least, instructions = _min_characters(config), (asked.system, asked.instruction) if asked else ()
+    least, instructions = least_characters(config), (asked.system, asked.instruction) if asked else ()
 
     def judge(raw: str, job: Job) -> Checked:
         captions = tuple(caption for caption in (job.first, job.second) if caption)
@@ -294,19 +319,25 @@ def _judge(config: GenerateConfig, writer: Writer) -> Callable[[str, Job], Check
     return judge
 
 
-def _min_characters(config: GenerateConfig) -> int:
+def least_characters(config: GenerateConfig) -> int:
     return config.min_characters or (MIN_CHARACTERS if config.task == "pairs" else MIN_OF_CLASSES)
 
 
-def _is_finished(out: Path, settings: dict[str, Any], overwrite: bool) -> bool:
+def is_finished(out: Path, settings: dict[str, Any], overwrite: bool) -> bool:
     if overwrite or not out.is_file():
         return False
-    if _meta(out).get("settings") == settings:
+    if read_meta(out).get("settings") == settings:
         return True
     raise UserError(f"{out} exists and was written with other settings; choose another --name or --overwrite true")
 
 
-def _meta(out: Path) -> dict[str, Any]:
+def check_free(out: Path, other: str) -> None:
+    """Raises UserError where another task's file of the same name is there: both would have the one .meta.json."""
+    if (there := out.with_suffix(other)).is_file():
+        raise UserError(f"{there} is there, and {out.name} would take its .meta.json; choose another --name")
+
+
+def read_meta(out: Path) -> dict[str, Any]:
     try:
         found = json.loads(out.with_suffix(".meta.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -324,15 +355,15 @@ def _begin(out: Path, parts: Parts, settings: dict[str, Any], overwrite: bool) -
 
 
 def _write(
-    config: GenerateConfig, work: _Work, parts: Parts, items: list[Item], numbers: np.ndarray, processes: Processes
+    config: GenerateConfig, work: Work, parts: Parts, items: list[Item], numbers: np.ndarray, processes: Processes
 ) -> None:
     """This process's share, each sentence into its shard as soon as the writer gives it."""
     if not len(numbers):
         return
-    writer = make_writer(config)
+    writer = (work.writer or make_writer)(config)
     if processes.is_main:
         _keep_description(writer, parts)
-    judge = _judge(config, writer)
+    judge = work.judge or _judge(config, writer)
     jobs = Jobs(numbers, lambda n: work.job(*items[n], n))
     of = f", process 1 of {processes.size}" if processes.size > 1 else ""
     hidden = None if processes.is_main else True  # None: hidden where there is no terminal

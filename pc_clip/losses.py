@@ -75,3 +75,77 @@ def unit_differences(first: Tensor, second: Tensor) -> Tensor:
     never NaN, but it teaches nothing and is to be left out before (see methods.pairwise).
     """
     return F.normalize(F.normalize(first, dim=-1) - F.normalize(second, dim=-1), dim=-1)
+
+
+# -- preferences ---------------------------------------------------------------------------------------
+#
+# An image prefers one of two texts with a probability, the softmax of their scaled similarities over the two. Its
+# log-odds, log p(preferred) - log p(rejected), is what these losses take: the normaliser of the softmax cancels in it.
+
+
+def log_odds(preferred: Tensor, rejected: Tensor, logit_scale: float | Tensor) -> Tensor:
+    """How strongly the first of two texts is preferred: log p(preferred) - log p(rejected).
+
+    preferred, rejected: [B] cosines of the image with either text. p is the softmax over the two of cosines times
+    logit_scale, so that this is logit_scale * (preferred - rejected).
+    """
+    return logit_scale * (preferred - rejected)
+
+
+def dpo(policy: Tensor, reference: Tensor | None, beta: float, label_smoothing: float = 0.0) -> Tensor:
+    """Direct preference optimisation: the mean of -log sigmoid(beta * (policy - reference)). log 2 where both agree.
+
+    policy, reference: [B] log-odds of the preferred text, by the model and by the one it began as; None for the
+    reference-free variant, which takes them to be 0. label_smoothing: the share of pairs that are the wrong way round.
+    Rafailov et al. 2023 (arXiv 2305.18290), equation 7; the smoothing is "conservative DPO" (Mitchell 2023).
+    """
+    logits = beta * _moved(policy, reference)
+    return -((1 - label_smoothing) * F.logsigmoid(logits) + label_smoothing * F.logsigmoid(-logits)).mean()
+
+
+def ipo(policy: Tensor, reference: Tensor | None, beta: float) -> Tensor:
+    """Identity preference optimisation: the mean of (policy - reference - 1 / (2 beta))^2.
+
+    policy, reference: [B] log-odds as in `dpo`. beta: the paper's tau; the odds move by 1 / (2 beta) and no further.
+    Azar et al. 2023 (arXiv 2310.12036), equation 17.
+    """
+    return (_moved(policy, reference) - 1 / (2 * beta)).pow(2).mean()
+
+
+def _moved(policy: Tensor, reference: Tensor | None) -> Tensor:
+    return policy if reference is None else policy - reference
+
+
+def bradley_terry(preferred: Tensor, rejected: Tensor, alpha: float) -> Tensor:
+    """A reward model's loss: the mean of -log sigmoid(alpha * (preferred - rejected)).
+
+    preferred, rejected: [B] rewards, here cosines of the image with either text. There is no reference.
+    Bradley and Terry 1952; as a loss, Ouyang et al. 2022 (arXiv 2203.02155), equation 1.
+    """
+    return -F.logsigmoid(alpha * (preferred - rejected)).mean()
+
+
+def info_nce_with_negatives(
+    text: Tensor,
+    rejected: Tensor,
+    image: Tensor,
+    owner: Tensor,
+    logit_scale: float | Tensor,
+    own: slice = slice(None),
+) -> Tensor:
+    """CLIP's loss, where each image also has to tell its text from all rejected ones: hard negatives.
+
+    text, rejected, image: [G, D], any length: they are normalised here; row n of all three belong together. owner: [G]
+    int64, the number of each row's image: where an image comes twice, one row's text is no negative of the other.
+    own: the rows whose loss is returned, for batches that several processes share.
+    Yuksekgonul et al. 2023 (arXiv 2210.01936, NegCLIP).
+    """
+    with torch.autocast(text.device.type, enabled=False):
+        text, rejected, image = (F.normalize(z.float(), dim=-1) for z in (text, rejected, image))
+        target = torch.arange(len(text), device=text.device)[own]
+        same = owner[own][:, None] == owner  # [B, G]
+        same[torch.arange(len(target), device=text.device), target] = False
+        find_text = (logit_scale * image[own] @ text.T).masked_fill(same, -torch.inf)  # [B, G]
+        find_text = torch.cat([find_text, logit_scale * image[own] @ rejected.T], dim=1)  # [B, 2 G]
+        find_image = (logit_scale * text[own] @ image.T).masked_fill(same, -torch.inf)
+        return (F.cross_entropy(find_text, target) + F.cross_entropy(find_image, target)) / 2

@@ -28,19 +28,21 @@ from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pc_clip import checkpoint, differences, environment, methods
+from pc_clip import adapters, checkpoint, differences, environment, methods
 from pc_clip.background import ahead
 from pc_clip.clip import Clip, blend
 from pc_clip.compensated import CompensatedAdam
 from pc_clip.config import FinetuneConfig, TrainConfig
 from pc_clip.configure import dump
 from pc_clip.datasets import Dataset
+from pc_clip.datasets.dataset import digest
 from pc_clip.download import file_digest
 from pc_clip.embedding_shards import index_of
 from pc_clip.errors import UserError, check_at_least, check_choice
 from pc_clip.files import alone, write_json, write_text
 from pc_clip.learning_data import load_dataset
 from pc_clip.memory import return_freed_memory
+from pc_clip.statements import files_of
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +63,7 @@ def finetune(config: FinetuneConfig) -> Path:
     if train.steps is not None:
         check_at_least("train.steps", train.steps, 1)
     _check_choices(train)
+    adapters.check(config.model)
     process = PartialState(cpu=config.device == "cpu", **PATIENCE.to_kwargs())
     data = load_dataset(config.data, config.seed)  # before the model, whose weights may take long to fetch
     busy = (
@@ -95,14 +98,18 @@ def _run(config: FinetuneConfig, run: Path, data: Dataset) -> Path:
     method = methods.find(config.method).Method(clip, data, config)
     method.notes[:0] = [data.note] if data.note else []
     method.trainable()  # so that a wrong model.train is told of before anything is deleted
+    adapted = adapters.weights_to_adapt(clip.model, config.model, clip.name) if config.model.lora_rank else []
+    method.notes += [f"adapters of rank {config.model.lora_rank} on {len(adapted)} weights"] if adapted else []
     if accelerator.is_main_process and not (config.resume and (run / "config.yaml").is_file()):
         if config.overwrite and not config.resume:
             _delete(run)  # only now, when nothing is left that could be refused
         about = {"data": learnt_from, "start": clip.weights_hash(), "notes": [text_way, *method.notes]}
         _open_folder(run, config, environment.describe() | about)
     accelerator.wait_for_everyone()
+    adapters.add(clip.model, adapted, config.model, config.seed)  # here: what is kept of the start knows none
     with _Stop() as stop:
         _loop(accelerator, method, config, run, stop)
+    adapters.merge(clip.model)
     if accelerator.is_main_process:
         if train.blend != 1.0:
             start = Clip.create(*source, seed=config.seed).model.state_dict()
@@ -360,6 +367,11 @@ def _hashes(data: Dataset, config: FinetuneConfig) -> dict[str, str]:
         path = index_of(config.data.embeddings)  # the index has the checksum of every shard
         if path.is_file():  # an absent one is told of when it is read
             found["embeddings"] = file_digest(path, "sha256")[:16]
+    if config.data.statements:
+        files = [path for given in config.data.statements for path in files_of(Path(given))]
+        found["statements"] = digest([file_digest(path, "sha256") for path in files])
+    elif data.statements:
+        found["statements"] = digest(data.statements)
     if config.data.differences:
         found["differences"] = file_digest(differences.find(config.data.differences), "sha256")[:16]
     return found

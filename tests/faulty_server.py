@@ -25,8 +25,8 @@ Reply = tuple[int, dict[str, str], bytes]
 JSON = {"Content-Type": "application/json"}
 
 
-def sentence(first: str, second: str, seed: int) -> str:
-    """What the server says of two captions."""
+def sentence(first: str, second: str, seed: int, picture: str = "") -> str:
+    """What the server says of two captions; the fields of a job."""
     return f"The first image shows {first}, while the second shows {second}, said by {seed}."
 
 

@@ -77,6 +77,15 @@ def test_vit_l_14_has_the_block_parameters_design_counts():
     assert round(count["text"] / 1e6, 1) == 123.7
 
 
+def test_vit_l_14_has_the_attention_parameters_its_widths_make():
+    with torch.device("meta"):
+        model = open_clip.create_model("ViT-L-14", load_weights=False, device="meta")
+    clip = Clip(model, None, None, "ViT-L-14")
+    count = {which: sum(p.numel() for p in clip.trainable(which).values()) for which in ("text_attention", "attention")}
+    text, image = 12 * (3 * 768 * 768 + 3 * 768), 24 * (3 * 1024 * 1024 + 3 * 1024)
+    assert count == {"text_attention": text, "attention": text + image}
+
+
 def test_the_image_tower_hash_ignores_the_text_tower_and_sees_one_changed_weight(example_clip):
     other = Clip.create("example")
     assert other.image_tower_hash() == example_clip.image_tower_hash()

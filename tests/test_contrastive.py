@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from interrupting import interrupted_and_continued
 from safetensors.torch import load_file
 
-from pc_clip import checkpoint, training
+from pc_clip import checkpoint
 from pc_clip.clip import SCRATCH, Clip
 from pc_clip.config import FinetuneConfig, SamplerConfig, TrainConfig
 from pc_clip.embeddings import embed_images
@@ -141,20 +142,8 @@ def test_an_epoch_begins_when_all_steps_before_it_are_done(config, monkeypatch):
 def test_a_run_continued_within_an_epoch_or_between_two_ends_the_same(config, monkeypatch, stop, online):
     config.sampler.online, config.train.save_every = online, 1
     straight = weights(finetune(config))
-    config.name, original = "b", training.batches
-
-    def interrupted(method, done, total):
-        for n, batch in original(method, done, total):
-            if n == stop:
-                raise KeyboardInterrupt
-            yield n, batch
-
-    with monkeypatch.context() as context:
-        context.setattr(training, "batches", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            finetune(config)
-    config.resume = True
-    assert same(straight, weights(finetune(config)))
+    config.name = "b"
+    assert same(straight, weights(interrupted_and_continued(config, stop, monkeypatch)))
 
 
 def test_online_and_offline_part_after_the_first_epoch(config):
@@ -210,20 +199,8 @@ def test_a_model_from_scratch_learns_its_batch_statistics_and_a_finetuned_one_ke
 
 def test_a_run_from_scratch_can_be_continued(scratch, monkeypatch):
     straight = weights(finetune(scratch))
-    scratch.name, original = "b", training.batches
-
-    def interrupted(method, done, total):
-        for n, batch in original(method, done, total):
-            if n == 4:
-                raise KeyboardInterrupt
-            yield n, batch
-
-    with monkeypatch.context() as context:
-        context.setattr(training, "batches", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            finetune(scratch)
-    scratch.resume = True
-    assert same(straight, weights(finetune(scratch)))
+    scratch.name = "b"
+    assert same(straight, weights(interrupted_and_continued(scratch, 4, monkeypatch)))
 
 
 def test_it_has_no_model_before_it_that_baselines_could_be_of(scratch):

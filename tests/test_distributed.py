@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -29,12 +30,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import finetune as script
-from pc_clip import environment, fast_text
+from pc_clip import environment, fast_text, methods
 from pc_clip.clip import SCRATCH
 from pc_clip.config import FinetuneConfig, SamplerConfig, TrainConfig
 from pc_clip.configure import dump
 from pc_clip.errors import run_script
-from pc_clip.methods import contrastive, pairwise
+from pc_clip.methods import contrastive, pairwise, preference
 from pc_clip.training import finetune
 
 forks = multiprocessing.get_context("fork")
@@ -114,7 +115,7 @@ def first_gradients(config: FinetuneConfig, name: str) -> list[dict[str, torch.T
 
     def work(rank: int) -> None:
         fast_text.PART = 60  # tokens recomputed at a time: few, so that there are several parts
-        step, method = torch.optim.Adam.step, (contrastive if config.method == "contrastive" else pairwise).Method
+        step, method = torch.optim.Adam.step, methods.find(config.method).Method
         trainable, names = method.trainable, {}
 
         def named(self):
@@ -158,13 +159,25 @@ def all_of_pairwise(config: FinetuneConfig) -> None:
     config.model.train, config.train.recompute = "text", True
 
 
-@pytest.mark.parametrize("change", [image_and_text_towers, clusters_of_similar_images, squared_error, all_of_pairwise])
+def preferences_by(loss: str, config: FinetuneConfig) -> None:
+    config.method, config.data.dataset, config.model.train = "preference", "example_relations", "both"
+    config.preference = preference.Config(loss)
+
+
+CHANGES = [image_and_text_towers, clusters_of_similar_images, squared_error, all_of_pairwise]
+
+
+@pytest.mark.parametrize("change", [*CHANGES, *(partial(preferences_by, loss) for loss in ("dpo", "contrastive"))])
 def test_a_step_of_two_processes_has_the_gradients_of_one_with_the_whole_batch(config, change):
     change(config)
     config.train.steps = 2  # in the second, torch tells of parameters that had no part in the first
     (one,), two = first_gradients(config, "one"), first_gradients(config, "two")
     assert one.keys() == two[0].keys() == two[1].keys()
-    learning = {"contrastive": {"logit_scale", "visual.conv1.weight"}, "pairwise": set()}[config.method]
+    learning = {
+        "contrastive": {"logit_scale", "visual.conv1.weight"},
+        "pairwise": set(),
+        "preference": {"visual.conv1.weight"},
+    }[config.method]
     assert learning | {"transformer.resblocks.0.attn.in_proj_weight"} <= one.keys()
     largest = max(float(gradient.norm()) for gradient in one.values())
     for name, expected in one.items():

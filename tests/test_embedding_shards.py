@@ -834,7 +834,7 @@ def test_training_reads_an_index_as_it_reads_one_file(small_example, example_cli
     many = Images(example_clip, open_dataset("example", split="train"), config)
     rows = np.array([299, 0, 7, 7, 120])
     assert isinstance(many.z, Rows) and list(many.ids) == one.ids
-    assert torch.allclose(many.batch(rows), one.batch(rows), atol=1e-5)
+    assert torch.allclose(next(many.batches([rows], 0)), next(one.batches([rows], 0)), atol=1e-5)
 
 
 def test_a_webdataset_can_be_named_without_opening_a_tar(tmp_path, monkeypatch):

@@ -1,7 +1,5 @@
 """Each evaluation on hand-made embeddings whose right answer is known by arithmetic."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -14,8 +12,7 @@ from pc_clip import differences
 from pc_clip.config import EvaluateConfig
 from pc_clip.datasets import Attribute, Dataset, Question, open_dataset
 from pc_clip.differences import Difference, swap_roles, to_line
-from pc_clip.errors import UserError
-from pc_clip.evals import Subject, compositional, difference, rank, zeroshot
+from pc_clip.evals import Subject, difference, rank, zeroshot
 
 
 class FakeClip:
@@ -192,22 +189,3 @@ def test_a_folder_is_ranked_by_a_phrase_and_by_a_phrase_against_another():
         assert [row["image"] for row in found.details["order"]] == ["2", "1", "0"]
     unit = np.array([1.0, 0.9]) / np.hypot(1.0, 0.9)
     assert against.details["order"][1]["score"] == pytest.approx(unit[0] - unit[1], abs=1e-6)
-
-
-# -- SugarCrepe -----------------------------------------------------------------------------------------------
-
-
-def test_sugar_crepe_is_scored_on_the_photographs_that_are_there(tmp_path):
-    texts = {"good": [1, 0], "bad": [0, 1], "good2": [0, 1], "bad2": [1, 0]}
-    rows = {"0": {"filename": "000000000000.jpg", "caption": "good", "negative_caption": "bad"},
-            "1": {"filename": "000000000001.jpg", "caption": "good2", "negative_caption": "bad2"},
-            "2": {"filename": "000000000077.jpg", "caption": "good", "negative_caption": "bad"}}  # fmt: skip
-    (tmp_path / "sugar").mkdir()
-    (tmp_path / "sugar" / "swap_att.json").write_text(json.dumps(rows))
-    found = compositional.evaluate(subject(texts, [[1, 0.1], [1, 0.2]], EvaluateConfig(sugar_crepe="sugar")))
-    assert found.n == 2
-    assert found.metrics["sugarcrepe"] == 0.5
-    assert found.metrics["sugarcrepe_blind"] == 0.5
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="holds no SugarCrepe files"):
-        compositional.read_sugar_crepe("empty")

@@ -90,3 +90,123 @@ def test_info_nce_holds_a_block_of_similarities_at_a_time(monkeypatch):
     with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
         losses.info_nce(a, b, 1.0).backward()
     assert max(sizes) <= 64 * 8
+
+
+# -- preferences ---------------------------------------------------------------------------------------
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+cosine_pairs = st.lists(st.tuples(st.floats(-1, 1), st.floats(-1, 1)), min_size=1, max_size=6)
+
+
+@given(cosine_pairs, st.floats(0.5, 100))
+def test_log_odds_are_the_difference_of_the_pairs_log_probabilities(pairs, scale):
+    cosines = torch.tensor(pairs, dtype=torch.float64)
+    log_p = (scale * cosines).log_softmax(-1)
+    found = losses.log_odds(cosines[:, 0], cosines[:, 1], scale)
+    assert torch.allclose(found, log_p[:, 0] - log_p[:, 1], atol=1e-9)
+
+
+@given(st.lists(st.floats(-5, 5), min_size=1, max_size=8), st.floats(0.01, 5), st.sampled_from([0.0, 0.1, 0.4]))
+def test_dpo_is_log_2_where_policy_and_reference_agree(odds, beta, smoothing):
+    odds = torch.tensor(odds, dtype=torch.float64)
+    assert losses.dpo(odds, odds.clone(), beta, smoothing).item() == pytest.approx(math.log(2), abs=1e-12)
+
+
+@given(cosine_pairs, st.floats(0.01, 3), st.sampled_from([0.0, 0.2]))
+def test_preference_losses_are_their_equations(pairs, beta, smoothing):
+    policy, reference = (10 * np.array(pairs)).T
+    moved = policy - reference
+    of = [torch.from_numpy(x.copy()) for x in (policy, reference)]
+    expected = -np.mean((1 - smoothing) * np.log(sigmoid(beta * moved)) + smoothing * np.log(sigmoid(-beta * moved)))
+    assert losses.dpo(*of, beta, smoothing).item() == pytest.approx(expected, rel=1e-9)
+    assert losses.ipo(*of, beta).item() == pytest.approx(np.mean((moved - 1 / (2 * beta)) ** 2), rel=1e-9)
+    rewards = -np.mean(np.log(sigmoid(beta * moved)))
+    assert losses.bradley_terry(*of, beta).item() == pytest.approx(rewards, rel=1e-9)
+
+
+def test_without_a_reference_the_odds_count_from_even():
+    policy = torch.tensor([0.3, -1.2])
+    even = torch.zeros(2)
+    assert losses.dpo(policy, None, 0.7, 0.1) == losses.dpo(policy, even, 0.7, 0.1)
+    assert losses.ipo(policy, None, 0.7) == losses.ipo(policy, even, 0.7)
+
+
+def test_ipo_stops_at_its_margin_where_dpo_goes_on():
+    at_margin = torch.tensor([1 / (2 * 0.25)], requires_grad=True)
+    (by_ipo,) = torch.autograd.grad(losses.ipo(at_margin, None, 0.25), at_margin)
+    (by_dpo,) = torch.autograd.grad(losses.dpo(at_margin, None, 0.25), at_margin)
+    assert by_ipo.item() == pytest.approx(0) and by_dpo.item() < -0.01
+
+
+@pytest.fixture(scope="module")
+def trl_loss():
+    """Loss of trl's DPOTrainer for log-odds: its own code, around a model that says these log-probabilities."""
+    dpo_trainer = pytest.importorskip("trl.trainer.dpo_trainer", reason="trl needs Python 3.11")
+    from collections import defaultdict
+    from types import SimpleNamespace
+
+    def found(kind: str, policy: torch.Tensor, reference: torch.Tensor, beta: float, smoothing: float = 0.0) -> float:
+        halves = torch.cat([policy / 2, -policy / 2])[:, None]  # one token each, chosen before rejected
+        tokens = torch.ones(len(halves), 2, dtype=torch.long)
+        nothing = torch.zeros_like(halves, dtype=torch.bool)
+        about = dict.fromkeys(("entropy", "mean_logits", "is_top1"), nothing)  # what it logs
+        inputs = {
+            "input_ids": tokens,
+            "attention_mask": tokens,
+            "completion_mask": torch.tensor([[0, 1]] * len(halves)),
+            "ref_chosen_logps": reference / 2,
+            "ref_rejected_logps": -reference / 2,
+        }
+        asked = SimpleNamespace(device=halves.device, gather_for_metrics=lambda x: x, gather=lambda x: x)
+        trainer = SimpleNamespace(
+            model=SimpleNamespace(training=True), accelerator=asked,
+            aux_loss_enabled=False, ld_alpha=None, precompute_ref_logps=True,
+            f_divergence_type="reverse_kl", loss_types=[kind], loss_weights=[1.0], beta=beta, label_smoothing=smoothing,
+            use_weighting=False, _total_train_tokens=0, _tp_size=1, _metrics=defaultdict(lambda: defaultdict(list)),
+        )  # fmt: skip
+
+        def model(**_):
+            return SimpleNamespace(log_probs=halves, loss=None, **about)
+
+        return dpo_trainer.DPOTrainer._compute_loss(trainer, model, inputs, False).item()
+
+    return found
+
+
+@pytest.mark.parametrize("beta", [0.05, 0.5, 2.0])
+def test_dpo_and_ipo_are_those_of_trl(trl_loss, beta):
+    policy, reference = torch.from_numpy(random(2, 7, seed=3))
+    assert losses.dpo(policy, reference, beta).item() == pytest.approx(trl_loss("sigmoid", policy, reference, beta))
+    assert losses.ipo(policy, reference, beta).item() == pytest.approx(trl_loss("ipo", policy, reference, beta))
+
+
+def test_smoothed_dpo_is_trls_sorted_loss_of_one_pair(trl_loss):
+    """trl has no conservative DPO of its own; its "aot" smooths alike, and sorts, which changes nothing of one pair."""
+    policy, reference = torch.tensor([[0.4], [-0.3]], dtype=torch.float64)
+    expected = trl_loss("aot", policy, reference, 0.5, 0.2)
+    assert losses.dpo(policy, reference, 0.5, 0.2).item() == pytest.approx(expected)
+
+
+def test_contrastive_loss_with_rejected_texts_by_hand():
+    """Rows 0 and 2 are of one image: the text of one is no negative of the other, but its rejected text is."""
+    text, rejected, image = (random(3, 4, seed=n) for n in (1, 2, 3))
+    image[2], owner, scale = image[0], [7, 8, 7], 5.0
+    u, r, v = unit(text), unit(rejected), unit(image)
+    expected = 0.0
+    for i in range(3):
+        others = [j for j in range(3) if owner[j] != owner[i] or j == i]
+        texts = np.array([scale * v[i] @ u[j] for j in others] + [scale * v[i] @ r[j] for j in range(3)])
+        images = np.array([scale * u[i] @ v[j] for j in others])
+        own = scale * v[i] @ u[i]
+        expected += (np.log(np.exp(texts).sum()) - own + np.log(np.exp(images).sum()) - own) / 2
+    tensors = [torch.from_numpy(x) for x in (text, rejected, image)]
+    found = losses.info_nce_with_negatives(*tensors, torch.tensor(owner), scale)
+    assert found.item() == pytest.approx(expected / 3, rel=1e-5)
+    halves = [
+        losses.info_nce_with_negatives(*tensors, torch.tensor(owner), scale, part) for part in (slice(1), slice(1, 3))
+    ]
+    assert (halves[0] + 2 * halves[1]).item() / 3 == pytest.approx(found.item(), rel=1e-5)

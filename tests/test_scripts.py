@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas
 import pytest
 import torch
 import yaml
@@ -116,6 +117,12 @@ def test_a_folder_of_images_is_ranked_into_a_csv_and_a_sheet(tmp_path):
 def test_every_config_shrunk_runs(path, small_example, monkeypatch, coco_folder):
     """The same settings with a tiny model, few items and few steps."""
     content = yaml.safe_load(path.read_text())
+    if content.get("task") == "rank":
+        here = ["--root", str(coco_folder), "--split", "val2017"]
+        coco = [*here, "--model.name", "example", "--model.pretrained", "null"] if "model" in content else []
+        few = ["--config", str(path), "--writer", "rules", "--rank.n_queries", "8"]
+        assert len(pandas.read_parquet(generate_diffs.main([*few, *coco]))) > 8
+        return
     if "writer" in content:
         captions = (
             ["--captions", str(coco_folder / "annotations" / "captions_val2017.json")] if "captions" in content else []
@@ -232,9 +239,9 @@ def test_unknown_names_in_run():
     assert "example has no split 'testing'" in call(run.main, "--split", "testing")
     assert "no checkpoint at absent.pt" in call(run.main, "--checkpoint", "absent.pt")
     assert "--images ranks a folder" in call(run.main, "--images", ".")
-    assert "compositional cannot be measured on example/test: it needs --sugar_crepe" in call(
-        run.main, "--mode", "compositional"
-    )
+    for mode in ("compositional", "relations"):
+        message = call(run.main, "--mode", mode)
+        assert f"mode {mode} cannot be measured on example/test: it needs" in message and "--statements PATH" in message
 
 
 def test_no_permission_and_no_space_are_said(small_example, monkeypatch, capsys):

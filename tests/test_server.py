@@ -1,5 +1,7 @@
 """The server writer: over every fault nothing is lost, nothing comes twice, and each answer belongs to its job."""
 
+import base64
+import io
 import itertools
 import logging
 import re
@@ -9,8 +11,10 @@ import traceback
 from collections.abc import Sequence
 from email.utils import formatdate
 
+import numpy as np
 import pytest
 from faulty_server import FAULTS, HTML, FaultyProxy, Server, as_json, closing, sentence
+from PIL import Image
 
 from pc_clip import prompts
 from pc_clip.errors import UserError
@@ -646,3 +650,77 @@ def test_no_address_and_one_named_twice_are_errors():
         writer()
     with pytest.raises(UserError, match="twice"):
         writer("http://localhost:8000/v1", "http://localhost:8000/v1/")
+
+
+# -- pictures ------------------------------------------------------------------------------------------
+
+
+def seen_picture(body):
+    picture, text = body["messages"][-1]["content"]
+    kind, content = picture["image_url"]["url"].split(",", 1)
+    assert kind == "data:image/jpeg;base64"
+    return Image.open(io.BytesIO(base64.b64decode(content))), text["text"]
+
+
+def looking(server, pictures, **options):
+    found = writer(server, **options)
+    found.look = pictures.__getitem__
+    return found
+
+
+def say_size(path, headers, body):
+    if isinstance(body["messages"][-1]["content"], list):
+        return as_json({"choices": [{"message": {"content": "{}x{}".format(*seen_picture(body)[0].size)}}]})
+
+
+def test_each_job_shows_its_own_picture_before_its_question(server):
+    server.instead = say_size
+    jobs = [Job(f"dog {n}", f"cat {n}", n, f"p{n}") for n in range(20)] + [JOBS[0]]
+    pictures = {f"p{n}": Image.new("RGB", (10 + n, 30), (200, 10 * n, 0)) for n in range(20)}
+    found = dict(looking(server, pictures).stream(jobs))
+    assert found == {n: f"{10 + n}x30" for n in range(20)} | {20: sentence(*JOBS[0])}
+    for _, _, body in server.seen:
+        if isinstance(body["messages"][-1]["content"], list):
+            picture, text = seen_picture(body)
+            n = picture.width - 10
+            assert text == PAIRS.question(f"dog {n}", f"cat {n}")
+            assert np.abs(np.asarray(picture).mean((0, 1)) - [200, 10 * n, 0]).max() < 5
+    assert len({request_id(job) for job in jobs}) == 21
+    assert request_id(jobs[0]) != request_id(jobs[0]._replace(picture="p1"))
+
+
+def test_large_pictures_are_sent_smaller_and_stay_as_they_are_here(server):
+    server.instead = say_size
+    large = Image.new("RGB", (3000, 1500))
+    assert dict(looking(server, {"p": large}).stream([Job("a", "b", 0, "p")])) == {0: "1024x512"}
+    assert large.size == (3000, 1500)
+
+
+def test_a_picture_that_cannot_be_read_stops_with_its_own_message(server):
+    def look(name):
+        raise UserError(f"{name} cannot be read as an image")
+
+    blind = writer(server)
+    blind.look = look
+    with pytest.raises(UserError, match="broken.jpg cannot be read as an image"):
+        list(blind.stream([Job("a", "b", 0, "broken.jpg")]))
+
+
+@pytest.mark.parametrize("status", [400, 500])
+def test_a_server_that_sees_nothing_is_told_from_one_picture_that_it_refuses(server, status):
+    """The easy prompt that tells them apart has a picture, too."""
+
+    def refuse(path, headers, body, only=None):
+        if isinstance(body["messages"][-1]["content"], list):
+            if only is None or seen_picture(body)[0].width == only:
+                return as_json({"error": {"message": "no image input"}}, status)
+            return say_size(path, headers, body)
+
+    pictures = {f"p{n}": Image.new("RGB", (10 + n, 30)) for n in range(4)}
+    jobs = [Job("a", "b", n, f"p{n}") for n in range(4)]
+    server.instead = refuse
+    with pytest.raises(UserError, match="no image input"):
+        list(looking(server, pictures, patience=0.1).stream(jobs))
+    server.instead = lambda *asked: refuse(*asked, only=12)
+    found = dict(looking(server, pictures, patience=0.1).stream(jobs))
+    assert found == {0: "10x30", 1: "11x30", 2: "", 3: "13x30"}

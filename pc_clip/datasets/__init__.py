@@ -35,7 +35,7 @@ from pc_clip.datasets.classnames import ClassNames, class_names
 from pc_clip.datasets.cub import LAYOUT as CUB
 from pc_clip.datasets.cub import open_cub
 from pc_clip.datasets.dataset import Attribute, Dataset, Question, read_image
-from pc_clip.datasets.embedded import open_example
+from pc_clip.datasets.embedded import open_example, open_relations
 from pc_clip.datasets.folder import open_folder
 from pc_clip.datasets.layout import NO_FILES, Layout
 from pc_clip.datasets.shards import LAYOUT as SHARDS
@@ -77,6 +77,9 @@ def _command(name: str, of: str, makes: str) -> str:
 READERS: dict[str, Reader] = {
     "example": Reader(
         open_example, None, ("train", "val", "test"), "Nothing to fetch.", "none", "MIT, as this project",
+    ),
+    "example_relations": Reader(
+        open_relations, None, ("train", "val", "test"), "Nothing to fetch.", "none", "MIT, as this project",
     ),
     "coco": Reader(
         open_coco, "data/coco", ("train2017", "val2017"),

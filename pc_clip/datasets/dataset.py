@@ -116,7 +116,8 @@ def subset(data: Dataset, rows: np.ndarray) -> Dataset:
 
 def _about(statements: tuple[Statement, ...], ids: list[str]) -> tuple[Statement, ...]:
     kept = set(ids)
-    return tuple(s for s in statements if s.image in kept)
+    images = ({image.split("@")[0] for image in (s.image, s.instead or s.image)} for s in statements)
+    return tuple(s for s, about in zip(statements, images) if about <= kept)
 
 
 def _load_row(load: Callable[[int], Image.Image], rows: np.ndarray, place: int) -> Image.Image:

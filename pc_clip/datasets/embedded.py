@@ -1,4 +1,5 @@
-"""The embedded example: scenes rendered by seed, with captions, questions and graded attributes."""
+"""The embedded example: scenes rendered by seed, with captions, questions and graded attributes; and scenes of two
+different things, with statements on how they stand to one another."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from pc_clip.datasets.dataset import Attribute, Dataset, Question, digest
-from pc_clip.example import scenes, world
+from pc_clip.example import relations, scenes, world
 
 EXAMPLE_SIZES = {"train": 6000, "val": 1000, "test": 2000}
 
@@ -35,6 +36,44 @@ def example(split: str, n: int) -> Dataset:
         attributes=tuple(_example_attribute(name, shown) for name in ("size", "background", "count")),
         part=split,
     )
+
+
+def open_relations(_: Path, split: str) -> Dataset:
+    return example_relations(split, EXAMPLE_SIZES[split])
+
+
+def example_relations(split: str, n: int) -> Dataset:
+    """The first `n` scenes of two things of a split, with statements about them.
+
+    The questions, for a probe, are whether an image embedding tells where the thing of a colour is.
+    """
+    shown = [relations.scene(split, i) for i in range(n)]
+    ids = [f"{split}-{i:05d}" for i in range(n)]
+    pixels = b"".join(scenes.draw(scene).tobytes() for scene in shown[:8])
+    return Dataset(
+        name="example_relations",
+        split=split,
+        ids=ids,
+        load=partial(_draw_scene, shown),
+        fingerprint=digest("relations", split, n, hashlib.sha256(pixels).hexdigest()),
+        questions=tuple(_place_question(kind, colour, shown) for kind in _PLACES for colour in scenes.COLOURS),
+        part=split,
+        statements=tuple(s for i, key in enumerate(ids) for s in relations.statements(split, i, key)),
+    )
+
+
+_PLACES = {
+    "side": (relations.side, ("on the left", "on the right")),
+    "height": (relations.height, ("at the top", "at the bottom")),
+}
+
+
+def _place_question(kind: str, colour: str, shown: list[scenes.Scene]) -> Question:
+    place, classes = _PLACES[kind]
+    found = [(row, answer) for row, scene in enumerate(shown) if (answer := place(scene, colour)) is not None]
+    rows, target = np.array(found, dtype=np.int64).reshape(-1, 2).T
+    article = "an" if colour[0] in "aeiou" else "a"
+    return Question(f"{kind} of the {colour} object", classes, rows, target, (f"{article} {colour} object {{}}",))
 
 
 def _example_question(name: str, shown: list[scenes.Scene]) -> Question:

@@ -1,8 +1,9 @@
 """95 % intervals: how far a figure could have come out otherwise on other images of the same kind.
 
-Over independent items: a percentile bootstrap. Over pairs of images: an image stands in many pairs, so that pairs
-are not independent, and drawing images again counts each pair's own noise three times. Their interval comes from
-the cluster-robust variance for dyads instead (Aronow, Samii and Assenova, Political Analysis 2015).
+Over independent items: a percentile bootstrap. Over items in groups, as several statements about one photograph: a
+percentile bootstrap that draws groups, each with all its items. Over pairs of images: an image stands in many pairs,
+so that pairs are not independent, and drawing images again counts each pair's own noise three times. Their interval
+comes from the cluster-robust variance for dyads instead (Aronow, Samii and Assenova, Political Analysis 2015).
 """
 
 from __future__ import annotations
@@ -18,6 +19,31 @@ def of_mean(values: np.ndarray, seed: int, draws: int = DRAWS) -> tuple[float, f
     rng, share = np.random.default_rng(seed), np.full(len(values), 1 / len(values))
     means = [rng.multinomial(len(values), share) @ values / len(values) for _ in range(draws)]
     low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def redrawn_sums(values: np.ndarray, group: np.ndarray, seed: int, draws: int = DRAWS) -> np.ndarray:
+    """Sums over groups drawn again with replacement, each with all its items.  [M, K], [M] -> [draws, K] float64
+
+    All columns see the same draws, so that what two of them differ by is a paired difference. A share is one column
+    over another, for instance one of ones.
+    """
+    groups, place = np.unique(group, return_inverse=True)
+    sums = _sums(np.asarray(values, dtype=np.float64), place.reshape(-1), len(groups))  # [G, K]
+    rng, share = np.random.default_rng(seed), np.full(len(groups), 1 / len(groups))
+    return np.stack([rng.multinomial(len(groups), share) @ sums for _ in range(draws)])
+
+
+def redrawn_means(values: np.ndarray, group: np.ndarray, seed: int, draws: int = DRAWS) -> np.ndarray:
+    """Means of columns over groups drawn again; NaN is not counted.  [M, K], [M] -> [draws, K], NaN for none drawn"""
+    sums = redrawn_sums(np.column_stack([np.nan_to_num(values), ~np.isnan(values)]), group, seed, draws)
+    total, count = np.split(sums, 2, axis=1)
+    return np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
+
+
+def between(draws: np.ndarray) -> tuple[float, float]:
+    """The 95 % interval of redrawn figures. [draws]; those that a draw left undefined, as NaN, are not counted."""
+    low, high = np.nanquantile(draws, [0.025, 0.975])
     return float(low), float(high)
 
 

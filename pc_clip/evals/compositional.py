@@ -1,70 +1,137 @@
-"""SugarCrepe (Hsieh et al. 2023): does an image prefer its caption to one with a small, wrong change?"""
+"""Does an image prefer its caption to one with a small, wrong change? SugarCrepe, ARO, and files of that kind.
+
+All captions are true, so that what their writer's hand gives away is worth points to who never looks: a caption may
+just be the more likely sentence. What needs no image stands beside every figure (pc_clip/evals/_blind.py), and
+intervals draw photographs again.
+
+Figures are named by where the statements come from: sugarcrepe (Hsieh et al. 2023; its seven files), aro_relation and
+aro_attribution (Yuksekgonul et al. 2023), and compositional for any other file.
+"""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+import re
+from collections.abc import Sequence
+from typing import Any
 
-import torch
-import torch.nn.functional as F
+import numpy as np
 
 from pc_clip.config import EvaluateConfig
 from pc_clip.datasets import Dataset
 from pc_clip.errors import UserError
-from pc_clip.evals import Result, Subject
+from pc_clip.evals import Result, Subject, _blind, _intervals
+from pc_clip.evals._blind import right
+from pc_clip.statements import Statement
 
-NEEDS = "--sugar_crepe FOLDER with SugarCrepe's JSON files, and a data set that holds their photographs (coco)"
+VERSION = 2  # ties count half, and blind baselines have a name each
+SUGAR_CREPE = {"add_att", "add_obj", "replace_att", "replace_obj", "replace_rel", "swap_att", "swap_obj"}
+ARO_FEWEST = {"aro_relation": 1, "aro_attribution": 25}  # statements of a kind that counts in ARO's own macro mean
+MANY = 12  # kinds; beyond it they are in the details alone
+
+DEFINITIONS = {
+    "FAMILY": "The image is closer to its caption than to the changed one; a tie counts as half right.",
+    "FAMILY_KIND": "The same for one file, or one kind of a file.",
+    "FAMILY_blind_grey": "The same with a constant grey picture in place of every image.",
+    "FAMILY_blind_mean": "The same with the mean embedding of the images asked about in place of every image.",
+    "FAMILY_text_only": "Logistic regression on the caption's embedding less the changed one's, learnt from other "
+    "photographs' captions.",
+    "sugarcrepe_blind": "sugarcrepe_blind_mean, under the name that earlier tables have.",
+    "aro_*_macro": "The mean over relations, or over pairs of attributes that have 25 captions. Every relation counts; "
+    "ARO's tables leave out those that read alike both ways.",
+}
+
+NEEDS = (
+    "captions, each with one that is wrong: --statements PATH (SugarCrepe's or ARO's files, or your own with image, "
+    "caption and negative_caption), and a data set that holds their images (coco)"
+)
 
 
 def applies(data: Dataset, config: EvaluateConfig) -> bool:
-    return bool(config.sugar_crepe) and Path(config.sugar_crepe).is_dir()
+    return bool(config.statements) or (bool(data.statements) and all(s.true for s in data.statements))
 
 
 def evaluate(subject: Subject) -> Result:
-    """Accuracy over the rows whose photograph the data set holds, each file apart and all together.
+    """The share of captions that are preferred, by family and kind, and what it comes to without looking.
 
-    blind: the same texts scored against the mean image embedding, that is, without looking.
+    Raises UserError where some statements are false, and where none of the images is there.
     """
-    row_of = {_stem(key): row for row, key in enumerate(subject.data.ids)}
-    rows, captions, negatives, kinds = [], [], [], []
-    for path, items in read_sugar_crepe(subject.config.sugar_crepe).items():
-        for item in items:
-            if (row := row_of.get(_stem(Path(item["filename"]).stem))) is not None:
-                rows.append(row)
-                captions.append(item["caption"])
-                negatives.append(item["negative_caption"])
-                kinds.append(path)
-    if not rows:
-        raise UserError(f"none of the photographs in {subject.config.sugar_crepe} is in {subject.data.label}")
-    gap = subject.clip.embed_texts(captions) - subject.clip.embed_texts(negatives)  # [M, D]
-    right = ((subject.z[rows] * gap).sum(-1) > 0).double()
-    blind = (gap @ F.normalize(subject.z.mean(0), dim=0) > 0).double()
-    of = {kind: torch.tensor([k == kind for k in kinds]) for kind in sorted(set(kinds))}
-    metrics = {"sugarcrepe": float(right.mean()), "sugarcrepe_blind": float(blind.mean())}
-    metrics |= {f"sugarcrepe_{kind}": float(right[mask].mean()) for kind, mask in of.items()}
-    return Result(metrics, len(rows), {"rows": {kind: int(mask.sum()) for kind, mask in of.items()}})
-
-
-def read_sugar_crepe(folder: str | Path) -> dict[str, list[dict[str, str]]]:
-    """SugarCrepe's files as published: name -> rows with filename, caption, negative_caption."""
-    paths = sorted(Path(folder).glob("*.json"))
-    if not paths:
-        raise UserError(
-            f"{folder} holds no SugarCrepe files (add_obj.json, swap_att.json, ...; github.com/RAIVNLab/sugar-crepe)"
-        )
-    found = {}
-    for path in paths:
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path} is not JSON ({error})") from error
-        items = list(content.values()) if isinstance(content, dict) else content
-        if not all({"filename", "caption", "negative_caption"} <= item.keys() for item in items):
-            raise UserError(f"{path} is no SugarCrepe file: rows need filename, caption and negative_caption")
-        found[path.stem] = items
+    seed = subject.config.seed
+    statements = _all_true(_blind.statements_of(subject.data, subject.config))
+    asked = _blind.ask(subject, statements)
+    found = Result({}, len(asked.statements), {"absent": asked.absent, "definitions": DEFINITIONS})
+    families = np.array([_family(s) for s in asked.statements])
+    kinds = np.array([s.kind for s in asked.statements])
+    for family in sorted(set(families)):
+        here = families == family
+        answers = {family: right(asked.looking[here]), f"{family}_blind_grey": right(asked.grey[here]),
+                   f"{family}_blind_mean": right(asked.mean[here])}  # fmt: skip
+        by_text = _blind.tell_texts_apart(asked.gap[here], asked.photograph[here], seed)
+        if by_text is not None:
+            answers[f"{family}_text_only"] = right(by_text)
+        _add(found, family, answers, kinds[here], asked.photograph[here], seed)
     return found
 
 
-def _stem(key: str) -> str:
-    """COCO's ids with and without their leading zeros are the same photograph."""
-    return key.lstrip("0") or "0"
+def _all_true(statements: Sequence[Statement]) -> Sequence[Statement]:
+    if false := sum(not s.true for s in statements):
+        raise UserError(
+            f"{false} of {len(statements)} statements are false of their images; --mode relations is for true and "
+            "false ones, and --mode compositional for captions that all are true"
+        )
+    return statements
+
+
+def _family(statement: Statement) -> str:
+    if statement.kind in SUGAR_CREPE:
+        return "sugarcrepe"
+    aro = f"aro_{statement.category}"
+    return aro if aro in ARO_FEWEST else "compositional"
+
+
+def _add(
+    found: Result, family: str, answers: dict[str, np.ndarray], kinds: np.ndarray, photograph: np.ndarray, seed: int
+) -> None:
+    """Put one family's figures into the result."""
+    shares = dict(answers)
+    if family == "sugarcrepe":
+        shares["sugarcrepe_blind"] = answers["sugarcrepe_blind_mean"]
+    of = {str(kind): kinds == kind for kind in np.unique(kinds) if kind}
+    if len(of) <= MANY:
+        shares |= {f"{family}_{_word(kind)}": np.where(here, answers[family], np.nan) for kind, here in of.items()}
+    values = np.stack(list(shares.values()), axis=1)
+    redrawn = _intervals.redrawn_means(values, photograph, seed)
+    means = dict(zip(shares, np.nanmean(values, axis=0).tolist()))
+    found.metrics.update(means)
+    found.intervals.update(zip(shares, map(_intervals.between, redrawn.T)))
+    if family in ARO_FEWEST:
+        _add_macro(found, family, answers[family], list(of.values()), photograph, seed)
+    found.items[family] = _blind.by_photograph(answers[family], photograph)
+    above = _blind.against(family, answers, photograph, seed)
+    found.details[family] = {
+        "beats_blind": _blind.beats(above, f"{family} {100 * means[family]:.1f}"),
+        "above": {name: each._asdict() for name, each in above.items()},
+        "statements": len(kinds),
+        "photographs": len(np.unique(photograph)),
+        "tied": float((answers[family] == 0.5).mean()),
+        "kinds": {kind: _told(answers, here) for kind, here in of.items()},
+    } | ({} if f"{family}_text_only" in answers else {"left_out": _blind.TOO_FEW})
+
+
+def _add_macro(
+    found: Result, family: str, right: np.ndarray, of: list[np.ndarray], photograph: np.ndarray, seed: int
+) -> None:
+    """ARO's own figure: each kind counts alike, if it has enough captions."""
+    large = [np.where(here, right, np.nan) for here in of if here.sum() >= ARO_FEWEST[family]]
+    if large:
+        by_kind = np.stack(large, axis=1)
+        redrawn = np.nanmean(_intervals.redrawn_means(by_kind, photograph, seed), axis=1)
+        found.metrics[f"{family}_macro"] = float(np.nanmean(by_kind, axis=0).mean())
+        found.intervals[f"{family}_macro"] = _intervals.between(redrawn)
+
+
+def _word(kind: str) -> str:
+    return re.sub(r"\W+", "_", kind.lower())
+
+
+def _told(answers: dict[str, np.ndarray], here: np.ndarray) -> dict[str, Any]:
+    return {"n": int(here.sum())} | {name: float(values[here].mean()) for name, values in answers.items()}

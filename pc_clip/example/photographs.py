@@ -18,9 +18,9 @@ import torch
 
 from pc_clip.datasets import read_coco_captions
 from pc_clip.errors import UserError, run_script
-from pc_clip.evals.compositional import read_sugar_crepe
 from pc_clip.example import photo
 from pc_clip.files import write_json
+from pc_clip.statements import read_statements
 
 OUT = Path("data/photo")
 TEST_SHARE, VAL_SHARE = 0.23, 0.11
@@ -67,8 +67,7 @@ def prepare(folder: Path, out: Path, seed: int) -> None:
     beside = folder.resolve().parent / "sugar_crepe"
     asked: set[str] = set()
     if beside.is_dir():
-        rows = [row for rows in read_sugar_crepe(beside).values() for row in rows]
-        asked = {Path(row["filename"]).stem.lstrip("0") for row in rows} & photographs.keys()
+        asked = {Path(said.image).stem.lstrip("0") for said in read_statements([beside])} & photographs.keys()
         shutil.copytree(beside, out / "sugar_crepe", dirs_exist_ok=True)
     splits = split_ids(sorted(photographs), asked, seed)
     for split, ids in splits.items():

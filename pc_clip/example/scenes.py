@@ -79,10 +79,10 @@ class Scene:
         return None
 
 
-def sample(rng: np.random.Generator) -> Scene:
-    """A random scene: every attribute uniform, count included."""
-    count = int(rng.choice(COUNTS))
-    alike = rng.random() < SHARE_ALIKE
+def sample(rng: np.random.Generator, count: int | None = None, alike: bool | None = None) -> Scene:
+    """A random scene: every attribute uniform, count included unless it is given."""
+    count = count or int(rng.choice(COUNTS))
+    alike = rng.random() < SHARE_ALIKE if alike is None else alike
     looks = [_looks(rng)] * count if alike else [_looks(rng) for _ in range(count)]
     radii = [SIZES[size] * rng.uniform(0.92, 1.08) for size, *_ in looks]
     centres = _place(radii, rng)

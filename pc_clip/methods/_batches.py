@@ -19,6 +19,7 @@ from pc_clip.embedding_shards import Rows
 from pc_clip.embeddings import embed_images, load_embeddings
 from pc_clip.errors import UserError
 from pc_clip.reading import Reader, Transform, plain
+from pc_clip.trainable import image_tower_learns
 
 
 class Tokens:
@@ -77,19 +78,25 @@ class Texts(Tokens):
 
 
 class Images:
-    """Images by row: cached embeddings, or pixels where the image tower itself learns."""
+    """Images by row: cached embeddings, or pixels where the image tower itself learns.
 
-    def __init__(self, clip: Clip, data: Dataset, config: FinetuneConfig) -> None:
+    pixels: give pixels in any case, to a method that reads more from images than their embeddings.
+    """
+
+    def __init__(self, clip: Clip, data: Dataset, config: FinetuneConfig, pixels: bool = False) -> None:
         self.clip, self.data = clip, data
-        self.learns = config.model.train == "both"
+        self.learns = image_tower_learns(config.model.train)
         self.reader = Reader(data, self._transform(config), config.data.workers)  # of pixels
         self.z: Tensor | Rows | None = None
         self.ids = data.ids
         if config.data.embeddings:
             if self.learns:
-                raise UserError("model.train both learns from images; data.embeddings cannot stand in for them")
+                which = config.model.train
+                raise UserError(f"model.train {which} learns from images; data.embeddings cannot stand in for them")
+            if pixels:
+                raise UserError("this method reads the images themselves; data.embeddings cannot stand in for them")
             self.z, self.ids = load_embeddings(config.data.embeddings, clip)
-        elif not self.learns:
+        elif not (self.learns or pixels):
             with PartialState().main_process_first():  # the others then find them in the cache
                 self.z, self.ids = embed_images(clip, data, workers=config.data.workers)
         else:
@@ -108,7 +115,7 @@ class Images:
         return RandomCrop.of(self.clip, share, config.seed)
 
     def batches(self, rows: Iterable[np.ndarray], epoch: int) -> Iterator[Tensor]:
-        """An epoch's batches: for each array of rows what `batch` gives, with this epoch's crops if there are any.
+        """An epoch's batches: of each array of rows [B, D] embeddings or [B, 3, H, W] pixels, in this epoch's crops.
 
         Pixels come from worker processes, which work ahead by two pieces of 32 images each. Closing the iterator before
         its end stops them. Raises UserError for an image that cannot be read, with its path.
@@ -122,12 +129,6 @@ class Images:
                     self.reader.close()  # now, since an error keeps it for long
                 yield batch.whole()
 
-    def batch(self, rows: np.ndarray) -> Tensor:
-        """[B, D] embeddings, or [B, 3, H, W] pixels when the image tower learns: whole images, read here and now."""
-        if self.z is not None:
-            return _take(self.z, rows)
-        return torch.stack([self.clip.preprocess(self.data.load(int(row))) for row in rows])
-
     def equal(self, pairs: np.ndarray) -> np.ndarray:
         """Which pairs of rows, [N, 2], are of one picture as far as their embeddings tell.  -> [N] bool
 
@@ -137,7 +138,7 @@ class Images:
         return np.zeros(len(pairs), dtype=bool) if self.z is None else _equal_rows(self.z, pairs)
 
     def encode(self, images: Tensor) -> Tensor:
-        """[B, D] embeddings of a batch from `batch`."""
+        """[B, D] embeddings of a batch from `batches`."""
         return images if self.z is not None else self.clip.encode_image(images)
 
 

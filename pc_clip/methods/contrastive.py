@@ -92,7 +92,7 @@ class Method(BaseMethod):
         return [by_id[ids[row]] for row in rows], np.array(rows)
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        fixed = self.config.contrastive.temperature is not None or self.config.model.train != "both"
+        fixed = self.config.contrastive.temperature is not None
         found = self.clip.trainable(self.config.model.train)
         return {n: p for n, p in found.items() if not (fixed and n.startswith("logit_"))}
 

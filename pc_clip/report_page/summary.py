@@ -20,7 +20,18 @@ from pc_clip.report_page.gather import Found, Gathered, Run
 from pc_clip.report_page.words import is_share
 
 _SEED = re.compile(r"(.+)-seed(\d+)")
-_ORDER = ("zeroshot", "difference", "rank", "comparative", "extended", "probe", "retrieve", "compositional")  # to read
+_ORDER = (
+    "zeroshot",
+    "difference",
+    "rank",
+    "comparative",
+    "extended",
+    "probe",
+    "retrieve",
+    "batches",
+    "relations",
+    "compositional",
+)  # to read
 MOST_MAIN = 8  # figures of an evaluation that are shown at once; the others are behind a click
 
 

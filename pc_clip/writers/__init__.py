@@ -1,7 +1,7 @@
 """What writes the sentences: rules over two captions, or a language model.
 
 A writer gets pairs of captions and gives back raw sentences, one a pair; cleaning happens elsewhere. It
-never sees an image.
+never sees an image, but for the writer server where a task has pictures to show.
 """
 
 from pc_clip.writers.causal import LanguageModelConfig, LanguageModelWriter

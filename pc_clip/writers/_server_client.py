@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 SET_ASIDE_AFTER = 3  # failures in a row, after which one request at a time finds out whether a server is back
 EASY = Job("a dog on a sofa", "a cat on a chair", 0)  # asked to see whether a server is at fault, or a prompt
+PLAIN = "@plain"  # the picture of an easy prompt: a server that sees none is at fault, not the picture
 EASY_TRIES = 3  # how often it is asked, and how often a prompt must fail beside it
 _TRANSIENT = {408, 409, 425, 429}  # and 5xx
 _TOO_LONG = re.compile(
@@ -35,7 +36,12 @@ _NO_SYSTEM = re.compile(r"system role|roles must alternate|only user and assista
 
 def request_id(job: Job) -> str:
     """What the X-Request-Id of a job's requests begins with: a hash of all that it is made of."""
-    return hashlib.sha256(json.dumps(job).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(job if job.picture else job[:3]).encode()).hexdigest()[:16]
+
+
+def easy_one(job: Job) -> Job:
+    """A job of the same kind, with or without a picture, that any server can do that can do such jobs."""
+    return EASY._replace(picture=PLAIN) if job.picture else EASY
 
 
 # -- what can go wrong ---------------------------------------------------------------------------------
@@ -150,15 +156,15 @@ class Client:
                 raise
             except Again as failure:
                 said = str(failure)
-                if failure.after is not None or not await self._seems_to_work():
+                if failure.after is not None or not await self._seems_to_work(easy_one(job)):
                     raise UserError(last) from None
         return self._unanswerable(said)
 
-    async def _works(self) -> bool:
+    async def _works(self, easy: Job) -> bool:
         """Whether it answers an easy prompt, rather than refusing it. Raises Again when it does neither."""
         for tries in range(1, EASY_TRIES + 1):
             try:
-                await asyncio.wait_for(self._ask(EASY, f"easy-{time.monotonic_ns()}"), self.writer.config.timeout)
+                await asyncio.wait_for(self._ask(easy, f"easy-{time.monotonic_ns()}"), self.writer.config.timeout)
                 return True
             except asyncio.TimeoutError:
                 raise _late(self.writer) from None
@@ -173,9 +179,9 @@ class Client:
             await asyncio.sleep(self.writer.wait(EASY.seed, tries))
         raise AssertionError("the last try returns or raises")
 
-    async def _seems_to_work(self) -> bool:
+    async def _seems_to_work(self, easy: Job) -> bool:
         with contextlib.suppress(Again):
-            return await self._works()
+            return await self._works(easy)
         return False
 
     async def _try(self, job: Job, name: str) -> str:
@@ -191,14 +197,17 @@ class Client:
                 self.writer.system_role = False  # some templates, Gemma's for one, know none
                 raise AskAnew(str(failure))
             own = failure.status in (400, 413, 422) or _TOO_LONG.search(failure.body) or _FILTERED.search(failure.body)
-            if own and await self._works():
+            if own and await self._works(easy_one(job)):
                 return self._unanswerable(failure.said)
             if _TOO_LONG.search(failure.body):
                 raise UserError(
                     f"{self.url} refuses even a short prompt ({failure.said}). Serve the model with a longer context, "
                     "lower --server.max_tokens, or shorten --prompt; the last two with another --name."
                 )
-            raise UserError(await self._advice(failure))
+            eyes = " A model that sees no pictures takes --rank.pictures false, with another --name." * bool(
+                job.picture
+            )
+            raise UserError(await self._advice(failure) + eyes)
         except asyncio.TimeoutError:
             raise _late(self.writer) from None
 
@@ -206,7 +215,9 @@ class Client:
         chat = self.writer.config.chat
         endpoint = self.openai.chat.completions if chat else self.openai.completions
         headers = {"X-Request-Id": name}
-        reply = await endpoint.with_raw_response.create(**self.writer.body(job), extra_headers=headers)
+        # Pictures are read in a thread, so that the other requests do not wait for a disk.
+        body = await asyncio.to_thread(self.writer.body, job) if job.picture else self.writer.body(job)
+        reply = await endpoint.with_raw_response.create(**body, extra_headers=headers)
         text = self._read(reply.http_response.text)
         self.writer.answered += 1
         for end in self.writer.stop:  # some servers go on after it, or leave it in

@@ -172,9 +172,10 @@ class Session:
 
     def _give_up(self, reason: str, opened: _Open) -> None:
         """Some last tries, which tell a server at fault from a prompt that it cannot answer (Client.ask)."""
+        about = shortened(opened.job.picture or opened.job.first, 60)
         spent = time.monotonic() - (opened.since or 0.0)
         opened.given_up = (
-            f"{reason}. Given up after {opened.tries} tries in {spent:.0f} s, for {shortened(opened.job.first, 60)!r} "
+            f"{reason}. Given up after {opened.tries} tries in {spent:.0f} s, for {about!r} "
             f"(request {request_id(opened.job)}). What is finished is kept; the same command continues."
         )
         # At once, also where all are set aside or full; by the server that is most likely to work.

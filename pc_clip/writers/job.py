@@ -10,12 +10,14 @@ from typing import Any, NamedTuple
 class Job(NamedTuple):
     """One sentence to write: what is known of the first and the second image or class, and a seed of its own.
 
-    second is empty where one image or class alone is written about.
+    second is empty where one image or class alone is written about. picture: the name of one for the writer to look at,
+    if it can; how it is had by that name is the writer's own (ServerWriter.look).
     """
 
     first: str
     second: str
     seed: int
+    picture: str = ""
 
 
 class Writer(ABC):

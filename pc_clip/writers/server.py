@@ -5,6 +5,8 @@ Here are the settings and what is sent; _server_client.py speaks to one server, 
 
 from __future__ import annotations
 
+import base64
+import io
 import itertools
 import json
 import logging
@@ -12,16 +14,17 @@ import os
 import re
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
+from PIL import Image
 
 from pc_clip.errors import UserError, check_at_least
 from pc_clip.prompts import Prompt
-from pc_clip.writers._server_client import Fatal, failure_of, request_id
+from pc_clip.writers._server_client import PLAIN, Fatal, failure_of, request_id
 from pc_clip.writers._server_session import Session
 from pc_clip.writers.job import Job, Writer
 
@@ -30,6 +33,7 @@ __all__ = ["ServerConfig", "ServerWriter", "request_id"]
 log = logging.getLogger(__name__)
 
 LONGEST_WAIT = 30.0  # seconds between two tries, however often one failed
+LONGEST_SIDE = 1024  # pixels of a picture that is sent; vision-language models make larger ones smaller themselves
 _RENAMED = re.compile(r"(max_tokens|temperature|top_p|seed|stop)=\w*")
 
 
@@ -81,13 +85,21 @@ class ServerWriter(Writer):
     that a server cannot answer (too long, say, or filtered) while it answers an easy one is answered by "", which is
     counted as empty; servers that answer no prompt are an error.
 
-    first_wait: seconds before the first repetition; doubled each time, up to LONGEST_WAIT.
+    first_wait: seconds before the first repetition; doubled each time, up to LONGEST_WAIT. look: the picture of a name,
+    for jobs that have one; called from several threads.
     """
 
     window = None  # all jobs at once: they are begun as places are free
 
-    def __init__(self, config: ServerConfig, prompt: Prompt, *, first_wait: float = 0.5) -> None:
-        self.config, self.asked, self.first_wait = config, prompt, first_wait
+    def __init__(
+        self,
+        config: ServerConfig,
+        prompt: Prompt,
+        *,
+        first_wait: float = 0.5,
+        look: Callable[[str], Image.Image] | None = None,
+    ) -> None:
+        self.config, self.asked, self.first_wait, self.look = config, prompt, first_wait, look
         self.urls = [_checked_url(url) for url in config.url]
         if not self.urls:
             raise UserError("server.url is empty; give at least one, such as http://localhost:8000/v1")
@@ -180,11 +192,22 @@ class ServerWriter(Writer):
         if not self.config.chat:
             return body | {"prompt": _encodable(self.asked.with_examples(job.first, job.second))}
         question = _encodable(self.asked.question(job.first, job.second))
-        if self.system_role:
-            messages = [{"role": "system", "content": self.asked.system}, {"role": "user", "content": question}]
+        if not self.system_role:
+            question = f"{self.asked.system}\n\n{question}"
+        system = [{"role": "system", "content": self.asked.system}] if self.system_role else []
+        return body | {"messages": [*system, {"role": "user", "content": self._content(question, job.picture)}]}
+
+    def _content(self, question: str, picture: str) -> str | list[dict[str, Any]]:
+        """A question as the protocol has it: plain text, or after a picture."""
+        if not picture:
+            return question
+        if picture == PLAIN:
+            image = Image.new("RGB", (64, 64), "grey")
+        elif self.look is None:
+            raise ValueError(f"there is a picture to show, {picture}, but nothing to look it up with")
         else:
-            messages = [{"role": "user", "content": f"{self.asked.system}\n\n{question}"}]
-        return body | {"messages": messages}
+            image = self.look(picture)
+        return [{"type": "image_url", "image_url": {"url": _as_url(image)}}, {"type": "text", "text": question}]
 
     def hide(self, text: str) -> str:
         """Text from outside without the key, in case a server sends it back."""
@@ -283,6 +306,16 @@ def _checked_url(url: str) -> str:
             "a key belongs into the environment variable that --server.api_key_env names."
         )
     return url.strip().rstrip("/")
+
+
+def _as_url(image: Image.Image) -> str:
+    """A picture inside an address, as a JPEG of at most LONGEST_SIDE."""
+    if max(image.size) > LONGEST_SIDE:
+        image = image.copy()
+        image.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.BICUBIC)
+    content = io.BytesIO()
+    image.convert("RGB").save(content, "JPEG", quality=95, subsampling=0)
+    return "data:image/jpeg;base64," + base64.b64encode(content.getvalue()).decode()
 
 
 def _encodable(text: str) -> str:

@@ -1,0 +1,98 @@
+"""Retrieval among the images of a batch: R@1 and mean reciprocal rank, as training on batches sees it.
+
+Images are shuffled by seed and cut into disjoint batches of `--retrieval_batch`; those that fill no batch are left out
+and counted. Each image comes with one caption, which has to find it among the batch's images (t2i), and which it has to
+find among the batch's captions (i2t): for the first, second, ... captions in turn, as many as every image has, and
+averaged. The smaller the batch, the easier: figures of two sizes are no more alike than R@1 and R@10. Ties get the
+middle of their ranks, as in pc_clip/evals/retrieve.py.
+
+It is measured only where it is asked for by name: `--mode retrieve` says more of a model.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pc_clip.config import EvaluateConfig
+from pc_clip.datasets import Dataset
+from pc_clip.errors import UserError, check_at_least
+from pc_clip.evals import Result, Subject, _intervals
+from pc_clip.evals.retrieve import TIES, Search, ranks
+
+BY_NAME_ALONE = True
+
+DEFINITIONS = {
+    "batch_t2i": "A caption has to find its image among the images of a batch; the mean over batches and captions.",
+    "batch_i2t": "An image has to find its caption among the batch's captions, one an image; the mean likewise.",
+    "mrr": "The mean of 1 / rank.",
+}
+
+NEEDS = "a data set with captions (example, coco, a webdataset for retrieval)"
+
+
+def applies(data: Dataset, config: EvaluateConfig) -> bool:
+    return bool(data.captions)
+
+
+def evaluate(subject: Subject) -> Result:
+    """R@1 and MRR both ways, with intervals over images; what an image is searched among stays as it is.
+
+    Raises UserError for a batch smaller than 2, fewer images than one batch, an image without a caption, and
+    embeddings that are not finite.
+    """
+    data, config = subject.data, subject.config
+    size, turns = config.retrieval_batch, min(map(len, data.captions))
+    check_at_least("retrieval_batch", size, 2)
+    if len(data) < size:
+        raise UserError(f"{data.label} has {len(data)} images, too few for one batch; --retrieval_batch is {size}")
+    if not turns:
+        lacking = data.ids[[len(of) for of in data.captions].index(0)]
+        raise UserError(f"{data.label} has an image without a caption ({lacking}); batches need one of each")
+    batches = disjoint(len(data), size, config.seed)
+    chosen = np.sort(batches.ravel())
+    texts = subject.clip.embed_texts([data.captions[row][turn] for turn in range(turns) for row in range(len(data))])
+    for what, z in (("images", subject.z), ("captions", texts)):
+        if not torch.isfinite(z).all():
+            raise UserError(f"embeddings of the {what} of {data.label} are not finite; the weights may have diverged")
+    values = per_image(subject.z, texts.reshape(turns, len(data), -1), batches)
+    about = {
+        "batch": size, "batches": len(batches), "images": len(chosen), "left_out": len(data) - len(chosen),
+        "captions_in_turn": turns, "definitions": DEFINITIONS, "ties": TIES,
+    }  # fmt: skip
+    kept = {name: of[chosen] for name, of in values.items()}
+    return Result(
+        {name: float(of.mean()) for name, of in kept.items()},
+        len(chosen),
+        about,
+        intervals={name: _intervals.of_mean(of, config.seed) for name, of in kept.items()},
+        items={name: of.round(4).tolist() for name, of in kept.items()},
+    )
+
+
+def disjoint(images: int, size: int, seed: int) -> np.ndarray:
+    """Images in random order, cut into batches; those that fill none are left out.  -> [batches, size] int64"""
+    order = np.random.default_rng(seed).permutation(images)
+    return order[: images - images % size].reshape(-1, size)
+
+
+def per_image(images: Tensor, texts: Tensor, batches: np.ndarray) -> dict[str, np.ndarray]:
+    """Each image's R@1 and reciprocal rank both ways, the mean over turns; NaN where it is in no batch.  -> [N] each
+
+    images: [N, D], texts: [turns, N, D], unit vectors; batches: [batches, size].
+    """
+    names = [f"batch_{way}_{what}" for what in ("r1", "mrr") for way in ("t2i", "i2t")]
+    found = {name: np.full(len(images), np.nan) for name in names}
+    every = np.arange(batches.shape[1])
+    search = [Search(every, every[:, None])]
+    for batch in map(torch.from_numpy, batches):
+        by_turn: dict[str, list[np.ndarray]] = {name: [] for name in names}
+        for of_turn in texts:
+            for way, queries, items in (("t2i", of_turn, images), ("i2t", images, of_turn)):
+                (of_way,) = ranks(queries[batch], items[batch], search)
+                by_turn[f"batch_{way}_r1"].append(of_way.hits(1))
+                by_turn[f"batch_{way}_mrr"].append(1 / of_way.middle)
+        for name, of in by_turn.items():
+            found[name][batch.numpy()] = np.mean(of, axis=0)
+    return found

@@ -1,0 +1,86 @@
+"""Scenes of two different things, and statements on where they are and how they stand to one another.
+
+As many are true as false, and nothing in a statement gives away which: it names things by colour and shape, which say
+nothing about place and size, in either order, and a coin decides between what holds and its opposite. So whoever does
+not look is right half the time.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+
+from pc_clip.example import scenes
+from pc_clip.example.captions import relation
+from pc_clip.example.scenes import Scene, Thing
+from pc_clip.statements import Statement
+
+SEEDS = {"train": 11, "val": 12, "test": 13}
+OPPOSITES = {
+    "on the left": "on the right",
+    "on the right": "on the left",
+    "at the top": "at the bottom",
+    "at the bottom": "at the top",
+    "left of": "right of",
+    "right of": "left of",
+    "above": "below",
+    "below": "above",
+    "larger than": "smaller than",
+    "smaller than": "larger than",
+}
+ROUNDS = 2  # statements of each kind a scene
+CLEAR = 5.0  # pixels that a thing is off the middle at least, where it is said to be on one side
+
+
+@lru_cache(maxsize=1 << 17)
+def scene(split: str, index: int) -> Scene:
+    """Two things of different colours and shapes, one of them clearly left of or above the other."""
+    rng = np.random.default_rng([SEEDS[split], index])
+    while True:
+        found = scenes.sample(rng, count=2, alike=False)
+        first, second = found.things
+        if first.colour != second.colour and first.shape != second.shape and relation(first, second):
+            return found
+
+
+def statements(split: str, index: int, image: str) -> list[Statement]:
+    """What is said of a scene: where a thing is, where one is as seen from the other, which one is larger."""
+    things = scene(split, index).things
+    rng = np.random.default_rng([SEEDS[split], index, 1])
+    found = []
+    for _ in range(ROUNDS):
+        for axis, (low, high) in {"x": ("on the left", "on the right"), "y": ("at the top", "at the bottom")}.items():
+            thing = things[rng.integers(2)]
+            off = getattr(thing, axis) - scenes.SIDE / 2
+            if abs(off) > CLEAR:
+                found.append(_statement(image, _named(thing, rng), low if off < 0 else high, "", "place", rng))
+        a, b = (things[n] for n in rng.permutation(2))
+        found.append(_statement(image, _named(a, rng), relation(a, b), _named(b, rng), "position", rng))
+        a, b = (things[n] for n in rng.permutation(2))
+        if a.size != b.size:
+            larger = "larger than" if a.radius > b.radius else "smaller than"
+            found.append(_statement(image, _named(a, rng), larger, _named(b, rng), "size", rng))
+    return found
+
+
+def _statement(image: str, subject: str, true: str, other: str, category: str, rng: np.random.Generator) -> Statement:
+    told = true if rng.random() < 0.5 else OPPOSITES[true]
+    text, contradiction = (f"{subject} {link} {other}".strip() for link in (told, OPPOSITES[told]))
+    return Statement(image, text, contradiction, told == true, told, category)
+
+
+def _named(thing: Thing, rng: np.random.Generator) -> str:
+    """A thing by its colour, its shape or both: enough to tell it from the other."""
+    words = (f"{thing.colour} {thing.shape}", f"{thing.colour} object", thing.shape)[rng.integers(3)]
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
+def side(of: Scene, colour: str) -> int | None:
+    """Whether the thing of a colour is in the left (0) or right (1) half; None where there is none of it."""
+    return next((int(thing.x > scenes.SIDE / 2) for thing in of.things if thing.colour == colour), None)
+
+
+def height(of: Scene, colour: str) -> int | None:
+    """Whether the thing of a colour is in the upper (0) or lower (1) half; None where there is none of it."""
+    return next((int(thing.y > scenes.SIDE / 2) for thing in of.things if thing.colour == colour), None)

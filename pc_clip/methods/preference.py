@@ -1,0 +1,253 @@
+"""CLIP-PO: of two texts about an image, the one that holds is preferred.
+
+Preference tuning (DPO, IPO) for an image-text model: the log-odds of the preferred text, by softmax over the two, are
+pushed above those of the model as it was before. Beside it stand a reward model's loss, which needs no reference,
+and CLIP's own loss with the rejected texts as hard negatives: plain finetuning on the same data.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pc_clip import distributed, losses, samplers
+from pc_clip.clip import Clip
+from pc_clip.config import FinetuneConfig
+from pc_clip.datasets import Dataset
+from pc_clip.errors import UserError, check_choice
+from pc_clip.methods import _coca, _embedded
+from pc_clip.methods._batches import Images, Texts
+from pc_clip.methods._method import BaseMethod
+from pc_clip.methods._reference import FrozenCopy, log_odds_of_all
+from pc_clip.statements import Statement, read_statements
+from pc_clip.views import located, match
+
+LOSSES = ("dpo", "ipo", "reward", "contrastive")
+
+
+@dataclass
+class Config:
+    """CLIP-PO: of two texts about an image, the one that holds is preferred.
+
+    Args:
+        loss: dpo, ipo, reward (Bradley-Terry), or contrastive for CLIP's own with the rejected texts as hard negatives.
+        beta: How dear it is to leave the reference: dpo's beta, ipo's tau. Small values move the model far.
+        label_smoothing: For dpo, the share of statements believed to be labelled wrongly.
+        reference_free: For dpo and ipo, count from even odds in place of the reference's.
+        alpha: Factor of the similarities in the reward loss; null for the logit scale.
+        logit_scale: Factor of cosines in log-odds; null for the model's own, 1 for bare cosines. It does not learn.
+        captioning: For dpo and ipo of a CoCa model, the weight in log-odds of how much likelier its decoder finds the
+            preferred caption, given the image; 0 for none. Images are then read in each step, even frozen ones.
+    """
+
+    loss: str = "dpo"
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+    reference_free: bool = False
+    alpha: float | None = None
+    logit_scale: float | None = None
+    captioning: float = 0.0
+
+
+class Batch(NamedTuple):
+    """B preferences about U images in V texts. Of ranking data, preferred and rejected are one text and two images."""
+
+    ids: list[str]
+    tokens: Tensor  # [V, L] int64
+    preferred: Tensor  # [B] int64, rows of tokens: a text that occurs twice is encoded once
+    rejected: Tensor  # [B] int64
+    images: Tensor  # [U, D] embeddings, or [U, 3, H, W] pixels when the image tower learns
+    image: Tensor  # [B] int64, rows of images
+    instead: Tensor  # [B] int64, where the rejected text is scored: the same image, but for ranking data
+    owner: Tensor  # [B] int64, the image's number in the data set
+    reference: Tensor  # [B] float32, log-odds before training; empty where there are none or each step finds them
+
+
+class Method(BaseMethod):
+    """One step on a batch of preferences; each comes once an epoch. What the start thought of them is found once."""
+
+    def __init__(self, clip: Clip, data: Dataset, config: FinetuneConfig) -> None:
+        super().__init__(clip, config)
+        self.options: Config = config.preference
+        _check(self.options)
+        if self.options.captioning:
+            _coca.check(clip)
+        statements = self._read(data)
+        self.texts = Texts(clip, [text for s in statements for text in (s.preferred, s.rejected)])
+        self.preferred = self.texts.rows([s.preferred for s in statements])  # [N]
+        self.rejected = self.texts.rows([s.rejected for s in statements])
+        if self.texts.truncated:
+            self.notes.append(f"{self.texts.truncated} texts longer than the context, cut")
+        scale = self.options.logit_scale
+        self.logit_scale = clip.model.logit_scale.detach().exp().item() if scale is None else scale
+        self._find_reference()
+        self.sampler = samplers.make(config, len(statements), config.train.batch_size, self, "statements")
+        self.notes += self.sampler.notes
+
+    def _read(self, data: Dataset) -> list[Statement]:
+        """The statements whose images are there; sets the images and the rows that they are about."""
+        paths, embeddings = self.config.data.statements, self.config.data.embeddings
+        found = read_statements(paths, self.config.seed) if paths else list(data.statements)
+        if not found:
+            raise UserError(
+                f"method preference needs statements, and {data.label} has none of its own; "
+                "name files of them with --data.statements"
+            )
+        if embeddings:
+            self.images = Images(self.clip, data, self.config, pixels=self.options.captioning > 0)
+            there = match(found, self.images.ids)
+        else:
+            there = located(found, data)
+            self.images = Images(self.clip, there.data, self.config, pixels=self.options.captioning > 0)
+        if there.absent:
+            where = embeddings or data.label
+            self.notes.append(f"{there.absent} of {len(found)} statements are left out: {where} lacks their image")
+        self.image, self.instead = there.rows, there.others  # [N]
+        if self.options.loss == "contrastive" and (self.image != self.instead).any():
+            raise UserError(
+                "preference.loss contrastive needs texts that are rejected, and these are images that are; "
+                f"take one of {', '.join(LOSSES[:3])}"
+            )
+        true = sum(s.true for s in there.statements)
+        if true < len(there.statements):
+            self.notes.append(
+                f"{len(there.statements) - true} statements are false: what contradicts them is preferred"
+            )
+        return there.statements
+
+    def _find_reference(self) -> None:
+        """What the start thinks of all preferences; where each epoch has crops of its own, a copy that can be asked."""
+        self.reference, self.frozen = torch.empty(0), None
+        if self.options.loss not in ("dpo", "ipo") or self.options.reference_free:
+            return
+        if self.images.learns and self.config.data.min_crop < 1:
+            self.frozen = FrozenCopy(self.clip, self.logit_scale, self.options.captioning)
+            return
+        text, image = (self.preferred, self.rejected), (self.image, self.instead)
+        self.reference = log_odds_of_all(self.texts, self.images, text, image, self.logit_scale, self.config)
+        if self.options.captioning:
+            precision = self.config.train.precision
+            rows = np.concatenate(image), np.concatenate(text)
+            found = _coca.log_likelihoods_of_all(self.clip, self.images, self.texts, *rows, precision)
+            preferred, rejected = found.chunk(2)
+            self.reference += self.options.captioning * (preferred - rejected)
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        idle = ("logit_",) if self.options.captioning else ("logit_", "text_decoder.")  # CoCa's decoder
+        return {n: p for n, p in self.clip.trainable(self.config.model.train).items() if not n.startswith(idle)}
+
+    # -- for the sampler -------------------------------------------------------------------------------
+
+    def embeddings(self, similarity: str, now: bool) -> Tensor:
+        """What makes preferences similar: the preferred text, or the image.  -> [N, D] float32, unit length"""
+        rows = self.preferred if similarity == "text" else self.image
+        used, places = np.unique(rows, return_inverse=True)
+        found = (
+            _embedded.of_texts(self.texts, used)
+            if similarity == "text"
+            else _embedded.of_images(self.images, used, now, self.config)
+        )
+        return found[torch.from_numpy(places)]
+
+    def learns(self, similarity: str) -> bool:
+        return similarity == "text" or self.images.learns
+
+    def alike(self, similarity: str) -> np.ndarray:
+        return self.preferred if similarity == "text" else self.image
+
+    # -- the epoch -------------------------------------------------------------------------------------
+
+    def loader(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
+        """This process's part of each batch."""
+        rng = np.random.default_rng([self.config.seed, 2, epoch])
+        waiting: deque[np.ndarray] = deque()  # for their images, which may be read ahead
+
+        def wanted() -> Iterator[np.ndarray]:
+            for n, chosen in enumerate(self.sampler.batches(epoch, rng)):
+                if n >= skip:
+                    waiting.append(chosen[self.share])
+                    yield np.unique([self.image[waiting[-1]], self.instead[waiting[-1]]])
+
+        with closing(self.images.batches(wanted(), epoch)) as coming:
+            for images in coming:
+                yield self._batch(waiting.popleft(), images)
+
+    def _batch(self, chosen: np.ndarray, images: Tensor) -> Batch:
+        """images: of the images of these preferences, each once, in the order of their rows."""
+        said, text = np.unique([self.preferred[chosen], self.rejected[chosen]], return_inverse=True)
+        _, image = np.unique([self.image[chosen], self.instead[chosen]], return_inverse=True)
+        text, image = (torch.from_numpy(rows.reshape(2, -1)) for rows in (text, image))
+        return Batch(
+            ids=[self.images.ids[row] for row in self.image[chosen]],
+            tokens=self.texts.batch(said),
+            preferred=text[0],
+            rejected=text[1],
+            images=images,
+            image=image[0],
+            instead=image[1],
+            owner=torch.from_numpy(self.image[chosen]),
+            reference=self.reference[torch.from_numpy(chosen)] if len(self.reference) else self.reference,
+        )
+
+    # -- the step --------------------------------------------------------------------------------------
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        if self.options.captioning:
+            text, image, likelier = _coca.encode(self.model, batch)
+        else:
+            text = self.clip.encode_text(batch.tokens).float()  # [V, D]
+            image = self.images.encode(batch.images).float()  # [U, D]
+            likelier = 0.0
+        preferred, rejected = cosines(text, image, batch)  # [B], [B]
+        policy = losses.log_odds(preferred, rejected, self.logit_scale) + self.options.captioning * likelier
+        logs = {"accuracy": (policy > 0).float().mean(), "margin": policy.detach().mean()}
+        if self.options.loss == "reward":
+            alpha = self.logit_scale if self.options.alpha is None else self.options.alpha
+            return losses.bradley_terry(preferred, rejected, alpha), logs
+        if self.options.loss == "contrastive":
+            texts = text[batch.preferred], text[batch.rejected]
+            return distributed.info_nce_with_negatives(*texts, image[batch.image], batch.owner, self.logit_scale), logs
+        reference = self.frozen.log_odds(batch) if self.frozen else batch.reference if len(batch.reference) else None
+        if reference is not None:
+            logs["moved"] = (policy - reference).detach().mean()
+        if self.options.loss == "ipo":
+            return losses.ipo(policy, reference, self.options.beta), logs
+        return losses.dpo(policy, reference, self.options.beta, self.options.label_smoothing), logs
+
+
+def cosines(text: Tensor, image: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Of each preference's image with its preferred text, and of what is rejected. [V, D], [U, D] -> [B], [B]"""
+    text, image = nn.functional.normalize(text, dim=-1), nn.functional.normalize(image, dim=-1)
+    return (
+        (text[batch.preferred] * image[batch.image]).sum(-1),
+        (text[batch.rejected] * image[batch.instead]).sum(-1),
+    )
+
+
+def _check(options: Config) -> None:
+    check_choice("preference.loss", options.loss, LOSSES)
+    for name in ("beta", "alpha", "logit_scale"):
+        value = getattr(options, name)
+        if value is not None and not (0 < value < float("inf")):
+            raise UserError(f"preference.{name} is {value}; it must be above 0")
+    if not 0 <= options.captioning < float("inf"):
+        raise UserError(f"preference.captioning is {options.captioning}; it is a weight, 0 or more")
+    if not 0 <= options.label_smoothing < 0.5:
+        raise UserError(
+            f"preference.label_smoothing is {options.label_smoothing}; it is a share of labels, from 0 to below 0.5"
+        )
+    means_nothing = {
+        "label_smoothing": options.label_smoothing and options.loss != "dpo",
+        "reference_free": options.reference_free and options.loss not in ("dpo", "ipo"),
+        "captioning": options.captioning and options.loss not in ("dpo", "ipo"),
+        "alpha": options.alpha is not None and options.loss != "reward",
+    }
+    if named := [f"preference.{name}" for name, set_ in means_nothing.items() if set_]:
+        raise UserError(f"{' and '.join(named)} means nothing for preference.loss {options.loss}; leave it out")

@@ -1,0 +1,29 @@
+"""Runs that are interrupted and then continued."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pc_clip import training
+from pc_clip.config import FinetuneConfig
+from pc_clip.training import finetune
+
+
+def interrupted_and_continued(config: FinetuneConfig, step: int, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of the config's run, which is interrupted after `step` steps and then resumed."""
+    original = training.batches
+
+    def interrupted(method, done, total):
+        for n, batch in original(method, done, total):
+            if n == step:
+                raise KeyboardInterrupt
+            yield n, batch
+
+    with monkeypatch.context() as context:
+        context.setattr(training, "batches", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(config)
+    config.resume = True
+    return finetune(config)

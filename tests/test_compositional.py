@@ -1,0 +1,162 @@
+"""Captions and ones with a wrong change: which are preferred, under which names, and what comes out without looking."""
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from statements_sample import COLOUR, about
+
+import run
+from pc_clip.config import EvaluateConfig
+from pc_clip.errors import UserError
+from pc_clip.evals import _blind, compositional
+from pc_clip.statements import Statement
+
+TEXTS = {"red": COLOUR["red"], "blue": COLOUR["blue"], "any": [1.0, 1.0, 1.0], "none": [-1.0, -1.0, -1.0]}
+
+
+def said(image: str, text: str, contradiction: str, kind: str = "mine", category: str = "") -> Statement:
+    return Statement(image, text, contradiction, True, kind, category)
+
+
+def test_sugar_crepe_is_scored_on_the_photographs_that_are_there():
+    rows = {"0": {"filename": "red0.jpg", "caption": "red", "negative_caption": "blue"},
+            "1": {"filename": "red1.jpg", "caption": "blue", "negative_caption": "red"},
+            "2": {"filename": "absent.jpg", "caption": "red", "negative_caption": "blue"}}  # fmt: skip
+    Path("sugar").mkdir()
+    Path("sugar/swap_att.json").write_text(json.dumps(rows))
+    Path("sugar/add_obj.json").write_text(json.dumps([rows["0"], rows["2"]]))
+    config = EvaluateConfig(statements=["sugar"])
+    found = compositional.evaluate(about([], TEXTS, images=["red0", "red1", "blue2"], config=config))
+    assert found.n == 3
+    assert found.details["absent"] == 2
+    assert found.metrics == pytest.approx(
+        {"sugarcrepe": 2 / 3, "sugarcrepe_add_obj": 1.0, "sugarcrepe_swap_att": 0.5, "sugarcrepe_blind_grey": 0.5,
+         "sugarcrepe_blind_mean": 2 / 3, "sugarcrepe_blind": 2 / 3}
+    )  # fmt: skip
+    assert set(found.intervals) == set(found.metrics)
+    assert found.details["sugarcrepe"]["kinds"]["swap_att"]["n"] == 2
+    Path("empty").mkdir()
+    with pytest.raises(UserError, match="empty has no files of statements"):
+        compositional.evaluate(about([], TEXTS, images=["red0"], config=EvaluateConfig(statements=["empty"])))
+
+
+def test_who_sees_is_right_and_who_does_not_is_half_right():
+    statements = [said(f"{c}{i}", c, other) for i in range(12) for c, other in (("red", "blue"), ("blue", "red"))]
+    found = compositional.evaluate(about(statements, TEXTS))
+    assert found.metrics["compositional"] == found.metrics["compositional_mine"] == 1.0
+    assert found.metrics["compositional_blind_grey"] == found.metrics["compositional_blind_mean"] == 0.5
+    assert found.metrics["compositional_text_only"] <= 0.5
+    assert found.details["compositional"]["beats_blind"] is True
+    assert found.items["compositional"] == [1.0] * 24
+
+
+def test_captions_that_sound_better_by_themselves_are_found_out(caplog):
+    rng = np.random.default_rng(0)
+    noise = {f"{what}{i}": rng.normal(size=3) for what in ("good", "bad") for i in range(60)}
+    texts = {name: [*vector[:2], 1.5 if name.startswith("good") else -1.5] for name, vector in noise.items()}
+    with caplog.at_level(logging.WARNING):
+        found = compositional.evaluate(about([said(f"red{i}", f"good{i}", f"bad{i}") for i in range(60)], texts))
+    assert found.metrics["compositional_text_only"] == 1.0
+    assert found.metrics["compositional"] < 0.8  # a red picture sees the first number alone, which is noise
+    assert found.details["compositional"]["beats_blind"] is False
+    assert "compositional_text_only" in caplog.text
+
+
+def test_which_side_is_turned_round_for_learning_changes_nothing_of_what_is_learnt():
+    gap = torch.from_numpy(np.random.default_rng(0).normal(0.1, 1, size=(200, 4)))
+    scores = [_blind.tell_texts_apart(gap, np.arange(200), seed) for seed in (0, 1)]
+    right = [np.mean(score > 0) for score in scores]
+    assert abs(right[0] - right[1]) < 0.1
+    assert np.mean(np.sign(scores[0]) == np.sign(scores[1])) > 0.7
+    mirrored = _blind.tell_texts_apart(-gap, np.arange(200), 0)
+    assert np.mean(mirrored > 0) == pytest.approx(right[0], abs=0.05)  # it asks which is preferred, not which is first
+
+
+def test_a_tie_is_half_right():
+    found = compositional.evaluate(about([said("red0", "red", "red2")], TEXTS | {"red2": COLOUR["red"]}))
+    assert found.metrics["compositional"] == 0.5
+    assert found.details["compositional"]["tied"] == 1.0
+
+
+def test_families_have_names_of_their_own_and_aro_a_mean_over_relations():
+    aro = [said("red0", "red", "blue", "on", "relation")] * 3 + [said("red1", "blue", "red", "under", "relation")]
+    pairs = [said("red0", "red", "blue", "old / white", "attribution")] * 25
+    pairs += [said("red0", "blue", "red", "wet / green", "attribution")] * 24  # too few for ARO's mean
+    found = compositional.evaluate(
+        about([*aro, *pairs, said("red0", "red", "blue", "add_obj"), said("red0", "red", "blue")], TEXTS)
+    )
+    assert {n: v for n, v in found.metrics.items() if "blind" not in n} == pytest.approx({
+        "aro_relation": 0.75, "aro_relation_on": 1.0, "aro_relation_under": 0.0, "aro_relation_macro": 0.5,
+        "aro_attribution": 25 / 49, "aro_attribution_old_white": 1.0, "aro_attribution_wet_green": 0.0,
+        "aro_attribution_macro": 1.0, "sugarcrepe": 1.0, "sugarcrepe_add_obj": 1.0, "compositional": 1.0,
+        "compositional_mine": 1.0,
+    })  # fmt: skip
+    assert found.n == 55
+    assert set(found.items) == {"aro_relation", "aro_attribution", "sugarcrepe", "compositional"}
+    assert found.items["aro_relation"] == [1.5, 0.0]  # of 3 and 1 captions, 2 on average
+
+
+def test_aros_captions_are_of_the_box_and_not_of_the_whole_picture():
+    """The picture is red on its left half and blue on its right."""
+    picture = Image.new("RGB", (16, 8), "red")
+    picture.paste((0, 0, 255), (8, 0, 16, 8))
+    row = {"image_path": "two.jpg", "true_caption": "blue", "false_caption": "red", "relation_name": "on",
+           "bbox_x": 8, "bbox_y": 0, "bbox_w": 8, "bbox_h": 8}  # fmt: skip
+    Path("aro.json").write_text(json.dumps([row, row | {"bbox_x": 0, "true_caption": "red", "false_caption": "blue"}]))
+    subject = about([], TEXTS, images=["two.jpg"], config=EvaluateConfig(statements=["aro.json"]))
+    subject.data = dataclasses.replace(subject.data, load=lambda _: picture)
+    found = compositional.evaluate(subject)
+    assert found.metrics["aro_relation"] == 1.0
+    assert found.details["aro_relation"]["photographs"] == 1
+
+
+def test_of_two_images_the_one_that_the_text_fits_is_preferred():
+    fits = Statement("red0", "red", "red", True, "ranked", "", "blue0")
+    does_not = Statement("blue0", "red", "red", True, "ranked", "", "red0")
+    found = compositional.evaluate(about([fits, fits, does_not], TEXTS, images=["red0", "blue0"]))
+    assert found.metrics["compositional"] == pytest.approx(2 / 3)
+    assert found.metrics["compositional_blind_grey"] == found.metrics["compositional_blind_mean"] == 0.5
+
+
+def test_many_kinds_are_in_the_details_alone():
+    found = compositional.evaluate(about([said("red0", "red", "blue", f"kind {n}") for n in range(13)], TEXTS))
+    assert not any("kind" in name for name in found.metrics)
+    assert len(found.details["compositional"]["kinds"]) == 13
+
+
+def test_false_statements_are_sent_to_the_other_mode():
+    statements = [said("red0", "red", "blue"), Statement("red0", "blue", "red", False)]
+    with pytest.raises(UserError, match="1 of 2 statements are false of their images; --mode relations is for"):
+        compositional.evaluate(about(statements, TEXTS))
+    assert not compositional.applies(about(statements, TEXTS).data, EvaluateConfig())
+    assert compositional.applies(about(statements[:1], TEXTS).data, EvaluateConfig())
+
+
+def test_the_mean_image_is_that_of_the_images_asked_about():
+    subject = about([said("red0", "red", "blue")], TEXTS, images=["red0", "blue0", "blue1", "blue2"])
+    asked = _blind.ask(subject, subject.data.statements)
+    assert asked.mean.tolist() == pytest.approx([1.0])
+    assert asked.grey.tolist() == pytest.approx([0.0])
+    assert torch.allclose(
+        asked.gap, F.normalize(torch.tensor([TEXTS["red"]])) - F.normalize(torch.tensor([TEXTS["blue"]]))
+    )
+
+
+def test_without_a_mode_what_the_file_allows_is_measured_and_the_other_is_said(caplog):
+    Path("pictures").mkdir()
+    Image.new("RGB", (32, 32), "red").save("pictures/0.png")
+    row = {"image": "0.png", "caption": "a red thing", "negative_caption": "a blue thing"}
+    Path("mine.jsonl").write_text(json.dumps(row))
+    command = ["--dataset", "folder", "--root", "pictures", "--model.name", "example", "--statements", "mine.jsonl"]
+    with caplog.at_level(logging.WARNING):
+        run.main(command)
+    (path,) = Path("results").rglob("*.json")
+    assert path.name.startswith("compositional-")
+    assert "relations is left out: all 1 statements are true" in caplog.text

@@ -1,0 +1,243 @@
+"""CLIP-PO's method: what is preferred, what the start thought of it, what a run remembers; each against a slow way."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from interrupting import interrupted_and_continued
+from safetensors.torch import load_file
+
+from pc_clip.clip import Clip
+from pc_clip.config import FinetuneConfig, SamplerConfig, TrainConfig
+from pc_clip.datasets import embedded
+from pc_clip.embeddings import Embeddings, save_embeddings
+from pc_clip.errors import UserError
+from pc_clip.learning_data import load_dataset
+from pc_clip.methods import preference
+from pc_clip.training import finetune
+
+
+@pytest.fixture(autouse=True)
+def _few(monkeypatch):
+    monkeypatch.setattr(embedded, "EXAMPLE_SIZES", {"train": 40, "val": 10, "test": 20})
+
+
+@pytest.fixture
+def config() -> FinetuneConfig:
+    found = FinetuneConfig(name="a", method="preference", device="cpu")
+    found.model.train, found.data.dataset = "text", "example_relations"
+    found.train = TrainConfig(batch_size=16, steps=6, lr=1e-3, optimizer="adamw", save_every=2, log_every=1, threads=1)
+    found.preference = preference.Config()
+    return found
+
+
+def make(config: FinetuneConfig, clip: Clip) -> preference.Method:
+    return preference.Method(clip, load_dataset(config.data), config)
+
+
+def rows(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def table(*statements: dict, name: str = "own.jsonl") -> list[str]:
+    Path(name).write_text("".join(json.dumps(row) + "\n" for row in statements))
+    return [name]
+
+
+@torch.no_grad()
+def slow_log_odds(clip: Clip, config: FinetuneConfig) -> list[float]:
+    """Log-odds statement by statement, with open_clip's own encoders."""
+    data, found = load_dataset(config.data), []
+    for s in data.statements:
+        pixels = clip.preprocess(data.load(data.ids.index(s.image)))[None]
+        image = F.normalize(clip.model.encode_image(pixels), dim=-1)
+        texts = F.normalize(clip.model.encode_text(clip.tokenizer([s.preferred, s.rejected])), dim=-1)
+        log_p = (clip.model.logit_scale.exp() * image @ texts.T).log_softmax(-1)[0]
+        found.append(float(log_p[0] - log_p[1]))
+    return found
+
+
+# -- the reference -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("train", ["text", "both"])
+def test_the_reference_is_what_the_start_thinks_statement_by_statement(config, example_clip, train):
+    config.model.train = train
+    assert make(config, example_clip).reference.tolist() == pytest.approx(slow_log_odds(example_clip, config), abs=1e-3)
+
+
+@pytest.mark.parametrize("crop", [1.0, 0.5])
+@pytest.mark.parametrize("train", ["text", "both"])
+def test_dpo_begins_at_log_2_and_ipo_at_its_margin_squared(config, example_clip, train, crop):
+    """Also where each step sees crops of its own, and a frozen copy of the model has to look at the very same."""
+    config.model.train, config.data.min_crop = train, crop if train == "both" else 1.0
+    for loss, expected in (("dpo", math.log(2)), ("ipo", 25.0)):
+        config.preference = preference.Config(loss)
+        method = make(config, example_clip)
+        batch = next(method.loader(0))
+        with torch.no_grad():
+            found, logs = method(batch)
+        assert found.item() == pytest.approx(expected, rel=1e-3)
+        assert logs["moved"].item() == pytest.approx(0, abs=1e-3)
+
+
+def test_a_frozen_copy_stays_where_the_model_began(config):
+    config.model.train, config.data.min_crop = "both", 0.5
+    clip = Clip.create("example")
+    method = make(config, clip)
+    batch = next(method.loader(0))
+    before = method.frozen.log_odds(batch)
+    with torch.no_grad():
+        for parameter in clip.model.parameters():
+            parameter.mul_(0.5)
+    assert torch.equal(method.frozen.log_odds(batch), before)
+    assert not any(name.startswith("frozen") for name, _ in method.named_parameters())
+
+
+@pytest.mark.parametrize("options", [{"loss": "reward"}, {"loss": "contrastive"}, {"reference_free": True}])
+def test_what_needs_no_reference_has_none(config, example_clip, options):
+    config.preference = preference.Config(**options)
+    method = make(config, example_clip)
+    loss, logs = method(next(method.loader(0)))
+    assert not len(method.reference) and method.frozen is None and "moved" not in logs
+    assert loss.isfinite()
+
+
+# -- what is learnt ------------------------------------------------------------------------------------
+
+
+VARIANTS = {
+    "dpo": {},
+    "ipo": {"loss": "ipo", "beta": 0.1},
+    "reward": {"loss": "reward"},
+    "contrastive": {"loss": "contrastive"},
+    "reference-free": {"reference_free": True, "label_smoothing": 0.1},
+    "unit scale": {"logit_scale": 1.0, "beta": 30.0},
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_each_loss_makes_what_holds_preferred(config, name):
+    """What any loss has to learn in a few steps: of all images one kind of text is preferred to another."""
+    ids = load_dataset(config.data).ids
+    config.data.statements = table(
+        *({"image": key, "preferred": f"{n} cats", "rejected": f"{n} dogs"} for n, key in enumerate(ids))
+    )
+    config.preference, config.train.steps = preference.Config(**{"beta": 1.0} | VARIANTS[name]), 25
+    config.train.lr = 3e-4
+    found = [row["accuracy"] for row in rows(finetune(config))]
+    assert np.mean(found[-4:]) > max(0.9, np.mean(found[:2])), found
+
+
+def test_of_false_statements_the_contradiction_is_preferred(config, example_clip):
+    method = make(config, example_clip)
+    data = load_dataset(config.data)
+    false = [s for s in data.statements if not s.true]
+    assert f"{len(false)} statements are false: what contradicts them is preferred" in method.notes
+    said = np.array(method.texts.distinct)
+    preferred = {(method.images.ids[i], text) for i, text in zip(method.image, said[method.preferred])}
+    assert all((s.image, s.contradiction) in preferred for s in false)
+    by_image = {s.image for s in data.statements}
+    assert set(method.images.ids) == by_image
+
+
+def test_ranking_data_prefers_images(config):
+    """One text and two images: the text is brought nearer to the first."""
+    ids, text = load_dataset(config.data).ids, "a sentence"
+    config.data.statements = table(
+        *({"caption": text, "preferred_image": key, "rejected_image": ids[-1]} for key in ids[:24])
+    )
+    config.preference.beta, config.train.steps = 1.0, 25
+    found = [row["margin"] for row in rows(finetune(config))]
+    assert np.mean(found[-3:]) > np.mean(found[:3]) + 1, found
+    config.name, config.preference.loss = "b", "contrastive"
+    with pytest.raises(UserError, match="contrastive needs texts that are rejected, and these are images"):
+        finetune(config)
+
+
+def test_the_logit_scale_does_not_learn(config, example_clip):
+    config.model.train = "both"
+    names = make(config, example_clip).trainable().keys()
+    assert "visual.conv1.weight" in names and not any(name.startswith("logit_") for name in names)
+
+
+# -- the data ------------------------------------------------------------------------------------------
+
+
+def test_statements_without_their_image_are_left_out_and_counted(config, example_clip):
+    there, absent = load_dataset(config.data).ids[3], {"image": "none", "preferred": "a", "rejected": "b"}
+    config.data.statements = table(
+        *[{"image": there, "preferred": f"a {n}", "rejected": "b"} for n in range(20)], absent
+    )
+    method = make(config, example_clip)
+    assert method.notes == ["1 of 21 statements are left out: example_relations/train lacks their image"]
+    assert method.images.ids == [there]
+
+
+def test_a_file_of_embeddings_stands_in_for_the_images(config, example_clip):
+    data = load_dataset(config.data)
+    by_images = make(config, example_clip)
+    z = F.normalize(torch.randn(len(data), example_clip.embed_dim, generator=torch.Generator().manual_seed(0)), dim=-1)
+    tower = {"image_tower": example_clip.image_tower_hash()}
+    save_embeddings(Path("z.safetensors"), Embeddings(z, data.ids), tower)
+    config.data.embeddings = "z.safetensors"
+    method = make(config, example_clip)
+    assert len(method.reference) == len(by_images.reference)
+    assert not torch.allclose(method.reference, by_images.reference, atol=1e-2)
+    batch = next(method.loader(0))
+    assert torch.allclose(batch.images[batch.image], z[[data.ids.index(key) for key in batch.ids]])
+
+
+@pytest.mark.parametrize("similarity", ["text", "image"])
+def test_preferences_can_come_in_clusters(config, similarity):
+    config.sampler = SamplerConfig(kind="clusters", similarity=similarity, cluster_size=4)
+    assert len(rows(finetune(config))) == 6
+
+
+@pytest.mark.parametrize("loss", ["dpo", "contrastive"])
+@pytest.mark.parametrize("crop", [1.0, 0.5])
+def test_a_continued_run_ends_as_a_straight_one(config, monkeypatch, loss, crop):
+    config.preference.loss, config.model.train, config.data.min_crop = loss, "both", crop
+    straight = load_file(finetune(config) / "model.safetensors")
+    config.name = "b"
+    continued = load_file(interrupted_and_continued(config, 4, monkeypatch) / "model.safetensors")
+    assert all(torch.equal(straight[name], continued[name]) for name in straight)
+
+
+def test_other_statements_are_other_data(config):
+    data = load_dataset(config.data)
+    row = {"image": data.ids[0], "preferred": "a", "rejected": "b"}
+    config.data.statements, config.train.steps = table(*[row] * 16), 1
+    finetune(config)
+    table(*[row | {"rejected": "c"}] * 16)
+    with pytest.raises(UserError, match="learnt from other data: its statements have changed since"):
+        finetune(config)
+
+
+@pytest.mark.parametrize("options, said", [
+    ({"loss": "dop"}, "preference.loss.*dpo"),
+    ({"beta": 0.0}, "preference.beta is 0.0; it must be above 0"),
+    ({"beta": float("nan")}, "preference.beta is nan"),
+    ({"logit_scale": -1.0}, "preference.logit_scale is -1.0"),
+    ({"label_smoothing": 0.5}, "preference.label_smoothing is 0.5; it is a share"),
+    ({"loss": "ipo", "label_smoothing": 0.1}, "preference.label_smoothing means nothing for preference.loss ipo"),
+    ({"loss": "reward", "reference_free": True}, "preference.reference_free means nothing for preference.loss reward"),
+    ({"alpha": 2.0}, "preference.alpha means nothing for preference.loss dpo"),
+])  # fmt: skip
+def test_settings_that_mean_nothing_are_refused(config, example_clip, options, said):
+    config.preference = preference.Config(**options)
+    with pytest.raises(UserError, match=said):
+        make(config, example_clip)
+
+
+def test_statements_are_needed(config, example_clip):
+    data = dataclasses.replace(load_dataset(config.data), statements=())
+    with pytest.raises(
+        UserError, match="example_relations/train has none of its own; name files of them with --data.st"
+    ):
+        preference.Method(example_clip, data, config)

@@ -1,0 +1,287 @@
+"""Statements true and false: what counts as right, what comes out without looking, and intervals over photographs."""
+
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import SHARED
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from sklearn.metrics import precision_recall_fscore_support
+from statements_sample import COLOUR, Sees, about
+
+import run
+from pc_clip.clip import Clip
+from pc_clip.config import EvaluateConfig
+from pc_clip.datasets import Dataset
+from pc_clip.errors import UserError
+from pc_clip.evals import _blind, _intervals, relations
+from pc_clip.statements import Statement, read_statements
+
+
+def said(image: str, text: str, contradiction: str, true: bool, kind="colour", category="Seen") -> Statement:
+    return Statement(image, text, contradiction, true, kind, category)
+
+
+def balanced(n: int) -> list[Statement]:
+    """Of n red pictures and n blue ones, that each is red and that each is blue: half of it is true."""
+    return [
+        said(f"{colour}{i}", *texts, true=texts[0] == colour)
+        for i in range(n)
+        for colour in ("red", "blue")
+        for texts in (("red", "blue"), ("blue", "red"))
+    ]
+
+
+TEXTS = {"red": COLOUR["red"], "blue": COLOUR["blue"]}
+
+
+# -- what is right -----------------------------------------------------------------------------------------
+
+
+def test_who_sees_is_right_and_who_does_not_has_half():
+    found = relations.evaluate(about(balanced(12), TEXTS))
+    for name in ("accuracy", "macro_recall", "macro_precision", "macro_f1"):
+        assert found.metrics[name] == 1.0
+        assert found.intervals[name] == (1.0, 1.0)
+    for name in ("majority", "blind", "blind_mean", "prefers_caption_as_written", "blind_prefers_caption_as_written"):
+        assert found.metrics[name] == pytest.approx(0.5)
+    assert found.metrics["text_only"] <= 0.5
+    assert found.n == 48
+    assert found.details["beats_blind"] is True
+    assert set(found.details["above"]) == {"majority", "blind", "blind_mean", "text_only"}
+    assert found.details["above"]["majority"] == {"difference": 0.5, "low": 0.5, "high": 0.5}
+
+
+def test_a_scorer_that_always_prefers_what_is_written_gets_1_by_that_name_and_the_share_of_true_ones_by_accuracy(
+    caplog,
+):
+    statements = [said(f"red{i}", f"t{i}", f"c{i}", true=i % 3 != 0) for i in range(30)]
+    texts = {f"t{i}": [1.0, 1, 1] for i in range(30)} | {f"c{i}": [-1.0, -1, -1] for i in range(30)}
+    with caplog.at_level(logging.WARNING):
+        found = relations.evaluate(about(statements, texts))
+    assert found.metrics["prefers_caption_as_written"] == found.metrics["blind_prefers_caption_as_written"] == 1.0
+    assert found.metrics["accuracy"] == found.metrics["majority"] == found.metrics["blind"] == pytest.approx(2 / 3)
+    assert found.metrics["macro_recall"] == 0.5
+    assert found.details["beats_blind"] is False
+    assert "accuracy 66.7, not clearly above what never looks at an image: it is above majority +0.0" in caplog.text
+
+
+def test_a_tie_is_half_right_and_never_a_win():
+    texts = {"a": COLOUR["red"], "b": COLOUR["red"]}
+    statements = [said("red0", "a", "b", True), said("red0", "b", "a", False), said("blue0", "a", "b", True)]
+    found = relations.evaluate(about(statements, texts))
+    for name in ("accuracy", "blind", "prefers_caption_as_written"):
+        assert found.metrics[name] == 0.5
+    assert found.details["tied"] == 1.0
+    assert found.metrics["majority"] == pytest.approx(2 / 3)
+    assert found.metrics["macro_recall"] == 0.5
+    assert found.metrics["macro_precision"] == 0.5
+
+
+@given(st.lists(st.tuples(st.booleans(), st.sampled_from([0.0, 0.5, 1.0])), min_size=2, max_size=30))
+def test_macro_figures_of_tables_are_those_of_scikit_learn(case):
+    true, says = np.array([t for t, _ in case]), np.array([s for _, s in case])
+    if len(set(true.tolist())) < 2:
+        return
+    precision, recall, f1, _ = precision_recall_fscore_support(
+        np.repeat(true, 2), np.tile([True, False], len(true)), average="macro", zero_division=0,
+        sample_weight=np.stack([says, 1 - says], axis=1).ravel(),
+    )  # fmt: skip
+    table = np.array([[says[true].sum(), (1 - says[true]).sum(), says[~true].sum(), (1 - says[~true]).sum()]])
+    assert relations.macro(table)[:, 0] == pytest.approx([recall, precision, f1])
+
+
+def test_relations_and_categories_are_told_apart():
+    colours = balanced(10)
+    wrong = [said(f"red{i}", "blue", "red", true=i % 2 == 0, kind="under", category="Topological") for i in range(10)]
+    found = relations.evaluate(about(colours + wrong, TEXTS))
+    assert found.details["relations"]["colour"]["n"] == 40
+    assert found.details["relations"]["colour"]["accuracy"] == 1.0
+    assert found.details["relations"]["under"] | {"interval": 0} == found.details["categories"]["Topological"] | {
+        "interval": 0
+    }
+    assert found.details["relations"]["under"]["accuracy"] == found.details["relations"]["under"]["true"] == 0.5
+    low, high = found.details["relations"]["under"]["interval"]
+    assert 0.1 <= low < 0.5 < high <= 0.9
+    assert found.metrics["accuracy_seen"] == 1.0
+    assert "accuracy_topological" not in found.metrics  # ten of them are too few
+    assert found.metrics["accuracy"] == pytest.approx(45 / 50)
+
+
+# -- which images ------------------------------------------------------------------------------------------
+
+
+def test_only_images_asked_about_are_looked_at_and_absent_ones_are_counted():
+    subject = about(balanced(3), TEXTS)
+    asked = [s for s in balanced(3) if s.image != "red2"] + [said("green7", "red", "blue", False)]
+
+    def load(row: int) -> Image.Image:
+        assert subject.data.ids[row] != "red2"
+        return Image.new("RGB", (8, 8), "red" if "red" in subject.data.ids[row] else "blue")
+
+    data = Dataset("made", "test", subject.data.ids, load, "f", statements=tuple(asked))
+    found = relations.evaluate(type(subject)(subject.clip, subject.find_base, data, subject.config))
+    assert (found.n, found.details["absent"], found.details["photographs"]) == (10, 1, 5)
+    assert found.metrics["accuracy"] == 1.0
+
+
+def test_where_all_are_true_another_mode_is_named():
+    with pytest.raises(UserError, match="all 2 statements are true; --mode compositional is for such"):
+        relations.evaluate(about([said("red0", "red", "blue", True)] * 2, TEXTS))
+    kept = [said("red0", "red", "blue", True), said("absent", "red", "blue", False)]
+    with pytest.raises(UserError, match="all 1 statements whose images are in made/test are true"):
+        relations.evaluate(about(kept, TEXTS, images=["red0"]))
+
+
+def test_parts_and_mirror_images_are_of_one_photograph():
+    found = _blind.photographs(["a@2x.jpg", "a@3x.jpg", "b", "b@box=0,0,4,4", "b@crop=0.0,0.0,0.5,1.0+flip", "b@flip"])
+    assert found.tolist() == [0, 1, 2, 2, 2, 2]
+
+
+# -- intervals and items -----------------------------------------------------------------------------------
+
+
+def test_intervals_are_over_photographs_because_what_is_asked_of_one_is_alike():
+    values = np.random.default_rng(0).integers(0, 2, 60).astype(float)
+    once = _intervals.redrawn_means(values[:, None], np.arange(60), seed=1)
+    five = _intervals.redrawn_means(np.repeat(values, 5)[:, None], np.repeat(np.arange(60), 5), seed=1)
+    assert np.allclose(once, five)
+    low, high = _intervals.between(once[:, 0])
+    assert high - low == pytest.approx(2 * 1.96 * values.std() / np.sqrt(60), rel=0.15)
+
+
+def test_differences_are_paired():
+    """Two scorers right on the same half differ by nothing, whichever photographs are drawn."""
+    right = np.tile([0.0, 1.0], 40)
+    better = right.copy()
+    better[:40:2] = 1.0
+    found = _blind.against("a", {"a": better, "same": better, "b": right}, np.arange(80), seed=0)
+    assert found["same"] == (0.0, 0.0, 0.0)
+    assert found["b"].difference == 0.25
+    assert 0.1 < found["b"].low < 0.25 < found["b"].high < 0.4
+    assert _blind.beats({"b": found["b"]}, "it") and not _blind.beats(found, "it")
+
+
+def test_what_a_draw_leaves_out_is_not_counted():
+    values = np.array([[1.0, np.nan], [0.0, 1.0], [1.0, np.nan]])
+    draws = _intervals.redrawn_means(values, np.arange(3), seed=0)
+    assert np.isnan(draws[:, 1]).any() and set(draws[~np.isnan(draws[:, 1]), 1]) == {1.0}
+    assert _intervals.between(draws[:, 1]) == (1.0, 1.0)
+
+
+def test_items_are_one_number_a_photograph_in_order_whose_mean_is_the_accuracy():
+    statements = [said("blue0", "red", "blue", False), said("red0", "red", "blue", True),
+                  said("red0", "blue", "red", True), said("red0@flip", "red", "blue", False)]  # fmt: skip
+    found = relations.evaluate(about(statements, TEXTS, images=["red0", "red1", "blue0"]))
+    assert found.metrics["accuracy"] == 0.5
+    assert found.items["accuracy"] == [0.5, 0.5]  # red0: one right; blue0: one right; of two statements each on average
+
+
+# -- what texts give away ----------------------------------------------------------------------------------
+
+
+def test_texts_that_give_the_label_away_are_found_out():
+    rng, statements, texts = np.random.default_rng(0), [], {}
+    for i in range(60):
+        true = bool(i % 2)
+        texts[f"t{i}"] = [*rng.normal(size=2), 1.0 if true else -1.0]
+        texts[f"c{i}"] = rng.normal(size=3).tolist()
+        statements.append(said(f"red{i}", f"t{i}", f"c{i}", true))
+    found = relations.evaluate(about(statements, texts))
+    assert found.metrics["text_only"] == 1.0
+    assert found.details["beats_blind"] is False
+
+
+def test_nothing_is_learnt_from_other_statements_about_the_same_photograph():
+    """Each photograph's statements are alike and have one label: by them it would be known, by others it is not."""
+    rng = np.random.default_rng(3)
+    centres, labels = rng.normal(size=(40, 200)), np.arange(40) % 2 == 0
+    photograph = np.repeat(np.arange(40), 6)
+    texts = torch.tensor(centres[photograph] + 0.01 * rng.normal(size=(240, 200)))
+    score = _blind.tell_labels(texts, labels[photograph], photograph, seed=0)
+    assert np.mean((score > 0) == labels[photograph]) < 0.75
+    alone = _blind.tell_labels(texts, labels[photograph], np.arange(240), seed=0)
+    assert np.mean((alone > 0) == labels[photograph]) > 0.95
+
+
+def test_what_texts_give_away_does_not_depend_on_where_their_images_stand():
+    rng = np.random.default_rng(0)
+    texts, true, photograph = torch.from_numpy(rng.normal(size=(80, 5))), rng.random(80) < 0.5, rng.integers(0, 30, 80)
+    scores = [_blind.tell_labels(texts, true, number[photograph], seed=0) for number in (np.arange(30), -np.arange(30))]
+    assert np.array_equal(*scores)
+
+
+def test_too_few_photographs_for_that_are_said():
+    found = relations.evaluate(about(balanced(4), TEXTS))
+    assert "text_only" not in found.metrics
+    assert found.details["left_out"] == "text_only is left out: logistic regression wants 10 photographs of each label"
+
+
+# -- VSR's own files ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not (SHARED / "vsr").is_dir(), reason="VSR's files are not at hand")
+@pytest.mark.parametrize("split", ["random", "zeroshot"])
+def test_on_vsr_who_does_not_look_is_held_to_the_majority(split, example_clip):
+    """No more than 2.5 standard errors above the commoner label, for a grey picture and for texts alone."""
+    statements = read_statements([SHARED / "vsr" / split / "test.jsonl"])
+    true, photograph = np.array([s.true for s in statements]), _blind.photographs([s.image for s in statements])
+    assert len(statements) == {"random": 2195, "zeroshot": 1222}[split]
+    majority = max(true.mean(), 1 - true.mean())
+    texts, others = _blind.embed_both(example_clip, statements)
+    margin = _blind.closer(_blind.grey_image(example_clip), texts, others)
+    for score in (margin, _blind.tell_labels(texts, true, photograph, seed=0)):
+        right = _blind.right(score, true)
+        error = _intervals.redrawn_means(right[:, None], photograph, seed=0).std()
+        assert right.mean() <= majority + 2.5 * error
+    always = np.ones(len(statements))
+    assert _blind.right(always).mean() == 1.0  # prefers_caption_as_written
+    assert _blind.right(always, true).mean() == pytest.approx(true.mean())
+
+
+# -- the command -------------------------------------------------------------------------------------------
+
+
+def rows(path: str, *labelled: tuple[str, str, int]) -> None:
+    Path(path).parent.mkdir(exist_ok=True)
+    lines = [json.dumps({"image": f"{i}.png", "caption": c, "label": n, "relation": r}) for i, (c, r, n) in labelled]
+    Path(path).write_text("\n".join(lines))
+
+
+def test_results_of_two_files_are_kept_apart_and_an_edited_one_is_measured_again():
+    Path("pictures").mkdir()
+    for i in range(4):
+        Image.new("RGB", (32, 32), "red" if i % 2 else "blue").save(f"pictures/{i}.png")
+    true = [(i, ("The cat is under the table.", "under", i % 2)) for i in range(4)]
+    rows("one/test.jsonl", *true)
+    rows("two/test.jsonl", *[(i, ("The cat is near the table.", "near", 1 - i % 2)) for i in range(4)])
+    command = ["--mode", "relations", "--dataset", "folder", "--root", "pictures", "--model.name", "example"]
+    for name in ("one", "two"):
+        run.main([*command, "--statements", f"{name}/test.jsonl"])
+    first, second = sorted(Path("results").rglob("relations-*.json"))
+    assert ("one_test" in first.name, "two_test" in second.name) == (True, True)
+    found = json.loads(first.read_text())
+    assert {"accuracy", "majority", "blind", "blind_mean"} <= set(found["metrics"]) == set(found["intervals"])
+    rows("one/test.jsonl", *true[:3])
+    run.main([*command, "--statements", "one/test.jsonl"])
+    assert json.loads(first.read_text())["n"] == 3
+    with pytest.raises(UserError, match="needs statements of which some are true and some false: --statements PATH"):
+        run.main(command)
+
+
+def test_applies_to_what_has_both_labels():
+    mixed, one = balanced(1), [said("red0", "red", "blue", True)]
+    for statements, expected in ((mixed, True), (one, False), ([], False)):
+        assert relations.applies(about(statements, TEXTS).data, EvaluateConfig()) is expected
+    assert relations.applies(about(one, TEXTS).data, EvaluateConfig(statements=["x.jsonl"]))
+
+
+def test_a_grey_picture_goes_through_the_models_own_transform(example_clip: Clip):
+    expected = example_clip.encode_image(example_clip.preprocess(Image.new("RGB", (50, 90), (128, 128, 128)))[None])
+    assert torch.allclose(_blind.grey_image(example_clip), torch.nn.functional.normalize(expected[0], dim=0), atol=1e-5)
+    assert torch.allclose(_blind.grey_image(Sees({})), torch.full((3,), 3**-0.5))
