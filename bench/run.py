@@ -23,7 +23,7 @@ from record import Missed, exit_if_missed, record
 
 from pc_clip.errors import run_script
 
-PARTS = ("step", "data", "evaluation", "scaling", "clusters", "gpu")
+PARTS = ("step", "data", "evaluation", "scaling", "clusters", "preference", "gpu")
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ different things, with statements on how they stand to one another."""
 from __future__ import annotations
 
 import hashlib
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -97,4 +97,9 @@ def _example_attribute(name: str, shown: list[scenes.Scene]) -> Attribute:
 
 
 def _draw_scene(shown: list[scenes.Scene], row: int) -> Image.Image:
-    return scenes.draw(shown[row])
+    return Image.frombytes("RGB", (scenes.SIDE, scenes.SIDE), _drawn(shown[row]))
+
+
+@lru_cache(maxsize=1 << 14)  # 200 MB at most: where the image tower learns, every epoch wants them all
+def _drawn(scene: scenes.Scene) -> bytes:
+    return scenes.draw(scene).tobytes()

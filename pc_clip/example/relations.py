@@ -28,6 +28,8 @@ OPPOSITES = {
     "below": "above",
     "larger than": "smaller than",
     "smaller than": "larger than",
+    "larger than the other": "smaller than the other",
+    "smaller than the other": "larger than the other",
 }
 ROUNDS = 2  # statements of each kind a scene
 CLEAR = 5.0  # pixels that a thing is off the middle at least, where it is said to be on one side
@@ -45,7 +47,10 @@ def scene(split: str, index: int) -> Scene:
 
 
 def statements(split: str, index: int, image: str) -> list[Statement]:
-    """What is said of a scene: where a thing is, where one is as seen from the other, which one is larger."""
+    """What is said of a scene: where a thing is, where one is as seen from the other, which one is larger.
+
+    What is said of one thing alone is easier, and without it a small model does not get to what is said of two.
+    """
     things = scene(split, index).things
     rng = np.random.default_rng([SEEDS[split], index, 1])
     found = []
@@ -61,6 +66,7 @@ def statements(split: str, index: int, image: str) -> list[Statement]:
         if a.size != b.size:
             larger = "larger than" if a.radius > b.radius else "smaller than"
             found.append(_statement(image, _named(a, rng), larger, _named(b, rng), "size", rng))
+            found.append(_statement(image, _named(a, rng), f"{larger} the other", "", "size", rng))
     return found
 
 
