@@ -1,0 +1,84 @@
+"""The example's relations: what is said is true or false of the scene as labelled, and says nothing by itself."""
+
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pc_clip.datasets import open_dataset
+from pc_clip.datasets.embedded import example_relations
+from pc_clip.example import relations, scenes
+
+HOLDS = {
+    "on the left": lambda a, _: a.x < 32,
+    "on the right": lambda a, _: a.x > 32,
+    "at the top": lambda a, _: a.y < 32,
+    "at the bottom": lambda a, _: a.y > 32,
+    "left of": lambda a, b: a.x < b.x and abs(a.x - b.x) > abs(a.y - b.y),
+    "right of": lambda a, b: a.x > b.x and abs(a.x - b.x) > abs(a.y - b.y),
+    "above": lambda a, b: a.y < b.y and abs(a.x - b.x) < abs(a.y - b.y),
+    "below": lambda a, b: a.y > b.y and abs(a.x - b.x) < abs(a.y - b.y),
+    "larger than": lambda a, b: a.radius > b.radius,
+    "smaller than": lambda a, b: a.radius < b.radius,
+    "larger than the other": lambda a, b: a.radius > b.radius,
+    "smaller than the other": lambda a, b: a.radius < b.radius,
+}
+
+
+def meant(phrase: str, things: tuple[scenes.Thing, ...]) -> list[scenes.Thing]:
+    """The things that a phrase like "a red circle", "a red object" or "a circle" could mean."""
+    words = set(phrase.split()[1:]) - {"object"}
+    return [thing for thing in things if words <= {thing.colour, thing.shape}]
+
+
+@given(st.integers(0, 5000), st.sampled_from(["train", "val", "test"]))
+def test_a_statement_is_true_exactly_where_the_scene_says_so(index, split):
+    things = relations.scene(split, index).things
+    for s in relations.statements(split, index, "i"):
+        subject, other = (re.split(f" {s.kind}(?: |$)", s.text) + [""])[:2]
+        (a,) = meant(subject, things)  # one thing and no other
+        b = next(thing for thing in things if thing is not a)
+        assert not other or meant(other, things) == [b]
+        assert HOLDS[s.kind](a, b) == s.true, s
+        assert s.contradiction == s.text.replace(s.kind, relations.OPPOSITES[s.kind])
+
+
+def test_who_does_not_look_is_right_half_the_time():
+    """Neither the relation nor the things named say whether a statement is true."""
+    said = example_relations("val", 1000).statements
+    assert {s.category for s in said} == {"place", "position", "size"} and {s.kind for s in said} == set(HOLDS)
+    for of in (lambda s: s.kind, lambda s: s.text.split()[1], lambda s: s.text.split()[-1]):
+        for key, n in Counter(map(of, said)).items():
+            true = np.mean([s.true for s in said if of(s) == key])
+            assert abs(true - 0.5) < 4 * 0.5 / n**0.5, key
+
+
+def test_the_same_scenes_every_time_and_none_in_two_splits(small_example):
+    one, again = (open_dataset("example_relations", split="val") for _ in range(2))
+    assert one.statements == again.statements and one.fingerprint == again.fingerprint
+    assert np.array_equal(np.asarray(one.load(3)), np.asarray(again.load(3)))
+    shown = {split: {relations.scene(split, n) for n in range(200)} for split in relations.SEEDS}
+    assert not shown["train"] & shown["val"] and not shown["train"] & shown["test"]
+
+
+@pytest.mark.parametrize("kind, axis", [("side", "x"), ("height", "y")])
+def test_the_probes_questions_are_where_a_colour_is(kind, axis):
+    data = example_relations("val", 60)
+    questions = [q for q in data.questions if q.name.startswith(kind)]
+    assert len(questions) == len(scenes.COLOURS)
+    for question in questions:
+        colour = question.name.split()[-2]
+        has = [n for n in range(60) if colour in {t.colour for t in relations.scene("val", n).things}]
+        assert question.rows.tolist() == has
+        for row, answer in zip(question.rows, question.target):
+            thing = next(t for t in relations.scene("val", int(row)).things if t.colour == colour)
+            assert answer == (getattr(thing, axis) > scenes.SIDE / 2)
+
+
+def test_a_picture_that_is_remembered_is_the_one_that_is_drawn(small_example):
+    data = example_relations("val", 3)
+    for _ in range(2):
+        assert np.array_equal(np.asarray(data.load(2)), np.asarray(scenes.draw(relations.scene("val", 2))))
