@@ -38,7 +38,7 @@ def meant(phrase: str, things: tuple[scenes.Thing, ...]) -> list[scenes.Thing]:
 def test_a_statement_is_true_exactly_where_the_scene_says_so(index, split):
     things = relations.scene(split, index).things
     for s in relations.statements(split, index, "i"):
-        subject, other = (re.split(f" {s.kind}(?: |$)", s.text) + [""])[:2]
+        subject, other = re.split(f" {s.kind}(?: |$)", s.text)
         (a,) = meant(subject, things)  # one thing and no other
         b = next(thing for thing in things if thing is not a)
         assert not other or meant(other, things) == [b]

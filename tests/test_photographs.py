@@ -9,6 +9,8 @@ from conftest import SHARED
 from pc_clip.datasets import open_dataset
 from pc_clip.errors import UserError
 from pc_clip.example import photographs
+from pc_clip.statements import read_statements
+from pc_clip.views import located
 
 needs_coco = pytest.mark.skipif(not (SHARED / "coco_mini").is_dir(), reason="the COCO sample is not at hand")
 
@@ -42,3 +44,6 @@ def test_the_sample_of_coco_is_split_and_read_back(tmp_path):
              for row in json.loads(file.read_text()).values() for name in [Path(row["filename"]).stem]}  # fmt: skip
     assert not asked & {*splits["train"].ids, *splits["val"].ids}
     assert len(asked & set(splits["test"].ids)) == 89
+    found = located(read_statements(["out/vsr/random"]), open_dataset("folder", "out/pictures"))
+    assert len(found.statements) == 51
+    photographs.prepare(SHARED / "coco_mini", Path("out"), seed=0)  # again, where all is there already

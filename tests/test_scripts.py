@@ -152,6 +152,10 @@ def test_every_config_shrunk_runs(path, small_example, monkeypatch, coco_folder)
     ]
     Path("d.jsonl").write_text("".join(lines))
     files = ["--data.differences", "d.jsonl"] if content["method"] == "pairwise" else []
+    if content["method"] == "preference":
+        said = ({"image": str(i), "preferred": f"scene {i}", "rejected": "no scene"} for i in range(8))
+        Path("s.jsonl").write_text("".join(json.dumps(row) + "\n" for row in said))
+        files = ["--data.statements", "s.jsonl"]
     size = ["--train.batch_size", "4", "--train.steps", "2", "--data.workers", "0"]
     if "sampler" in content:
         size += ["--sampler.clusters", "null", "--sampler.cluster_size", "2"]

@@ -3,7 +3,8 @@
 FOLDER is in COCO's layout: captions_*.json, here or in annotations/, and pictures. Builds the photo model
 (pc_clip.example.photo), then splits the photographs that are there into train, val and test: caption files
 in data/photo/annotations that point at the pictures where they are. Where SugarCrepe's files lie beside
-FOLDER, the photographs they ask about are held out, so that every one of its rows is a test.
+FOLDER, the photographs they ask about are held out, so that every one of its rows is a test. VSR's statements
+are taken from beside FOLDER, too; data/photo/pictures leads to FOLDER, because they ask about photographs without captions.
 """
 
 from __future__ import annotations
@@ -69,6 +70,12 @@ def prepare(folder: Path, out: Path, seed: int) -> None:
     if beside.is_dir():
         asked = {Path(said.image).stem.lstrip("0") for said in read_statements([beside])} & photographs.keys()
         shutil.copytree(beside, out / "sugar_crepe", dirs_exist_ok=True)
+    if (statements := folder.resolve().parent / "vsr").is_dir():
+        shutil.copytree(statements, out / "vsr", dirs_exist_ok=True)
+    link = out / "pictures"
+    out.mkdir(parents=True, exist_ok=True)
+    link.unlink(missing_ok=True)
+    link.symlink_to(folder.resolve(), target_is_directory=True)
     splits = split_ids(sorted(photographs), asked, seed)
     for split, ids in splits.items():
         write_split(out, split, ids, photographs)

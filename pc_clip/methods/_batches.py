@@ -55,8 +55,15 @@ class Texts(Tokens):
     def rows(self, texts: Sequence[str]) -> np.ndarray:
         return np.array([self.row[text] for text in texts], dtype=np.int64)
 
-    def embeddings(self) -> Tensor:
-        """Unit embeddings of the distinct texts by the weights as they are now, from the cache.  -> [U, D] float32"""
+    def embeddings(self, precision: str = "no") -> Tensor:
+        """Unit embeddings of the distinct texts by the weights as they are now, from the cache.  -> [U, D] float32
+
+        precision: as train.precision.
+        """
+        with torch.autocast(self.clip.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            return self._embeddings(precision)
+
+    def _embeddings(self, precision: str) -> Tensor:
         made_by = tokens.identity(self.clip.tokenizer)
         if made_by is None:
             return self.clip.embed_texts(self.distinct)
@@ -66,7 +73,7 @@ class Texts(Tokens):
             "tokenizer": made_by,
             "text_tower": hash_tensors(weights, extra=self.clip.name),
             "device": self.clip.device.type,
-        }
+        } | ({"precision": precision} if precision != "no" else {})
         with PartialState().main_process_first():
             made = array_cache.cached("embedded", key, lambda: {"z": self.clip.embed_texts(self.distinct).numpy()})
         z = torch.from_numpy(made["z"])

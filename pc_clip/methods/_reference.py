@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,13 +26,16 @@ def log_odds_of_all(
     texts: Texts, images: Images, text: tuple[np.ndarray, np.ndarray], image: tuple[np.ndarray, np.ndarray],
     logit_scale: float, config: FinetuneConfig,
 ) -> Tensor:  # fmt: skip
-    """Log-odds of N preferences by the model as it was before training, from cached embeddings.
+    """Log-odds of N preferences by the model as it was before training, from embeddings that are made once.
 
+    They are made as a step makes them, in bf16 if it does: what is rounded off is then the same in both, and cancels.
     text, image: [N] rows each, of what is preferred and of what is rejected.  -> [N] float32, on the CPU
     """
-    z_text = texts.embeddings()  # [U, D]
+    precision = config.train.precision
+    z_text = texts.embeddings(precision)  # [U, D]
     used, places = np.unique(image, return_inverse=True)
-    z_image, places = _embedded.of_images(images, used, False, config), places.reshape(2, -1)
+    z_image = _embedded.of_images(images, used, precision == "bf16", config)  # those of the cache are exact
+    places = places.reshape(2, -1)
     found = torch.empty(len(text[0]))
     for start in range(0, len(found), BLOCK):
         some = slice(start, start + BLOCK)
@@ -46,7 +50,8 @@ class FrozenCopy:
     def __init__(self, clip: Clip, logit_scale: float, captioning: float = 0.0) -> None:
         self.model = copy.deepcopy(clip.model).eval().requires_grad_(False)
         self.logit_scale, self.captioning = logit_scale, captioning
-        self.clip = Clip(self.model, clip.tokenizer, clip.preprocess, clip.name, clip.pretrained, fast_text=False)
+        # Texts go the same way through it: two ways round differently in bf16. None: the way through its own weights.
+        self.clip = dataclasses.replace(clip, model=self.model, _fast=None)
 
     @torch.no_grad()
     def log_odds(self, batch: Batch) -> Tensor:
