@@ -45,15 +45,14 @@ def info_nce(a: Tensor, b: Tensor, temperature: float | Tensor) -> Tensor:
 
 
 def info_nce_with_negatives(
-    text: Tensor, rejected: Tensor, image: Tensor, owner: Tensor, logit_scale: float | Tensor
+    text: Tensor, rejected: Tensor, image: Tensor, numbers: Tensor, logit_scale: float | Tensor
 ) -> Tensor:
-    """losses.info_nce_with_negatives over the rows of all processes. [B, D] each, owner: [B]; this process's."""
+    """losses.info_nce_with_negatives over the rows of all processes. [B, D] each, numbers: [B, 3]; this process's."""
     if _processes() == 1:
-        return losses.info_nce_with_negatives(text, rejected, image, owner, logit_scale)
+        return losses.info_nce_with_negatives(text, rejected, image, numbers, logit_scale)
     first = dist.get_rank() * len(text)
-    owners = torch.cat(_parts(owner))
-    gathered = gather(text), gather(rejected), gather(image)
-    return losses.info_nce_with_negatives(*gathered, owners, logit_scale, slice(first, first + len(text)))
+    gathered = gather(text), gather(rejected), gather(image), torch.cat(_parts(numbers))
+    return losses.info_nce_with_negatives(*gathered, logit_scale, slice(first, first + len(text)))
 
 
 def _parts(x: Tensor) -> list[Tensor]:

@@ -209,10 +209,14 @@ def _one(subject: Subject, mode: str, folder: Path, keys: _Keys) -> dict[str, An
 
 
 class _Keys:
-    """What results depend on: settings, images and what is known of them, model and transform, texts on the disk."""
+    """What results depend on: settings, images and what is known of them, model and transform, texts on the disk.
+
+    Raises UserError at once for files of statements that cannot be read, whatever is measured.
+    """
 
     def __init__(self, subject: Subject) -> None:
         self.subject, self.config, self.data, self.clip = subject, subject.config, subject.data, subject.clip
+        self.statements = self._statements()
         self.weights = subject.clip.weights_hash()
 
     def of(self, mode: str) -> str:
@@ -223,7 +227,7 @@ class _Keys:
             if settings[name]:
                 path = Path(settings[name])
                 settings[name] = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
-        settings["statements"] = self._statements
+        settings["statements"] = self.statements
         other = getattr(evals.find(mode), "also_reads", lambda _: None)(data)
         chosen_on = self.subject.open(other).fingerprint if other else None
         compared = COMPARISONS / f"{data.name}.yaml"
@@ -246,7 +250,6 @@ class _Keys:
         graded = [(a.name, a.more, a.less, a.high, a.low, a.gap, a.value.tolist()) for a in data.attributes]
         return (data.captions, questions), graded
 
-    @cached_property
     def _statements(self) -> str:
         """What is said of the images, by content and with the contradictions that our table gives."""
         config = self.config

@@ -60,6 +60,7 @@ def generate(config: GenerateConfig, processes: Processes | None = None) -> Path
     check_choice("task", config.task, TASKS)
     check_choice("writer", config.writer, WRITERS)
     check_choice("caption", config.caption, ("random", "longest"))
+    check_at_least("seed", config.seed, 0)
     for name in ("n_images", "n_pairs", "n_each", "min_characters"):
         if (value := getattr(config, name)) is not None:
             check_at_least(name, value, 1)

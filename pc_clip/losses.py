@@ -129,23 +129,27 @@ def info_nce_with_negatives(
     text: Tensor,
     rejected: Tensor,
     image: Tensor,
-    owner: Tensor,
+    numbers: Tensor,
     logit_scale: float | Tensor,
     own: slice = slice(None),
 ) -> Tensor:
     """CLIP's loss, where each image also has to tell its text from all rejected ones: hard negatives.
 
-    text, rejected, image: [G, D], any length: they are normalised here; row n of all three belong together. owner: [G]
-    int64, the number of each row's image: where an image comes twice, one row's text is no negative of the other.
+    text, rejected, image: [G, D], any length: they are normalised here; row n of all three belong together.
+    numbers: [G, 3] int64, which image, text and rejected text each row has. Where an image or a text comes twice, one
+    row's is no negative of the other's, and a text is none of itself where another image rejects it.
     own: the rows whose loss is returned, for batches that several processes share.
     Yuksekgonul et al. 2023 (arXiv 2210.01936, NegCLIP).
     """
     with torch.autocast(text.device.type, enabled=False):
         text, rejected, image = (F.normalize(z.float(), dim=-1) for z in (text, rejected, image))
         target = torch.arange(len(text), device=text.device)[own]
-        same = owner[own][:, None] == owner  # [B, G]
+        owner, said, unsaid = numbers.T
+        same = (owner[own][:, None] == owner) | (said[own][:, None] == said)  # [B, G]
         same[torch.arange(len(target), device=text.device), target] = False
         find_text = (logit_scale * image[own] @ text.T).masked_fill(same, -torch.inf)  # [B, G]
-        find_text = torch.cat([find_text, logit_scale * image[own] @ rejected.T], dim=1)  # [B, 2 G]
+        find_rejected = logit_scale * image[own] @ rejected.T
+        find_rejected = find_rejected.masked_fill(said[own][:, None] == unsaid, -torch.inf)
+        find_text = torch.cat([find_text, find_rejected], dim=1)  # [B, 2 G]
         find_image = (logit_scale * text[own] @ image.T).masked_fill(same, -torch.inf)
         return (F.cross_entropy(find_text, target) + F.cross_entropy(find_image, target)) / 2

@@ -8,7 +8,7 @@ it shows less, and is compared with nothing else.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -81,7 +81,7 @@ def parse_order(raw: str, n: int) -> tuple[list[int] | None, str]:
     "Answer:". Anything else is no answer: what else was said of the numbers is not known.
     Reasons: kept, empty, no_list, unknown_number, twice, not_all.
     """
-    text = raw.strip()
+    text = " ".join(raw.split())  # a long run of spaces would keep the patterns busy for hours
     if not text:
         return None, "empty"
     inner = _AROUND.match(text)[1]
@@ -112,15 +112,21 @@ def places_by_order(order: Sequence[int], shown: Sequence[int]) -> list[int]:
 # -- order -> pairs ------------------------------------------------------------------------------------
 
 
-def own_first(query: Query, candidates: Sequence[Candidate], places: Sequence[int]) -> tuple[list[int], bool]:
+def own_first(
+    query: Query, as_good: Collection[int], candidates: Sequence[Candidate], places: Sequence[int]
+) -> tuple[list[int], bool]:
     """The same places with the caption's own image (all of it) before all others; and whether it was there already.
 
-    Tied for the first place counts as there: the others fit just as well, and make no pair with it.
+    With it go those that nobody told from it, and make no pair with it: what is tied with it, and the images in
+    `as_good` (rows). Tied for the first place counts as there.
     """
-    own = next(k for k, c in enumerate(candidates) if c.row == query.row and c.is_whole)
-    if places[own] == min(places):
-        return list(places), True
-    return [-1 if k == own else place for k, place in enumerate(places)], False
+    first = min(places)
+    mine = next(place for c, place in zip(candidates, places) if c.row == query.row and c.is_whole)
+    best = first if mine == first else first - 1
+    found = [
+        best if place == mine or (c.is_whole and c.row in as_good) else place for c, place in zip(candidates, places)
+    ]
+    return found, mine == first
 
 
 def ranked(candidates: Sequence[Candidate], places: Sequence[int], texts: Sequence[str], seen: bool) -> list[Ranked]:

@@ -5,9 +5,9 @@ in analysis_scripts/rel_meta_category_dict.txt of github.com/cambridgeltl/visual
 "among" in two categories, of which Topological is taken here, and lacks "congruent", which is Unallocated here. The
 opposites are written for this project.
 
-An opposite cannot hold of the same two things at the same place together with the relation itself; what is merely
-different ("near" beside "on") is none. A relation that has no such word in English is negated: "not touching", "does
-not contain".
+An opposite cannot hold of the same two things at the same place together with the relation itself, both as seen from
+the same side; what is merely different ("near" beside "on") is none. Both may well be false: a thing above another is
+neither left nor right of it. A relation that has no such word in English is negated: "not touching", "does not contain".
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ RELATIONS: dict[str, Relation] = {
     "ahead of": Relation("Adjacency", ("behind",)),
     "against": Relation("Adjacency", ("away from",)),
     "alongside": Relation("Adjacency", _FAR),
-    "at the back of": Relation("Adjacency", ("at the front of", "in front of")),
+    "at the back of": Relation("Adjacency", ("at the front of",)),
     "at the edge of": Relation("Adjacency", ("in the middle of",)),
     "at the left side of": Relation("Adjacency", ("at the right side of",)),
     "at the right side of": Relation("Adjacency", ("at the left side of",)),
@@ -111,7 +111,7 @@ RELATIONS: dict[str, Relation] = {
     "next to": Relation("Unallocated", _FAR),
     "opposite to": Relation("Unallocated"),
     # Not of VSR: opposites of its own that it has no name for, and sizes.
-    "at the front of": Relation("Adjacency", ("at the back of", "behind")),
+    "at the front of": Relation("Adjacency", ("at the back of",)),
     "before": Relation("Unallocated", ("after",)),
     "left side of": Relation("Projective", ("right side of",)),
     "right side of": Relation("Projective", ("left side of",)),
@@ -123,8 +123,11 @@ RELATIONS: dict[str, Relation] = {
 
 # Found only behind "is", "are" and the like: elsewhere they mostly mean something else ("about to eat").
 _LOOSE = {"after", "at", "before", "by", "down", "from", "off", "past", "through", "to", "up"}
-_BEING = re.compile(r"\b(?:is|are|was|were|isn['’]t|aren['’]t|wasn['’]t|weren['’]t)\s+(?:not\s+)?(?:\w+ly\s+)?$", re.I)
-_NOT = re.compile(r"(?:\b(not)\s+|(n['’]t)\s+)(\w+ly\s+)?$", re.IGNORECASE)
+_IS = r"\b(?:is|are|was|were|isn['’]t|aren['’]t|wasn['’]t|weren['’]t)\b"
+_BEING = re.compile(rf"{_IS}\s+(?:not\s+)?(?:\w+ly\s+)?$", re.IGNORECASE)
+_IS_OF_ALL = re.compile(rf"(?<!that )(?<!which )(?<!who ){_IS}", re.IGNORECASE)  # and not of a part of the sentence
+_NOT = re.compile(r"(?:\b(not)\s+|(n['’]t)\s+)((?:\w+ly\s+)?(?:\w+(?:ing|ed)\s+)?)$", re.IGNORECASE)
+_NO = re.compile(r"\b(?:no|not|none|never|nobody|nothing|neither|nor|cannot)\b|n['’]t\b", re.IGNORECASE)
 
 
 def category(relation: str) -> str:
@@ -133,14 +136,24 @@ def category(relation: str) -> str:
 
 
 def find_relation(text: str) -> str | None:
-    """The relation a sentence is about: of those behind "is" or "are" the longest, else of all; the first if alike."""
+    """The relation a sentence is about: of those behind "is" or "are" the longest, else of all; the first if alike.
+
+    None where there is none, and where those there only say which thing is meant ("The car in the street is red").
+    """
     found = []
     for match in _pattern("").finditer(text):
         name = _name(match[0])
         behind = bool(_BEING.search(text[: match.start()]))
-        if behind or name not in _LOOSE:
-            found.append((behind or bool(RELATIONS[name].verb), len(name), -match.start(), name))
+        says = behind or bool(RELATIONS[name].verb)
+        if says or not (name in _LOOSE or _says_which(text, match)):
+            found.append((says, len(name), -match.start(), name))
     return max(found)[-1] if found else None
+
+
+def _says_which(text: str, match: re.Match[str]) -> bool:
+    """Whether a place stands within what a sentence is about: it does not begin it, and "is" comes only after it."""
+    before, after = text[: match.start()], text[match.end() :]
+    return bool(before.strip()) and not _IS_OF_ALL.search(before) and bool(_IS_OF_ALL.search(after))
 
 
 def contradict(text: str, relation: str, seed: int = 0) -> str:
@@ -148,9 +161,10 @@ def contradict(text: str, relation: str, seed: int = 0) -> str:
 
     The relation is meant where it stands as words of its own and no longer relation of the table covers it: "on" is
     not found in "person" nor in "on top of". Where it stands more than once, all are replaced alike. A sentence that
-    negates it ("is not touching") is contradicted by taking the "not" away. A relation that the table does not have is
-    negated behind "is" or "are".
-    Raises UserError where the sentence does not hold the relation, or an unknown one cannot be negated.
+    negates it ("is not touching", "is not lying on") is contradicted by taking the "not" away. A relation that the
+    table does not have is negated behind "is" or "are".
+    Raises UserError where the sentence does not hold the relation, where it says no farther before it ("No cat is on
+    the mat" and "No cat is off the mat" may both be true), and where an unknown relation cannot be negated.
     """
     relation = " ".join(relation.lower().split())
     places = [match for match in _pattern(relation).finditer(text) if _name(match[0]) == relation]
@@ -159,14 +173,25 @@ def contradict(text: str, relation: str, seed: int = 0) -> str:
     if relation not in RELATIONS and not all(_BEING.search(text[: match.start()]) for match in places):
         raise UserError(
             f"the relation {relation!r} is not known, and in {text!r} it cannot be negated because it does not follow "
-            "is or are; give both sentences instead, as columns preferred and rejected"
+            "is or are; give both sentences instead, as columns caption and negative_caption"
         )
+    _refuse_other_negations(text, relation, places)
     known = RELATIONS.get(relation, Relation(UNKNOWN))
     choices = known.opposites or (known.negated(relation),)
     opposite = choices[int.from_bytes(sha256(f"{seed} {text}".encode()).digest()[:8], "big") % len(choices)]
     for match in reversed(places):  # from the end, so that the places before keep theirs
         text = _replaced(text, match, relation, opposite)
     return text
+
+
+def _refuse_other_negations(text: str, relation: str, places: list[re.Match[str]]) -> None:
+    for match in places:
+        before = text[: match.start()]
+        if no := _NO.search(_NOT.sub("", before)):
+            raise UserError(
+                f"in {text!r}, {no[0]!r} comes before {relation!r}, so that another relation in its place would not "
+                "contradict it; give both sentences instead, as columns caption and negative_caption"
+            )
 
 
 def _replaced(text: str, match: re.Match[str], relation: str, opposite: str) -> str:

@@ -3,7 +3,7 @@
 `read_statements` takes .json, .jsonl, .csv, .tsv and .parquet, and folders of them. What a row is, its columns say:
 
     image, caption, label [, relation]          VSR: true or false; its relation is contradicted (pc_clip/relations.py)
-    image, caption, negative_caption            SugarCrepe: the second is false
+    image, caption, negative_caption [, label]  SugarCrepe: the second is false; with a label 0, the first
     image, true_caption, false_caption,         ARO, its relations and its attributes: of the part of the image in the
       bbox_x, bbox_y, bbox_w, bbox_h            box, which is how ARO defines its test; without bbox, of all of it
     image, preferred, rejected                  your own pairs
@@ -11,7 +11,7 @@
 
 The column of the image may be called image, filename, image_path or image_id, and what it holds may be a view
 (pc_clip/views.py). Further columns kind and category say what a row is reported under, else the file's name does, and
-for VSR and ARO relation or attributes. Other columns are left alone.
+for VSR and ARO relation or attributes. Other columns are left alone. The names of columns are written as here.
 """
 
 from __future__ import annotations
@@ -28,12 +28,15 @@ from pc_clip.errors import UserError
 
 IMAGE_COLUMNS = ("image", "filename", "image_path", "image_id")
 BOX_COLUMNS = ("bbox_x", "bbox_y", "bbox_w", "bbox_h")
-LABELS = {"1": True, "true": True, "0": False, "false": False}
+LABELS = {"1": True, "1.0": True, "true": True, "0": False, "0.0": False, "false": False}
 
 
 @dataclass(frozen=True)
 class Statement:
-    """A text about an image and another that contradicts it; `true` says which of the two holds.
+    """A text about an image and another that contradicts it; `true` says whether the text holds.
+
+    What contradicts a true text is false. What contradicts a false one is taken to be true, and mostly is: of an
+    image neither may hold ("left of", "right of"), which what was made by pc_clip/relations.py cannot know.
 
     image: an id of a data set, as the file writes it, or a view of one (pc_clip/views.py). kind: what it is reported
     under: a relation ("left of"), or the file it came from. category: a group of kinds. instead: of ranking data,
@@ -131,6 +134,12 @@ class _Row:
     def image(self) -> str:
         return self.name(next(column for column in IMAGE_COLUMNS if column in self))
 
+    def label(self) -> bool:
+        found = LABELS.get(str(self.values["label"]).strip().lower())
+        if found is None:
+            raise self.wrong(f"label must be 0 or 1 (false or true), found {str(self.values['label'])[:60]!r}")
+        return found
+
     def integer(self, column: str) -> int:
         try:
             number = float(self.values[column])
@@ -166,18 +175,17 @@ def _preferred(row: _Row, stem: str, seed: int) -> Statement:
 
 
 def _negative(row: _Row, stem: str, seed: int) -> Statement:
-    return _pair(row, row.image(), row.text("caption"), row.text("negative_caption"), stem)
+    true = row.label() if row.values.get("label", "") != "" else True
+    return _pair(row, row.image(), row.text("caption"), row.text("negative_caption"), stem, true=true)
 
 
 def _labelled(row: _Row, stem: str, seed: int) -> Statement:
-    text, label = row.text("caption"), LABELS.get(str(row.values["label"]).strip().lower())
-    if label is None:
-        raise row.wrong(f"label must be 0 or 1 (false or true), found {str(row.values['label'])[:60]!r}")
+    text, label = row.text("caption"), row.label()
     relation = row.optional("relation", "").lower() or relations.find_relation(text)
     if relation is None:
         raise row.wrong(
-            f"no relation known in pc_clip/relations.py is in {text[:80]!r}; give it in a column relation, or both "
-            "sentences as columns preferred and rejected"
+            f"{text[:80]!r} is about no relation known in pc_clip/relations.py; give it in a column relation, or what "
+            "contradicts it in a column negative_caption"
         )
     try:
         contradiction = relations.contradict(text, relation, seed)
@@ -188,12 +196,12 @@ def _labelled(row: _Row, stem: str, seed: int) -> Statement:
 
 def _aro(row: _Row, stem: str, seed: int) -> Statement:
     """ARO names its attributes as a list of the two that are exchanged."""
-    kind, category = row.optional("relation_name", ""), "relation"
+    kind, category = row.optional("relation_name", ""), "aro_relation"
     if "attributes" in row:
         attributes = row.values["attributes"]
         if not isinstance(attributes, list) or not all(isinstance(each, str) for each in attributes):
             raise row.wrong(f"attributes must be a list of texts, found {str(attributes)[:60]!r}")
-        kind, category = " / ".join(attributes), "attribution"
+        kind, category = " / ".join(attributes), "aro_attribution"
     image = row.image() + _box(row)
     return _pair(
         row, image, row.text("true_caption"), row.text("false_caption"), kind or stem, category if kind else ""

@@ -97,8 +97,9 @@ def _run(config: FinetuneConfig, run: Path, data: Dataset) -> Path:
         log.info("%s", text_way)
     method = methods.find(config.method).Method(clip, data, config)
     method.notes[:0] = [data.note] if data.note else []
-    method.trainable()  # so that a wrong model.train is told of before anything is deleted
+    learn = method.trainable()  # now, so that a wrong model.train is told of before anything is deleted
     adapted = adapters.weights_to_adapt(clip.model, config.model, clip.name) if config.model.lora_rank else []
+    adapted = [name for name in adapted if name in learn]
     method.notes += [f"adapters of rank {config.model.lora_rank} on {len(adapted)} weights"] if adapted else []
     if accelerator.is_main_process and not (config.resume and (run / "config.yaml").is_file()):
         if config.overwrite and not config.resume:

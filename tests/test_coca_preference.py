@@ -45,6 +45,22 @@ def test_it_begins_at_log_2_and_learns_what_model_train_names(config, train, cro
     assert ("text_decoder" in changed) == (train != "text_blocks") and ("visual" in changed) == (train == "both")
 
 
+def test_without_captions_to_weigh_the_decoder_gets_no_adapters(config):
+    config.preference.captioning, config.model.train, config.model.lora_rank = 0.0, "text", 2
+    run = finetune(config)
+    start, end = Clip.create(config.model.name).model.state_dict(), load_file(run / "model.safetensors")
+    changed = {name for name in start if not torch.equal(start[name], end[name])}
+    assert changed and not any(name.startswith("text_decoder.") for name in changed)
+    notes = json.loads((run / "environment.json").read_text())["notes"]
+    assert f"adapters of rank 2 on {len(changed)} weights" in notes
+
+
+def test_captions_are_not_weighed_without_images(config):
+    config.data.embeddings = "some.safetensors"
+    with pytest.raises(UserError, match="preference.captioning reads the images.*data.embeddings.*leave one of the tw"):
+        finetune(config)
+
+
 def test_other_models_have_no_captions_to_weigh(config):
     config.model = ModelConfig(name="example")
     with pytest.raises(UserError, match="no CoCa"):

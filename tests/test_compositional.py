@@ -86,9 +86,11 @@ def test_a_tie_is_half_right():
 
 
 def test_families_have_names_of_their_own_and_aro_a_mean_over_relations():
-    aro = [said("red0", "red", "blue", "on", "relation")] * 3 + [said("red1", "blue", "red", "under", "relation")]
-    pairs = [said("red0", "red", "blue", "old / white", "attribution")] * 25
-    pairs += [said("red0", "blue", "red", "wet / green", "attribution")] * 24  # too few for ARO's mean
+    aro = [said("red0", "red", "blue", "on", "aro_relation")] * 3 + [
+        said("red1", "blue", "red", "under", "aro_relation")
+    ]
+    pairs = [said("red0", "red", "blue", "old / white", "aro_attribution")] * 25
+    pairs += [said("red0", "blue", "red", "wet / green", "aro_attribution")] * 24  # too few for ARO's mean
     found = compositional.evaluate(
         about([*aro, *pairs, said("red0", "red", "blue", "add_obj"), said("red0", "red", "blue")], TEXTS)
     )
@@ -101,6 +103,26 @@ def test_families_have_names_of_their_own_and_aro_a_mean_over_relations():
     assert found.n == 55
     assert set(found.items) == {"aro_relation", "aro_attribution", "sugarcrepe", "compositional"}
     assert found.items["aro_relation"] == [1.5, 0.0]  # of 3 and 1 captions, 2 on average
+
+
+def test_categories_of_ones_own_are_not_taken_for_aros():
+    found = compositional.evaluate(about([said("red0", "red", "blue", "mine", "relation")], TEXTS))
+    assert found.metrics["compositional"] == 1.0
+    assert not any(name.startswith("aro") for name in found.metrics)
+
+
+def test_kinds_whose_names_become_one_are_counted_together_and_none_takes_a_baselines_name():
+    statements = [said("red0", "red", "blue", "left of"), said("red0", "blue", "red", "Left-of")]
+    statements += [said("red0", "red", "blue", "blind grey")]
+    found = compositional.evaluate(about(statements, TEXTS))
+    assert found.metrics["compositional_left_of"] == 0.5
+    assert found.metrics["compositional_blind_grey"] == 0.5  # a tie each time; the kind of that name is all right
+    assert found.details["compositional"]["kinds"]["blind grey"]["compositional"] == 1.0
+
+
+def test_embeddings_that_are_not_finite_are_an_error():
+    with pytest.raises(UserError, match="embeddings of the contradictions are not finite"):
+        compositional.evaluate(about([said("red0", "red", "bad")], TEXTS | {"bad": [float("nan"), 0.0, 1.0]}))
 
 
 def test_aros_captions_are_of_the_box_and_not_of_the_whole_picture():
@@ -160,3 +182,13 @@ def test_without_a_mode_what_the_file_allows_is_measured_and_the_other_is_said(c
     (path,) = Path("results").rglob("*.json")
     assert path.name.startswith("compositional-")
     assert "relations is left out: all 1 statements are true" in caplog.text
+
+
+def test_a_file_that_cannot_be_read_is_an_error_once_and_not_left_out_of_each_mode(caplog):
+    Path("pictures").mkdir()
+    Image.new("RGB", (32, 32), "red").save("pictures/0.png")
+    Path("mine.jsonl").write_text("{")
+    command = ["--dataset", "folder", "--root", "pictures", "--model.name", "example", "--statements", "mine.jsonl"]
+    with caplog.at_level(logging.WARNING), pytest.raises(UserError, match="mine.jsonl line 1 is not JSON"):
+        run.main(command)
+    assert "left out" not in caplog.text

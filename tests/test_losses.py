@@ -192,21 +192,27 @@ def test_smoothed_dpo_is_trls_sorted_loss_of_one_pair(trl_loss):
 
 
 def test_contrastive_loss_with_rejected_texts_by_hand():
-    """Rows 0 and 2 are of one image: the text of one is no negative of the other, but its rejected text is."""
-    text, rejected, image = (random(3, 4, seed=n) for n in (1, 2, 3))
-    image[2], owner, scale = image[0], [7, 8, 7], 5.0
+    """Rows 0 and 2 are of one image: the text of one is no negative of the other, but its rejected text is.
+
+    Rows 1 and 3 have one text, which row 0 rejects: none of these is a negative of another for them.
+    """
+    text, rejected, image = (random(4, 4, seed=n) for n in (1, 2, 3))
+    image[2], text[3], rejected[0], scale = image[0], text[1], text[1], 5.0
+    numbers = [(7, 0, 1), (8, 1, 3), (7, 4, 5), (9, 1, 6)]
     u, r, v = unit(text), unit(rejected), unit(image)
     expected = 0.0
-    for i in range(3):
-        others = [j for j in range(3) if owner[j] != owner[i] or j == i]
-        texts = np.array([scale * v[i] @ u[j] for j in others] + [scale * v[i] @ r[j] for j in range(3)])
+    for i, (owner, said, _) in enumerate(numbers):
+        others = [j for j in range(4) if j == i or (numbers[j][0] != owner and numbers[j][1] != said)]
+        texts = np.array(
+            [scale * v[i] @ u[j] for j in others] + [scale * v[i] @ r[j] for j in range(4) if numbers[j][2] != said]
+        )
         images = np.array([scale * u[i] @ v[j] for j in others])
         own = scale * v[i] @ u[i]
         expected += (np.log(np.exp(texts).sum()) - own + np.log(np.exp(images).sum()) - own) / 2
     tensors = [torch.from_numpy(x) for x in (text, rejected, image)]
-    found = losses.info_nce_with_negatives(*tensors, torch.tensor(owner), scale)
-    assert found.item() == pytest.approx(expected / 3, rel=1e-5)
-    halves = [
-        losses.info_nce_with_negatives(*tensors, torch.tensor(owner), scale, part) for part in (slice(1), slice(1, 3))
+    found = losses.info_nce_with_negatives(*tensors, torch.tensor(numbers), scale)
+    assert found.item() == pytest.approx(expected / 4, rel=1e-5)
+    parts = [
+        losses.info_nce_with_negatives(*tensors, torch.tensor(numbers), scale, part) for part in (slice(1), slice(1, 4))
     ]
-    assert (halves[0] + 2 * halves[1]).item() / 3 == pytest.approx(found.item(), rel=1e-5)
+    assert (parts[0] + 3 * parts[1]).item() / 4 == pytest.approx(found.item(), rel=1e-5)

@@ -18,11 +18,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pc_clip import environment, generate
-from pc_clip.candidates import KEPT, Candidate, Query, crops, draw_queries, retrieve
+from pc_clip.candidates import KEPT, Candidate, Query, crops, draw_queries, find_candidates, one_a_picture, retrieve
 from pc_clip.config import GenerateConfig, RankConfig
 from pc_clip.datasets.dataset import Dataset
 from pc_clip.errors import UserError
-from pc_clip.generate_rank import find_candidates
 from pc_clip.ranking import (
     draw_pairs,
     numbered,
@@ -145,7 +144,7 @@ def test_queries_are_drawn_by_seed_one_an_image():
 def test_few_candidates_are_filled_up_to_the_least(config, example_clip):
     data = generate.open_dataset("example", split="val")
     config.rank.margin = 0.0
-    for query, candidates in find_candidates(config, data, example_clip):
+    for query, candidates, _ in find_candidates(config, data, example_clip):
         wholes = [c for c in candidates if c.is_whole]
         assert len(candidates) == 5 and 1 <= len(wholes) <= 2  # the best, and the query's own
         assert query.row in {c.row for c in wholes}
@@ -366,7 +365,7 @@ def judge(monkeypatch):
         made.append(Judge())
         return made[-1]
 
-    monkeypatch.setattr("pc_clip.generate_rank.make_writer", make)
+    monkeypatch.setattr("pc_clip.rank_answers.make_writer", make)
     return made
 
 

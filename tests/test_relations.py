@@ -106,6 +106,12 @@ def test_antonyms_go_both_ways(one, other):
     assert contradict(sentence(other), other) == sentence(one)
 
 
+def test_words_of_two_points_of_view_are_no_opposites():
+    """Who sits at the back of a bus that is seen from behind is in front of it for who looks."""
+    assert drawn("at the back of") == {"The cat is at the front of the dog."}
+    assert drawn("at the front of") == {"The cat is at the back of the dog."}
+
+
 def test_what_is_merely_different_is_no_opposite():
     for one, other in [
         ("near", "on"),
@@ -146,6 +152,9 @@ def test_categories_are_vsrs(relation, name):
         ("The box doesn't contain a cat.", "contains", "The box contains a cat."),
         ("The cat is not leaning on it.", "leaning on", "The cat is leaning on it."),
         ("The cat is leaning on it.", "leaning on", "The cat is not leaning on it."),
+        ("The cat is not leaning on it.", "on", "The cat is leaning on it."),
+        ("The cat isn't really placed on it.", "on", "The cat is really placed on it."),
+        ("The cat is on the mat, not in the box.", "on", "The cat is off the mat, not in the box."),
         ("The cat on the mat is on the bed.", "on", "The cat off the mat is off the bed."),
         ("A built-in oven is inside it.", "inside", "A built-in oven is outside it."),
     ],
@@ -164,6 +173,11 @@ def test_a_sentence_is_contradicted_at_its_relation_and_nowhere_else(text, relat
         ("The cat sleeps.", ""),
         ("The cat sleeps.", "hugging"),
         ("The cat hugs the dog.", "hugs"),
+        ("No cat is on the mat.", "on"),
+        ("There is no cat on the mat.", "on"),
+        ("The cat does not sit on the mat.", "on"),
+        ("The cat can't be in the box.", "in"),
+        ("The cat is never on the mat.", "on"),
     ],
 )
 def test_a_sentence_that_cannot_be_contradicted_is_shown_in_the_error(text, relation):
@@ -210,6 +224,12 @@ def test_the_opposite_depends_on_seed_and_sentence_alone():
         ("The man is about to eat a button.", None),
         ("The cat is at the pizza.", "at"),
         ("A person eats onions.", None),
+        ("The car in the street is red.", None),
+        ("The car in the street is near the bus.", "near"),
+        ("In front of the house is a car.", "in front of"),
+        ("There is a cat on the mat.", "on"),
+        ("A cat on a mat that is red", "on"),
+        ("The box contains a cat that is asleep, and is red.", "contains"),
         ("", None),
     ],
 )

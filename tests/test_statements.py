@@ -76,9 +76,20 @@ def test_a_statement_of_vsr_is_set_against_its_contradiction(tmp_path):
 
 
 def test_labels_of_a_table_are_words_or_digits(tmp_path):
-    rows = [{**VSR, "label": label} for label in ("0", "1", "true", "False")]
+    rows = [{**VSR, "label": label} for label in ("0", "1", "true", "False", "1.0", "0.0")]
     found = read_statements([write(tmp_path / "t.csv", *rows)])
-    assert [s.true for s in found] == [False, True, True, False]
+    assert [s.true for s in found] == [False, True, True, False, True, False]
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl"])
+def test_a_label_says_whether_a_caption_with_a_negative_of_its_own_is_true(tmp_path, ending):
+    row = {"image": "a", "caption": "a red car", "negative_caption": "a blue car"}
+    rows = [{**row, "label": label} for label in ("0", "1", "")]
+    found = read_statements([write(tmp_path / f"t.{ending}", *rows)])
+    assert [s.true for s in found] == [False, True, True]
+    assert found[0].preferred == "a blue car"
+    with pytest.raises(UserError, match="label must be 0 or 1"):
+        read_statements([write(tmp_path / f"u.{ending}", {**row, "label": "car"})])
 
 
 def test_a_relation_that_nobody_knows_is_negated(tmp_path):
@@ -109,7 +120,7 @@ def test_aro_is_about_the_part_of_the_image_in_the_box(tmp_path):
     attributes = write(tmp_path / "visual_genome_attribution.json", {**ARO, **BOX, "attributes": ["white", "round"]})
     found = read_statements([relation, attributes])
     assert [s.image for s in found] == ["2.jpg@box=3,4,13,24"] * 2
-    assert [(s.kind, s.category) for s in found] == [("on", "relation"), ("white / round", "attribution")]
+    assert [(s.kind, s.category) for s in found] == [("on", "aro_relation"), ("white / round", "aro_attribution")]
     assert found[0].preferred == "the man on the bus"
     (whole,) = read_statements([write(tmp_path / "own.json", ARO)])
     assert (whole.image, whole.kind, whole.category) == ("2.jpg", "own", "")
@@ -165,6 +176,8 @@ def test_byte_order_marks_and_blank_lines_are_no_content(tmp_path):
         ({**VSR, "relation": "above"}, "does not hold the relation 'above'"),
         ({**VSR, "caption": "The cat hugs it.", "relation": "hugs"}, "does not follow is or are"),
         ({"image": "1", "caption": "The cat sleeps.", "label": 1}, "no relation known"),
+        ({"image": "1", "caption": "The car in the street is red.", "label": 1}, "no relation known"),
+        ({"image": "1", "caption": "No cat is on the mat.", "label": 1}, "'No' comes before 'on'"),
         ({**ARO, "bbox_x": 1}, "a box needs bbox_x, bbox_y, bbox_w, bbox_h, found only bbox_x"),
         ({**ARO, **BOX, "bbox_w": 0}, "the box is empty"),
         ({**ARO, **BOX, "bbox_w": 1.5}, "bbox_w must be a whole number of pixels, found '1.5'"),

@@ -33,6 +33,7 @@ from torch import Tensor
 from pc_clip.clip import Clip
 from pc_clip.config import EvaluateConfig
 from pc_clip.datasets import Dataset
+from pc_clip.errors import UserError
 from pc_clip.evals import Subject, _intervals
 from pc_clip.statements import Statement, read_statements
 from pc_clip.views import located
@@ -79,7 +80,7 @@ def statements_of(data: Dataset, config: EvaluateConfig) -> list[Statement]:
 def ask(subject: Subject, statements: Sequence[Statement]) -> Asked:
     """Score statements. Only the images that they are about are embedded.
 
-    Raises UserError where none of these is there.
+    Raises UserError where none of these is there, and for embeddings that are not finite.
     """
     found = located(statements, subject.data)
     if found.absent:
@@ -87,6 +88,9 @@ def ask(subject: Subject, statements: Sequence[Statement]) -> Asked:
     every = list(found.data.ids) == list(subject.data.ids)  # then they may have been embedded already
     z = subject.z if every else Subject(subject.clip, subject.find_base, found.data, subject.config).z
     texts, others = embed_both(subject.clip, found.statements)
+    for what, of in (("images", z), ("statements", texts), ("contradictions", others)):
+        if not torch.isfinite(of).all():
+            raise UserError(f"embeddings of the {what} are not finite; the weights may have diverged")
     return Asked(
         found.statements,
         photographs(found.data.ids)[found.rows],
@@ -175,9 +179,7 @@ def _cross_validated(
     if min(len(np.unique(photograph[y == label])) for label in (False, True)) < FEWEST:
         return None
     _, first, place = np.unique(photograph, return_index=True, return_inverse=True)
-    photograph = np.argsort(np.argsort(first))[
-        place.reshape(-1)
-    ]  # as they come: the same in whatever data set they are
+    photograph = np.argsort(np.argsort(first))[place.reshape(-1)]  # as they come: the same in whatever data set
     score = np.empty(len(x))
     model = make_pipeline(
         StandardScaler(with_mean=intercept), LogisticRegression(fit_intercept=intercept, max_iter=2000)

@@ -84,8 +84,7 @@ def _all_true(statements: Sequence[Statement]) -> Sequence[Statement]:
 def _family(statement: Statement) -> str:
     if statement.kind in SUGAR_CREPE:
         return "sugarcrepe"
-    aro = f"aro_{statement.category}"
-    return aro if aro in ARO_FEWEST else "compositional"
+    return statement.category if statement.category in ARO_FEWEST else "compositional"
 
 
 def _add(
@@ -97,7 +96,9 @@ def _add(
         shares["sugarcrepe_blind"] = answers["sugarcrepe_blind_mean"]
     of = {str(kind): kinds == kind for kind in np.unique(kinds) if kind}
     if len(of) <= MANY:
-        shares |= {f"{family}_{_word(kind)}": np.where(here, answers[family], np.nan) for kind, here in of.items()}
+        words = np.array([_word(kind) for kind in kinds])  # "left of" and "left-of" are one
+        named = {f"{family}_{word}": np.where(words == word, answers[family], np.nan) for word in map(_word, of)}
+        shares = shares | named | shares  # a kind does not take the name of what never looks
     values = np.stack(list(shares.values()), axis=1)
     redrawn = _intervals.redrawn_means(values, photograph, seed)
     means = dict(zip(shares, np.nanmean(values, axis=0).tolist()))

@@ -4,7 +4,7 @@ FOLDER is in COCO's layout: captions_*.json, here or in annotations/, and pictur
 (pc_clip.example.photo), then splits the photographs that are there into train, val and test: caption files
 in data/photo/annotations that point at the pictures where they are. Where SugarCrepe's files lie beside
 FOLDER, the photographs they ask about are held out, so that every one of its rows is a test. VSR's statements
-are taken from beside FOLDER, too; data/photo/pictures leads to FOLDER, because they ask about photographs without captions.
+are taken from beside FOLDER as well; data/photo/pictures leads to FOLDER: they ask about photographs without captions.
 """
 
 from __future__ import annotations

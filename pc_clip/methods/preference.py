@@ -30,6 +30,7 @@ from pc_clip.statements import Statement, read_statements
 from pc_clip.views import located, match
 
 LOSSES = ("dpo", "ipo", "reward", "contrastive")
+_TIE = "the model reads the same tokens in both texts, or sees the same in both images"
 
 
 @dataclass
@@ -66,7 +67,7 @@ class Batch(NamedTuple):
     images: Tensor  # [U, D] embeddings, or [U, 3, H, W] pixels when the image tower learns
     image: Tensor  # [B] int64, rows of images
     instead: Tensor  # [B] int64, where the rejected text is scored: the same image, but for ranking data
-    owner: Tensor  # [B] int64, the image's number in the data set
+    numbers: Tensor  # [B, 3] int64, of the image, the preferred and the rejected text in all the data
     reference: Tensor  # [B] float32, log-odds before training; empty where there are none or each step finds them
 
 
@@ -85,10 +86,11 @@ class Method(BaseMethod):
         self.rejected = self.texts.rows([s.rejected for s in statements])
         if self.texts.truncated:
             self.notes.append(f"{self.texts.truncated} texts longer than the context, cut")
+        self._leave_out_ties()
         scale = self.options.logit_scale
         self.logit_scale = clip.model.logit_scale.detach().exp().item() if scale is None else scale
         self._find_reference()
-        self.sampler = samplers.make(config, len(statements), config.train.batch_size, self, "statements")
+        self.sampler = samplers.make(config, len(self.image), config.train.batch_size, self, "statements")
         self.notes += self.sampler.notes
 
     def _read(self, data: Dataset) -> list[Statement]:
@@ -100,8 +102,18 @@ class Method(BaseMethod):
                 f"method preference needs statements, and {data.label} has none of its own; "
                 "name files of them with --data.statements"
             )
+        if self.options.loss == "contrastive" and any(s.instead for s in found):  # before images are embedded
+            raise UserError(
+                "preference.loss contrastive needs texts that are rejected, and these are images that are; "
+                f"take one of {', '.join(LOSSES[:3])}"
+            )
+        if embeddings and self.options.captioning:
+            raise UserError(
+                "preference.captioning reads the images themselves, for which data.embeddings cannot stand in; "
+                "leave one of the two out"
+            )
         if embeddings:
-            self.images = Images(self.clip, data, self.config, pixels=self.options.captioning > 0)
+            self.images = Images(self.clip, data, self.config)
             there = match(found, self.images.ids)
         else:
             there = located(found, data)
@@ -110,17 +122,26 @@ class Method(BaseMethod):
             where = embeddings or data.label
             self.notes.append(f"{there.absent} of {len(found)} statements are left out: {where} lacks their image")
         self.image, self.instead = there.rows, there.others  # [N]
-        if self.options.loss == "contrastive" and (self.image != self.instead).any():
-            raise UserError(
-                "preference.loss contrastive needs texts that are rejected, and these are images that are; "
-                f"take one of {', '.join(LOSSES[:3])}"
-            )
         true = sum(s.true for s in there.statements)
         if true < len(there.statements):
             self.notes.append(
                 f"{len(there.statements) - true} statements are false: what contradicts them is preferred"
             )
         return there.statements
+
+    def _leave_out_ties(self) -> None:
+        """Drop and count preferences whose two sides are one to the model: neither can win, whatever is learnt."""
+        tie, tokens = self.image == self.instead, self.texts.tokens
+        texts, images = np.flatnonzero(tie), np.flatnonzero(~tie)
+        tie[texts] = (tokens[self.preferred[texts]] == tokens[self.rejected[texts]]).all(axis=1)
+        tie[images] = self.images.equal(np.stack([self.image[images], self.instead[images]], axis=1))
+        if not tie.any():
+            return
+        if tie.all():
+            raise UserError(f"nothing can be learnt from any of the {len(tie)} statements: {_TIE}; write others")
+        self.notes.append(f"{tie.sum()} of {len(tie)} statements are left out: {_TIE}")
+        for name in ("image", "instead", "preferred", "rejected"):
+            setattr(self, name, getattr(self, name)[~tie])
 
     def _find_reference(self) -> None:
         """What the start thinks of all preferences; where each epoch has crops of its own, a copy that can be asked."""
@@ -184,6 +205,7 @@ class Method(BaseMethod):
         said, text = np.unique([self.preferred[chosen], self.rejected[chosen]], return_inverse=True)
         _, image = np.unique([self.image[chosen], self.instead[chosen]], return_inverse=True)
         text, image = (torch.from_numpy(rows.reshape(2, -1)) for rows in (text, image))
+        numbers = self.image, self.preferred, self.rejected
         return Batch(
             ids=[self.images.ids[row] for row in self.image[chosen]],
             tokens=self.texts.batch(said),
@@ -192,7 +214,7 @@ class Method(BaseMethod):
             images=images,
             image=image[0],
             instead=image[1],
-            owner=torch.from_numpy(self.image[chosen]),
+            numbers=torch.from_numpy(np.stack([rows[chosen] for rows in numbers], axis=1)),
             reference=self.reference[torch.from_numpy(chosen)] if len(self.reference) else self.reference,
         )
 
@@ -213,7 +235,8 @@ class Method(BaseMethod):
             return losses.bradley_terry(preferred, rejected, alpha), logs
         if self.options.loss == "contrastive":
             texts = text[batch.preferred], text[batch.rejected]
-            return distributed.info_nce_with_negatives(*texts, image[batch.image], batch.owner, self.logit_scale), logs
+            found = *texts, image[batch.image], batch.numbers
+            return distributed.info_nce_with_negatives(*found, self.logit_scale), logs
         reference = self.frozen.log_odds(batch) if self.frozen else batch.reference if len(batch.reference) else None
         if reference is not None:
             logs["moved"] = (policy - reference).detach().mean()
