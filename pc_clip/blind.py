@@ -35,7 +35,7 @@ def audit(clip: Clip, path: str | Path, seed: int = 0) -> dict[str, tuple[float,
     true, photograph = np.array([s.true for s in statements]), _blind.photographs([s.image for s in statements])
     if true.all() or not true.any():
         raise UserError(
-            f"all {len(true)} statements of {path} are {'true' if true.all() else 'false'}; none can be guessed"
+            f"all {len(true)} statements of {path} are {str(bool(true[0])).lower()}; this is for files with both kinds"
         )
     texts, others = _blind.embed_both(clip, statements)
     grey = _blind.closer(_blind.grey_image(clip), texts, others)
@@ -68,11 +68,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     for path in arguments.files:
         name = f"{path.resolve().parent.name}/{label_of([path])}"
         found = audit(clip, path, arguments.seed)
-        rows += [(Path(clip.name).name, "blind", name, m, mean, np.nan, 1, *ends) for m, (mean, *ends) in found.items()]
-        said = ", ".join(
-            f"{m} {100 * mean:.1f} [{100 * low:.1f}, {100 * high:.1f}]" for m, (mean, low, high) in found.items()
-        )
-        print(f"{name}: {said}")
+        variant = f"{Path(clip.name).name} {name}"
+        rows += [(variant, "blind", name, metric, mean, np.nan, 1, *ends) for metric, (mean, *ends) in found.items()]
+        shown = (f"{m} {100 * a:.1f} [{100 * low:.1f}, {100 * high:.1f}]" for m, (a, low, high) in found.items())
+        print(f"{name}: {', '.join(shown)}")
     if arguments.out:
         write_text(arguments.out, pd.DataFrame(rows, columns=COLUMNS).to_csv(index=False))
 

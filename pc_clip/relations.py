@@ -7,7 +7,8 @@ opposites are written for this project.
 
 An opposite cannot hold of the same two things at the same place together with the relation itself, both as seen from
 the same side; what is merely different ("near" beside "on") is none. Both may well be false: a thing above another is
-neither left nor right of it. A relation that has no such word in English is negated: "not touching", "does not contain".
+neither left nor right of it. A relation that has no such word in English is negated: "not touching", "does not
+contain".
 """
 
 from __future__ import annotations

@@ -48,5 +48,5 @@ def test_the_table_has_a_studys_columns(capsys):
 
 
 def test_statements_of_one_label_are_refused(example_clip):
-    with pytest.raises(UserError, match="all 2 statements of a.jsonl are true; this is for both kinds"):
+    with pytest.raises(UserError, match="all 2 statements of a.jsonl are true; this is for files with both kinds"):
         blind.audit(example_clip, write("a.jsonl", 1, 1))

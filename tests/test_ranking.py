@@ -34,7 +34,7 @@ from pc_clip.ranking import (
     ranked,
     shuffled,
 )
-from pc_clip.shards import Processes
+from pc_clip.shards import Parts, Processes
 from pc_clip.statements import read_statements
 from pc_clip.views import views
 from pc_clip.writers import RulesWriter
@@ -125,7 +125,16 @@ def test_crops_take_something_away_and_are_views():
     assert found != crops(data, Query(0, "a dog"), [3, 1], 40, seed=1)
 
 
-@pytest.mark.parametrize(("query", "own"), [("a dog left of a cat", "a dog"), ("a dog", "A dog. The RIGHT one.")])
+@pytest.mark.parametrize(
+    ("query", "own"),
+    [
+        ("a dog left of a cat", "a dog"),
+        ("a dog", "A dog. The RIGHT one."),
+        ("the leftmost dog", "a dog"),
+        ("a dog", "a dog in the right-hand corner"),
+        ("a dog looks leftwards", "a dog"),
+    ],
+)
 def test_crops_are_not_mirrored_where_sides_are_spoken_of(query, own):
     assert not any("flip" in view for view, _, _ in crops(made([(own,)] * 5), Query(0, query), [0], 40, seed=0))
 
@@ -139,6 +148,32 @@ def test_queries_are_drawn_by_seed_one_an_image():
         Query(0, "a"), Query(0, "a long one"), Query(1, "b"), Query(3, "d"), Query(3, "e"), Query(4, "f"),
     }  # fmt: skip
     assert draw_queries(data, 2, "random", 7) == draw_queries(data, 2, "random", 7)
+
+
+def test_no_caption_is_asked_about_twice():
+    data = made([("A dog.",), ("a  dog",), ("a cat",), ("a cow", "A DOG"), ("a hen",)])
+    for seed in range(20):
+        found = draw_queries(data, 3, "random", seed)
+        assert len(found) == 3 and len({q.caption.lower().strip(".").replace("  ", " ") for q in found}) == 3
+    assert {q.row for seed in range(20) for q in draw_queries(data, 3, "longest", seed)} == {0, 1, 2, 3, 4}
+    assert draw_queries(made([("a dog left of a cat",), ("a cat left of a dog",)], 2), 2, "random", 0)
+    with pytest.raises(UserError, match=r"rank\.n_queries is 5, but .* made/all have only 4 captions .* that differ"):
+        draw_queries(data, 5, "longest", 0)
+
+
+def test_a_picture_that_is_there_twice_is_one_candidate(config, example_clip):
+    z = torch.nn.functional.normalize(torch.tensor([[1.0, 0], [1, 0.5], [1, 0], [1, 1], [1, 0.5000001]]), dim=1)
+    assert one_a_picture(z, [0, 1, 2, 3, 4], 3) == [0, 1, 3]
+    assert one_a_picture(z, [4, 2, 1, 0], 0) == [4, 0]  # of equal ones the query's own
+    noise = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
+    pictures = [Image.fromarray(noise[k]).resize((64, 64)) for k in (0, 1, 0, 2, 0)]
+    data = dataclasses.replace(made([(f"a thing {k}",) for k in range(5)]), load=pictures.__getitem__)
+    config.rank = RankConfig(margin=2.0, least=1)
+    for query, candidates, same_picture in find_candidates(config, data, example_clip):
+        own = query.row if query.row in (0, 2, 4) else None
+        shown = {c.row for c in candidates}
+        assert len(candidates) == 3 and same_picture == 2
+        assert {1, 3} < shown and (own is None or own in shown)
 
 
 def test_few_candidates_are_filled_up_to_the_least(config, example_clip):
@@ -191,6 +226,7 @@ def test_what_is_kept_of_any_text_is_a_permutation_of_its_own_numbers(text):
         ("2, 1, 1, 3", "twice"),
         ("2, 1", "not_all"),
         ("9" * 5000, "no_list"),
+        ("1" + " " * 10_000 + "x", "no_list"),
         ("²,1,3", "no_list"),
     ],
 )
@@ -253,9 +289,16 @@ def test_crops_that_were_seen_have_their_own_place():
 
 def test_the_own_image_is_best_whatever_was_said():
     candidates = [of("a", 0), of("b", 1), of("b@crop", 1, 0.5)]
-    assert own_first(Query(1, "x"), candidates, [0, 2, 1]) == ([0, -1, 1], False)
-    assert own_first(Query(0, "x"), candidates, [0, 2, 1]) == ([0, 2, 1], True)
-    assert own_first(Query(1, "x"), candidates, [0, 0, 1]) == ([0, 0, 1], True)  # tied is as good
+    assert own_first(Query(1, "x"), (), candidates, [0, 2, 1]) == ([0, -1, 1], False)
+    assert own_first(Query(0, "x"), (), candidates, [0, 2, 1]) == ([0, 2, 1], True)
+    assert own_first(Query(1, "x"), (), candidates, [0, 0, 1]) == ([0, 0, 1], True)  # tied is as good
+
+
+def test_what_nobody_told_from_the_own_image_goes_with_it():
+    candidates = [of("a", 0), of("b", 1), of("c", 2), of("c@crop", 2, 0.5)]
+    assert own_first(Query(1, "x"), (), candidates, [0, 2, 2, 1]) == ([0, -1, -1, 1], False)  # tied
+    assert own_first(Query(1, "x"), {2}, candidates, [0, 1, 3, 2]) == ([0, -1, -1, 2], False)  # has the caption, too
+    assert own_first(Query(0, "x"), {2}, candidates, [0, 1, 3, 2]) == ([0, 1, 0, 2], True)
 
 
 def test_pairs_are_drawn_by_seed():
@@ -329,8 +372,9 @@ def test_captions_may_come_from_a_file(config):
     path = generate.generate(config)
     assert path.name == "c_rank.parquet"
     table = read(path)
-    assert set(table.query_image) == {f"val-{n:05d}" for n in range(4)}
-    red = table[table.query_image == "val-00000"]
+    red = table[table.caption == "A red thing."]
+    assert set(table.query_image) - set(red.query_image) == {"val-00001", "val-00002"}
+    assert len(set(red.query_image)) == 1  # two images have it; it is asked about once
     assert set(red.preferred_image) == {"val-00000", "val-00003"}  # which fits as well: no pair of the two
     assert set(red.rejected_image) == {"val-00001", "val-00002"}
 
@@ -384,6 +428,49 @@ def test_a_language_model_describes_and_orders(config, judge):
     assert set(table.query_image) == set(table[table.preferred_image == table.query_image].query_image)
 
 
+def ranked_by_model(config, *captions):
+    """The pairs of images by a language model, for a caption each of the first validation scenes."""
+    rows = [f"val-{n:05d}\tx.png\t{caption}" for n, caption in enumerate(captions)]
+    Path("c.tsv").write_text("\n".join(["id\timage\tcaption1", *rows]) + "\n")
+    config = dataclasses.replace(by_model(config), captions="c.tsv", rank=RankConfig(margin=2.0, least=1))
+    path = generate.generate(config)
+    return [
+        (row.caption, int(row.preferred_image[-1]), int(row.rejected_image[-1])) for row in read(path).itertuples()
+    ], meta(path)
+
+
+def test_images_with_the_very_caption_are_as_good_as_the_own(config, judge):
+    found, _ = ranked_by_model(config, "A red thing.", "the blue thing", "a RED thing", "a")
+    assert {(2, 3), (0, 3)} <= {(a, b) for caption, a, b in found if "red" in caption.lower()}
+    assert not {(a, b) for caption, a, b in found if "red" in caption.lower()} & {(0, 2), (2, 0)}
+
+
+def test_equal_descriptions_are_one_and_no_order_is_asked_of_them(config, judge):
+    found, about = ranked_by_model(config, "a dog", "two cats", "two cats.", "a horse")
+    assert {(0, 1), (0, 2), (3, 1), (3, 2)} <= {(a, b) for _, a, b in found}
+    assert not {(a, b) for _, a, b in found} & {(1, 2), (2, 1)}
+    assert about["answers"]["orders"] == {"kept": 3}
+    (Path(config.out) / "c_rank.parquet").unlink()
+    with pytest.raises(UserError, match="no two candidates could be told apart"):
+        ranked_by_model(dataclasses.replace(config, overwrite=True), "two cats", "Two cats")
+
+
+def test_a_language_model_is_not_asked_to_make_captions_up(config, judge, monkeypatch):
+    data = generate.open_dataset("example", split="val")
+    some = [texts if row % 2 else () for row, texts in enumerate(data.captions)]
+    monkeypatch.setattr("pc_clip.generate_rank.load_dataset", lambda _: dataclasses.replace(data, captions=some))
+    stream = Judge.stream
+
+    def strict(self, jobs):
+        assert all(jobs[n].first for n in range(len(jobs)))
+        return stream(self, jobs)
+
+    monkeypatch.setattr(Judge, "stream", strict)
+    table = read(generate.generate(by_model(config)))
+    row_of = {image: row for row, image in enumerate(data.ids)}
+    assert all(row_of[image.split("@")[0]] % 2 for image in [*table.preferred_image, *table.rejected_image])
+
+
 @pytest.mark.parametrize("where", ["at once", "describing", "between", "ordering", "at the end"])
 def test_interrupted_in_either_phase_and_continued_it_is_as_uninterrupted(config, judge, monkeypatch, where, tmp_path):
     config = by_model(config)
@@ -425,6 +512,32 @@ def test_begun_with_other_settings_it_is_not_continued_without_overwrite(config,
     with pytest.raises(UserError, match=r"rank\.parts was begun with other settings.*--overwrite true"):
         generate.generate(other)
     assert len(read(generate.generate(dataclasses.replace(other, overwrite=True))))
+
+
+def test_a_folder_in_which_nothing_was_done_stands_in_nobodys_way(config):
+    with pytest.raises(UserError, match="batch_size"):
+        generate.generate(dataclasses.replace(config, rank=dataclasses.replace(config.rank, batch_size=0)))
+    assert len(read(generate.generate(dataclasses.replace(config, seed=1))))
+
+
+@pytest.mark.parametrize("step", ["rename", "rmtree"])
+def test_a_working_folder_that_was_half_removed_goes_with_the_next_call(config, monkeypatch, step):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        remove = Parts.remove
+
+        def stops(self):
+            if step == "rmtree":
+                patch.setattr("pc_clip.shards.shutil.rmtree", lambda *_, **__: None)
+                remove(self)
+            raise KeyboardInterrupt
+
+        patch.setattr(Parts, "remove", stops)
+        generate.generate(config)
+    path = Path(config.out) / "example_rank.parquet"
+    before = path.read_bytes()
+    assert len(list(path.parent.glob("*.parts*"))) == 1
+    assert generate.generate(config) == path
+    assert path.read_bytes() == before and not list(path.parent.glob("*.parts*"))
 
 
 def test_answers_that_are_no_order_are_counted_and_kept_apart(config, judge, monkeypatch):
@@ -588,6 +701,7 @@ def test_a_server_that_refuses_pictures_ends_it_with_the_way_out(config, server)
         ({"writer": "ruler"}, r"writer is 'ruler'\. Did you mean 'rules'\?"),
         ({"n_pairs": 5}, r"--n_pairs has no effect in --task rank"),
         ({"question": "size"}, r"--question has no effect in --task rank"),
+        ({"seed": -1}, r"seed is -1; it must be at least 0"),
         ({"prompt": "x.yaml"}, r"--prompt has no effect in --task rank --writer rules"),
         ({"dataset": "coco", "root": "nowhere"}, "coco is not at nowhere"),
         ({"task": "describe", "rank": {"most": 5}}, r"--rank\.most has no effect in --task describe"),
@@ -597,6 +711,14 @@ def test_settings_that_cannot_be_are_refused(config, settings, message):
     rank = RankConfig(**settings.pop("rank", {}))
     with pytest.raises(UserError, match=message):
         generate.generate(dataclasses.replace(config, **{"rank": rank, **settings}))
+
+
+def test_a_question_that_shows_no_descriptions_is_refused(config):
+    Path("order.yaml").write_text("{system: s, instruction: 'Which fits {first}?'}")
+    config = by_model(config)
+    config.rank.order_prompt = "order.yaml"
+    with pytest.raises(UserError, match=r"order\.yaml: the instruction has no \{second\}"):
+        generate.generate(config)
 
 
 def test_a_data_set_without_captions_is_refused(config):

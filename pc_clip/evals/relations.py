@@ -2,8 +2,9 @@
 
 The two candidates are the statement and its contradiction, which is built from the statement alone; the model says
 "true" where the image is closer to the statement. Of a false statement's image the contradiction need not hold either
-("left of", "right of"), so that who sees everything may have less than 1. What needs no image stands beside every figure
-(pc_clip/evals/_blind.py), and intervals draw photographs again, with the same draws for the model and the others.
+("left of", "right of"), so that who sees everything may have less than 1. What needs no image stands beside every
+figure (pc_clip/evals/_blind.py), and intervals draw photographs again, with the same draws for the model and the
+others.
 
 prefers_caption_as_written is how often the statement wins as it is written, whatever its label: a scorer that never
 looks may get 1.000 by it. It is no accuracy; it is here because the CLIP-PO code reports it as one.
