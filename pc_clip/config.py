@@ -214,7 +214,7 @@ class RankConfig:
     """Which images are put in order by how well they fit a caption, for --task rank.
 
     Args:
-        n_queries: How many captions, each of another image; empty for one of each image.
+        n_queries: How many captions, each of another image and none of them twice; empty for one of each image.
         margin: Candidates are the images whose cosine with the caption is within this of the best one's.
         least: Fewer candidates are filled up with crops of them.
         most: No more candidates than these, the caption's own image among them.

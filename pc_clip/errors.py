@@ -56,6 +56,7 @@ def run_script(main: Callable[[], None]) -> None:
             errno.EACCES: "permission denied",
             errno.EPERM: "permission denied",
             errno.EROFS: "the file system is read-only",
+            errno.ENOENT: "there is no such folder",
             errno.ENOTDIR: "a file stands where a folder is wanted",
             errno.EEXIST: "a file stands where a folder is wanted",
             errno.EISDIR: "a folder stands where a file is wanted",

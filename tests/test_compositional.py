@@ -120,9 +120,15 @@ def test_kinds_whose_names_become_one_are_counted_together_and_none_takes_a_base
     assert found.details["compositional"]["kinds"]["blind grey"]["compositional"] == 1.0
 
 
-def test_embeddings_that_are_not_finite_are_an_error():
-    with pytest.raises(UserError, match="embeddings of the contradictions are not finite"):
+def test_embeddings_that_are_not_finite_are_an_error(monkeypatch):
+    with pytest.raises(UserError, match="embeddings of the statements are not finite"):
         compositional.evaluate(about([said("red0", "red", "bad")], TEXTS | {"bad": [float("nan"), 0.0, 1.0]}))
+    subject = about([said("red1", "red", "blue")], TEXTS)
+    monkeypatch.setattr(subject.clip, "encode_image", lambda pixels: torch.full((len(pixels), 3), torch.nan))
+    with pytest.raises(UserError, match="embeddings of the images are not finite"):
+        compositional.evaluate(subject)
+    with pytest.raises(UserError, match="embeddings of the grey picture are not finite"):
+        _blind.grey_image(subject.clip)
 
 
 def test_aros_captions_are_of_the_box_and_not_of_the_whole_picture():

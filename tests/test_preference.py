@@ -79,13 +79,13 @@ def test_dpo_begins_at_log_2_and_ipo_at_its_margin_squared(config, example_clip,
     In bf16 log-odds are rounded by a few hundredths: only where both sides are made alike do they agree.
     """
     config.model.train, config.data.min_crop, config.train.precision = train, crop, precision
-    for loss, expected in (("dpo", math.log(2)), ("ipo", 25.0)):
-        config.preference = preference.Config(loss)
+    for loss, beta, expected in (("dpo", 0.1, math.log(2)), ("ipo", 5.0, 0.1**2)):
+        config.preference = preference.Config(loss, beta)
         method = make(config, example_clip)
         batch = next(method.loader(0))
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             found, logs = method(batch)
-        assert found.item() == pytest.approx(expected, rel=1e-5)
+        assert found.item() == pytest.approx(expected, rel=2e-3)
         assert logs["moved"].item() == pytest.approx(0, abs=1e-4)
 
 

@@ -37,7 +37,8 @@ def read_coco_captions(path: Path) -> dict[str, tuple[str, tuple[str, ...]]]:
     captions: dict[str, list[str]] = {}
     try:
         for annotation in content["annotations"]:
-            key, text = annotation["image_id"], " ".join(annotation["caption"].split())
+            caption = annotation["caption"].encode("utf-8", "replace").decode()  # JSON may hold half a surrogate pair
+            key, text = annotation["image_id"], " ".join(caption.split())
             if text:
                 captions.setdefault(str(key), []).append(text)
         files = {str(image["id"]): image["file_name"] for image in content["images"]}

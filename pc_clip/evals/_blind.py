@@ -88,9 +88,7 @@ def ask(subject: Subject, statements: Sequence[Statement]) -> Asked:
     every = list(found.data.ids) == list(subject.data.ids)  # then they may have been embedded already
     z = subject.z if every else Subject(subject.clip, subject.find_base, found.data, subject.config).z
     texts, others = embed_both(subject.clip, found.statements)
-    for what, of in (("images", z), ("statements", texts), ("contradictions", others)):
-        if not torch.isfinite(of).all():
-            raise UserError(f"embeddings of the {what} are not finite; the weights may have diverged")
+    _check_finite("images", z)
     return Asked(
         found.statements,
         photographs(found.data.ids)[found.rows],
@@ -104,8 +102,9 @@ def ask(subject: Subject, statements: Sequence[Statement]) -> Asked:
 
 
 def embed_both(clip: Clip, statements: Sequence[Statement]) -> tuple[Tensor, Tensor]:
-    """Unit embeddings of the texts and of their contradictions.  -> [M, D], [M, D]"""
+    """Unit embeddings of the texts and of their contradictions; UserError if not finite.  -> [M, D], [M, D]"""
     both = clip.embed_texts([s.text for s in statements] + [s.contradiction for s in statements])
+    _check_finite("statements", both)
     return both[: len(statements)], both[len(statements) :]
 
 
@@ -117,9 +116,19 @@ def photographs(views: Sequence[str]) -> np.ndarray:
 
 @torch.no_grad()
 def grey_image(clip: Clip) -> Tensor:
-    """The unit embedding of a constant grey picture, through the model's own transform.  -> [D]"""
+    """The unit embedding of a constant grey picture, through the model's own transform.  -> [D]
+
+    Raises UserError where it is not finite.
+    """
     pixels = clip.preprocess(Image.new("RGB", (SIZE, SIZE), GREY))[None].to(clip.device)
-    return F.normalize(clip.encode_image(pixels).float().cpu(), dim=-1)[0]
+    found = F.normalize(clip.encode_image(pixels).float().cpu(), dim=-1)[0]
+    _check_finite("grey picture", found)
+    return found
+
+
+def _check_finite(what: str, z: Tensor) -> None:
+    if not torch.isfinite(z).all():
+        raise UserError(f"embeddings of the {what} are not finite; the weights may have diverged")
 
 
 def closer(image: Tensor, texts: Tensor, others: Tensor, instead: Tensor | None = None) -> np.ndarray:
