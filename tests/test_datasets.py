@@ -222,6 +222,11 @@ def test_coco_captions_come_by_image_and_without_needless_space(tmp_path):
     assert found == {"9": ("9.jpg", ("A cat.",)), "5": ("5.jpg", ("A dog.", "One dog"))}
 
 
+def test_half_a_surrogate_pair_in_a_caption_can_be_written_again(tmp_path):
+    (tmp_path / "c.json").write_text(json.dumps(COCO | {"annotations": [{"image_id": 5, "caption": "A dog \ud83d."}]}))
+    assert read_coco_captions(tmp_path / "c.json")["5"][1][0].encode("utf-8") == b"A dog ?."
+
+
 @pytest.mark.parametrize(
     "content, said",
     [

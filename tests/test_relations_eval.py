@@ -244,6 +244,19 @@ def test_on_vsr_who_does_not_look_is_held_to_the_majority(split, example_clip):
     assert _blind.right(always, true).mean() == pytest.approx(true.mean())
 
 
+@pytest.mark.skipif(not (SHARED / "vsr").is_dir(), reason="VSR's files are not at hand")
+@pytest.mark.parametrize(("split", "shared", "right"), [("random", 1666, 0.731), ("zeroshot", 0, 0.515)])
+def test_vsrs_random_split_can_be_passed_by_who_knows_its_train_file(split, shared, right):
+    """Who says the opposite of what a caption's label mostly is in the train file, and "true" where that is nothing."""
+    learnt: dict[str, int] = {}
+    for s in read_statements([SHARED / "vsr" / split / "train.jsonl"]):
+        learnt[s.text] = learnt.get(s.text, 0) + (1 if s.true else -1)
+    statements = read_statements([SHARED / "vsr" / split / "test.jsonl"])
+    assert sum(s.text in learnt for s in statements) == shared
+    says = np.array([-learnt.get(s.text, 0) or 1.0 for s in statements])
+    assert _blind.right(says, np.array([s.true for s in statements])).mean() == pytest.approx(right, abs=5e-4)
+
+
 # -- the command -------------------------------------------------------------------------------------------
 
 

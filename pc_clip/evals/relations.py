@@ -6,6 +6,10 @@ The two candidates are the statement and its contradiction, which is built from 
 figure (pc_clip/evals/_blind.py), and intervals draw photographs again, with the same draws for the model and the
 others.
 
+None of these has read another file. Of VSR's random split three test captions in four are in the train file too, there
+mostly with the other label: who remembers that file and says the opposite is right in 73 % without looking, and who
+learnt its texts by heart is wrong as often. The zero-shot split shares no caption.
+
 prefers_caption_as_written is how often the statement wins as it is written, whatever its label: a scorer that never
 looks may get 1.000 by it. It is no accuracy; it is here because the CLIP-PO code reports it as one.
 """
