@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from interrupting import interrupted_and_continued
 from safetensors.torch import load_file
 
-from pc_clip.clip import Clip
+from pc_clip.clip import SCRATCH, Clip
 from pc_clip.config import FinetuneConfig, SamplerConfig, TrainConfig
 from pc_clip.datasets import embedded
 from pc_clip.embeddings import Embeddings, save_embeddings
@@ -295,6 +295,13 @@ def test_settings_that_mean_nothing_are_refused(config, example_clip, options, s
     config.preference = preference.Config(**options)
     with pytest.raises(UserError, match=said):
         make(config, example_clip)
+
+
+def test_weights_that_know_nothing_are_no_reference(config):
+    config.model.pretrained = SCRATCH
+    with pytest.raises(UserError, match="preference.loss dpo starts from what a model knows, and model.pretrained scr"):
+        finetune(config)
+    assert not Path("runs/a/config.yaml").exists()
 
 
 def test_statements_are_needed(config, example_clip):

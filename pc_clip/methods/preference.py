@@ -148,6 +148,11 @@ class Method(BaseMethod):
         self.reference, self.frozen = torch.empty(0), None
         if self.options.loss not in ("dpo", "ipo") or self.options.reference_free:
             return
+        if self.training:  # from scratch
+            raise UserError(
+                f"preference.loss {self.options.loss} starts from what a model knows, and model.pretrained scratch knows "
+                "nothing; take preference.loss contrastive or reward"
+            )
         if self.images.learns and self.config.data.min_crop < 1:
             self.frozen = FrozenCopy(self.clip, self.logit_scale, self.options.captioning)
             return
