@@ -100,7 +100,12 @@ def test_the_list_says_which_are_found_and_what_to_fetch(tmp_path, capsys):
     found = listed(capsys)
     assert found.keys() == datasets.READERS.keys()
     states = {name: line.split()[1] for name, (line, _) in found.items()}
-    assert {name for name, state in states.items() if state == "found"} == {"example", "coco", "folder"}
+    assert {name for name, state in states.items() if state == "found"} == {
+        "example",
+        "example_relations",
+        "coco",
+        "folder",
+    }
     assert {name for name, state in states.items() if state == "incomplete"} == {"awa2"}
     assert "no classes.txt, predicates.txt, predicate-matrix-binary.txt Fetch it" in found["awa2"][1]
     for name, (line, below) in found.items():

@@ -299,7 +299,7 @@ def test_settings_that_mean_nothing_are_refused(config, example_clip, options, s
 
 def test_weights_that_know_nothing_are_no_reference(config):
     config.model.pretrained = SCRATCH
-    with pytest.raises(UserError, match="preference.loss dpo starts from what a model knows, and model.pretrained scr"):
+    with pytest.raises(UserError, match="preference.loss dpo starts from what a model knows, and model.pretr"):
         finetune(config)
     assert not Path("runs/a/config.yaml").exists()
 

@@ -150,8 +150,8 @@ class Method(BaseMethod):
             return
         if self.training:  # from scratch
             raise UserError(
-                f"preference.loss {self.options.loss} starts from what a model knows, and model.pretrained scratch knows "
-                "nothing; take preference.loss contrastive or reward"
+                f"preference.loss {self.options.loss} starts from what a model knows, and model.pretrained scratch "
+                "knows nothing; take preference.loss contrastive or reward"
             )
         if self.images.learns and self.config.data.min_crop < 1:
             self.frozen = FrozenCopy(self.clip, self.logit_scale, self.options.captioning)
