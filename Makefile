@@ -38,6 +38,7 @@ simclip: $(READY)
 
 clip_po: $(READY)
 	@$(RUN) -m pc_clip.study configs/studies/clip_po.yaml --seeds 0 1 2
+	@$(RUN) -m pc_clip.study configs/studies/clip_po_text.yaml --seeds 0
 
 test: $(READY)
 	@$(RUN) -m ruff check .
