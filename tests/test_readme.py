@@ -66,12 +66,13 @@ def test_the_commands_of_the_readme_do_what_it_says(project):
 
 @pytest.mark.parametrize("document", ["README.md", "docs/results.md", "docs/simclip.md", "docs/clip_po.md"])
 def test_the_results_in_the_text_are_those_of_the_studies(document):
-    """Every table says which file it comes from, and holds its numbers; those of test where a metric is of several."""
+    """Every table says which file it is from, and perhaps which data set, and holds its numbers; of test, if of several."""
     text = (ROOT / document).read_text(encoding="utf-8")
-    tables = re.findall(r"<!-- (docs/results/\w+\.csv) -->\n((?:\|.*\n)+)", text)
-    assert tables
-    for source, written in tables:
+    tables = re.findall(r"<!-- (docs/results/\w+\.csv)(?: ([\w/]+))? -->\n((?:\|.*\n)+)", text)
+    assert len(tables) == text.count("<!-- docs/results/")
+    for source, dataset, written in tables:
         table = pd.read_csv(ROOT / source)
+        table = table[table.dataset == dataset] if dataset else table
         lines = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in written.splitlines()]
         header, rows = lines[0], lines[2:]
         for variant, *cells in rows:
