@@ -11,8 +11,8 @@ from pc_clip.config import FinetuneConfig
 from pc_clip.training import finetune
 
 
-def interrupted_and_continued(config: FinetuneConfig, step: int, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of the config's run, which is interrupted after `step` steps and then resumed."""
+def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Interrupt training when a batch of that step is asked for."""
     original = training.batches
 
     def interrupted(method, done, total):
@@ -21,8 +21,13 @@ def interrupted_and_continued(config: FinetuneConfig, step: int, monkeypatch: py
                 raise KeyboardInterrupt
             yield n, batch
 
+    monkeypatch.setattr(training, "batches", interrupted)
+
+
+def interrupted_and_continued(config: FinetuneConfig, step: int, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of the config's run, which is interrupted after `step` steps and then resumed."""
     with monkeypatch.context() as context:
-        context.setattr(training, "batches", interrupted)
+        stop_at(context, step)
         with pytest.raises(KeyboardInterrupt):
             finetune(config)
     config.resume = True

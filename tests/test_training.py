@@ -15,6 +15,7 @@ import pytest
 import sample_differences
 import torch
 import yaml
+from interrupting import stop_at
 from safetensors.torch import load_file
 
 from pc_clip import fast_text, methods
@@ -48,21 +49,6 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 def same(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
-def stop_at(monkeypatch, step: int) -> None:
-    """Interrupt training when a batch of that step is asked for."""
-    from pc_clip import training
-
-    original = training.batches
-
-    def interrupted(method, done, total):
-        for n, batch in original(method, done, total):
-            if n == step:
-                raise KeyboardInterrupt
-            yield n, batch
-
-    monkeypatch.setattr(training, "batches", interrupted)
 
 
 def test_ctrl_c_ends_the_step_saves_it_and_resuming_loses_nothing(config, monkeypatch):
