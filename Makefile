@@ -5,13 +5,14 @@ RUN    := $(VENV)/bin/python
 READY  := $(VENV)/.ready
 DATA   ?= data/coco
 
-.PHONY: quickstart reproduce simclip clip_po test photo llm clean help
+.PHONY: quickstart reproduce simclip clip_po change test photo llm clean help
 
 help:
 	@echo "make quickstart   write differences, finetune, evaluate on the embedded example; print one table"
 	@echo "make reproduce    the same with three seeds, and the paper's other evaluations"
 	@echo "make simclip      batches of similar examples against random ones, and hard pairs; an hour or more on two cores"
 	@echo "make clip_po      preference tuning against plain finetuning with the same negatives; an hour on two cores"
+	@echo "make change       what changed between two scenes: adapted, then captioned (CLIP4IDC); an hour on two cores"
 	@echo "make test         the whole test suite"
 	@echo "make photo DATA=folder   the same scripts on photographs with human captions (COCO's layout)"
 	@echo "make llm DATA=folder     a small language model writes 600 differences of those photographs; an audit"
@@ -35,6 +36,9 @@ reproduce: $(READY)
 simclip: $(READY)
 	@for study in simclip simclip_towers simclip_scratch hard_pairs; do \
 	  $(RUN) -m pc_clip.study configs/studies/$$study.yaml --seeds 0 1 2 || exit $$?; done
+
+change: $(READY)
+	@$(RUN) -m pc_clip.study configs/studies/change.yaml --seeds 0 1 2
 
 clip_po: $(READY)
 	@$(RUN) -m pc_clip.study configs/studies/clip_po.yaml --seeds 0 1 2

@@ -26,6 +26,7 @@ DEFAULTS = {  # by --method, where no config is named
     "pairwise": "example.yaml",
     "contrastive": "example_captions.yaml",
     "preference": "example_dpo.yaml",
+    "change": "example_change.yaml",
 }
 
 

@@ -7,6 +7,8 @@ What classes look like, or how they differ:
     python generate_diffs.py --task describe --dataset awa2
 Which of two similar images fits a caption better: captions and images -> llm_diffs/NAME.parquet:
     python generate_diffs.py --config configs/rank_example.yaml
+By a captioner of changes, which looks at the pictures (finetune.py --method change --change.stage caption):
+    python generate_diffs.py --writer change --change.checkpoint runs/example_change --dataset example_changes
 Interrupted and started again, it continues where it stopped, with as many processes as it then has; on several
 GPUs: accelerate launch generate_diffs.py ...
 """
@@ -29,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     parser = jsonargparse.ArgumentParser(prog="generate_diffs.py", description=__doc__)
     of_the_example = peek(argv, "task", None, "pairs") == "pairs" and not peek(argv, "captions", None, "")
+    of_the_example &= peek(argv, "writer", None, "rules") != "change"
     default = DEFAULT if of_the_example else None
     config = configure(GenerateConfig, parser, argv, default=default)
     return generate(config)

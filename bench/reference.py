@@ -22,12 +22,19 @@ Of CLIP-PO:
 - `preference_step` runs policy and frozen reference on every item, both towers of both, though the image towers are
   equal and never learn; texts are padded to 77 tokens.
 
+Of CLIP4IDC:
+
+- `greedy_words` runs the decoder over all words so far for each next one, scores the next word after each of them,
+  and always writes as many words as there may be, whatever has ended; the text is cut at its end afterwards. Keys and
+  values of the images are found again each time. (The published decoder also has layers of its own over the tokens of
+  the images, and runs them again for each word; ours has none.)
+
 What is left out, because it would only flatter us: printing, `empty_cache`, unpickling.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -189,3 +196,19 @@ def _odds(model: nn.Module, pixels: Tensor, preferred: Tensor, rejected: Tensor)
     similarity = torch.stack([(image * each).sum(-1) for each in text], dim=-1)  # [B, 2]
     log_p = (model.logit_scale.exp() * similarity).log_softmax(-1)
     return log_p[:, 0] - log_p[:, 1]
+
+
+# -- CLIP4IDC ------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def greedy_words(decoder: Callable[[Tensor], Tensor], pairs: int, start: int, first: int, length: int) -> Tensor:
+    """The likeliest word after each prefix, `length` times.  -> [B, length] int64
+
+    decoder: words so far [B, L] -> scores [B, L, V] of the words that follow them, that of word `first` foremost.
+    """
+    words = torch.full((pairs, 1), start)
+    for _ in range(length):
+        scores = decoder(words)
+        words = torch.cat([words, scores[:, -1].argmax(dim=-1, keepdim=True) + first], dim=1)
+    return words[:, 1:]

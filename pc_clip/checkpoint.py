@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 import pc_clip
+from pc_clip.change.model import PREFIX, ChangeModel
 from pc_clip.clip import Clip, guess_architecture, preprocess_of_tag
 from pc_clip.errors import UserError
 from pc_clip.files import write_tensors
@@ -32,7 +33,10 @@ STATE_FILE = "state.safetensors"
 
 
 def save_model(path: Path, clip: Clip) -> None:
-    """Every weight of a model under open_clip's names, and what it was made from, in one file."""
+    """Every weight of a model under open_clip's names, and what it was made from, in one file.
+
+    What reads pairs of images lies beside them, under names that begin with change.
+    """
     preprocess = clip.model.visual.preprocess_cfg
     about = {
         "model": clip.name,
@@ -40,7 +44,23 @@ def save_model(path: Path, clip: Clip) -> None:
         "preprocess": preprocess,
         "pc_clip": pc_clip.__version__,
     }
-    write_tensors(path, clip.model.state_dict(), {"format": "pt", "pc_clip": json.dumps(about)})
+    weights = dict(clip.model.state_dict())
+    if clip.change is not None:
+        about["change"] = clip.change.describe()
+        weights |= {PREFIX + name: value for name, value in clip.change.state_dict().items()}
+    write_tensors(path, weights, {"format": "pt", "pc_clip": json.dumps(about)})
+
+
+def find(path: str | Path) -> Path:
+    """The file of a checkpoint: a run's, or the one that is named. Raises UserError where there is none."""
+    path = Path(path)
+    if path.is_dir():
+        if not (path / MODEL_FILE).is_file() and (path / STATE_FILE).is_file():
+            raise UserError(f"the run {path} is not finished; continue it with finetune.py --resume true")
+        path = path / MODEL_FILE
+    if not path.is_file():
+        raise UserError(f"no checkpoint at {path}. Give a run's folder, a .safetensors or a .pt file.")
+    return path
 
 
 def load_model(path: str | Path, name: str | None = None, pretrained: str | None = None, device: str = "cpu") -> Clip:
@@ -49,20 +69,17 @@ def load_model(path: str | Path, name: str | None = None, pretrained: str | None
     name: the architecture, for files that do not say; guessed from the shapes when not given.
     Raises UserError for a file that is absent, cut short, of another architecture, or not only weights.
     """
-    path = Path(path)
-    if path.is_dir():
-        if not (path / MODEL_FILE).is_file() and (path / STATE_FILE).is_file():
-            raise UserError(f"the run {path} is not finished; continue it with finetune.py --resume true")
-        path = path / MODEL_FILE
-    if not path.is_file():
-        raise UserError(f"no checkpoint at {path}. Give a run's folder, a .safetensors or a .pt file.")
+    path = find(path)
     state, about = _read_safetensors(path) if path.suffix == ".safetensors" else (_read_torch(path), {})
     name = name or about.get("model") or guess_architecture(state)
     pretrained = pretrained or about.get("pretrained")
     preprocess = about.get("preprocess") or preprocess_of_tag(name, pretrained)
     clip = Clip.create(name, load_weights=False, device=device, preprocess=preprocess)
     clip.pretrained = pretrained
+    beside = {name.removeprefix(PREFIX): state.pop(name) for name in list(state) if name.startswith(PREFIX)}
     _load_strictly(clip, state, path)
+    if "change" in about:
+        clip.change = ChangeModel.build(clip, about["change"], beside, path)
     return clip
 
 

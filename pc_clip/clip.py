@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from pc_clip import _torchvision, adapters  # noqa: F401  (the former before open_clip)
+from pc_clip.change.model import PREFIX, ChangeModel
 from pc_clip.errors import UserError, check_choice, nearest
 from pc_clip.fast_text import FastText
 from pc_clip.trainable import TRAINABLE, parameters_of
@@ -32,18 +34,24 @@ SCRATCH = "scratch"  # in the place of a tag of pretrained weights: weights draw
 
 
 def model_folder(name: str) -> Path:
-    """Where a model shipped inside the package lives (only "example" is)."""
-    return Path(__file__).parent / name / "model"
+    """Where a model shipped inside the package lives."""
+    return Path(__file__).parent / "example" / {"example": "model", "example_vit": "vit"}[name]
+
+
+SHIPPED = ("example", "example_vit")
 
 
 @dataclass
 class Clip:
     """A CLIP model with all that is needed to use it.
 
-    name: an open_clip architecture ("ViT-L-14"), "example" for the embedded model, or "local-dir:FOLDER".
+    name: an open_clip architecture ("ViT-L-14"), "example" for the embedded model, "example_vit" for the same with a
+        vision transformer as its image tower, or "local-dir:FOLDER".
     pretrained: what the weights were before any finetuning: a tag of open_clip's, a file, SCRATCH, or None.
     fast_text: whether texts are encoded by pc_clip.fast_text where it knows the tower. The result is the same;
         `choose_text_way` looks whether that is so on this machine.
+    change: what reads pairs of images with this model's image tower, and writes how they differ (CLIP4IDC); most
+        models have none.
     """
 
     model: nn.Module
@@ -52,6 +60,7 @@ class Clip:
     name: str
     pretrained: str | None = None
     fast_text: bool = True
+    change: ChangeModel | None = None
     _fast: tuple[nn.Module | None, FastText | str] | None = field(default=None, repr=False, compare=False)
 
     # -- making one ------------------------------------------------------------------------------------
@@ -73,9 +82,10 @@ class Clip:
         weights where `pretrained` is SCRATCH.
         Raises UserError for an unknown name, an unknown tag, or weights that cannot be had.
         """
-        known_as, name = name, f"local-dir:{model_folder('example')}" if name == "example" else name
+        known_as, name = name, f"local-dir:{model_folder(name)}" if name in SHIPPED else name
         _check_name(name)
         load_weights = load_weights and pretrained != SCRATCH
+        beside = known_as == "example_vit" and load_weights  # its file has the image tower alone
         options = _resolve_local_text_tower(name) | ({"force_preprocess_cfg": preprocess} if preprocess else {})
         if load_weights and not name.startswith("local-dir:") and pretrained is None:
             tags = [tag for architecture, tag in open_clip.list_pretrained() if architecture == name]
@@ -88,18 +98,20 @@ class Clip:
                 torch.default_generator.manual_seed(seed)  # of the CPU alone: torch.manual_seed takes the GPUs' along
                 model = open_clip.create_model(
                     name,
-                    pretrained if load_weights else None,
-                    load_weights=load_weights,
+                    pretrained if load_weights and not beside else None,
+                    load_weights=load_weights and not beside,
                     pretrained_text=False,
                     **options,
                 )
+                if beside:
+                    model.load_state_dict(_example_vit())
         except Exception as error:
             raise _cannot_load(name, pretrained, error) from error
         return cls._complete(model, known_as, pretrained, device)
 
     @classmethod
     def _complete(cls, model: nn.Module, name: str, pretrained: str | None, device: str | torch.device) -> Clip:
-        folder = f"local-dir:{model_folder('example')}" if name == "example" else name
+        folder = f"local-dir:{model_folder(name)}" if name in SHIPPED else name
         with _quiet_open_clip():
             tokenizer = open_clip.get_tokenizer(folder)
         # JSON has no tuples: without this, one transform would have two names, and so two caches.
@@ -248,10 +260,19 @@ class Clip:
         Made of the image tower's hash and the rest, so that who needs both goes through those weights once.
         """
         rest = {name: value for name, value in self.model.state_dict().items() if not name.startswith("visual.")}
-        return hash_tensors(rest, extra=self.image_tower_hash())
+        if self.change is not None:
+            rest |= {PREFIX + name: value for name, value in self.change.state_dict().items()}
+        described = "" if self.change is None else repr(self.change.describe())
+        return hash_tensors(rest, extra=self.image_tower_hash() + described)
 
     def describe(self) -> str:
         return f"{self.name} ({self.pretrained})" if self.pretrained else self.name
+
+
+def _example_vit() -> dict[str, Tensor]:
+    """The example's text tower with a vision transformer that was trained beside it (pc_clip/example/pretrain.py)."""
+    text, image = (load_file(model_folder(name) / "open_clip_model.safetensors") for name in SHIPPED)
+    return {name: value for name, value in text.items() if not name.startswith("visual.")} | image
 
 
 def hash_tensors(state: Mapping[str, Tensor], extra: str = "") -> str:

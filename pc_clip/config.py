@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from pc_clip.writers import LanguageModelConfig
+from pc_clip.writers import ChangeWriterConfig, LanguageModelConfig
 from pc_clip.writers.server import ServerConfig
 
 
@@ -13,9 +13,12 @@ class ModelConfig:
     """The model a run starts from.
 
     Args:
-        name: open_clip's name of the architecture, "example" for the embedded model, or local-dir:FOLDER; empty for
-            the embedded model on the example, and the paper's (ViT-L-14, datacomp_xl_s13b_b90k) on anything else.
+        name: open_clip's name of the architecture, "example" or "example_vit" for the embedded models, or
+            local-dir:FOLDER; empty for the embedded ones on the example, and PC-CLIP's (ViT-L-14,
+            datacomp_xl_s13b_b90k) on anything else.
         pretrained: One of open_clip's tags for it, a file of weights, or scratch for weights drawn by the run's seed.
+        start: A checkpoint to start from in place of these weights: a run's folder, a .safetensors or .pt file. It says
+            itself which model it is of; training alone reads this.
         train: Which parameters learn: text_blocks, text, all_text_but_embeddings or both; attention for what makes
             queries, keys and values in both towers (A-CLIP), text_attention for that in the text tower alone.
         lora_rank: Train adapters of this rank on the weights that `train` names, in place of these weights; 0 for none.
@@ -27,6 +30,7 @@ class ModelConfig:
 
     name: str = ""
     pretrained: str | None = None
+    start: str = ""
     train: str = "text_blocks"
     lora_rank: int = 0
     lora_alpha: float | None = None
@@ -38,6 +42,8 @@ class ModelConfig:
             return self.name, self.pretrained
         if dataset in ("example", "example_relations"):
             return "example", self.pretrained
+        if dataset == "example_changes":
+            return "example_vit", self.pretrained
         return "ViT-L-14", self.pretrained or "datacomp_xl_s13b_b90k"
 
 
@@ -68,7 +74,7 @@ class DataConfig:
         dataset: A name that `python -m pc_clip.datasets` lists.
         root: The folder it is in, unless it is where that list says.
         split: Which part of it, or the path of a table for tsv; empty for train.
-        missing: What pictures absent from a captions file's list mean, error or skip.
+        missing: What pictures mean that the files of a data set name and that are absent, error or skip.
         differences: The JSONL file of difference sentences; only methods that learn from them read it.
         statements: Files of what is true and false of images, for method preference; empty for the data set's own.
             pc_clip/statements.py says which formats.
@@ -146,6 +152,7 @@ class TrainConfig:
         schedule: constant, exponential (lr times `decay` after each epoch) or cosine (to zero).
         decay: Factor of the exponential schedule.
         warmup_steps: Steps of linear warm-up.
+        warmup_share: The same as a share of all steps; one of the two.
         clip_norm: Largest gradient norm; 0 for none.
         precision: "no" for float32, or bf16 for mixed precision; the weights stay float32.
         compensated: Add steps to the weights by compensated summation, so that float32 does not lose small ones; for
@@ -171,6 +178,7 @@ class TrainConfig:
     schedule: str = "exponential"
     decay: float = 0.9
     warmup_steps: int = 0
+    warmup_share: float = 0.0
     clip_norm: float = 0.0
     precision: str = "no"
     compensated: bool = False
@@ -223,7 +231,7 @@ class RankConfig:
             see none.
         order_prompt: What a language model is asked for an order, a YAML like configs/prompts/rank_order.yaml; empty
             for that one. --prompt is for the descriptions.
-        missing: What pictures absent from a captions file's list mean, error or skip.
+        missing: What pictures mean that the files of a data set name and that are absent, error or skip.
         device: Where images and captions are embedded, cpu or cuda; empty for the GPU if there is one.
         batch_size: Images embedded together.
         workers: Processes that read images.
@@ -244,25 +252,27 @@ class RankConfig:
 
 @dataclass
 class GenerateConfig:
-    """Write sentences on how one image differs from another, from their captions alone; or on classes.
+    """Write sentences on how one image, or class, differs from another: from captions, names or pictures.
 
     Args:
-        name: The sentences go to {out}/{name}.jsonl; empty for example, or for the data set and the task.
+        name: The sentences go to {out}/{name}.jsonl; empty for example, or for the data set and the task, or the data
+            set and the writer change.
         task: pairs (of images, from their captions), compare (how one class differs from another), describe (what
             images of a class look like), rewrite (captions in other words) or rank (which images fit a caption better
             than others, to {out}/{name}.parquet).
         captions: A COCO captions JSON or a SimCLIP TSV; empty for the captions of the embedded example, or of the data
             set whose images are ranked.
-        dataset: Whose classes are compared or described, or whose images are ranked.
+        dataset: Whose classes are compared or described, or whose images are ranked, or looked at by the writer change.
         root: The folder it is in, unless it is where `python -m pc_clip.datasets` says.
         question: Which of its classifications, where it has several (the example has).
         split: Which split of the data set; the first, train, unless named.
         n_images: How many images are drawn; empty for all.
-        n_pairs: How many pairs of them, or of classes, are drawn; empty for all.
+        n_pairs: How many pairs of them, or of classes, are drawn; empty for all. The writer change takes pairs before
+            and after a change, where the data set has them.
         n_each: Descriptions a class.
         both_orders: Whether each pair is written about in both orders.
         caption: Which of an image's captions is used: random (drawn for each pair, or query) or longest (it says most).
-        writer: rules, transformers or server.
+        writer: rules, transformers, server, or change, which is a captioner of changes and looks at the pictures.
         min_characters: Shorter sentences are rejected; empty for 60, and 20 where classes or single captions are
             written about.
         prompt: What a language model is asked, a YAML like those in configs/prompts/; empty for the task's.
@@ -293,6 +303,7 @@ class GenerateConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     transformers: LanguageModelConfig = field(default_factory=LanguageModelConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
+    change: ChangeWriterConfig = field(default_factory=ChangeWriterConfig)
 
 
 @dataclass
@@ -303,7 +314,7 @@ class EvaluateConfig:
         dataset: A name that `python -m pc_clip.datasets` lists.
         root: The folder it is in, unless it is where that list says.
         split: Which part of it, or the path of a table for tsv; empty for the test split.
-        missing: What pictures absent from a captions file's list mean, error or skip.
+        missing: What pictures mean that the files of a data set name and that are absent, error or skip.
         download: Fetch the data set if it is not there.
         mode: Evaluations, separated by commas; empty for all that the data set allows.
         checkpoint: A run's folder, a .safetensors or .pt file; empty for the model as it was pretrained.
@@ -317,6 +328,9 @@ class EvaluateConfig:
         statements: Files of what is true and false of images, or folders of such files, for --mode relations and
             compositional (VSR, SugarCrepe, ARO, your own); empty for the data set's own.
         retrieval_batch: Images searched among, for --mode batches.
+        beams: Sentences kept open while one is looked for, for --mode caption; 1 takes the likeliest word each time.
+        length_penalty: Beams are compared by log-likelihood / length ** length_penalty.
+        spice: Score captions by SPICE too, which needs Java 8 and a download (docs/change.md).
         prompts: paper for "This is a photo of a {}.", several for the mean over the data set's own list of prompts.
         templates: Prompts with {} for the class, in place of either.
         alphas: The values tried for comparative prompting and for averaging weights.
@@ -354,6 +368,9 @@ class EvaluateConfig:
     against: str | None = None
     statements: list[str] = field(default_factory=list)
     retrieval_batch: int = 64
+    beams: int = 1
+    length_penalty: float = 1.0
+    spice: bool = False
     prompts: str = "paper"
     templates: list[str] = field(default_factory=list)
     alphas: list[float] = field(default_factory=lambda: [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0])

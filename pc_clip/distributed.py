@@ -55,6 +55,29 @@ def info_nce_with_negatives(
     return losses.info_nce_with_negatives(*gathered, logit_scale, slice(first, first + len(text)))
 
 
+def info_nce_of_several(
+    pair: Tensor, text: Tensor, said: Tensor, number: Tensor, logit_scale: float | Tensor
+) -> Tensor:
+    """losses.info_nce_of_several over the rows of all processes. [B, D], [B, D], [B, S], [B]; this process's."""
+    if _processes() == 1:
+        return losses.info_nce_of_several(pair, text, said, number, logit_scale)
+    first = dist.get_rank() * len(pair)
+    known = torch.cat(_parts(said)), torch.cat(_parts(number))
+    return losses.info_nce_of_several(gather(pair), gather(text), *known, logit_scale, slice(first, first + len(pair)))
+
+
+def mean_over_all(total: Tensor, count: Tensor) -> Tensor:
+    """A sum over this process's items by the mean count of a process: its mean over processes is the mean of all items.
+
+    total: scalar, with a gradient; count: scalar, how many items it is of.
+    """
+    if _processes() == 1:
+        return total / count
+    everywhere = count.clone().float()
+    dist.all_reduce(everywhere)
+    return total / (everywhere / _processes())
+
+
 def _parts(x: Tensor) -> list[Tensor]:
     """What each process has, without gradients."""
     parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]

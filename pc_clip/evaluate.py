@@ -38,6 +38,8 @@ _ASIDE = {
     "download",
 }  # fmt: skip
 
+_OF_CAPTIONS = {"beams", "length_penalty", "spice"}  # no other mode depends on them
+
 
 def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
     """Run what was asked for, except what has been evaluated already; returns all results.
@@ -222,7 +224,8 @@ class _Keys:
     def of(self, mode: str) -> str:
         """The key of one evaluation: equal keys, equal results."""
         config, data = self.config, self.data
-        settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in _ASIDE}
+        aside = _ASIDE if mode == "caption" else _ASIDE | _OF_CAPTIONS
+        settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in aside}
         for name in ("differences", "descriptions"):  # by content: an edited file is evaluated again
             if settings[name]:
                 path = Path(settings[name])
@@ -268,6 +271,9 @@ def _suffix(config: EvaluateConfig) -> str:
     named += ["auto"] * (config.pairs == "auto") + ["several"] * (config.prompts == "several")
     named += ["+".join(map(_place, config.statements))] if config.statements else []
     named += [f"batches of {config.retrieval_batch}"] * (config.retrieval_batch != EvaluateConfig.retrieval_batch)
+    named += [f"beams {config.beams}"] * (config.beams != EvaluateConfig.beams)
+    named += [f"penalty {config.length_penalty}"] * (config.length_penalty != EvaluateConfig.length_penalty)
+    named += ["spice"] * config.spice
     named += ["prompts " + _digest(config.templates)] if config.templates else []
     cut = [value if len(value) <= 40 else f"{value[:40]} {_digest(value)}" for value in named]
     return "".join(f"-{''.join(c if c.isalnum() else '_' for c in value)}" for value in cut)

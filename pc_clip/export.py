@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 import pc_clip
 from pc_clip import checkpoint as checkpoints
-from pc_clip.clip import Clip, model_folder
+from pc_clip.clip import SHIPPED, Clip, model_folder
 from pc_clip.errors import UserError, check_choice, run_script
 from pc_clip.files import write_json, write_tensors, write_text
 
@@ -130,7 +130,7 @@ def _without_path(name: str | None) -> str | None:
 
 def write_open_clip(clip: Clip, folder: Path) -> None:
     """The files of a `local-dir:` model: configuration, weights, and what its tokenizer and text tower need."""
-    name = f"local-dir:{model_folder(clip.name)}" if clip.name == "example" else clip.name
+    name = f"local-dir:{model_folder(clip.name)}" if clip.name in SHIPPED else clip.name
     preprocess = {key: value for key, value in clip.model.visual.preprocess_cfg.items() if key not in ("size", "mode")}
     config = {"model_cfg": open_clip.get_model_config(name), "preprocess_cfg": preprocess}
     write_json(folder / "open_clip_config.json", config)
@@ -367,6 +367,8 @@ def main(argv: list[str] | None = None) -> None:
         print(f"  transformers: CLIPModel.from_pretrained('{arguments.out}'), equal to within {done.difference:.0e}")
     for kind, reason in done.left_out.items():
         print(f"  {kind}: not written, {reason}")
+    if clip.change is not None:
+        print("  what reads pairs of images and writes about them is not part of it; run.py takes the run itself")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Captions or classes in, sentences out: NAME.jsonl, and NAME.meta.json on how it was made.
+"""Captions, classes or pictures in, sentences out: NAME.jsonl, and NAME.meta.json on how it was made.
 
 While it works, NAME.parts/ holds what is done (pc_clip/shards.py), so that it continues wherever it was
 stopped, with as many processes as it then has. Sentences that were rejected end in NAME.rejected.jsonl.
@@ -32,7 +32,7 @@ from pc_clip.writers import Job, LanguageModelWriter, RulesWriter, Writer
 log = logging.getLogger(__name__)
 
 TASKS = ("pairs", "compare", "describe", "rewrite", "rank")
-WRITERS = ("rules", "transformers", "server")
+WRITERS = ("rules", "transformers", "server")  # from captions, or names of classes; change looks at pictures
 MIN_OF_CLASSES = 20  # characters; "An owl: a small bird." says enough, where of two photographs it would not
 UNUSED = {  # settings that a task has no use for; silence about them would be believed
     "pairs": ("dataset", "root", "question", "n_each", "rank", "model"),
@@ -40,6 +40,7 @@ UNUSED = {  # settings that a task has no use for; silence about them would be b
     "compare": ("captions", "n_images", "n_each", "caption", "rank", "model"),
     "describe": ("captions", "n_images", "n_pairs", "both_orders", "caption", "rank", "model"),
     "rank": ("question", "n_images", "n_pairs", "n_each", "both_orders"),
+    "change": ("captions", "caption", "question", "n_each", "min_characters", "prompt", "rank", "model"),  # the writer
 }
 HOW = {  # of a writer's settings, those that say how it writes, not what
     "transformers": ("batch_size", "share_prefix", "device"),
@@ -58,7 +59,7 @@ def generate(config: GenerateConfig, processes: Processes | None = None) -> Path
     another process writes the same file.
     """
     check_choice("task", config.task, TASKS)
-    check_choice("writer", config.writer, WRITERS)
+    check_choice("writer", config.writer, (*WRITERS, "change"))
     check_choice("caption", config.caption, ("random", "longest"))
     check_at_least("seed", config.seed, 0)
     for name in ("n_images", "n_pairs", "n_each", "min_characters"):
@@ -71,6 +72,10 @@ def generate(config: GenerateConfig, processes: Processes | None = None) -> Path
         from pc_clip.generate_rank import generate_rank  # here, because it loads models, and uses this module
 
         return generate_rank(config, processes)
+    if config.writer == "change":
+        from pc_clip.generate_change import generate_change  # likewise
+
+        return generate_change(config, processes)
     out = Path(config.out) / f"{config.name}.jsonl"
     check_free(out, ".parquet")
     work = _work(config)
@@ -114,8 +119,12 @@ def write_all(config: GenerateConfig, work: Work, out: Path, settings: dict[str,
 
 
 def _check_no_unused(config: GenerateConfig) -> None:
+    if config.writer == "change" and config.task != "pairs":
+        raise UserError(f"--writer change sees two pictures and writes for --task pairs; --task is {config.task}")
     of_rules = ("prompt",) if config.writer == "rules" else ()
-    unused = (*UNUSED[config.task], *of_rules, *(("split",) if config.captions and config.task != "rank" else ()))
+    of_task = UNUSED["change" if config.writer == "change" else config.task]
+    of_change = () if config.writer == "change" else ("change",)
+    unused = (*of_task, *of_rules, *of_change, *(("split",) if config.captions and config.task != "rank" else ()))
     usual = GenerateConfig()
     for name in unused:
         if changed := _changed(name, getattr(config, name), getattr(usual, name)):
@@ -190,7 +199,7 @@ def _work(config: GenerateConfig) -> Work:
             raise UserError("rules cannot rewrite captions; use --writer transformers or --writer server")
         captions = _captions(config)
         return Work(
-            lambda: [(i, str(k)) for i in _draw_images(sorted(captions), config) for k in range(len(captions[i]))],
+            lambda: [(i, str(k)) for i in draw_images(sorted(captions), config) for k in range(len(captions[i]))],
             lambda key, k, n: Job(captions[key][int(k)], "", job_seed(config.seed, n)),
             lambda row: json.dumps({"image": row["first"], "text": row["text"]}, ensure_ascii=False) + "\n",
             "captions", {},
@@ -201,7 +210,7 @@ def _work(config: GenerateConfig) -> Work:
             captions = {key: (max(texts, key=len),) for key, texts in captions.items()}
 
         def pairs() -> list[Item]:
-            return choose_pairs(_draw_images(sorted(captions), config), config.n_pairs, config.seed, config.both_orders)
+            return choose_pairs(draw_images(sorted(captions), config), config.n_pairs, config.seed, config.both_orders)
 
         return Work(pairs, lambda i, j, n: _job(captions, i, j, config.seed, n), _difference_line, "pairs", {})
     data = open_dataset(config.dataset, config.root, config.split or next(iter(_splits(config.dataset)), None))
@@ -222,6 +231,8 @@ def _work(config: GenerateConfig) -> Work:
 
 
 def _name(config: GenerateConfig) -> str:
+    if config.writer == "change":
+        return f"{config.dataset}_change"
     if config.captions:
         stem = Path(config.captions).stem
         return stem if config.task == "pairs" else f"{stem}_{config.task}"
@@ -263,11 +274,11 @@ def _difference_line(row: dict[str, Any]) -> str:
     return to_line(Difference(row["first"], row["second"], row["text"]))
 
 
-def _draw_images(ids: list[str], config: GenerateConfig) -> list[str]:
+def draw_images(ids: list[str], config: GenerateConfig, what: str = "images have captions") -> list[str]:
     if config.n_images is None:
         return ids
     if config.n_images > len(ids):
-        raise UserError(f"n_images is {config.n_images}, but only {len(ids)} images have captions")
+        raise UserError(f"n_images is {config.n_images}, but only {len(ids)} {what}")
     rng = np.random.default_rng([config.seed, 1])
     return [ids[n] for n in sorted(rng.choice(len(ids), config.n_images, replace=False))]
 

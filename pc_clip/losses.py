@@ -51,6 +51,25 @@ def _cross_entropy(rows: Tensor, among: Tensor, temperature: float | Tensor, tar
     return F.cross_entropy(rows @ among.T / temperature, target, reduction="sum")
 
 
+def info_nce_of_several(
+    pair: Tensor, text: Tensor, said: Tensor, number: Tensor, logit_scale: float | Tensor, own: slice = slice(None)
+) -> Tensor:
+    """Symmetric InfoNCE where several texts belong to each row, of which `text` has one: none of them is its negative.
+
+    pair, text: [G, D], any length: they are normalised here; row n of both belong together. number: [G] int64, which
+    text each row has; said: [G, S] int64, all that belong to row n's pair, filled up with -1. own: the rows whose loss
+    is returned, for batches that several processes share.
+    """
+    with torch.autocast(pair.device.type, enabled=False):
+        pair, text = F.normalize(pair.float(), dim=-1), F.normalize(text.float(), dim=-1)
+        belongs = (said[:, :, None] == number).any(1)  # [G, G]: whether text m is said of pair n
+        belongs.fill_diagonal_(False)
+        target = torch.arange(len(pair), device=pair.device)[own]
+        find_text = (logit_scale * pair[own] @ text.T).masked_fill(belongs[own], -torch.inf)
+        find_pair = (logit_scale * text[own] @ pair.T).masked_fill(belongs.T[own], -torch.inf)
+        return (F.cross_entropy(find_text, target) + F.cross_entropy(find_pair, target)) / 2
+
+
 def squared_distance(a: Tensor, b: Tensor) -> Tensor:
     """Mean over rows of |a - b|^2 between unit vectors, which is 2 - 2 cos(a, b).
 

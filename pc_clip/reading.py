@@ -35,7 +35,9 @@ class _Pictures(torch.utils.data.Dataset):
     """Decodes and transforms one image at a time, so that worker processes can share the work."""
 
     def __init__(self, data: Dataset, transform: Transform) -> None:
-        self.data = dataclasses.replace(data, captions=None, questions=(), attributes=())  # nobody needs these there
+        # Without what nobody needs there.
+        nothing = {"captions": None, "questions": (), "attributes": (), "statements": (), "changes": (), "judge": None}
+        self.data = dataclasses.replace(data, **nothing)
         self.transform = transform
 
     def __getitem__(self, key: tuple[int, int]) -> Tensor | UserError:

@@ -26,7 +26,7 @@ from torch import Tensor
 from pc_clip import environment, pickles
 from pc_clip.checkpoint import MODEL_FILE, load_model, save_model
 from pc_clip.cleaning import clean
-from pc_clip.clip import model_folder, open_clip
+from pc_clip.clip import SHIPPED, model_folder, open_clip
 from pc_clip.differences import Difference, to_line
 from pc_clip.download import file_digest, is_web_page
 from pc_clip.embeddings import Embeddings, claim, save_embeddings
@@ -211,8 +211,8 @@ def _check_tensor(z: Any, path: Path, model: str) -> Tensor:
 
 def _embed_dim(model: str) -> int | None:
     """How long a model's embeddings are, from its config; None when that cannot be told without loading it."""
-    if model == "example" or model.startswith("local-dir:"):
-        folder = model_folder("example") if model == "example" else Path(model.removeprefix("local-dir:"))
+    if model in SHIPPED or model.startswith("local-dir:"):
+        folder = model_folder(model) if model in SHIPPED else Path(model.removeprefix("local-dir:"))
         if not (folder / "open_clip_config.json").is_file():
             raise UserError(f"{folder} is no open_clip model folder: it has no open_clip_config.json")
         config = json.loads((folder / "open_clip_config.json").read_text(encoding="utf-8"))["model_cfg"]

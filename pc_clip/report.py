@@ -28,6 +28,9 @@ _NAMES = {
     "retrieve": "t2i: a caption finds its image; i2t: an image finds one of its captions (CLIP_benchmark).\n"
     "paired: one caption an image (SimCLIP). centred: i2t without what a caption has of all images. See "
     "docs/evaluations.md.",
+    "caption": "right: type, object and value are all right. most_common, shuffled: said without looking at the pair.",
+    "change_retrieval": "p2s: a pair finds one of its sentences; s2p: a sentence finds a pair it is said of. chance: a "
+    "random order.\nsubtraction: the untrained model, the image after less the image before.",
 }
 _AT = re.compile(r"(.+)_r([1-9]\d*)")  # a figure at rank k, such as t2i_r10
 

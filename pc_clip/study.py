@@ -52,10 +52,15 @@ class Job:
     def run(self) -> Path:
         return Path("runs") / (self.study.runs or self.study.name) / self.label
 
+    @property
+    def needs(self) -> list[Job]:
+        """Those whose runs this one begins with."""
+        return [Job(self.study, variant, self.seed) for variant in self.study.needs(self.variant)]
+
     def commands(self) -> list[list[str]]:
-        arguments = self.study.variants[self.variant]
         found = []
         if self.seed is not None:  # also when it is finished: finetune.py then checks that it is this very run
+            arguments = self.study.arguments(self.variant, lambda name: Job(self.study, name, self.seed).run)
             begun = (self.run / STATE_FILE).is_file() and not (self.run / MODEL_FILE).is_file()
             resume = ["--resume", "true"] if begun else []
             name = str(self.run.relative_to("runs"))
@@ -80,16 +85,23 @@ def conduct(study: Study, seeds: list[int], workers: int) -> None:
         tqdm.write(f"python {' '.join(command)}")
         _call(command, study.results / "logs" / "prepare.log")
     jobs = [Job(study, variant, seed) for variant, seed in study.members(seeds)]
-    jobs.sort(key=lambda job: -_length(study.variants[job.variant]))  # the longest first, so that none is left alone
+    jobs.sort(key=_longest_first)
     running: dict[str, Job] = {}
     stop = threading.Event()
 
+    trained = {job.label: threading.Event() for job in jobs}
+
     def work(job: Job) -> None:
+        for other in job.needs:  # it was begun before this one
+            while not trained[other.label].wait(0.5):
+                if stop.is_set():
+                    return
         running[job.label], then = job, time.perf_counter()
         for command in job.commands():
             if stop.is_set():
                 return
             _call(command, study.results / "logs" / f"{job.label}.log")
+            trained[job.label].set()  # by the first of them
         del running[job.label]
         tqdm.write(f"{job.label}: trained and evaluated in {time.perf_counter() - then:.0f} s")
 
@@ -108,6 +120,12 @@ def conduct(study: Study, seeds: list[int], workers: int) -> None:
             stop.set()
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def _longest_first(job: Job) -> tuple[int, int]:
+    """So that none is left alone at the end; but what others begin with comes before all."""
+    depth = max((1 + _longest_first(other)[0] for other in job.needs), default=0)
+    return depth, -_length(job.study.variants[job.variant])
 
 
 def _length(arguments: list[str] | None) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from itertools import product
@@ -54,12 +54,14 @@ class Grid:
 class Study:
     """What a study's YAML says.
 
-    variants: name -> arguments of finetune.py, or null for the model as it was. grid: more of them, as combinations.
+    variants: name -> arguments of finetune.py, or null for the model as it was. {NAME} among these stands for the run
+    of the variant NAME with the same seed, which is then trained first; it must come earlier. grid: more of them, as
+    combinations.
     evaluations: lists of arguments of run.py. metrics: the figures of the table. prepare: commands run once before,
-    each a list. runs: the study whose runs are evaluated; its own unless named.
-    baselines: variants that do not compete. chosen_on: the data set the best of the others is chosen on, by the mean
-    of the metrics choose_by; it is then left out of table and picture. against: the variant that all others are
-    compared with, image by image. intervals: whether the table shows 95 % intervals.
+    each a list. runs: the study whose runs are evaluated; its own unless named. baselines: variants that do not
+    compete. chosen_on: the data set the best of the others is chosen on, by the mean of the metrics choose_by; it is
+    then left out of table and picture. against: the variant that all others are compared with, image by image.
+    intervals: whether the table shows 95 % intervals.
     """
 
     name: str
@@ -88,6 +90,10 @@ class Study:
             raise UserError(f"study {self.name} has no variants; it needs `variants` or `grid`")
         if bool(self.chosen_on) != bool(self.choose_by):
             raise UserError(f"study {self.name} needs both `chosen_on` and `choose_by`, or neither")
+        trained: list[str] = []
+        for name, arguments in self.variants.items():
+            self._check(f"variant {name!r}", self.needs(name), trained)
+            trained += [name] if arguments is not None else []
         self._check("choose_by", self.choose_by, self.metrics)
         self._check("baselines", self.baselines, self.variants)
         self._check("against", [self.against] if self.against else [], self.variants)
@@ -98,6 +104,14 @@ class Study:
         for name in found:
             if name not in known:
                 raise UserError(f"{key} of study {self.name} names {name!r}. {nearest(str(name), known)}")
+
+    def needs(self, variant: str) -> list[str]:
+        """The variants whose runs its arguments name."""
+        return [name for argument in self.variants[variant] or [] for name in _PLACEHOLDER.findall(str(argument))]
+
+    def arguments(self, variant: str, runs: Callable[[str], Path]) -> list[str]:
+        """Its arguments with the runs of others in their places. runs: where that of a variant is."""
+        return [_PLACEHOLDER.sub(lambda match: str(runs(match[1])), str(a)) for a in self.variants[variant]]
 
     @property
     def results(self) -> Path:
@@ -113,8 +127,14 @@ class Study:
         return [(name, seed) for name, arguments in every for seed in (seeds if arguments is not None else [None])]
 
     def only(self, patterns: list[str]) -> Study:
-        """The same with those variants alone whose name matches a pattern. Raises UserError when none does."""
-        kept = {n: a for n, a in self.variants.items() if any(fnmatchcase(n, pattern) for pattern in patterns)}
+        """The same with those variants alone whose name matches a pattern, and what these begin with.
+
+        Raises UserError when none does.
+        """
+        chosen = {n for n in self.variants if any(fnmatchcase(n, pattern) for pattern in patterns)}
+        for name in reversed(self.variants):
+            chosen |= set(self.needs(name)) if name in chosen else set()
+        kept = {n: a for n, a in self.variants.items() if n in chosen}
         if not kept:
             known = nearest(patterns[0], self.variants)
             raise UserError(f"--only {' '.join(patterns)} matches no variant of study {self.name}. {known}")

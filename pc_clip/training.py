@@ -14,7 +14,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from pc_clip import adapters, checkpoint, differences, environment, methods
 from pc_clip.background import ahead
+from pc_clip.best import Best
 from pc_clip.clip import Clip, blend
 from pc_clip.compensated import CompensatedAdam
 from pc_clip.config import FinetuneConfig, TrainConfig
@@ -89,8 +90,7 @@ def _run(config: FinetuneConfig, run: Path, data: Dataset) -> Path:
         project_dir=run if train.tracker else None,
         kwargs_handlers=[PATIENCE],
     )
-    source = config.model.source(config.data.dataset)
-    clip = Clip.create(*source, device=accelerator.device, seed=config.seed)
+    clip = _start(config, accelerator.device)
     with accelerator.autocast():
         text_way = clip.choose_text_way(config.model.fast_text, train.recompute)
     if accelerator.is_main_process:
@@ -113,12 +113,22 @@ def _run(config: FinetuneConfig, run: Path, data: Dataset) -> Path:
     adapters.merge(clip.model)
     if accelerator.is_main_process:
         if train.blend != 1.0:
-            start = Clip.create(*source, seed=config.seed).model.state_dict()
+            start = _start(config, "cpu").model.state_dict()
             end = {name: value.cpu() for name, value in clip.model.state_dict().items()}
             clip.model.load_state_dict(blend(start, end, train.blend))
         checkpoint.save_model(run / checkpoint.MODEL_FILE, clip)
     accelerator.end_training()
     return run
+
+
+def _start(config: FinetuneConfig, device: torch.device | str) -> Clip:
+    """The model as it is before training."""
+    model = config.model
+    if model.start:
+        if model.pretrained:
+            raise UserError("model.start and model.pretrained both say which weights to begin with; leave one out")
+        return checkpoint.load_model(model.start, model.name or None, device=device)
+    return Clip.create(*model.source(config.data.dataset), device=device, seed=config.seed)
 
 
 def _loop(accelerator: Accelerator, method: nn.Module, config: FinetuneConfig, run: Path, stop: _Stop) -> None:
@@ -127,11 +137,12 @@ def _loop(accelerator: Accelerator, method: nn.Module, config: FinetuneConfig, r
         parameter.requires_grad_(False)
     for parameter in parameters.values():
         parameter.requires_grad_(True)
-    optimizer = make_optimizer(train, list(parameters.values()))
+    optimizer = make_optimizer(train, list(parameters.values()), [method.rate(name) for name in parameters])
     per_epoch, main = method.steps_per_epoch, accelerator.is_main_process
     total = train.steps or train.epochs * per_epoch
     done, memory = checkpoint.load_state(run, parameters, optimizer) if config.resume else (0, {})
     method.restore(memory)
+    best = Best(run, done, parameters, method.chosen_by) if method.chosen_by else None
     model, optimizer = accelerator.prepare(method, optimizer)
     metrics = _Metrics(run / "metrics.jsonl", done, accelerator) if main else None
 
@@ -146,7 +157,7 @@ def _loop(accelerator: Accelerator, method: nn.Module, config: FinetuneConfig, r
         for step, batch in coming:
             lr = learning_rate(train, step, per_epoch, total)
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group["rate"]
             loss, logs = model(to_device(batch, accelerator.device))
             asked, broken = _agree(accelerator, stop.asked, not math.isfinite(loss.item()))
             if broken:
@@ -167,6 +178,10 @@ def _loop(accelerator: Accelerator, method: nn.Module, config: FinetuneConfig, r
                 if main:
                     metrics.write({"step": step, "epoch": step / per_epoch, "lr": lr, "pairs_per_second": rate} | means)
                     tqdm.write(f"step {step}/{total}  loss {means['loss']:.4f}  lr {lr:.2e}  {rate:.0f} pairs/s")
+            if best and (step % per_epoch == 0 or step == total):
+                with accelerator.autocast():
+                    best.after(step, method.validate) if main else None
+                accelerator.wait_for_everyone()
             if step % train.save_every == 0 or step == total or asked:
                 if not all(torch.isfinite(p).all() for p in parameters.values()):  # the same in every process
                     _stop_at_nan(run, step - 1, batch.ids, float("nan"))
@@ -175,6 +190,8 @@ def _loop(accelerator: Accelerator, method: nn.Module, config: FinetuneConfig, r
             if asked:
                 raise KeyboardInterrupt
     bar.close()
+    if best and main:
+        log.info("%s", best.restore())
 
 
 def _agree(accelerator: Accelerator, *wishes: bool) -> list[bool]:
@@ -229,19 +246,24 @@ def batches(method: nn.Module, done: int, total: int) -> Iterator[tuple[int, Any
                 return
 
 
-def make_optimizer(train: TrainConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+def make_optimizer(
+    train: TrainConfig, parameters: list[nn.Parameter], rates: Sequence[float] | None = None
+) -> torch.optim.Optimizer:
     """Adam or AdamW with torch's fused step. Weight decay spares vectors: gains, biases.
 
+    rates: for each parameter what its learning rate is multiplied by, kept in its group as "rate"; 1 unless given.
     Raises UserError for weights that are not float32.
     """
     check_choice("train.optimizer", train.optimizer, ("adam", "adamw"))
     if other := {str(p.dtype).removeprefix("torch.") for p in parameters if p.dtype != torch.float32}:
         raise UserError(f"weights that learn must be float32, found {', '.join(sorted(other))}; {_WHY_FLOAT32}")
+    kinds: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for p, rate in zip(parameters, rates or [1.0] * len(parameters)):
+        kinds.setdefault((p.ndim <= 1, rate), []).append(p)
     groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": train.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": kinds[kind], "weight_decay": 0.0 if kind[0] else train.weight_decay, "rate": kind[1]}
+        for kind in sorted(kinds, key=lambda kind: (kind[0], -kind[1]))
     ]
-    groups = [g for g in groups if g["params"]]
     how = {"lr": train.lr, "betas": tuple(train.betas), "eps": train.eps}
     if train.compensated:
         return CompensatedAdam(groups, decoupled=train.optimizer == "adamw", **how)
@@ -262,6 +284,11 @@ def _check_choices(train: TrainConfig) -> None:
     check_choice("train.precision", train.precision, ("no", "bf16"))
     check_choice("train.optimizer", train.optimizer, ("adam", "adamw"))
     check_choice("train.schedule", train.schedule, ("constant", "exponential", "cosine"))
+    if not 0 <= train.warmup_share < 1 or (train.warmup_share and train.warmup_steps):
+        raise UserError(
+            f"train.warmup_share is {train.warmup_share:g}; a share of all steps, from 0 to below 1, in the place "
+            "of train.warmup_steps"
+        )
     if len(train.betas) != 2 or not all(0 <= beta < 1 for beta in train.betas):
         raise UserError(f"train.betas is {train.betas}; it takes two numbers from 0 up to, but not, 1")
     installed = [str(tracker) for tracker in get_available_trackers()]
@@ -274,12 +301,13 @@ def _check_choices(train: TrainConfig) -> None:
 def learning_rate(train: TrainConfig, step: int, steps_per_epoch: int, total: int) -> float:
     """The rate of step `step` (from 0): linear warm-up, then the schedule."""
     check_choice("train.schedule", train.schedule, ("constant", "exponential", "cosine"))
-    if step < train.warmup_steps:
-        return train.lr * (step + 1) / train.warmup_steps
+    warmup = train.warmup_steps or round(train.warmup_share * total)
+    if step < warmup:
+        return train.lr * (step + 1) / warmup
     if train.schedule == "exponential":
         return train.lr * train.decay ** (step // steps_per_epoch)
     if train.schedule == "cosine":
-        progress = (step - train.warmup_steps) / max(1, total - train.warmup_steps)
+        progress = (step - warmup) / max(1, total - warmup)
         return train.lr * 0.5 * (1 + math.cos(math.pi * progress))
     return train.lr
 
@@ -364,6 +392,8 @@ def _changes(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list
 def _hashes(data: Dataset, config: FinetuneConfig) -> dict[str, str]:
     """What a run learns from, by content."""
     found = {"images": data.fingerprint, "captions": hashlib.sha256(repr(data.captions).encode()).hexdigest()[:16]}
+    if config.model.start:
+        found["start"] = file_digest(checkpoint.find(config.model.start), "sha256")[:16]
     if config.data.embeddings:
         path = index_of(config.data.embeddings)  # the index has the checksum of every shard
         if path.is_file():  # an absent one is told of when it is read

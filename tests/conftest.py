@@ -37,6 +37,7 @@ def _here(tmp_path, monkeypatch):
 def small_example(monkeypatch):
     """The embedded example with few scenes, for tests that only need it to run."""
     monkeypatch.setattr(embedded, "EXAMPLE_SIZES", {"train": 300, "val": 60, "test": 80})
+    monkeypatch.setattr(embedded, "CHANGES_SIZES", {"train": 64, "val": 20, "test": 24})
 
 
 @pytest.fixture(scope="session")

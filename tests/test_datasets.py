@@ -103,6 +103,7 @@ def test_the_list_says_which_are_found_and_what_to_fetch(tmp_path, capsys):
     assert {name for name, state in states.items() if state == "found"} == {
         "example",
         "example_relations",
+        "example_changes",
         "coco",
         "folder",
     }

@@ -35,7 +35,7 @@ from pc_clip.clip import SCRATCH
 from pc_clip.config import FinetuneConfig, SamplerConfig, TrainConfig
 from pc_clip.configure import dump
 from pc_clip.errors import run_script
-from pc_clip.methods import contrastive, pairwise, preference
+from pc_clip.methods import change, contrastive, pairwise, preference
 from pc_clip.training import finetune
 
 forks = multiprocessing.get_context("fork")
@@ -164,12 +164,22 @@ def preferences_by(loss: str, config: FinetuneConfig) -> None:
     config.preference = preference.Config(loss)
 
 
+def changes(stage: str, config: FinetuneConfig) -> None:
+    """Sentences of unequal lengths in both processes; those that hold for several pairs are none's negatives."""
+    config.method, config.data.dataset, config.model.train = "change", "example_changes", "both"
+    config.change = change.Config(stage, width=16, heads=2, layers=1, dropout=0.0, clip_rate=1.0, validation="none")
+
+
 CHANGES = [image_and_text_towers, clusters_of_similar_images, squared_error, all_of_pairwise]
 
 
-@pytest.mark.parametrize("change", [*CHANGES, *(partial(preferences_by, loss) for loss in ("dpo", "contrastive"))])
-def test_a_step_of_two_processes_has_the_gradients_of_one_with_the_whole_batch(config, change):
-    change(config)
+CHANGES += [partial(preferences_by, loss) for loss in ("dpo", "contrastive")]
+CHANGES += [partial(changes, stage) for stage in change.STAGES]
+
+
+@pytest.mark.parametrize("alter", CHANGES)
+def test_a_step_of_two_processes_has_the_gradients_of_one_with_the_whole_batch(config, alter):
+    alter(config)
     config.train.steps = 2  # in the second, torch tells of parameters that had no part in the first
     (one,), two = first_gradients(config, "one"), first_gradients(config, "two")
     assert one.keys() == two[0].keys() == two[1].keys()
@@ -177,8 +187,15 @@ def test_a_step_of_two_processes_has_the_gradients_of_one_with_the_whole_batch(c
         "contrastive": {"logit_scale", "visual.conv1.weight"},
         "pairwise": set(),
         "preference": {"visual.conv1.weight"},
+        "change": {"visual.conv1.weight", "change.encoder.before"},
     }[config.method]
-    assert learning | {"transformer.resblocks.0.attn.in_proj_weight"} <= one.keys()
+    if config.method == "change" and config.change.stage == "caption":
+        assert not any(name.startswith("transformer.") for name in one)  # no text is read
+        learning |= {"change.decoder.words.weight"}
+    else:
+        learning |= {"logit_scale"} if config.method == "change" else set()
+        assert "transformer.resblocks.0.attn.in_proj_weight" in one
+    assert learning <= one.keys()
     largest = max(float(gradient.norm()) for gradient in one.values())
     for name, expected in one.items():
         assert torch.equal(two[0][name], two[1][name]), name

@@ -161,6 +161,10 @@ def test_every_config_shrunk_runs(path, small_example, monkeypatch, coco_folder)
         size += ["--sampler.clusters", "null", "--sampler.cluster_size", "2"]
     start = "scratch" if content["model"].get("pretrained") == "scratch" else "null"
     model = ["--model.name", "example", "--model.pretrained", start]
+    if content["method"] == "change":
+        model[1] = "example_vit"
+        data = ["--data.dataset", "example_changes", "--data.split", "train"]
+        files = ["--change.validation", "val", "--change.width", "16", "--change.layers", "1"]
     finetune.main(["--config", str(path), *model, *data, *files, *size])
     assert Path(f"runs/{content['name']}/model.safetensors").is_file()
 

@@ -57,6 +57,24 @@ def test_each_variant_is_trained_once_a_seed_and_the_base_never(calls):
     assert {c[c.index("--seed") + 1] for c in trained} == {"0", "1"}
 
 
+def test_what_a_run_begins_with_is_trained_before_it(calls):
+    chain = Study(
+        name="chain",
+        variants={"first": [], "then": ["--model.start", "{first}"], "last": ["--model.start", "{then}"]},
+        evaluations=[["--mode", "zeroshot"]],
+        metrics=["zeroshot"],
+    )
+    conduct(chain, [0, 1], workers=4)
+    trained = [value for c in calls if c[0] == "finetune.py" for value in [dict(pairwise(c))]]
+    order = [value["--name"] for value in trained]
+    for seed in (0, 1):
+        assert [n for n in order if n.endswith(str(seed))] == [
+            f"chain/{name}-seed{seed}" for name in ("first", "then", "last")
+        ]
+    starts = {value["--name"]: value.get("--model.start") for value in trained}
+    assert starts["chain/last-seed1"] == "runs/chain/then-seed1"
+
+
 def test_a_study_goes_on_where_it_was_interrupted(calls):
     job = Job(SMALL, "a", 0)
     assert "--resume" not in job.commands()[0]
@@ -145,5 +163,6 @@ def test_every_study_of_the_project_names_configs_that_exist(path):
     for arguments in filter(None, found.variants.values()):
         config = ROOT / arguments[arguments.index("--config") + 1]
         assert yaml.safe_load(config.read_text())["method"] in methods.names()
-    compares_with_the_start = any("average" in evaluation for evaluation in found.evaluations)  # start_* is the base
+    modes = {mode for words in found.evaluations for word in words for mode in str(word).split(",")}
+    compares_with_the_start = modes & {"average", "change_retrieval"}  # start_* and subtraction_* are the base's
     assert "base" in found.variants or compares_with_the_start

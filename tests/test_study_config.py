@@ -54,11 +54,20 @@ def test_two_grids_and_no_other_variants():
         ({"chosen_on": "example/val"}, "needs both `chosen_on` and `choose_by`"),
         ({"chosen_on": "example/val", "choose_by": ["t2i_r5"]}, "choose_by of study s names 't2i_r5'"),
         ({"colour": "red"}, "is no study.*colour"),
+        ({"variants": {"b": ["{a}"], "a": []}}, "variant 'b' of study s names 'a'"),
+        ({"variants": {"base": None, "b": ["{base}"]}}, "variant 'b' of study s names 'base'"),
     ],
 )
 def test_what_is_wrong_is_said(content, said):
     with pytest.raises(UserError, match=said):
         study(**content)
+
+
+def test_variants_that_begin_with_the_run_of_another():
+    found = study(variants={"base": None, "first": ["--x", "1"], "then": ["--model.start", "{first}"]}, grid=[])
+    assert found.needs("then") == ["first"]
+    assert found.arguments("then", lambda name: Path("runs") / name) == ["--model.start", "runs/first"]
+    assert list(found.only(["then"]).variants) == ["first", "then"]
 
 
 def test_only_keeps_what_matches_and_what_is_said_of_it():

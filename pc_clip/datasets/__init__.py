@@ -22,6 +22,14 @@ from pc_clip.datasets.captioned import (
     read_coco_captions,
     read_simclip_tsv,
 )
+from pc_clip.datasets.changed import (
+    IMAGE_EDITING_REQUEST,
+    SPOT_THE_DIFF,
+    is_lines,
+    open_image_editing_request,
+    open_lines,
+    open_spot_the_diff,
+)
 from pc_clip.datasets.classified import (
     LAYOUTS,
     open_cifar,
@@ -32,10 +40,12 @@ from pc_clip.datasets.classified import (
     open_sun397,
 )
 from pc_clip.datasets.classnames import ClassNames, class_names
+from pc_clip.datasets.clevr_change import LAYOUT as CLEVR_CHANGE
+from pc_clip.datasets.clevr_change import open_clevr_change
 from pc_clip.datasets.cub import LAYOUT as CUB
 from pc_clip.datasets.cub import open_cub
 from pc_clip.datasets.dataset import Attribute, Dataset, Question, read_image
-from pc_clip.datasets.embedded import open_example, open_relations
+from pc_clip.datasets.embedded import open_changes, open_example, open_relations
 from pc_clip.datasets.folder import open_folder
 from pc_clip.datasets.layout import NO_FILES, Layout
 from pc_clip.datasets.shards import LAYOUT as SHARDS
@@ -54,8 +64,8 @@ class Reader:
 
     root: where it is looked for unless told otherwise; None: it needs no files. splits: the last is the default of
     an evaluation, the first of training. any_split: whether others may be named, since the files decide. may_miss:
-    whether pictures may be absent that a file lists; `open` then takes `missing` as well. table_may_be_split: whether a
-    split may be the path of a table, which may name pictures anywhere, so that nothing need be at `root`.
+    whether pictures may be absent that a file lists; `open` then takes `missing` as well. is_table: whether a split is
+    the path of a file, which may name pictures anywhere, so that nothing need be at `root`.
     """
 
     open: Callable[[Path, str], Dataset]
@@ -67,7 +77,7 @@ class Reader:
     layout: Layout = NO_FILES
     any_split: bool = False
     may_miss: bool = False
-    table_may_be_split: bool = False
+    is_table: Callable[[Path], bool] | None = None
 
 
 def _command(name: str, of: str, makes: str) -> str:
@@ -81,6 +91,9 @@ READERS: dict[str, Reader] = {
     "example_relations": Reader(
         open_relations, None, ("train", "val", "test"), "Nothing to fetch.", "none", "MIT, as this project",
     ),
+    "example_changes": Reader(
+        open_changes, None, ("train", "val", "test"), "Nothing to fetch.", "none", "MIT, as this project",
+    ),
     "coco": Reader(
         open_coco, "data/coco", ("train2017", "val2017"),
         _command("coco", "train2017.zip, val2017.zip and annotations_trainval2017.zip of cocodataset.org",
@@ -91,7 +104,7 @@ READERS: dict[str, Reader] = {
     "tsv": Reader(
         open_tsv, "data/tsv", ("train", "test"),
         "Put SPLIT.tsv there (columns image, caption1, caption2, ...), and the pictures there, in SPLIT/ or images/.",
-        "yours", "yours", any_split=True, may_miss=True, table_may_be_split=True,
+        "yours", "yours", any_split=True, may_miss=True, is_table=is_table,
     ),
     "folder": Reader(open_folder, "data/images", (), "Put images there, in a folder a class.", "yours", "yours"),
     "webdataset": Reader(
@@ -146,6 +159,31 @@ READERS: dict[str, Reader] = {
         _command("awa2", "AwA2-data.zip of cvml.ista.ac.at/AwA2", "Animals_with_Attributes2/"),
         "13 GB", "each picture its own: see cvml.ista.ac.at/AwA2", AWA2,
     ),
+    "clevr_change": Reader(
+        open_clevr_change, "data/clevr_change", ("train", "val", "test"),
+        "Fetch clevr_change.tar.gz by the link in README.md of github.com/Seth-Park/RobustChangeCaptioning and "
+        "unpack it there; it makes data/.",
+        "not stated", "not stated", CLEVR_CHANGE, may_miss=True,
+    ),
+    "spot_the_diff": Reader(
+        open_spot_the_diff, "data/spot_the_diff",
+        ("train", "val", "reformat_train", "reformat_val", "reformat_test", "test"),
+        "Fetch train.json, val.json and test.json of data/annotations of github.com/harsh19/spot-the-diff, and "
+        "resized_images by the link in its data/get_images.txt, and put them there.",
+        "not stated", "not stated", SPOT_THE_DIFF, may_miss=True,
+    ),
+    "image_editing_request": Reader(
+        open_image_editing_request, "data/image_editing_request", ("train", "val", "valid", "test"),
+        "Fetch train.json, valid.json and test.json of data of github.com/airsplay/VisualRelationships, and the "
+        "pictures by the link in its README.md, and put them there, the pictures in images/.",
+        "not stated", "not stated", IMAGE_EDITING_REQUEST, may_miss=True,
+    ),
+    "changes": Reader(
+        open_lines, "data/changes", ("train", "val", "test"),
+        'Put SPLIT.jsonl there, a line {"before": path, "after": path, "sentences": [...]} for each change, with paths '
+        "that are whole or begin in its own folder.",
+        "yours", "yours", any_split=True, may_miss=True, is_table=is_lines,
+    ),
 }  # fmt: skip
 
 
@@ -169,7 +207,7 @@ def open_dataset(
     if reader.splits and split not in reader.splits and not reader.any_split:
         raise UserError(f"{name} has no split {split!r}. {nearest(split, reader.splits)}")
     folder = Path(root or reader.root or ".")
-    lone = reader.table_may_be_split and root is None and is_table(Path(split))
+    lone = reader.is_table is not None and root is None and reader.is_table(Path(split))
     if reader.root is not None and not folder.is_dir() and not lone:
         raise UserError(f"{name} is not at {folder}. {reader.fetch} Then name the folder with --root (--data.root).")
     reader.layout.require(name, folder, reader.fetch)

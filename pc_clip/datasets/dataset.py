@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from pc_clip.changes import Change
 from pc_clip.errors import UserError
 from pc_clip.statements import Statement
 
@@ -67,7 +68,9 @@ class Dataset:
     BrokenImage where the fault is in the image.
 
     split: how results and files name it; it says how a random split was made ("test-10pct-seed0"). part: the
-    split as it was asked for ("test"); empty for a data set without splits.
+    split as it was asked for ("test"); empty for a data set without splits. changes: pairs of its images with what is
+    said of how the second differs; judge(row, sentence) tells which parts of a sentence about changes[row] are right
+    ("type", "object", "value"), where the data set can know.
     """
 
     name: str
@@ -81,6 +84,8 @@ class Dataset:
     note: str = ""
     part: str = ""
     statements: tuple[Statement, ...] = ()
+    changes: tuple[Change, ...] = ()
+    judge: Callable[[int, str], dict[str, bool]] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -102,6 +107,8 @@ def subset(data: Dataset, rows: np.ndarray) -> Dataset:
         kept = place[question.rows] >= 0
         return dataclasses.replace(question, rows=place[question.rows][kept], target=question.target[kept])
 
+    kept = {data.ids[row] for row in rows}
+    changes = [n for n, change in enumerate(data.changes) if change.before in kept and change.after in kept]
     return dataclasses.replace(
         data,
         ids=[data.ids[row] for row in rows],
@@ -110,14 +117,26 @@ def subset(data: Dataset, rows: np.ndarray) -> Dataset:
         captions=[data.captions[row] for row in rows] if data.captions else None,
         questions=tuple(map(of, data.questions)),
         attributes=tuple(dataclasses.replace(a, value=a.value[rows]) for a in data.attributes),
-        statements=_about(data.statements, [data.ids[row] for row in rows]),
+        statements=_about(data.statements, kept),
+        changes=tuple(data.changes[n] for n in changes),
+        judge=data.judge and partial(_judge_row, data.judge, changes),
     )
 
 
-def _about(statements: tuple[Statement, ...], ids: list[str]) -> tuple[Statement, ...]:
-    kept = set(ids)
+def _about(statements: tuple[Statement, ...], kept: set[str]) -> tuple[Statement, ...]:
     images = ({image.split("@")[0] for image in (s.image, s.instead or s.image)} for s in statements)
     return tuple(s for s, about in zip(statements, images) if about <= kept)
+
+
+def with_changes(data: Dataset, rows: Sequence[int]) -> Dataset:
+    """The same images with some of their changes."""
+    chosen = tuple(data.changes[row] for row in rows)
+    judge = data.judge and partial(_judge_row, data.judge, list(rows))
+    return dataclasses.replace(data, changes=chosen, judge=judge, fingerprint=digest(data.fingerprint, list(rows)))
+
+
+def _judge_row(judge: Callable[[int, str], dict[str, bool]], rows: list[int], place: int, said: str) -> dict[str, bool]:
+    return judge(rows[place], said)
 
 
 def _load_row(load: Callable[[int], Image.Image], rows: np.ndarray, place: int) -> Image.Image:

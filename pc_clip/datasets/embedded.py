@@ -1,19 +1,22 @@
-"""The embedded example: scenes rendered by seed, with captions, questions and graded attributes; and scenes of two
-different things, with statements on how they stand to one another."""
+"""The embedded example: scenes rendered by seed, with captions, questions and graded attributes; scenes of two
+different things, with statements on how they stand to one another; and pairs of scenes before and after a change."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from pc_clip.changes import Change
 from pc_clip.datasets.dataset import Attribute, Dataset, Question, digest
-from pc_clip.example import relations, scenes, world
+from pc_clip.example import changes, relations, scenes, world
 
 EXAMPLE_SIZES = {"train": 6000, "val": 1000, "test": 2000}
+CHANGES_SIZES = {"train": 8000, "val": 500, "test": 2000}  # pairs
 
 
 def open_example(_: Path, split: str) -> Dataset:
@@ -29,7 +32,7 @@ def example(split: str, n: int) -> Dataset:
         name="example",
         split=split,
         ids=[f"{split}-{i:05d}" for i in range(n)],
-        load=partial(_draw_scene, shown),
+        load=partial(_draw, scenes.draw, shown),
         fingerprint=digest(split, n, hashlib.sha256(pixels).hexdigest()),
         captions=[world.captions(split, i) for i in range(n)],
         questions=tuple(_example_question(name, shown) for name in world.CLASSES),
@@ -54,11 +57,34 @@ def example_relations(split: str, n: int) -> Dataset:
         name="example_relations",
         split=split,
         ids=ids,
-        load=partial(_draw_scene, shown),
+        load=partial(_draw, scenes.draw, shown),
         fingerprint=digest("relations", split, n, hashlib.sha256(pixels).hexdigest()),
         questions=tuple(_place_question(kind, colour, shown) for kind in _PLACES for colour in scenes.COLOURS),
         part=split,
         statements=tuple(s for i, key in enumerate(ids) for s in relations.statements(split, i, key)),
+    )
+
+
+def open_changes(_: Path, split: str) -> Dataset:
+    return example_changes(split, CHANGES_SIZES[split])
+
+
+def example_changes(split: str, n: int) -> Dataset:
+    """The first `n` pairs of a split: pair i is the images 2i and 2i + 1, and changes[i]. It can judge sentences."""
+    pairs = [changes.pair(split, i) for i in range(n)]
+    shown = [view for pair in pairs for view in (pair.before, pair.after)]
+    ids = [f"{split}-{i:05d}-{when}" for i in range(n) for when in ("before", "after")]
+    said = [changes.sentences(split, i) for i in range(n)]
+    pixels = b"".join(changes.draw(view).tobytes() for view in shown[:16])
+    return Dataset(
+        name="example_changes",
+        split=split,
+        ids=ids,
+        load=partial(_draw, changes.draw, shown),
+        fingerprint=digest("changes", split, n, hashlib.sha256(pixels).hexdigest(), said),
+        part=split,
+        changes=tuple(Change(ids[2 * i], ids[2 * i + 1], said[i], pair.kind) for i, pair in enumerate(pairs)),
+        judge=partial(changes.judge, split),
     )
 
 
@@ -96,10 +122,13 @@ def _example_attribute(name: str, shown: list[scenes.Scene]) -> Attribute:
     return Attribute(name, value, more, less, high, low, gap)
 
 
-def _draw_scene(shown: list[scenes.Scene], row: int) -> Image.Image:
-    return Image.frombytes("RGB", (scenes.SIDE, scenes.SIDE), _drawn(shown[row]))
+Shown = scenes.Scene | changes.View
+
+
+def _draw(how: Callable[[Shown], Image.Image], shown: Sequence[Shown], row: int) -> Image.Image:
+    return Image.frombytes("RGB", (scenes.SIDE, scenes.SIDE), _drawn(how, shown[row]))
 
 
 @lru_cache(maxsize=1 << 14)  # 200 MB at most: where the image tower learns, every epoch wants them all
-def _drawn(scene: scenes.Scene) -> bytes:
-    return scenes.draw(scene).tobytes()
+def _drawn(how: Callable[[Shown], Image.Image], what: Shown) -> bytes:
+    return how(what).tobytes()

@@ -68,8 +68,8 @@ class Result:
     metrics: fractions by name; n: how many items they are over; intervals: metric -> its bootstrap 95 %
     interval; details: whatever explains them; curves, and pictures by file name, are for people to look at; items:
     metric -> one number an item, in the data set's order, whose mean is the metric but for rounding, so that two
-    checkpoints can be compared item by item. It is a share; where items were asked about unequally often, the share
-    times how often this one was, over the mean of that.
+    checkpoints can be compared item by item. It is a share, or a score like CIDEr; where items were asked about
+    unequally often, the share times how often this one was, over the mean of that.
     """
 
     metrics: dict[str, float]

@@ -47,6 +47,16 @@ class BaseMethod(nn.Module):
         train, step = self.config.train, epoch * self.steps_per_epoch + n + 1
         return step % train.log_every == 0 or step == (train.steps or train.epochs * self.steps_per_epoch)
 
+    chosen_by = ""  # the figure of `validate` by which the best epoch is chosen; empty for the last epoch
+
+    def validate(self) -> dict[str, float]:
+        """Figures on images that are not learnt from, after an epoch; asked for where `chosen_by` names one of them."""
+        raise NotImplementedError
+
+    def rate(self, name: str) -> float:
+        """What train.lr is multiplied by for a parameter of `trainable`."""
+        return 1.0
+
     def after_step(self) -> None:
         """Called after each step of the optimizer. CLIP keeps its logit scale at 100 or below (Radford et al. 2021)."""
         scale = getattr(self.model, "logit_scale", None)

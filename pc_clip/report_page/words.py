@@ -24,10 +24,13 @@ def logged(name: str) -> str:
 
 
 def is_share(metric: str, values: Iterable[float]) -> bool:
-    """Whether a figure is shown in per cent: all its values lie between -1 and 1, and its name is no other unit's."""
-    return not _PLAIN.intersection(metric.split("_")) and all(
-        abs(value) <= 1 for value in values if math.isfinite(value)
-    )
+    """Whether a figure is shown in per cent: all its values lie between -1 and 1, and its name is no other unit's.
+
+    CIDEr always is, as papers print it, though it may be above 1.
+    """
+    words = set(metric.split("_"))
+    small = all(abs(value) <= 1 for value in values if math.isfinite(value))
+    return "cider" in words or (small and not _PLAIN & words)
 
 
 def figure(value: float | None, share: bool) -> str:

@@ -1,0 +1,73 @@
+"""What a frozen pair encoder sees of all pairs, found once and kept in a file that is mapped into memory."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pc_clip.change.apply import seen_by_encoder
+from pc_clip.datasets import Dataset
+from pc_clip.datasets.dataset import digest
+from pc_clip.files import write_json
+
+if TYPE_CHECKING:
+    from pc_clip.clip import Clip
+
+log = logging.getLogger(__name__)
+
+CACHE = Path("data/cache/pairs")
+
+
+class Features:
+    """The encoder's tokens of data.changes, float16 on the disk: [N, S, V], row n of data.changes[n].
+
+    They are looked for under a key of the model's weights, the images and the pairs; a file is used once its JSON,
+    which is written last, says that it is whole. All of data/cache may be deleted at any time.
+    """
+
+    def __init__(self, clip: Clip, data: Dataset, batch_size: int = 64, workers: int = 0) -> None:
+        """Finds what is not there yet. Raises UserError for an image that cannot be read."""
+        pairs = [(change.before, change.after) for change in data.changes]
+        key = digest(clip.weights_hash(), data.fingerprint, pairs, clip.device.type)
+        path, mark = CACHE / f"{key}.npy", CACHE / f"{key}.json"
+        encoder = clip.change.encoder
+        shape = len(pairs), 2 * (encoder.patches + 1), encoder.width
+        if not _whole(path, mark, shape):
+            CACHE.mkdir(parents=True, exist_ok=True)
+            log.info("%s: %.1f GB of what the frozen encoder sees", path, 2 * np.prod(shape) / 1e9)
+            part = path.with_suffix(f".{os.getpid()}.part")
+            try:
+                _write(part, clip, data, shape, batch_size, workers)
+                part.replace(path)
+            finally:
+                part.unlink(missing_ok=True)
+            write_json(mark, {"shape": list(shape), "data": data.label, "model": clip.describe()})
+        self.tokens = np.load(path, mmap_mode="r")
+
+    def __getitem__(self, rows: np.ndarray) -> Tensor:
+        """[B] rows -> [B, S, V] float32"""
+        return torch.from_numpy(self.tokens[rows].astype(np.float32))
+
+
+def _whole(path: Path, mark: Path, shape: tuple[int, ...]) -> bool:
+    try:
+        return path.is_file() and json.loads(mark.read_text())["shape"] == list(shape)
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+@torch.no_grad()
+def _write(part: Path, clip: Clip, data: Dataset, shape: tuple[int, ...], batch_size: int, workers: int) -> None:
+    tokens = np.lib.format.open_memmap(part, mode="w+", dtype=np.float16, shape=shape)
+    row = 0
+    for seen in seen_by_encoder(clip, data, batch_size, workers, "encoding pairs"):
+        tokens[row : row + len(seen)] = seen.float().cpu().numpy()
+        row += len(seen)
+    tokens.flush()

@@ -1,0 +1,313 @@
+"""What changed between two images: CLIP4IDC (Guo et al. 2022, arXiv 2206.00629), in its two stages.
+
+retrieve adapts CLIP: a pair of images (pc_clip/change/encoder.py) finds its sentence among others and is found by it.
+caption then trains a decoder to write the sentence, on an encoder that goes on learning. The epoch that does best on
+validation pairs is kept: by R@1, and by CIDEr.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing, nullcontext
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import PartialState
+from torch import Tensor, nn
+
+from pc_clip import distributed, samplers
+from pc_clip.caption_scores import validation_cider
+from pc_clip.change.apply import captions, embed_pairs, pair_rows, read_pairs
+from pc_clip.change.decoder import Shape
+from pc_clip.change.features import Features
+from pc_clip.change.model import PREFIX, fresh
+from pc_clip.change.vocabulary import END, PAD, Vocabulary
+from pc_clip.clip import Clip
+from pc_clip.config import FinetuneConfig
+from pc_clip.datasets import Dataset, held_out, open_dataset
+from pc_clip.datasets.dataset import with_changes
+from pc_clip.errors import UserError, check_at_least, check_choice
+from pc_clip.evals.change_retrieval import distinct_sentences, recalls
+from pc_clip.methods._batches import Texts
+from pc_clip.methods._method import BaseMethod
+from pc_clip.reading import Reader, plain
+
+STAGES = ("retrieve", "caption")
+
+
+@dataclass
+class Config:
+    """Sentences on what changed against pairs of images.
+
+    Args:
+        stage: retrieve, which adapts CLIP to pairs, or caption, which learns to write; the latter begins with an
+            adapted model where model.start names one.
+        intra_layers: Blocks of the image tower that see each image alone; empty for three quarters of them (9 of 12).
+        clip_rate: The learning rate of CLIP's own weights, as a share of train.lr.
+        freeze: In stage caption the encoder stays as it is; what it sees is found once and kept in data/cache.
+        layers: Of the decoder.
+        heads: Of each of its layers.
+        width: Of the decoder.
+        max_length: Of a sentence in pieces of words, its beginning and end included.
+        dropout: In the decoder.
+        label_smoothing: The share of probability that goes to all other words.
+        false_negatives: Count a sentence as wrong for a pair of which it is said too, if it came with another pair.
+        validation: The split that the best epoch is chosen on; empty for val, or train where there is none; none to
+            keep the last epoch.
+        validate_on: How many of its pairs, drawn by the run's seed; empty for all.
+    """
+
+    stage: str = "retrieve"
+    intra_layers: int | None = None
+    clip_rate: float = 1e-3
+    freeze: bool = False
+    layers: int = 3
+    heads: int = 8
+    width: int = 512
+    max_length: int = 32
+    dropout: float = 0.1
+    label_smoothing: float = 0.0
+    false_negatives: bool = False
+    validation: str = ""
+    validate_on: int | None = None
+
+
+class Batch(NamedTuple):
+    """B pairs, each with one of its sentences. Of the pixels and what a frozen encoder saw, one is empty."""
+
+    ids: list[str]
+    before: Tensor  # [B, 3, H, W]
+    after: Tensor  # [B, 3, H, W]
+    seen: Tensor  # [B, S, V]
+    tokens: Tensor  # [B, L] int64: CLIP's in stage retrieve, the decoder's vocabulary in stage caption
+    said: Tensor  # [B, T] int64: which sentences are said of the pair, filled up with -1
+    number: Tensor  # [B] int64: which one this is
+    seed: int  # of dropout
+
+
+class Method(BaseMethod):
+    """One step: symmetric InfoNCE between pairs and sentences, or the cross entropy of a sentence's words."""
+
+    def __init__(self, clip: Clip, data: Dataset, config: FinetuneConfig) -> None:
+        super().__init__(clip, config)
+        self.options = options = config.change
+        _check(config, data)
+        self.pairs, self.changes = pair_rows(data), data.changes
+        sentences = [text for change in data.changes for text in change.sentences]
+        self.each = np.array([len(change.sentences) for change in data.changes])
+        self.first = self.each.cumsum() - self.each
+        if clip.change is None:
+            clip.change = fresh(clip, options.intra_layers, config.seed).to(clip.device)
+        elif options.intra_layers not in (None, clip.change.encoder.intra_layers):
+            there = clip.change.encoder.intra_layers
+            raise UserError(f"{config.model.start} was trained with change.intra_layers {there}; leave it out here")
+        self.change = clip.change
+        if options.stage == "retrieve":
+            self._prepare_to_retrieve(sentences)
+        else:
+            self._prepare_to_write(sentences)
+        self.features = None
+        if options.freeze:
+            with PartialState().main_process_first():  # the others then find it in the cache
+                self.features = Features(clip, data, workers=config.data.workers)
+        self.reader = Reader(data, plain(clip.preprocess), config.data.workers)
+        if not options.freeze:
+            self.reader.start()  # while this is the only thread; batches are asked for by another
+        self.validation = self._validation(data)
+        self.sampler = samplers.make(config, len(self.pairs), config.train.batch_size, self, "pairs")
+
+    def _prepare_to_retrieve(self, sentences: list[str]) -> None:
+        self.change.decoder = self.change.vocabulary = None  # what was written before this adaptation is no more
+        self.texts = Texts(self.clip, sentences)
+        self.sentence = self.texts.rows(sentences)
+        if self.texts.truncated:
+            self.notes.append(f"{self.texts.truncated} sentences longer than the context, cut")
+
+    def _prepare_to_write(self, sentences: list[str]) -> None:
+        options, distinct = self.options, list(dict.fromkeys(sentences))
+        row = {text: n for n, text in enumerate(distinct)}
+        self.sentence = np.array([row[text] for text in sentences], dtype=np.int64)
+        if self.change.decoder is None:
+            vocabulary = Vocabulary.of(self.clip.tokenizer, distinct)
+            shape = Shape(options.layers, options.heads, options.width, options.max_length)
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(self.config.seed + 1)
+                self.change.add_decoder(vocabulary, shape, options.dropout)
+            self.change.to(self.clip.device)
+        else:
+            self.notes.append(f"the decoder of {self.config.model.start} learns on, as it is")
+        length = self.change.decoder.shape.max_length
+        self.written = self.change.vocabulary.encode(distinct, length)  # [U, L]
+        whole = self.change.vocabulary.encode(distinct, self.clip.context_length)
+        if cut := int(((whole != PAD).sum(1) > length).sum()):
+            self.notes.append(f"{cut} sentences longer than {length} pieces of words, cut")
+        self.notes.append(f"{len(self.change.vocabulary.pieces)} pieces of words in {len(distinct)} sentences")
+
+    def _validation(self, data: Dataset) -> Dataset | None:
+        """The pairs that the best epoch is chosen on."""
+        options, root = self.options, self.config.data.root
+        split = options.validation or held_out(data)
+        if split in (None, "none"):
+            self.notes.append("no validation pairs: the last epoch is kept")
+            return None
+        found = open_dataset(data.name, root, split, missing=self.config.data.missing)
+        if found.fingerprint == data.fingerprint:
+            raise UserError(f"change.validation {split} is what is learnt from; name another split, or none")
+        if options.validate_on is not None:
+            check_at_least("change.validate_on", options.validate_on, 1)
+            if options.validate_on < len(found.changes):
+                rng = np.random.default_rng([self.config.seed, 7])
+                found = with_changes(found, np.sort(rng.permutation(len(found.changes))[: options.validate_on]))
+        self.chosen_by = "r1" if options.stage == "retrieve" else "cider"
+        self.notes.append(
+            f"the best epoch is chosen by {self.chosen_by} on {len(found.changes)} pairs of {found.label}"
+        )
+        return found
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """What learns by this stage, and nothing that no loss of it reaches."""
+        new = {f"{PREFIX}{name}": p for name, p in self.change.named_parameters()}
+        if self.options.freeze:
+            return {name: p for name, p in new.items() if name.startswith(f"{PREFIX}decoder.")}
+        own = self.clip.trainable(self.config.model.train)
+        if self.options.stage == "caption":
+            own = {n: p for n, p in own.items() if n.startswith("visual.") and n != "visual.proj"}
+        return own | new
+
+    def rate(self, name: str) -> float:
+        return 1.0 if name.startswith(PREFIX) else self.options.clip_rate
+
+    # -- the epoch -------------------------------------------------------------------------------------
+
+    def loader(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
+        """This process's part of each batch; which of a pair's sentences it has is drawn anew each epoch."""
+        rng = np.random.default_rng([self.config.seed, 2, epoch])
+        mine = []  # pairs and sentences of each batch
+        for chosen in self.sampler.batches(epoch, rng):
+            mine.append((chosen[self.share], rng.integers(self.each[chosen])[self.share]))
+        mine = mine[skip:]
+        nothing = torch.empty(0)
+        if self.features is not None:
+            for n, (chosen, drawn) in enumerate(mine, start=skip):
+                yield self._batch(epoch, n, chosen, drawn, nothing, nothing, self.features[chosen])
+            return
+        with closing(read_pairs(self.reader, [self.pairs[chosen] for chosen, _ in mine])) as coming:
+            for n, ((chosen, drawn), (before, after)) in enumerate(zip(mine, coming), start=skip):
+                yield self._batch(epoch, n, chosen, drawn, before, after, nothing)
+
+    def _batch(
+        self, epoch: int, n: int, chosen: np.ndarray, drawn: np.ndarray, before: Tensor, after: Tensor, seen: Tensor
+    ) -> Batch:
+        number = self.sentence[self.first[chosen] + drawn]
+        if self.options.stage == "retrieve":
+            tokens = self.texts.batch(number)
+        else:
+            tokens = self.written[torch.from_numpy(number)]
+            tokens = tokens[:, : int((tokens != PAD).sum(1).max())]
+        said = np.full((len(chosen), self.each.max()), -1)
+        for row, pair in zip(said, chosen):
+            row[: self.each[pair]] = self.sentence[self.first[pair] : self.first[pair] + self.each[pair]]
+        seed = np.random.default_rng([self.config.seed, 3, epoch, n, PartialState().process_index]).integers(2**62)
+        return Batch(
+            ids=[self.changes[pair].before for pair in chosen],
+            before=before,
+            after=after,
+            seen=seen,
+            tokens=tokens,
+            said=torch.from_numpy(said),
+            number=torch.from_numpy(number),
+            seed=int(seed),
+        )
+
+    # -- the step --------------------------------------------------------------------------------------
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        seen = batch.seen if self.features is not None else self.change.encoder(batch.before, batch.after)
+        return self._find(batch, seen) if self.options.stage == "retrieve" else self._write(batch, seen)
+
+    def _find(self, batch: Batch, seen: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        pair = self.change.encoder.embed(seen).float()  # [B, D]
+        text = self.clip.encode_text(batch.tokens).float()  # [B, D]
+        scale = self.model.logit_scale.exp()
+        said = batch.said[:, :0] if self.options.false_negatives else batch.said
+        loss = distributed.info_nce_of_several(pair, text, said, batch.number, scale)
+        return loss, {"temperature": 1 / scale.detach()} | distributed.hardness(pair, text)
+
+    def _write(self, batch: Batch, seen: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        target = batch.tokens[:, 1:]
+        decoder = self.change.decoder.train()
+        with _seeded(batch.seed, seen.device) if self.options.dropout else nullcontext():
+            logits = decoder(batch.tokens[:, :-1], seen)  # [B, L - 1, words - END]
+        decoder.eval()
+        word = target != PAD
+        total = F.cross_entropy(
+            logits[word], target[word] - END, reduction="sum", label_smoothing=self.options.label_smoothing
+        )
+        right = (logits[word].argmax(-1) + END == target[word]).sum()
+        share = distributed.mean_over_all(right.float(), word.sum())
+        return distributed.mean_over_all(total, word.sum()), {"words_right": share}
+
+    # -- choosing --------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """R@1, the mean of both ways, or CIDEr of greedy sentences, on validation pairs."""
+        data, workers = self.validation, self.config.data.workers
+        if self.options.stage == "retrieve":
+            texts, belongs = distinct_sentences(data.changes)
+            pairs = embed_pairs(self.clip, data, workers=workers)  # [N, D]
+            found = recalls(pairs, self.clip.embed_texts(texts), belongs)
+            return {"r1": (found["p2s_r1"] + found["s2p_r1"]) / 2} | found
+        said = [caption.text for caption in captions(self.clip, data, workers=workers)]
+        found = {"cider": validation_cider(said, [list(change.sentences) for change in data.changes])}
+        if data.judge:
+            found["right"] = float(np.mean([all(data.judge(n, text).values()) for n, text in enumerate(said)]))
+        return found
+
+
+def _seeded(seed: int, device: torch.device) -> torch.random.fork_rng:
+    """Dropout by a seed of the step, so that a run that is continued drops what a straight one does."""
+    forked = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+
+    class _Seeded:
+        def __enter__(self) -> None:
+            forked.__enter__()
+            torch.manual_seed(seed)
+
+        def __exit__(self, *error: object) -> None:
+            forked.__exit__(*error)
+
+    return _Seeded()
+
+
+def _check(config: FinetuneConfig, data: Dataset) -> None:
+    """What can be said before anything is computed."""
+    options = config.change
+    check_choice("change.stage", options.stage, STAGES)
+    if not data.changes:
+        raise UserError(
+            f"method change needs pairs of images with sentences, and {config.data.dataset} has none; take "
+            "example_changes, clevr_change, spot_the_diff, image_editing_request or changes (your own, as JSONL)"
+        )
+    if config.data.embeddings or config.data.min_crop != 1:
+        which = "data.embeddings" if config.data.embeddings else "data.min_crop"
+        raise UserError(f"method change reads both images whole, as they are; leave {which} out")
+    if config.sampler.kind != "random":
+        raise UserError("method change takes its pairs at random; leave sampler.kind out")
+    if not 0 <= options.clip_rate < float("inf"):
+        raise UserError(f"change.clip_rate is {options.clip_rate}; it is a share of train.lr, 0 or more")
+    for name in ("dropout", "label_smoothing"):
+        if not 0 <= getattr(options, name) < 1:
+            raise UserError(f"change.{name} is {getattr(options, name)}; it is a share, from 0 to below 1")
+    if options.stage == "retrieve" and options.freeze:
+        raise UserError(
+            "change.freeze keeps the encoder as it is, which stage retrieve is there to train; leave it out"
+        )
+    if options.stage == "caption" and not options.freeze and config.model.train not in ("both", "attention"):
+        raise UserError(
+            f"model.train {config.model.train} leaves the image tower as it is; stage caption takes both or attention, "
+            "or change.freeze true, which is quicker"
+        )

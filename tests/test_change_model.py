@@ -1,0 +1,298 @@
+"""The pair encoder, the caption decoder and its searches, each against a slow obvious version."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pc_clip import checkpoint
+from pc_clip.change.decoder import Decoder, Shape
+from pc_clip.change.encoder import PairEncoder
+from pc_clip.change.model import ChangeModel, Search, fresh
+from pc_clip.change.vocabulary import END, PAD, SPECIAL, START, Vocabulary
+from pc_clip.clip import Clip, open_clip
+from pc_clip.errors import UserError
+
+TEXTS = ["the red star turned blue", "nothing changed!", "a ring is gone"]
+
+
+@pytest.fixture(scope="module")
+def vit() -> Clip:
+    return Clip.create("example_vit")
+
+
+@pytest.fixture
+def pictures() -> torch.Tensor:
+    return torch.randn(2, 3, 3, 64, 64, generator=torch.Generator().manual_seed(0))  # before and after of 3 pairs
+
+
+def decoder(words: int = 9, dropout: float = 0.0, **shape: int) -> Decoder:
+    """A small one whose choices are far from even, so that sentences end at different lengths."""
+    torch.manual_seed(4)
+    made = Decoder(words, 6, Shape(**{"layers": 2, "heads": 2, "width": 8, "max_length": 7} | shape), dropout)
+    for p in made.parameters():
+        torch.nn.init.normal_(p, std=1.0)
+    return made.eval()
+
+
+# -- the encoder ---------------------------------------------------------------------------------------
+
+
+def test_pairs_go_through_the_tower_as_the_paper_says(vit, pictures):
+    made = fresh(vit, None, seed=0).encoder
+    visual, (before, after) = vit.model.visual, pictures
+    alone = []
+    for image, which in ((before, made.before), (after, made.after)):
+        x = visual._embeds(image)
+        for n in range(4):  # three quarters of six, rounded down
+            x = visual.transformer.resblocks[n](x)
+        alone.append(x + which)
+    x = made.norm(torch.cat(alone, dim=1) + made.positional_embedding)
+    for n in (4, 5):
+        x = visual.transformer.resblocks[n](x)
+    x = visual.ln_post(x)
+    assert made.intra_layers == 4
+    torch.testing.assert_close(made(before, after), x)
+    z = (x[:, 0] + x[:, 65]) / 2 @ visual.proj  # 64 patches and a class token an image
+    torch.testing.assert_close(made.embed(x), z)
+
+
+def test_what_only_one_image_shows_reaches_the_other_in_the_joint_blocks_alone(vit, pictures):
+    made = fresh(vit, 4, seed=0).encoder
+    before, after = pictures
+    after = after.requires_grad_()
+    made(before, after)[:, : made.patches + 1].sum().backward()
+    assert after.grad.abs().sum() > 0
+    with torch.no_grad():
+        changed = made(before, after + 1.0)[:, 0] - made(before, after)[:, 0]
+    assert changed.abs().max() > 1e-4
+
+
+def test_the_order_of_two_images_matters(vit, pictures):
+    made, (before, after) = fresh(vit, None, seed=0).encoder, pictures
+    assert not torch.allclose(made.embed(made(before, after)), made.embed(made(after, before)), atol=1e-4)
+
+
+def test_weights_are_drawn_by_seed_and_torchs_generator_is_left_alone(vit):
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    made = [fresh(vit, None, seed) for seed in (0, 0, 1)]
+    assert torch.equal(torch.rand(1), expected)
+    first, same, other = (m.encoder.positional_embedding for m in made)
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize(
+    "name, why", [("example", "is a ModifiedResNet"), ("ViT-B-16-SigLIP", "is a TimmModel"), ("coca_ViT-B-32", "pools")]
+)
+def test_other_towers_are_refused(name, why):
+    config = open_clip.get_model_config(name)
+    if name == "example":
+        made = Clip.create("example").model.visual
+    else:
+        with torch.device("meta"):
+            made = (
+                open_clip.model._build_vision_tower(config["embed_dim"], config["vision_cfg"])
+                if ("timm_model_name" not in config["vision_cfg"])
+                else open_clip.timm_model.TimmModel.__new__(open_clip.timm_model.TimmModel)
+            )
+    with pytest.raises(UserError, match=f"image tower of {name} {why}"):
+        PairEncoder(made, name)
+
+
+@pytest.mark.parametrize("name, class_tokens", [("ViT-B-32", (0, 50)), ("ViT-B-16", (0, 197)), ("ViT-L-14", (0, 257))])
+def test_class_tokens_of_any_grid(name, class_tokens):
+    config = open_clip.get_model_config(name)
+    with torch.device("meta"):
+        made = PairEncoder(open_clip.model._build_vision_tower(config["embed_dim"], config["vision_cfg"]), name)
+    assert (0, made.patches + 1) == class_tokens
+    assert made.intra_layers == {"ViT-L-14": 18}.get(name, 9)
+
+
+@pytest.mark.parametrize("layers", [-1, 6])
+def test_impossible_layers(vit, layers):
+    with pytest.raises(UserError, match=f"change.intra_layers is {layers}; .* has 6 blocks"):
+        ChangeModel(vit, layers)
+
+
+# -- the vocabulary ------------------------------------------------------------------------------------
+
+
+def test_sentences_come_back_and_padding_is_no_word(vit):
+    words = Vocabulary.of(vit.tokenizer, TEXTS)
+    rows = words.encode(TEXTS, 32)
+    assert rows[:, 0].tolist() == [START] * 3
+    assert [words.decode(row) for row in rows] == ["the red star turned blue", "nothing changed !", "a ring is gone"]
+    assert vit.tokenizer.decode([0]) == "!"  # CLIP's own padding
+    assert Vocabulary(vit.tokenizer, [0]).number[0] >= SPECIAL
+    assert (rows == PAD).sum(1).tolist() == [0, 7 - 5, 7 - 6]
+    assert words.words(rows[0][1:]) == ["the", "red", "star", "turned", "blue"]
+
+
+def test_long_sentences_keep_their_end_and_unknown_pieces_are_left_out(vit):
+    words = Vocabulary.of(vit.tokenizer, TEXTS)
+    assert words.encode([TEXTS[0]], 5).tolist()[0][-1] == END
+    assert words.decode(words.encode([TEXTS[0]], 5)[0]) == "the red star"
+    assert words.decode(words.encode(["the green star"], 32)[0]) == "the star"
+    assert words.decode(words.encode([""], 32)[0]) == ""
+
+
+# -- the decoder ---------------------------------------------------------------------------------------
+
+
+def obvious_log_likelihoods(made: Decoder, prefix: list[int], seen: torch.Tensor) -> torch.Tensor:
+    """Of each next word after a prefix, the whole decoder from the start. seen: [S, V] -> [words - END]"""
+    return made(torch.tensor([prefix]), seen[None])[0, -1].log_softmax(-1)
+
+
+@torch.no_grad()
+def obvious_greedy(made: Decoder, seen: torch.Tensor) -> list[int]:
+    prefix = [START]
+    while len(prefix) < made.shape.max_length and prefix[-1] != END:
+        prefix.append(int(obvious_log_likelihoods(made, prefix, seen).argmax()) + END)
+    return prefix[1:]
+
+
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_greedy_is_that_of_a_decoder_without_a_cache(scale):
+    made, seen = decoder(), scale * torch.randn(12, 5, 6)
+    found = made.greedy(seen)
+    said = [[n for n in row.tolist() if n != PAD] for row in found.tokens]
+    assert said == [obvious_greedy(made, each) for each in seen]
+    assert len({len(row) for row in said}) > 1  # some ended earlier than others
+    totals = [
+        sum(obvious_log_likelihoods(made, [START, *row[:n]], each)[row[n] - END] for n in range(len(row)))
+        for row, each in zip(said, seen)
+    ]
+    torch.testing.assert_close(found.log_likelihood, torch.stack(totals), atol=1e-4, rtol=1e-4)
+
+
+def test_search_stops_when_all_have_ended():
+    made = decoder(max_length=30)
+    with torch.no_grad():
+        made.bias[0] = 100.0  # END
+    assert made.greedy(torch.randn(4, 5, 6)).tokens.tolist() == [[END]] * 4
+    assert made.beam(torch.randn(4, 5, 6), 3).tokens.tolist() == [[END]] * 4
+
+
+@torch.no_grad()
+def every_sentence(made: Decoder, seen: torch.Tensor) -> dict[tuple[int, ...], float]:
+    """Log-likelihoods of all sentences up to the longest; those that are not whole at full length included."""
+    found = {}
+    longest = made.shape.max_length - 1
+    words = range(END, END + len(made.bias))
+    for length in range(1, longest + 1):
+        for words_before in itertools.product(range(SPECIAL, END + len(made.bias)), repeat=length - 1):
+            each = made(torch.tensor([[START, *words_before]]), seen[None])[0].log_softmax(-1)
+            total = sum(float(each[n, word - END]) for n, word in enumerate(words_before))
+            for last in words if length == longest else [END]:
+                found[(*words_before, last)] = total + float(each[length - 1, last - END])
+    return found
+
+
+@pytest.mark.parametrize("penalty", [0.0, 1.0])
+def test_a_beam_wide_enough_finds_the_best_of_all_sentences(penalty):
+    made = decoder(words=6, max_length=5)
+    seen = 2 * torch.randn(4, 5, 6)
+    found = made.beam(seen, 60, penalty)
+    for row, total, each in zip(found.tokens.tolist(), found.log_likelihood.tolist(), seen):
+        sentences = every_sentence(made, each)
+        whole = {s: v for s, v in sentences.items() if s[-1] == END}
+        best = max(whole, key=lambda s: whole[s] / len(s) ** penalty)
+        assert tuple(n for n in row if n != PAD) == best
+        assert total == pytest.approx(whole[best], abs=1e-4)
+
+
+def test_beams_do_not_depend_on_the_rest_of_the_batch():
+    made, seen = decoder(max_length=12), torch.randn(6, 5, 6)
+    together = made.beam(seen, 4).tokens.tolist()
+    alone = [made.beam(each[None], 4).tokens.tolist()[0] for each in seen]
+    assert [[n for n in row if n] for row in together] == [[n for n in row if n] for row in alone]
+
+
+def test_no_word_looks_ahead():
+    made, seen = decoder(), torch.randn(1, 5, 6)
+    one, other = torch.tensor([[START, 3, 4, 5]]), torch.tensor([[START, 3, 4, 6]])
+    a, b = made(one, seen), made(other, seen)
+    torch.testing.assert_close(a[:, :3], b[:, :3])
+    assert not torch.allclose(a[:, 3], b[:, 3])
+
+
+def test_attention_is_that_of_the_last_layer():
+    made, seen = decoder(layers=1), torch.randn(2, 5, 6)
+    tokens = torch.tensor([[3, 4, END], [5, END, PAD]])
+    looks = made.attention(tokens, seen)
+    assert looks.shape == (2, 3, 5)
+    torch.testing.assert_close(looks.sum(-1), torch.ones(2, 3))
+    # Of one layer: what it reads before each token, looked up by hand.
+    layer, memory = made.layers[0], made.memory(seen)
+    x = made._read(torch.tensor([[START, 3, 4]]), 0)
+    h = layer.norm1(x)
+    mask = torch.nn.Transformer.generate_square_subsequent_mask(3)
+    x = x + layer.self_attn(h, h, h, attn_mask=mask)[0]
+    q, k = layer.norm2(x), memory[:1]
+    weight, bias = layer.multihead_attn.in_proj_weight, layer.multihead_attn.in_proj_bias
+    q, k = q @ weight[:8].T + bias[:8], k @ weight[8:16].T + bias[8:16]
+    heads = [(q[..., 4 * n : 4 * n + 4] @ k[..., 4 * n : 4 * n + 4].mT / 2).softmax(-1) for n in range(2)]
+    torch.testing.assert_close(looks[:1], sum(heads) / 2)
+
+
+@given(st.integers(1, 3), st.integers(0, 2**31))
+def test_greedy_and_beams_hold_for_any_pictures(beams, seed):
+    made = decoder(max_length=6)
+    seen = torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(seed))
+    for found in (made.greedy(seen), made.beam(seen, beams)):
+        for row in found.tokens.tolist():
+            said = [n for n in row if n != PAD]
+            assert END not in said[:-1]
+            assert START not in said
+            assert row == said + [PAD] * (len(row) - len(said))
+
+
+@pytest.mark.parametrize(
+    "shape, message",
+    [
+        ({"width": 10, "heads": 4}, "change.width 10 cannot be shared by 4 heads"),
+        ({"layers": 0}, "change.layers is 0; it must be at least 1"),
+        ({"max_length": 2}, "change.max_length is 2"),
+    ],
+)
+def test_impossible_shapes(shape, message):
+    with pytest.raises(UserError, match=message):
+        Shape(**shape)
+
+
+# -- the file ------------------------------------------------------------------------------------------
+
+
+def test_a_saved_captioner_says_the_same(vit, pictures, tmp_path):
+    clip = Clip.create("example_vit")
+    clip.change = fresh(clip, 2, seed=0)
+    clip.change.add_decoder(Vocabulary.of(clip.tokenizer, TEXTS), Shape(1, 2, 8, 9))
+    clip.change.eval()
+    checkpoint.save_model(tmp_path / "model.safetensors", clip)
+    again = checkpoint.load_model(tmp_path / "model.safetensors")
+    assert again.change.describe() == clip.change.describe()
+    assert again.weights_hash() == clip.weights_hash() != vit.weights_hash()
+    with torch.no_grad():
+        seen = clip.change.encoder(*pictures)
+        torch.testing.assert_close(again.change.encoder(*pictures), seen)
+    assert torch.equal(again.change.write(seen, Search(3)).tokens, clip.change.write(seen, Search(3)).tokens)
+    assert again.change.maps(torch.tensor([[3, END]] * 3), seen).shape == (3, 2, 2, 8, 8)
+
+
+def test_a_checkpoint_whose_new_weights_do_not_fit_is_refused(tmp_path):
+    clip = Clip.create("example_vit")
+    clip.change = fresh(clip, 2, seed=0)
+    clip.change.encoder.register_parameter("before", torch.nn.Parameter(torch.zeros(3)))
+    checkpoint.save_model(tmp_path / "model.safetensors", clip)
+    with pytest.raises(
+        UserError, match=r"model.safetensors does not fit example_vit: .*size mismatch for encoder.before"
+    ):
+        checkpoint.load_model(tmp_path / "model.safetensors")

@@ -1,0 +1,302 @@
+"""Differences written by a captioner of changes: which pairs, what it says of them, and what is left out."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import finetune
+import generate_diffs
+from pc_clip import checkpoint, differences, generate
+from pc_clip.change.apply import captions
+from pc_clip.change.decoder import Shape
+from pc_clip.change.model import fresh
+from pc_clip.change.vocabulary import Vocabulary
+from pc_clip.clip import Clip
+from pc_clip.config import GenerateConfig
+from pc_clip.datasets import open_dataset
+from pc_clip.errors import UserError
+from pc_clip.example.changes import TEMPLATES
+from pc_clip.generate_change import judge, says_no_change
+from pc_clip.writers import ChangeWriter, ChangeWriterConfig
+
+TEXTS = ["the red star turned blue", "the green ring moved to the left", "a small square appeared"]
+
+
+def untrained(seed: int = 0) -> Clip:
+    """A captioner that says different things of different pairs, none of them sensible."""
+    clip = Clip.create("example_vit")
+    clip.change = fresh(clip, 2, seed=seed)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.default_generator.manual_seed(seed)
+        clip.change.add_decoder(Vocabulary.of(clip.tokenizer, TEXTS), Shape(1, 2, 8, 9))
+        for parameter in clip.change.decoder.parameters():
+            torch.nn.init.normal_(parameter)
+    clip.change.eval()
+    return clip
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    clip = untrained()
+    checkpoint.save_model(folder / "captioner.safetensors", clip)
+    checkpoint.save_model(folder / "other.safetensors", untrained(seed=1))
+    clip.change.decoder = clip.change.vocabulary = None
+    checkpoint.save_model(folder / "retrieve.safetensors", clip)
+    clip.change = None
+    checkpoint.save_model(folder / "plain.safetensors", clip)
+    return folder
+
+
+@pytest.fixture
+def config(runs, small_example) -> GenerateConfig:
+    options = ChangeWriterConfig(checkpoint=str(runs / "captioner.safetensors"), batch_size=10)
+    return GenerateConfig(name="said", writer="change", dataset="example_changes", change=options)
+
+
+def said_by(runs: Path, data, beams: int = 1) -> list[str]:
+    clip = checkpoint.load_model(runs / "captioner.safetensors")
+    return [caption.text for caption in captions(clip, data, beams=beams)]
+
+
+def meta(path: Path) -> dict:
+    return json.loads(path.with_suffix(".meta.json").read_text())
+
+
+# -- what is written -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_the_picture_after_is_the_first_and_the_sentence_is_the_captioners(config, runs, beams):
+    config.change.beams = beams
+    data = open_dataset("example_changes", split="train")
+    said = said_by(runs, data, beams)
+    expected = [(c.after, c.before, text) for c, text in zip(data.changes, said) if text]
+    path = generate.generate(config)
+    assert differences.read(path) == expected
+    assert len(set(said)) > 5
+    counts = meta(path)["counts"]
+    assert (counts["kept"], sum(counts.values())) == (len(expected), 64)
+
+
+def test_both_orders_shows_the_captioner_the_pictures_the_other_way_round(config, runs):
+    config.both_orders = True
+    data = open_dataset("example_changes", split="train")
+    turned = tuple(dataclasses.replace(c, before=c.after, after=c.before) for c in data.changes)
+    forth, back = said_by(runs, data), said_by(runs, dataclasses.replace(data, changes=turned))
+    both = [
+        row
+        for c, a, b in zip(data.changes, forth, back)
+        for row in ((c.after, c.before, a), (c.before, c.after, b))
+        if row[2]
+    ]
+    assert differences.read(generate.generate(config)) == both
+    assert forth != back
+
+
+def test_some_pairs_are_drawn_by_seed(config):
+    config.n_pairs = 20
+    said = {}
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        path = generate.generate(dataclasses.replace(config, name=name, seed=seed))
+        said[name] = differences.read(path)
+        assert sum(meta(path)["counts"].values()) == 20
+    assert said["a"] == said["b"] != said["c"]
+    config.n_pairs = 65
+    with pytest.raises(UserError, match="65 pairs were asked for, but example_changes/train has 64"):
+        generate.generate(dataclasses.replace(config, name="d"))
+
+
+def test_pictures_without_changes_are_paired_as_for_other_writers(config):
+    config.dataset, config.n_images, config.n_pairs = "example", 12, 30
+    found = differences.read(generate.generate(config))
+    ids = open_dataset("example", split="train").ids
+    drawn = generate.draw_images(ids, config)
+    wanted = differences.choose_pairs(drawn, 30, config.seed, False)
+    assert {(d.first, d.second) for d in found} <= set(wanted)
+    assert len(found) > 20
+
+
+def test_your_own_pictures_with_a_pair_listed_twice(config, tmp_path):
+    root = tmp_path / "own"
+    root.mkdir()
+    for n, name in enumerate(("a", "b", "c")):
+        Image.new("RGB", (80, 60), (90 * n, 40, 200 - 60 * n)).save(root / f"{name}.png")
+    rows = [("a", "b", "it is green"), ("a", "b", "it turned green"), ("b", "c", "it is red")]
+    lines = [json.dumps({"before": f"{a}.png", "after": f"{b}.png", "sentences": [text]}) for a, b, text in rows]
+    (root / "train.jsonl").write_text("\n".join(lines) + "\n")
+    config.dataset, config.root = "changes", str(root)
+    path = generate.generate(config)
+    assert sum(meta(path)["counts"].values()) == 2
+    assert {(d.first, d.second) for d in differences.read(path)} <= {("b.png", "a.png"), ("c.png", "b.png")}
+    (root / "c.png").unlink()
+    with pytest.raises(UserError, match=r"c\.png"):
+        generate.generate(dataclasses.replace(config, name="absent"))
+    config.change.missing = "skip"
+    assert sum(meta(generate.generate(dataclasses.replace(config, name="skipped")))["counts"].values()) == 1
+
+
+# -- interrupted, asked again --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("after", [0, 1, 10, 37, 64])
+def test_interrupted_and_continued_it_writes_the_same_bytes(config, monkeypatch, after):
+    expected = generate.generate(dataclasses.replace(config, out="whole")).read_bytes()
+    stream = ChangeWriter.stream
+
+    def stops(self, jobs):
+        yield from itertools.islice(stream(self, jobs), after)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ChangeWriter, "stream", stops)
+        generate.generate(config)
+    assert Path("llm_diffs/said.parts/0.jsonl").read_bytes().count(b"\n") == after
+    assert not Path("llm_diffs/said.jsonl").exists()
+    assert generate.generate(config).read_bytes() == expected
+
+
+def test_it_is_the_checkpoints_content_that_counts(config, runs, tmp_path, monkeypatch):
+    path = generate.generate(config)
+    copy = tmp_path / "moved.safetensors"
+    copy.write_bytes((runs / "captioner.safetensors").read_bytes())
+    config.change = dataclasses.replace(config.change, checkpoint=str(copy), batch_size=3)
+    with monkeypatch.context() as patch:
+        patch.setattr(ChangeWriter, "stream", lambda self, jobs: pytest.fail("it wrote again"))
+        assert generate.generate(config) == path
+    clip = checkpoint.load_model(copy)
+    assert meta(path)["settings"]["checkpoint"] == meta(path)["writer"]["weights"] == clip.weights_hash()
+    config.change.checkpoint = str(runs / "other.safetensors")
+    with pytest.raises(UserError, match="written with other settings"):
+        generate.generate(config)
+
+
+# -- sentences that say nothing ------------------------------------------------------------------------
+
+
+def test_sentences_that_say_that_nothing_changed_are_dropped_and_counted(config, monkeypatch):
+    said = ["the red star turned blue", "nothing changed", "", "the two scenes are the same"]
+    monkeypatch.setattr(ChangeWriter, "stream", lambda self, jobs: enumerate(said[n % 4] for n in range(len(jobs))))
+    path = generate.generate(config)
+    assert meta(path)["counts"] == {"no_change": 32, "kept": 16, "empty": 16}
+    assert {d.text for d in differences.read(path)} == {said[0]}
+    rejected = [json.loads(line) for line in path.with_suffix(".rejected.jsonl").read_text().splitlines()]
+    assert {row["raw"] for row in rejected} == set(said[1:])
+
+
+def test_nothing_left_to_learn_from_is_an_error(config, monkeypatch):
+    monkeypatch.setattr(ChangeWriter, "stream", lambda self, jobs: enumerate("no change" for _ in jobs))
+    with pytest.raises(UserError, match=r"none of the 64 sentences could be used \(\{'no_change': 64\}\)"):
+        generate.generate(config)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *TEMPLATES["none"],
+        "There is no difference between the two pictures.",
+        "i see no visible differences",
+        "no change has occurred",
+        "nothing has changed",
+        "nothing in the second picture appears to have changed",
+        "nothing was modified",
+        "the scene is the same as before",
+        "both images look exactly the same",
+        "the two scenes seem identical",
+        "the scene remains unchanged",
+        "The scene didn't change.",
+        "the pictures do not differ",
+        "none",
+    ],
+)
+def test_ways_to_say_that_nothing_changed(text):
+    assert says_no_change(text)
+    assert judge(f" {text}\n") == (None, "no_change", ())
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "the red star is gone",
+        "there is nothing on the table now",
+        "the person is no longer there",
+        "no cars are left in the lot",
+        "nothing changed but the red ball",
+        "the images are the same except that a car is missing",
+        "the ball is the same colour as the cube now",
+        "the picture is the same size and the man has gone",
+        "two people are not in the same place",
+        "the same man walks on the other side",
+        "nothing else changed",
+        "all the people left",
+    ],
+)
+def test_what_only_sounds_like_it(text):
+    assert not says_no_change(text)
+    assert judge(text) == (text, "kept", ())
+
+
+# -- as a user runs it ---------------------------------------------------------------------------------
+
+
+def test_a_run_learns_from_what_the_captioner_wrote(runs, small_example):
+    captioner = ["--writer", "change", "--change.checkpoint", str(runs / "captioner.safetensors")]
+    path = generate_diffs.main([*captioner, "--dataset", "example_changes"])
+    assert path == Path("llm_diffs/example_changes_change.jsonl")
+    assert sum(meta(path)["counts"].values()) == 64
+    data = ["--data.dataset", "example_changes", "--data.differences", str(path)]
+    train = ["--train.steps", "2", "--train.batch_size", "8", "--train.lr", "1e-4", "--name", "learnt"]
+    plain = ["--model.name", "example_vit", "--pairwise.mirror", "false", "--pairwise.anchor", "0"]
+    finetune.main(["--method", "pairwise", *plain, *data, *train])
+    start, learnt = Clip.create("example_vit"), checkpoint.load_model("runs/learnt")
+    assert learnt.name == start.name
+    assert learnt.image_tower_hash() == start.image_tower_hash()
+    assert learnt.weights_hash() != start.weights_hash()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"checkpoint": ""}, "--writer change needs a captioner: --change.checkpoint RUN"),
+        ({"checkpoint": "runs/absent"}, "no checkpoint at runs/absent"),
+        ({"checkpoint": "retrieve"}, "is of stage retrieve and writes nothing; train stage caption from it"),
+        ({"checkpoint": "plain"}, "reads no pairs of images"),
+        ({"beams": 0}, "change.beams is 0; it must be at least 1"),
+        ({"batch_size": 0}, "change.batch_size is 0"),
+        ({"missing": "keep"}, "change.missing is 'keep'"),
+        ({"device": "tpu"}, "change.device is 'tpu'"),
+    ],
+)
+def test_a_captioner_that_cannot_be_used(config, runs, change, message):
+    if change.get("checkpoint") in ("retrieve", "plain"):
+        change = {"checkpoint": str(runs / f"{change['checkpoint']}.safetensors")}
+    config.change = dataclasses.replace(config.change, **change)
+    with pytest.raises(UserError, match=message):
+        generate.generate(config)
+    assert not Path("llm_diffs").exists()
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"task": "rank"}, "writes for --task pairs; --task is rank"),
+        ({"task": "compare"}, "writes for --task pairs; --task is compare"),
+        ({"captions": "some.json"}, "--captions has no effect in --task pairs --writer change"),
+        ({"min_characters": 9}, "--min_characters has no effect"),
+        ({"prompt": "some.yaml"}, "--prompt has no effect"),
+        ({"n_images": 9}, "--n_images has no effect on example_changes/train, which has pairs of its own"),
+        ({"dataset": "clevr_change"}, "clevr_change is not at data/clevr_change"),
+        ({"writer": "rules", "dataset": "example"}, "--change.checkpoint has no effect in --task pairs --writer rules"),
+    ],
+)
+def test_settings_that_do_not_fit(config, settings, message):
+    with pytest.raises(UserError, match=message):
+        generate.generate(dataclasses.replace(config, **settings))
+    assert not Path("llm_diffs/said.jsonl").exists()
