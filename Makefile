@@ -38,7 +38,8 @@ simclip: $(READY)
 	  $(RUN) -m pc_clip.study configs/studies/$$study.yaml --seeds 0 1 2 || exit $$?; done
 
 change: $(READY)
-	@$(RUN) -m pc_clip.study configs/studies/change.yaml --seeds 0 1 2
+	@for study in change change_pc; do \
+	  $(RUN) -m pc_clip.study configs/studies/$$study.yaml --seeds 0 1 2 || exit $$?; done
 
 clip_po: $(READY)
 	@$(RUN) -m pc_clip.study configs/studies/clip_po.yaml --seeds 0 1 2

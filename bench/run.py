@@ -1,6 +1,6 @@
 """All benchmarks, into results.csv and RESULTS.md.
 
-    python bench/run.py                      # about 20 minutes on two cores
+    python bench/run.py                      # about 25 minutes on two cores
     python bench/run.py --only step data     # some of them
     python bench/run.py --threads 8
 
@@ -23,7 +23,7 @@ from record import Missed, exit_if_missed, record
 
 from pc_clip.errors import run_script
 
-PARTS = ("step", "data", "evaluation", "scaling", "clusters", "preference", "gpu")
+PARTS = ("step", "data", "evaluation", "scaling", "clusters", "preference", "change", "gpu")
 
 
 def main() -> None:

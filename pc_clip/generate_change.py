@@ -27,7 +27,7 @@ from pc_clip.generate import Work, check_free, draw_images, write_all
 from pc_clip.learning_data import load_dataset
 from pc_clip.shards import Item, Processes
 from pc_clip.writers import Job
-from pc_clip.writers.change import ChangeWriter
+from pc_clip.writers.change import ChangeWriter, ToldWriter
 
 
 def generate_change(config: GenerateConfig, processes: Processes) -> Path:
@@ -39,14 +39,14 @@ def generate_change(config: GenerateConfig, processes: Processes) -> Path:
     out = Path(config.out) / f"{config.name}.jsonl"
     check_free(out, ".parquet")
     data = _data(config)
-    clip = _captioner(config, processes)
+    clip = None if config.change.told else _captioner(config, processes)
     work = Work(
         items=lambda: pairs(data, config),
         job=lambda first, second, _: Job(first, second, 0),  # it draws nothing
         to_line=lambda row: to_line(Difference(row["first"], row["second"], row["text"])),
         unit="pairs",
         made_from={},
-        writer=lambda config: ChangeWriter(clip, data, config.change),
+        writer=lambda config: ChangeWriter(clip, data, config.change) if clip else ToldWriter(data, config.seed),
         judge=lambda raw, _: judge(raw),
     )
     return write_all(config, work, out, json.loads(json.dumps(_settings(config, data, clip))), processes)
@@ -78,10 +78,15 @@ def pairs(data: Dataset, config: GenerateConfig) -> list[Item]:
 
 def _check(config: GenerateConfig) -> None:
     change = config.change
-    if not change.checkpoint:
+    if change.told and (change.checkpoint or config.both_orders or change.beams != 1):
+        raise UserError(
+            "change.told writes what the data set says, of pairs in its own order alone; leave change.checkpoint, "
+            "change.beams and both_orders out"
+        )
+    if not change.checkpoint and not change.told:
         raise UserError(
             "--writer change needs a captioner: --change.checkpoint RUN, one of finetune.py --method change "
-            "--change.stage caption"
+            "--change.stage caption; or --change.told true for what the data set itself says"
         )
     check_choice("change.missing", change.missing, ("error", "skip"))
     check_choice("change.device", change.device or "cpu", ("cpu", "cuda"))
@@ -96,6 +101,8 @@ def _data(config: GenerateConfig) -> Dataset:
     data = load_dataset(DataConfig(config.dataset, config.root, config.split, config.change.missing))
     if len(data) < 2:
         raise UserError(f"{data.label} has {len(data)} images; a pair takes two")
+    if config.change.told and not data.changes:
+        raise UserError(f"{data.label} says nothing of pairs of images; leave change.told out")
     return data
 
 
@@ -118,7 +125,7 @@ def _captioner(config: GenerateConfig, processes: Processes) -> Clip:
     return clip
 
 
-def _settings(config: GenerateConfig, data: Dataset, clip: Clip) -> dict[str, Any]:
+def _settings(config: GenerateConfig, data: Dataset, clip: Clip | None) -> dict[str, Any]:
     """Everything the sentences depend on, and nothing else."""
     own = ("name", "writer", "n_images", "n_pairs", "both_orders", "seed")
     return {
@@ -126,7 +133,7 @@ def _settings(config: GenerateConfig, data: Dataset, clip: Clip) -> dict[str, An
         "data": data.label,
         "fingerprint": data.fingerprint,
         "change": {"beams": config.change.beams, "length_penalty": config.change.length_penalty},
-        "checkpoint": clip.weights_hash(),
+        "checkpoint": clip.weights_hash() if clip else "told",
     }
 
 

@@ -61,6 +61,21 @@ def test_pairs_go_through_the_tower_as_the_paper_says(vit, pictures):
     torch.testing.assert_close(made.embed(x), z)
 
 
+def test_attention_in_float32_is_nearer_the_truth_than_in_bf16(vit, pictures):
+    """Under autocast the tower's blocks are computed in another way; values and gradients stay those of the blocks."""
+    made, visual = fresh(vit, None, seed=0).encoder, vit.model.visual
+    exact = made(*pictures)
+    wanted = torch.autograd.grad(exact.square().mean(), visual.conv1.weight)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = made(*pictures)
+        gradient = torch.autograd.grad(found.float().square().mean(), visual.conv1.weight)[0]
+        image = visual(pictures[0])
+    off = (found - exact).norm() / exact.norm()
+    usual = (image - visual(pictures[0])).norm() / visual(pictures[0]).norm()
+    assert 0 < off < 2 * usual
+    assert (gradient - wanted).norm() < 0.05 * wanted.norm()
+
+
 def test_what_only_one_image_shows_reaches_the_other_in_the_joint_blocks_alone(vit, pictures):
     made = fresh(vit, 4, seed=0).encoder
     before, after = pictures

@@ -86,6 +86,31 @@ def test_the_picture_after_is_the_first_and_the_sentence_is_the_captioners(confi
     assert (counts["kept"], sum(counts.values())) == (len(expected), 64)
 
 
+def test_what_the_data_set_says_itself(config):
+    config.change = ChangeWriterConfig(told=True)
+    data = open_dataset("example_changes", split="train")
+    said = {(c.after, c.before): c.sentences for c in data.changes if c.kind != "none"}
+    found = differences.read(generate.generate(config))
+    assert {(d.first, d.second) for d in found} == set(said)
+    assert all(d.text in said[d.first, d.second] for d in found)
+    assert len({said[d.first, d.second].index(d.text) for d in found}) > 1  # not always the first of several
+    config.seed, config.name = 1, "other"
+    assert differences.read(generate.generate(config)) != found
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"change": ChangeWriterConfig(told=True, checkpoint="x")}, "leave change.checkpoint"),
+        ({"change": ChangeWriterConfig(told=True), "both_orders": True}, "pairs in its own order alone"),
+        ({"change": ChangeWriterConfig(told=True), "dataset": "example"}, "says nothing of pairs of images"),
+    ],
+)
+def test_what_cannot_be_told(config, settings, message):
+    with pytest.raises(UserError, match=message):
+        generate.generate(dataclasses.replace(config, **settings))
+
+
 def test_both_orders_shows_the_captioner_the_pictures_the_other_way_round(config, runs):
     config.both_orders = True
     data = open_dataset("example_changes", split="train")

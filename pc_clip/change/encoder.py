@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import type_before_parametrizations as _type
 
 from pc_clip import _torchvision  # noqa: F401  (before open_clip)
 from pc_clip.errors import UserError
 
-from open_clip.transformer import VisionTransformer  # isort: skip
+from open_clip.transformer import ResidualAttentionBlock, VisionTransformer  # isort: skip
 
 
 class PairEncoder(nn.Module):
@@ -18,8 +20,8 @@ class PairEncoder(nn.Module):
     image they are of, are put one after the other, with a positional embedding of their own and a norm, and the other
     blocks see them together. P patches an image: class tokens are at 0 and P + 1.
 
-    The tower's weights are in use from the start, the new ones are drawn from torch's generator; new embeddings are
-    small (0.02), so that the joint blocks begin with what they are used to.
+    The tower's weights are in use from the start. The pair's positional embedding begins as the tower's own, twice, so
+    that the same place is alike in both images; which image is which begins small (0.02), by torch's generator.
     """
 
     def __init__(self, visual: nn.Module, name: str, intra_layers: int | None = None) -> None:
@@ -44,7 +46,8 @@ class PairEncoder(nn.Module):
         self.grid = visual.grid_size  # (rows, columns) of patches
         self.patches = self.grid[0] * self.grid[1]
         self.before, self.after = (nn.Parameter(0.02 * torch.randn(width)) for _ in range(2))
-        self.positional_embedding = nn.Parameter(0.02 * torch.randn(2 * (self.patches + 1), width))
+        own = visual.positional_embedding.detach()
+        self.positional_embedding = nn.Parameter(torch.cat([own, own]).clone())
         self.norm = nn.LayerNorm(width)
 
     @property
@@ -60,17 +63,33 @@ class PairEncoder(nn.Module):
         blocks = self.visual.transformer.resblocks
         x = self.visual._embeds(torch.cat([before, after]))  # [2 B, P + 1, W]
         for block in blocks[: self.intra_layers]:
-            x = block(x)
+            x = _through(block, x)
         first, second = x.chunk(2)
         x = torch.cat([first + self.before, second + self.after], dim=1)  # [B, 2 (P + 1), W]
         x = self.norm(x + self.positional_embedding)
         for block in blocks[self.intra_layers :]:
-            x = block(x)
+            x = _through(block, x)
         return self.visual.ln_post(x)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """The pair's embedding: the mean of both class tokens, projected as CLIP does. [B, 2 (P + 1), W] -> [B, D]"""
         return tokens[:, [0, self.patches + 1]].mean(1) @ self.visual.proj
+
+
+def _through(block: nn.Module, x: Tensor) -> Tensor:
+    """A block of the tower, as it is; in mixed precision on a CPU its attention in float32. [B, L, W] -> [B, L, W]
+
+    There torch's kernel for bf16 takes three times as long, and a step of training one and a half times.
+    """
+    attn, cpu = getattr(block, "attn", None), x.device.type == "cpu"
+    if not cpu or type(block) is not ResidualAttentionBlock or _type(attn) is not nn.MultiheadAttention:
+        return block(x)
+    qkv = F.linear(block.ln_1(x), attn.in_proj_weight, attn.in_proj_bias)
+    with torch.autocast("cpu", enabled=False):
+        q, k, v = qkv.float().unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)  # [B, heads, L, W / heads]
+        read = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    x = x + block.ls_1(attn.out_proj(read))
+    return x + block.ls_2(block.mlp(block.ln_2(x)))
 
 
 def _unfit(visual: nn.Module) -> str:

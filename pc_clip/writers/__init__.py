@@ -6,12 +6,20 @@ which gets the names of two images and looks at both.
 """
 
 from pc_clip.writers.causal import LanguageModelConfig, LanguageModelWriter
-from pc_clip.writers.change import ChangeWriter, ChangeWriterConfig
+from pc_clip.writers.change import ChangeWriter, ChangeWriterConfig, ToldWriter
 from pc_clip.writers.job import Job, Writer
 from pc_clip.writers.rules import RulesWriter
 from pc_clip.writers.server import ServerConfig, ServerWriter
 
 __all__ = [
-    "ChangeWriter", "ChangeWriterConfig", "Job", "LanguageModelConfig", "LanguageModelWriter", "RulesWriter",
-    "ServerConfig", "ServerWriter", "Writer",
+    "ChangeWriter",
+    "ChangeWriterConfig",
+    "Job",
+    "LanguageModelConfig",
+    "LanguageModelWriter",
+    "RulesWriter",
+    "ServerConfig",
+    "ServerWriter",
+    "ToldWriter",
+    "Writer",
 ]  # fmt: skip
