@@ -21,7 +21,8 @@ from pc_clip.example.scenes import COLOURS, SHAPES, SIDE, SIZES, TEXTURES, Scene
 
 SEEDS = {"train": 21, "val": 22, "test": 23}
 KINDS = ("colour", "texture", "move", "add", "drop", "none")
-COUNTS = (2, 3)  # things before; one less or one more after
+COUNT = 2  # things before; one less or one more after
+LARGE_ENOUGH = ("medium", "large")  # sizes at which shapes and textures can be told apart after a shift
 SENTENCES_EACH = 5
 NAMED = 0.25  # how often a sentence names a size or a texture that it need not name
 
@@ -67,12 +68,11 @@ class Pair:
 
 @lru_cache(maxsize=1 << 15)
 def pair(split: str, index: int) -> Pair:
-    """Two or three things before; after, one of them changed, went or came, or none did."""
+    """Two things before; after, one of them changed, went or came, or none did."""
     rng = np.random.default_rng([SEEDS[split], index])
     kind = str(rng.choice(KINDS))
-    count = int(rng.choice(COUNTS))
     while True:
-        things = _things(count + 1, rng)  # one to spare, whatever the kind: how full a scene is gives nothing away
+        things = _things(COUNT + 1, rng)  # one to spare, whatever the kind: how full a scene is gives nothing away
         changed = _change(kind, things[:-1], things[-1], rng)
         if changed is not None:
             break
@@ -100,7 +100,7 @@ def _things(count: int, rng: np.random.Generator) -> tuple[Thing, ...]:
     colours, shapes = (rng.permutation(list(values))[:count] for values in (COLOURS, SHAPES))
     textures = rng.choice(TEXTURES, size=count)
     while True:
-        sizes = rng.choice(list(SIZES), size=count)
+        sizes = rng.choice(LARGE_ENOUGH, size=count)
         looks = zip(shapes, colours, textures, sizes)
         things: list[Thing] = []
         for shape, colour, texture, size in looks:
@@ -139,8 +139,6 @@ def _change(
         value = str(rng.choice([c for c in COLOURS if c not in {t.colour for t in things}]))
         new = dataclasses.replace(thing, colour=value)
     elif kind == "texture":
-        if thing.size == "small":  # two stripes or one dot: on a small ring or star, hard to tell apart
-            return None
         value = str(rng.choice([t for t in TEXTURES if t != thing.texture]))
         new = dataclasses.replace(thing, texture=value)
     else:
