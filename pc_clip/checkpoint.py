@@ -71,16 +71,29 @@ def load_model(path: str | Path, name: str | None = None, pretrained: str | None
     """
     path = find(path)
     state, about = _read_safetensors(path) if path.suffix == ".safetensors" else (_read_torch(path), {})
+    _check_name(path, name, about.get("model"))
     name = name or about.get("model") or guess_architecture(state)
     pretrained = pretrained or about.get("pretrained")
     preprocess = about.get("preprocess") or preprocess_of_tag(name, pretrained)
     clip = Clip.create(name, load_weights=False, device=device, preprocess=preprocess)
     clip.pretrained = pretrained
-    beside = {name.removeprefix(PREFIX): state.pop(name) for name in list(state) if name.startswith(PREFIX)}
+    beside = {key.removeprefix(PREFIX): state.pop(key) for key in list(state) if key.startswith(PREFIX)}
     _load_strictly(clip, state, path)
+    if beside and "change" not in about:
+        raise UserError(
+            f"{path} has {len(beside)} weights for pairs of images, but not what describes them: it was written again "
+            "by a program that dropped the file's metadata; take the file as it was"
+        )
     if "change" in about:
         clip.change = ChangeModel.build(clip, about["change"], beside, path)
     return clip
+
+
+def _check_name(path: Path, asked: str | None, said: str | None) -> None:
+    """What differs in its activations alone has weights of the same shapes, and would be loaded without a word."""
+    elsewhere = any((name or "").startswith("local-dir:") for name in (asked, said))  # folders may have been moved
+    if asked and said and asked != said and not elsewhere:
+        raise UserError(f"{path} is a {said}, not a {asked}; leave --model.name out, for the file says it itself")
 
 
 def _load_strictly(clip: Clip, state: dict[str, Tensor], path: Path) -> None:

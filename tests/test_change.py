@@ -73,20 +73,23 @@ def test_texts_that_are_said_of_a_pair_are_none_of_its_negatives():
     )
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.2])
-def test_the_loss_of_a_sentence_is_the_mean_over_its_words_and_end(config, smoothing):
-    config.change.dropout, config.change.label_smoothing = 0.0, smoothing
+@pytest.mark.parametrize("smoothing, several", [(0.0, 1), (0.2, 1), (0.1, 3)])
+def test_the_loss_of_a_sentence_is_the_mean_over_its_words_and_end(config, smoothing, several):
+    """Of several sentences on a pair each is as if it were alone."""
+    config.change.dropout, config.change.label_smoothing, config.change.sentences = 0.0, smoothing, several
     made = method(config)
     batch = next(made.loader(0))
     loss, logs = made(batch)
     total, count, right = 0.0, 0, 0
     seen = made.change.encoder(batch.before, batch.after)
-    for n, sentence in enumerate(batch.tokens.tolist()):
-        words = [word for word in sentence if word != PAD]
-        for k in range(1, len(words)):
-            guess = made.change.decoder(torch.tensor([words[:k]]), seen[n : n + 1])[0, -1].log_softmax(-1)
-            total -= (1 - smoothing) * guess[words[k] - END] + smoothing * guess.mean()
-            count, right = count + 1, right + int(guess.argmax() + END == words[k])
+    for n, sentences in enumerate(batch.tokens.tolist()):
+        assert len(sentences) == several
+        for sentence in sentences:
+            words = [word for word in sentence if word != PAD]
+            for k in range(1, len(words)):
+                guess = made.change.decoder(torch.tensor([words[:k]]), seen[n : n + 1])[0, -1].log_softmax(-1)
+                total -= (1 - smoothing) * guess[words[k] - END] + smoothing * guess.mean()
+                count, right = count + 1, right + int(guess.argmax() + END == words[k])
     torch.testing.assert_close(loss, total / count)
     assert float(logs["words_right"]) == pytest.approx(right / count)
 
@@ -102,7 +105,7 @@ def test_batches_have_both_images_and_one_of_the_pairs_own_sentences(config):
                 torch.testing.assert_close(batch.before[n], made.clip.preprocess(data.load(row[key])))
                 torch.testing.assert_close(batch.after[n], made.clip.preprocess(data.load(row[of[key].after])))
                 if config.change.stage == "caption":
-                    said = made.change.vocabulary.decode(batch.tokens[n].tolist()[1:])
+                    said = made.change.vocabulary.decode(batch.tokens[n, 0].tolist()[1:])
                 else:
                     said = made.texts.distinct[batch.number[n]]
                     told = {made.texts.distinct[k] for k in batch.said[n].tolist() if k >= 0}
@@ -116,6 +119,19 @@ def test_sentences_are_drawn_anew_each_epoch_and_the_same_for_a_run_that_is_cont
     assert all(torch.equal(a.tokens, b.tokens) and a.ids == b.ids and a.seed == b.seed for a, b in zip(first, again))
     assert [b.ids for b in first] != [b.ids for b in second]
     assert [(b.ids, b.seed) for b in made.loader(0, skip=2)] == [(b.ids, b.seed) for b in first[2:]]
+
+
+def test_several_sentences_of_a_pair_are_different_ones_and_no_more_than_there_are(config):
+    data = open_dataset("example_changes", None, "train")
+    few = tuple(dataclasses.replace(c, sentences=c.sentences[: 1 + n % 3]) for n, c in enumerate(data.changes))
+    config.change.sentences = 2
+    made = change.Method(Clip.create("example_vit"), dataclasses.replace(data, changes=few), config)
+    of = {found.before: found.sentences for found in few}
+    for batch in made.loader(0):
+        for key, tokens in zip(batch.ids, batch.tokens):
+            said = [made.change.vocabulary.decode(row.tolist()[1:]) for row in tokens if (row != PAD).any()]
+            assert len(said) == len(set(said)) == min(2, len(of[key]))
+            assert set(said) <= set(of[key])
 
 
 # -- what learns ---------------------------------------------------------------------------------------
@@ -286,6 +302,8 @@ def test_sentences_are_learnt(config):
         ({"change.clip_rate": -1.0}, "change.clip_rate is -1.0"),
         ({"change.validate_on": 0}, "change.validate_on"),
         ({"change.intra_layers": 6}, "change.intra_layers is 6"),
+        ({"change.sentences": 0}, "change.sentences"),
+        ({"change.stage": "retrieve", "change.sentences": 2}, "change.sentences is for stage caption"),
         ({"data.min_crop": 0.5}, "reads both images whole, as they are; leave data.min_crop out"),
         ({"data.embeddings": "z"}, "leave data.embeddings out"),
         ({"sampler.kind": "clusters"}, "takes its pairs at random"),

@@ -98,7 +98,7 @@ def test_weights_are_drawn_by_seed_and_torchs_generator_is_left_alone(vit):
     torch.manual_seed(3)
     made = [fresh(vit, None, seed) for seed in (0, 0, 1)]
     assert torch.equal(torch.rand(1), expected)
-    first, same, other = (m.encoder.positional_embedding for m in made)
+    first, same, other = (m.encoder.before for m in made)
     assert torch.equal(first, same)
     assert not torch.equal(first, other)
 

@@ -149,6 +149,34 @@ def test_baselines_that_never_look_stand_beside_the_scores():
     assert found.metrics["shuffled_cider"] < found.metrics["cider"]
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_a_shuffle_does_not_follow_the_order_of_the_file(seed):
+    """As in CLEVR-Change, every other pair is unchanged. Whoever gets another's sentence is right of about half."""
+    changes = [
+        Change(f"{n}a", f"{n}b", ("it moved",), "move") if n % 2 else Change(f"{n}a", f"{n}b", ("nothing",), "none")
+        for n in range(200)
+    ]
+
+    def judge(row: int, said: str) -> dict[str, bool]:
+        return dict.fromkeys(("type", "object", "value"), said == changes[row].sentences[0])
+
+    data = made(changes, judge=judge)
+    found = caption.evaluate(subject(FakeClip(truth(data)), data, seed=seed))
+    assert found.metrics["right"] == 1
+    assert 0.3 < found.metrics["shuffled_right"] < 0.7
+
+
+@pytest.mark.parametrize("pairs", [2, 3, 8])
+def test_no_pair_gets_its_own_sentence_by_a_shuffle(pairs):
+    """Each has a sentence of its own, which nobody else's agrees with."""
+    changes = [Change(f"{n}a", f"{n}b", (f"{'x' * (n + 1)} y{n} z{n} w{n}",)) for n in range(pairs)]
+    data = made(changes)
+    for seed in range(5):
+        found = caption.evaluate(subject(FakeClip(truth(data)), data, seed=seed))
+        assert found.metrics["bleu_1"] == pytest.approx(1)
+        assert found.metrics["shuffled_bleu_4"] < 1e-6
+
+
 def test_without_a_decoder_the_nearest_training_sentence_is_said():
     data, train = (open_dataset("example_changes", split=split) for split in ("test", "train"))
     sentences = list(dict.fromkeys(s for change in train.changes for s in change.sentences))
@@ -170,6 +198,17 @@ def test_a_data_set_that_says_no_kinds_and_judges_nothing_has_scores_alone():
     assert set(found.metrics) == plain | {"shuffled_bleu_4", "shuffled_cider"}  # no training split, no commonest
     assert set(found.items) == {"cider", "rouge_l"}
     assert "no Java runs here" in found.details["meteor"]
+
+
+def test_kinds_that_a_file_writes_in_two_ways_are_one():
+    kinds = ["Move", "move", "add", "colour  change"]
+    changes = [Change(f"{n}a", f"{n}b", (f"thing {n} did what things do",), kind) for n, kind in enumerate(kinds)]
+    data = made(changes)
+    found = caption.evaluate(subject(FakeClip(truth(data) | {"0a": "no"}), data))
+    cider = found.items["cider"]
+    assert cider[0] == 0 < cider[1]
+    assert found.metrics["cider_move"] == pytest.approx(cider[1] / 2, abs=1e-4)
+    assert {"cider_add", "cider_colour_change"} < set(found.metrics)
 
 
 def test_models_that_can_say_nothing_are_told_apart():
@@ -262,6 +301,20 @@ def test_a_sentence_said_of_several_pairs_is_one_sentence_and_finds_any_of_them(
     assert distinct_sentences(changes) == (["nothing changed", "it moved"], [[0, 1], [0]])
     pairs = torch.eye(3)[:2]  # the first pair lies at "nothing changed", the second at nothing
     assert recalls(pairs, torch.eye(3)[[0, 2]], [[0, 1], [0]]) == {"p2s_r1": 0.5, "s2p_r1": 0.5}
+
+
+def test_two_images_that_are_listed_twice_are_no_wrong_answer_to_one_another():
+    """As in Spot-the-Diff, where several people wrote of the same pair: its embedding is the same each time."""
+    changes = [
+        Change("a", "b", ("x",)),
+        Change("c", "d", ("z",)),
+        Change("a", "b", ("y", "x")),
+        Change("b", "a", ("w",)),
+    ]
+    texts, belongs = distinct_sentences(changes)
+    assert (texts, belongs) == (["x", "z", "y", "w"], [[0, 2], [1], [0, 2], [3]])
+    pairs = torch.eye(3)[[0, 1, 0, 2]]
+    assert recalls(pairs, torch.eye(3)[[0, 1, 0, 2]], belongs) == {"p2s_r1": 1, "s2p_r1": 1}
 
 
 @given(st.integers(0, 200))

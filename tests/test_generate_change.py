@@ -98,6 +98,20 @@ def test_what_the_data_set_says_itself(config):
     assert differences.read(generate.generate(config)) != found
 
 
+def test_all_that_is_said_of_a_pair_that_is_listed_twice_may_be_told(config, tmp_path):
+    root = tmp_path / "own"
+    root.mkdir()
+    for name in "abcdefghi":
+        Image.new("RGB", (8, 8)).save(root / f"{name}.png")
+    rows = [(a, "i", text) for text in ("it left", "it is gone") for a in "abcdefgh"]
+    lines = [json.dumps({"before": f"{a}.png", "after": f"{b}.png", "sentence": text}) for a, b, text in rows]
+    (root / "train.jsonl").write_text("\n".join(lines) + "\n")
+    config.dataset, config.root, config.change = "changes", str(root), ChangeWriterConfig(told=True)
+    found = differences.read(generate.generate(config))
+    assert [(d.first, d.second) for d in found] == [("i.png", f"{a}.png") for a in "abcdefgh"]
+    assert {d.text for d in found} == {"it left", "it is gone"}
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

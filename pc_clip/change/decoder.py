@@ -74,13 +74,17 @@ class Decoder(nn.Module):
     def forward(self, tokens: Tensor, seen: Tensor) -> Tensor:
         """Logits of each next word, all prefixes of a sentence at once. [B, L], [B, S, V] -> [B, L, words - END]
 
-        The first is of END: neither padding nor a beginning ever comes next.
+        The first is of END: neither padding nor a beginning ever comes next. tokens may be [B, N, L] for N sentences on
+        each pair, which know nothing of each other; the images are then looked up once for all.
         """
-        x, memory = self._read(tokens, 0), self.memory(seen)
-        mask = nn.Transformer.generate_square_subsequent_mask(tokens.shape[1], device=x.device, dtype=x.dtype)
+        length, memory = tokens.shape[-1], self.memory(seen)
+        x = self._read(tokens, 0).flatten(1, -2)  # [B, N L, W]
+        alone = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)  # True: not to be looked at
+        others = ~torch.eye(x.shape[1] // length, dtype=torch.bool, device=x.device)
+        mask = alone.repeat(len(others), len(others)) | others.repeat_interleave(length, 0).repeat_interleave(length, 1)
         for layer in self.layers:
-            x = layer(x, memory, tgt_mask=mask, tgt_is_causal=True)
-        return self._next(x)
+            x = layer(x, memory, tgt_mask=mask)
+        return self._next(x).unflatten(1, tokens.shape[1:])
 
     def _read(self, tokens: Tensor, start: int) -> Tensor:
         """Embeddings of words from position `start` on. [..., L] -> [..., L, W]"""

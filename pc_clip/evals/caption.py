@@ -24,6 +24,7 @@ from pc_clip.datasets import READERS, Dataset
 from pc_clip.errors import UserError
 from pc_clip.evals import Result, Subject, _intervals
 from pc_clip.evals._change_sheet import Shown, change_sheet
+from pc_clip.evals.change_retrieval import rows_by_kind
 
 DECODER, NEAREST = "decoder", "nearest training sentence"
 UNCHANGED = "none"  # the kind of change that is none
@@ -137,9 +138,13 @@ def _training_sentences(subject: Subject) -> list[str]:
 
 def _without_looking(said: Sequence[str], train: Sequence[str], seed: int) -> dict[str, list[str]]:
     """Sentences by those who look at no pair."""
-    step = 1 + int(np.random.default_rng(seed).integers(max(1, len(said) - 1)))  # no pair gets its own
     found = {"most_common": [caption_scores.most_frequent(train)] * len(said)} if train else {}
-    return found | {"shuffled": [*said[step:], *said[:step]]} if len(said) > 1 else found
+    if len(said) > 1:
+        ring = np.random.default_rng(seed).permutation(len(said))  # drawn, because a file may have kinds take turns
+        other = np.empty_like(ring)
+        other[ring] = np.roll(ring, 1)  # the one before in the ring: no pair gets its own
+        found["shuffled"] = [said[row] for row in other]
+    return found
 
 
 # -- figures ------------------------------------------------------------------------------------------------
@@ -149,15 +154,14 @@ def _metrics(
     data: Dataset, said: Sequence[str], scores: Scores, seed: int
 ) -> tuple[dict[str, float], dict[str, tuple[float, float]], dict[str, list[float]]]:
     """Metrics, intervals, and one number a pair for those that are means over pairs."""
-    kinds = [change.kind for change in data.changes]
-    named = {kind.lower().replace(" ", "_"): np.array(kinds) == kind for kind in sorted(set(kinds) - {""})}
+    named = rows_by_kind(data.changes)
     order = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "meteor", "rouge_l", "cider", "spice")
     metrics = {name: scores.corpus[name] for name in order if name in scores.corpus}
     intervals = {name: scores.intervals[name] for name in metrics if name in scores.intervals}
     means = {"cider": scores.items["cider"]}
     if data.judge:
         judged = judge(data, said)
-        means = {"right": judged.right, **_shares(judged, np.array(kinds)), **means}
+        means = {"right": judged.right, **_shares(judged, np.array([c.kind for c in data.changes])), **means}
         metrics = {"right": float(judged.right.mean()), **metrics}
     for name, values in list(means.items()):
         if name in ("cider", "right"):

@@ -2,7 +2,8 @@
 
 p2s: a pair has to find any one of its sentences among all distinct sentences. s2p: a sentence has to find any one of
 the pairs it is said of. A text that is said of several pairs ("nothing changed") is one sentence that is right for all
-of them, and is asked about once. Beside them stands what chance gives, and what the untrained model gets by
+of them, and is asked about once. Where a data set lists the same two images more than once, all that is said of them is
+right each time: they look alike, so that none is a wrong answer to another's sentence. Beside them stands what chance gives, and what the untrained model gets by
 subtraction: the embedding of the image after, less that of the image before.
 """
 
@@ -70,7 +71,7 @@ def evaluate(subject: Subject) -> Result:
         of_pairs, queries = per_pair(found, belongs, {"p2s": len(texts), "s2p": len(pairs)})
         hits |= {f"{name}{metric}": values for metric, values in of_pairs.items()}
         asked |= {f"{name}{metric}": values for metric, values in queries.items()}
-    hits, asked = _with_kinds(hits, asked, [change.kind for change in data.changes])
+    hits, asked = _with_kinds(hits, asked, rows_by_kind(data.changes))
     metrics = {name: float(hits[name].sum() / asked[name].sum()) for name in hits} | chance(belongs, len(texts))
     details = {"pairs": len(pairs), "sentences": len(texts), "definitions": DEFINITIONS, "ties": TIES, "tied": tied}
     items = {name: (hits[name] / asked[name].mean()).round(4).tolist() for name in COMPARED if name in hits}
@@ -78,10 +79,13 @@ def evaluate(subject: Subject) -> Result:
 
 
 def distinct_sentences(changes: Sequence[Change]) -> tuple[list[str], list[list[int]]]:
-    """The M distinct sentences of N changes, and for each change which of them are said of it."""
+    """The M distinct sentences of N changes, and for each change which of them are said of its two images."""
     place: dict[str, int] = {}
-    belongs = [sorted({place.setdefault(text, len(place)) for text in change.sentences}) for change in changes]
-    return list(place), belongs
+    said: dict[tuple[str, str], set[int]] = {}
+    for change in changes:
+        of_pair = said.setdefault((change.before, change.after), set())
+        of_pair |= {place.setdefault(text, len(place)) for text in change.sentences}
+    return list(place), [sorted(said[change.before, change.after]) for change in changes]
 
 
 def recalls(pairs: Tensor, sentences: Tensor, belongs: Sequence[Sequence[int]]) -> dict[str, float]:
@@ -168,15 +172,21 @@ def _subtracted(subject: Subject) -> Tensor:
     return F.normalize(subject.base_z[after] - subject.base_z[before], dim=-1)
 
 
+def rows_by_kind(changes: Sequence[Change]) -> dict[str, np.ndarray]:
+    """Which of N changes are of each kind, by the kind's name in metrics; one that has none is in none.  -> [N] bool"""
+    kinds = np.array(["_".join(change.kind.lower().split()) for change in changes])
+    return {str(kind): kinds == kind for kind in np.unique(kinds) if kind}
+
+
 def _with_kinds(
-    hits: dict[str, np.ndarray], asked: dict[str, np.ndarray], kinds: Sequence[str]
+    hits: dict[str, np.ndarray], asked: dict[str, np.ndarray], kinds: dict[str, np.ndarray]
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """p2s of each kind of change beside the rest. A sentence may be of several kinds, so s2p has none."""
-    names = sorted(set(kinds) - {""}) if len(set(kinds)) > 1 else []
-    for kind in names:
-        of = np.array(kinds) == kind
+    for kind, of in kinds.items():
+        if of.all():  # nothing beside it
+            continue
         for k in (k for k in KS if f"p2s_r{k}" in hits):
-            name = f"p2s_{kind.lower().replace(' ', '_')}_r{k}"
+            name = f"p2s_{kind}_r{k}"
             hits[name], asked[name] = hits[f"p2s_r{k}"] * of, asked[f"p2s_r{k}"] * of
     return hits, asked
 

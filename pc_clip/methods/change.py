@@ -54,6 +54,8 @@ class Config:
         max_length: Of a sentence in pieces of words, its beginning and end included.
         dropout: In the decoder.
         label_smoothing: The share of probability that goes to all other words.
+        sentences: In stage caption, how many sentences of a pair a step learns from, drawn anew each epoch: what takes
+            time is to see the pair, which is done once for all of them.
         false_negatives: Count a sentence as wrong for a pair of which it is said too, if it came with another pair.
         validation: The split that the best epoch is chosen on; empty for val, or train where there is none; none to
             keep the last epoch.
@@ -70,6 +72,7 @@ class Config:
     max_length: int = 32
     dropout: float = 0.1
     label_smoothing: float = 0.0
+    sentences: int = 1
     false_negatives: bool = False
     validation: str = ""
     validate_on: int | None = None
@@ -82,7 +85,7 @@ class Batch(NamedTuple):
     before: Tensor  # [B, 3, H, W]
     after: Tensor  # [B, 3, H, W]
     seen: Tensor  # [B, S, V]
-    tokens: Tensor  # [B, L] int64: CLIP's in stage retrieve, the decoder's vocabulary in stage caption
+    tokens: Tensor  # int64: [B, L] of CLIP's in stage retrieve, [B, N, L] of the decoder's vocabulary in stage caption
     said: Tensor  # [B, T] int64: which sentences are said of the pair, filled up with -1
     number: Tensor  # [B] int64: which one this is
     seed: int  # of dropout
@@ -187,7 +190,7 @@ class Method(BaseMethod):
         rng = np.random.default_rng([self.config.seed, 2, epoch])
         mine = []  # pairs and sentences of each batch
         for chosen in self.sampler.batches(epoch, rng):
-            mine.append((chosen[self.share], rng.integers(self.each[chosen])[self.share]))
+            mine.append((chosen[self.share], self._drawn(chosen, rng)[self.share]))
         mine = mine[skip:]
         nothing = torch.empty(0)
         if self.features is not None:
@@ -198,15 +201,23 @@ class Method(BaseMethod):
             for n, ((chosen, drawn), (before, after)) in enumerate(zip(mine, coming), start=skip):
                 yield self._batch(epoch, n, chosen, drawn, before, after, nothing)
 
+    def _drawn(self, chosen: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Which sentences of its own each pair comes with; -1 where it has no more.  -> [B, N]"""
+        order = rng.random((len(chosen), self.each.max()))
+        order[np.arange(order.shape[1]) >= self.each[chosen][:, None]] = 2.0  # after all there are
+        drawn = order.argsort(axis=1)[:, : self.options.sentences]
+        return np.where(drawn < self.each[chosen][:, None], drawn, -1)
+
     def _batch(
         self, epoch: int, n: int, chosen: np.ndarray, drawn: np.ndarray, before: Tensor, after: Tensor, seen: Tensor
     ) -> Batch:
-        number = self.sentence[self.first[chosen] + drawn]
+        number = self.sentence[self.first[chosen][:, None] + np.maximum(drawn, 0)]  # [B, N]
         if self.options.stage == "retrieve":
-            tokens = self.texts.batch(number)
+            tokens = self.texts.batch(number[:, 0])
         else:
             tokens = self.written[torch.from_numpy(number)]
-            tokens = tokens[:, : int((tokens != PAD).sum(1).max())]
+            tokens[torch.from_numpy(drawn < 0)] = PAD
+            tokens = tokens[:, :, : int((tokens != PAD).sum(-1).max())]
         said = np.full((len(chosen), self.each.max()), -1)
         for row, pair in zip(said, chosen):
             row[: self.each[pair]] = self.sentence[self.first[pair] : self.first[pair] + self.each[pair]]
@@ -218,7 +229,7 @@ class Method(BaseMethod):
             seen=seen,
             tokens=tokens,
             said=torch.from_numpy(said),
-            number=torch.from_numpy(number),
+            number=torch.from_numpy(number[:, 0]),
             seed=int(seed),
         )
 
@@ -237,10 +248,10 @@ class Method(BaseMethod):
         return loss, {"temperature": 1 / scale.detach()} | distributed.hardness(pair, text)
 
     def _write(self, batch: Batch, seen: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        target = batch.tokens[:, 1:]
+        target = batch.tokens[:, :, 1:]
         decoder = self.change.decoder.train()
         with _seeded(batch.seed, seen.device) if self.options.dropout else nullcontext():
-            logits = decoder(batch.tokens[:, :-1], seen)  # [B, L - 1, words - END]
+            logits = decoder(batch.tokens[:, :, :-1], seen)  # [B, N, L - 1, words - END]
         decoder.eval()
         word = target != PAD
         total = F.cross_entropy(
@@ -302,6 +313,9 @@ def _check(config: FinetuneConfig, data: Dataset) -> None:
     for name in ("dropout", "label_smoothing"):
         if not 0 <= getattr(options, name) < 1:
             raise UserError(f"change.{name} is {getattr(options, name)}; it is a share, from 0 to below 1")
+    check_at_least("change.sentences", options.sentences, 1)
+    if options.stage == "retrieve" and options.sentences > 1:
+        raise UserError("change.sentences is for stage caption; in stage retrieve each pair comes with one sentence")
     if options.stage == "retrieve" and options.freeze:
         raise UserError(
             "change.freeze keeps the encoder as it is, which stage retrieve is there to train; leave it out"

@@ -45,15 +45,21 @@ class ChangeWriterConfig:
 
 
 class ToldWriter(Writer):
-    """Says of each pair what the data set says of it; one of several sentences by seed."""
+    """Says of each pair what the data set says of it; one of several sentences by seed.
+
+    Where the data set lists the same two images more than once, any sentence of any of these may be drawn.
+    """
 
     needs_cleaning = False
 
     def __init__(self, data: Dataset, seed: int) -> None:
-        self.said = {}
+        told: dict[tuple[str, str], list[tuple[int, str]]] = {}
         for row, change in enumerate(data.changes):
-            drawn = np.random.default_rng([seed, row]).integers(len(change.sentences))
-            self.said.setdefault((change.after, change.before), change.sentences[drawn])
+            told.setdefault((change.after, change.before), []).extend((row, text) for text in change.sentences)
+        self.said = {}
+        for pair, of in told.items():
+            first, _ = of[0]
+            self.said[pair] = of[np.random.default_rng([seed, first]).integers(len(of))][1]
 
     def stream(self, jobs: Sequence[Job]) -> Iterator[tuple[int, str]]:
         yield from enumerate(self.said[job.first, job.second] for job in jobs)
