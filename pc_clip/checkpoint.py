@@ -93,7 +93,7 @@ def _check_name(path: Path, asked: str | None, said: str | None) -> None:
     """What differs in its activations alone has weights of the same shapes, and would be loaded without a word."""
     elsewhere = any((name or "").startswith("local-dir:") for name in (asked, said))  # folders may have been moved
     if asked and said and asked != said and not elsewhere:
-        raise UserError(f"{path} is a {said}, not a {asked}; leave --model.name out, for the file says it itself")
+        raise UserError(f"{path} says that it is of {said}, not {asked}; leave --model.name out")
 
 
 def _load_strictly(clip: Clip, state: dict[str, Tensor], path: Path) -> None:

@@ -85,6 +85,11 @@ class Clip:
         known_as, name = name, f"local-dir:{model_folder(name)}" if name in SHIPPED else name
         _check_name(name)
         load_weights = load_weights and pretrained != SCRATCH
+        if known_as in SHIPPED and load_weights and pretrained is not None:
+            raise UserError(
+                f"model {known_as} has weights of its own; leave model.pretrained {pretrained} out "
+                "(model.start names a checkpoint to train from, --checkpoint one to evaluate)"
+            )
         beside = known_as == "example_vit" and load_weights  # its file has the image tower alone
         options = _resolve_local_text_tower(name) | ({"force_preprocess_cfg": preprocess} if preprocess else {})
         if load_weights and not name.startswith("local-dir:") and pretrained is None:

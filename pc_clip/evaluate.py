@@ -231,8 +231,8 @@ class _Keys:
                 path = Path(settings[name])
                 settings[name] = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
         settings["statements"] = self.statements
-        other = getattr(evals.find(mode), "also_reads", lambda _: None)(data)
-        chosen_on = self.subject.open(other).fingerprint if other else None
+        other = getattr(evals.find(mode), "also_reads", lambda _: None)(self.subject)
+        chosen_on = other.fingerprint if other else None
         compared = COMPARISONS / f"{data.name}.yaml"
         asked = (prompts.FOLDER / "compare.yaml").read_bytes() if config.pairs == "auto" else b""
         texts = self._tasks, WORDINGS, UNSEEN, compared.read_bytes() if compared.is_file() else b"", asked

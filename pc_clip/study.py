@@ -88,7 +88,6 @@ def conduct(study: Study, seeds: list[int], workers: int) -> None:
     jobs.sort(key=_longest_first)
     running: dict[str, Job] = {}
     stop = threading.Event()
-
     trained = {job.label: threading.Event() for job in jobs}
 
     def work(job: Job) -> None:

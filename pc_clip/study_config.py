@@ -16,6 +16,7 @@ from pc_clip.errors import UserError, nearest
 
 STUDIES = Path(__file__).parents[1] / "configs" / "studies"
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
+_RUN = re.compile(r"\{([\w.+-]+)\}")  # names of variants have hyphens and numbers
 
 
 @dataclass
@@ -107,11 +108,11 @@ class Study:
 
     def needs(self, variant: str) -> list[str]:
         """The variants whose runs its arguments name."""
-        return [name for argument in self.variants[variant] or [] for name in _PLACEHOLDER.findall(str(argument))]
+        return [name for argument in self.variants[variant] or [] for name in _RUN.findall(str(argument))]
 
     def arguments(self, variant: str, runs: Callable[[str], Path]) -> list[str]:
         """Its arguments with the runs of others in their places. runs: where that of a variant is."""
-        return [_PLACEHOLDER.sub(lambda match: str(runs(match[1])), str(a)) for a in self.variants[variant]]
+        return [_RUN.sub(lambda match: str(runs(match[1])), str(a)) for a in self.variants[variant]]
 
     @property
     def results(self) -> Path:

@@ -247,6 +247,30 @@ def test_two_processes_in_clusters_go_on_between_two_epochs_as_if_they_had_not_s
 # -- the group -----------------------------------------------------------------------------------------
 
 
+def test_the_best_epoch_of_two_processes_is_found_by_one_and_kept(config):
+    """The first of two: what is then saved is what they have after one epoch."""
+    changes("caption", config)
+    config.train.steps, config.train.max_steps_per_epoch, config.train.epochs = None, 2, 1
+    succeed(2, lambda rank: finetune(config))
+    figures = iter([0.9, 0.1])
+
+    def work(rank: int) -> None:
+        def validate(self) -> dict[str, float]:
+            Path(f"validated.{rank}").touch()
+            return {"cider": next(figures)}
+
+        change.Method.validate = validate
+        finetune(config)
+
+    config.name, config.train.epochs, config.change.validation = "b", 2, "val"
+    succeed(2, work)
+    assert [path.name for path in Path().glob("validated.*")] == ["validated.0"]
+    found = [json.loads(line)["step"] for line in Path("runs/b/validation.jsonl").read_text().splitlines()]
+    assert found == [2, 4]
+    one, two = (load_file(f"runs/{name}/model.safetensors") for name in ("a", "b"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
 @pytest.mark.parametrize("through", ["finetune", "script"])
 def test_processes_wait_twelve_hours_for_one_that_embeds_the_images(config, through):
     config.train.steps = 1

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -229,8 +231,38 @@ def test_spice_is_refused_before_anything_is_decoded(monkeypatch):
 
 def test_the_training_split_is_part_of_what_a_result_depends_on():
     data = open_dataset("example_changes", split="test")
-    assert caption.also_reads(data) == "train"
-    assert caption.also_reads(made([])) is None
+    train = caption.also_reads(subject(FakeClip(), data))
+    assert train.changes == open_dataset("example_changes", split="train").changes
+    assert caption.also_reads(subject(FakeClip(), made([]))) is None
+
+
+def lines(root: Path, **files: list[str]) -> Path:
+    """Changes in files of JSON lines, whose pictures are those of test alone."""
+    root.mkdir()
+    for name, sentences in files.items():
+        rows = [{"before": f"{name}{n}.png", "after": f"{name}.png", "sentence": s} for n, s in enumerate(sentences)]
+        (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name in ("test0", "test1", "test"):
+        Image.new("RGB", (8, 8)).save(root / f"{name}.png")
+    return root
+
+
+def test_of_training_pairs_the_sentences_are_enough(tmp_path):
+    root = lines(tmp_path / "own", train=["it left", "it moved", "it left"], test=["it left", "it came"])
+    data = open_dataset("changes", root, "test")
+    found = caption.evaluate(subject(FakeClip(truth(data)), data, root=str(root)))
+    assert found.metrics["most_common_bleu_4"] > 0
+
+
+def test_without_a_training_split_a_decoder_is_measured_all_the_same(tmp_path, caplog):
+    root = lines(tmp_path / "own", test=["it left", "it came"])
+    data = open_dataset("changes", root, "test")
+    caplog.set_level("INFO")
+    found = caption.evaluate(subject(FakeClip(truth(data)), data, root=str(root)))
+    assert "bleu_4" in found.metrics and "most_common_bleu_4" not in found.metrics
+    assert "no training sentences" in caplog.text and "has no train.jsonl" in caplog.text
+    with pytest.raises(UserError, match="has no decoder, and changes/test has no training sentences"):
+        caption.evaluate(subject(FakeClip(), data, root=str(root)))
 
 
 # -- the sheet -----------------------------------------------------------------------------------------------

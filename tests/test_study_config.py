@@ -70,6 +70,12 @@ def test_variants_that_begin_with_the_run_of_another():
     assert list(found.only(["then"]).variants) == ["first", "then"]
 
 
+def test_the_run_of_a_variant_with_numbers_and_hyphens_in_its_name_is_begun_with_too():
+    found = study(variants={"text-1e-06": [], "then": ["--model.start", "{text-1e-06}"]}, grid=[])
+    assert found.needs("then") == ["text-1e-06"]
+    assert found.arguments("then", lambda name: Path("runs") / name) == ["--model.start", "runs/text-1e-06"]
+
+
 def test_only_keeps_what_matches_and_what_is_said_of_it():
     found = study(variants={"base": None, "random": []}, baselines=["base", "random"], against="random")
     few = found.only(["text-*", "base"])

@@ -67,6 +67,14 @@ class Decoder(nn.Module):
         self.bias = nn.Parameter(torch.zeros(words - END))
         self.dropout = nn.Dropout(dropout)
 
+    def set_dropout(self, share: float) -> None:
+        """For a decoder that was saved, and so made without any."""
+        for module in self.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = share
+            elif isinstance(module, nn.MultiheadAttention):
+                module.dropout = share
+
     def memory(self, seen: Tensor) -> Tensor:
         """What the layers look at. [B, S, V] tokens of the encoder -> [B, S, W]"""
         return self.look_norm(self.look(seen))

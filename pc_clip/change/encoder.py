@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import type_before_parametrizations as _type
+from torch.utils.checkpoint import checkpoint
 
 from pc_clip import _torchvision  # noqa: F401  (before open_clip)
 from pc_clip.errors import UserError
@@ -63,21 +64,27 @@ class PairEncoder(nn.Module):
         blocks = self.visual.transformer.resblocks
         x = self.visual._embeds(torch.cat([before, after]))  # [2 B, P + 1, W]
         for block in blocks[: self.intra_layers]:
-            x = _through(block, x)
+            x = self._through(block, x)
         first, second = x.chunk(2)
         x = torch.cat([first + self.before, second + self.after], dim=1)  # [B, 2 (P + 1), W]
         x = self.norm(x + self.positional_embedding)
         for block in blocks[self.intra_layers :]:
-            x = _through(block, x)
+            x = self._through(block, x)
         return self.visual.ln_post(x)
+
+    def _through(self, block: nn.Module, x: Tensor) -> Tensor:
+        """A block, computed again in the backward pass where the tower is set so (train.recompute)."""
+        if self.visual.transformer.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint(run_block, block, x, use_reentrant=False)
+        return run_block(block, x)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """The pair's embedding: the mean of both class tokens, projected as CLIP does. [B, 2 (P + 1), W] -> [B, D]"""
         return tokens[:, [0, self.patches + 1]].mean(1) @ self.visual.proj
 
 
-def _through(block: nn.Module, x: Tensor) -> Tensor:
-    """A block of the tower, as it is; in mixed precision on a CPU its attention in float32. [B, L, W] -> [B, L, W]
+def run_block(block: nn.Module, x: Tensor) -> Tensor:
+    """A block of a vision transformer; in mixed precision on a CPU its attention in float32. [B, L, W] -> [B, L, W]
 
     There torch's kernel for bf16 takes three times as long, and a step of training one and a half times.
     """

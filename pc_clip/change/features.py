@@ -6,19 +6,16 @@ import json
 import logging
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pc_clip.change.apply import seen_by_encoder
+from pc_clip.clip import Clip, hash_tensors
 from pc_clip.datasets import Dataset
 from pc_clip.datasets.dataset import digest
 from pc_clip.files import write_json
-
-if TYPE_CHECKING:
-    from pc_clip.clip import Clip
 
 log = logging.getLogger(__name__)
 
@@ -28,16 +25,20 @@ CACHE = Path("data/cache/pairs")
 class Features:
     """The encoder's tokens of data.changes, float16 on the disk: [N, S, V], row n of data.changes[n].
 
-    They are looked for under a key of the model's weights, the images and the pairs; a file is used once its JSON,
+    They are looked for under a key of the encoder's weights, the images and the pairs; a file is used once its JSON,
     which is written last, says that it is whole. All of data/cache may be deleted at any time.
     """
 
     def __init__(self, clip: Clip, data: Dataset, batch_size: int = 64, workers: int = 0) -> None:
         """Finds what is not there yet. Raises UserError for an image that cannot be read."""
         pairs = [(change.before, change.after) for change in data.changes]
-        key = digest(clip.weights_hash(), data.fingerprint, pairs, clip.device.type)
-        path, mark = CACHE / f"{key}.npy", CACHE / f"{key}.json"
         encoder = clip.change.encoder
+        weights = (
+            clip.image_tower_hash(),
+            hash_tensors(encoder.state_dict(), extra=f"{clip.name} {encoder.intra_layers}"),
+        )
+        key = digest(weights, data.fingerprint, pairs, clip.device.type)  # the decoder and the text tower have no part
+        path, mark = CACHE / f"{key}.npy", CACHE / f"{key}.json"
         shape = len(pairs), 2 * (encoder.patches + 1), encoder.width
         if not _whole(path, mark, shape):
             CACHE.mkdir(parents=True, exist_ok=True)

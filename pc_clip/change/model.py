@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -29,6 +30,8 @@ class Search(NamedTuple):
     def check(self) -> None:
         if self.beams < 1:
             raise UserError(f"beams is {self.beams}; it must be at least 1, which is greedy search")
+        if not math.isfinite(self.length_penalty):
+            raise UserError(f"length_penalty is {self.length_penalty}; it must be a number, such as 1 or 0")
 
 
 class ChangeModel(nn.Module):

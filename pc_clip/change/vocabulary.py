@@ -39,6 +39,10 @@ class Vocabulary:
             row[: len(numbers)] = torch.tensor(numbers)
         return rows
 
+    def lacks(self, text: str) -> bool:
+        """Whether pieces of a text are not known."""
+        return any(piece not in self.number for piece in _cut(self.tokenizer, text))
+
     def decode(self, numbers: Iterable[int]) -> str:
         """The text up to END, in lower case where the tokenizer knows no other."""
         pieces = self._pieces(numbers)

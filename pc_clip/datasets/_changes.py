@@ -17,6 +17,10 @@ from pc_clip.datasets.dataset import Dataset, digest, read_image
 from pc_clip.errors import UserError
 
 
+class NoSplit(UserError):
+    """The data set is there, and a split of it is not."""
+
+
 class Source(NamedTuple):
     """Where changes were read. split: as results name it; part: as it was asked for. path: the file that lists them.
 
@@ -42,13 +46,13 @@ class _File(NamedTuple):
 def find(folders: Iterable[Path], names: Iterable[str], splits: Iterable[str]) -> Path:
     """The first of some files in the first folder that has one.
 
-    Raises UserError that says which of `splits` have a file there.
+    Raises NoSplit that says which of `splits` have a file there.
     """
     folders, names = list(folders), list(names)
     path = next((folder / name for folder in folders for name in names if (folder / name).is_file()), None)
     if path is None:
         present = [split for split in splits if any((folder / f"{split}.json").is_file() for folder in folders)]
-        raise UserError(f"{folders[0]} has no {names[0]}; splits found there: {', '.join(present) or 'none'}")
+        raise NoSplit(f"{folders[0]} has no {names[0]}; splits found there: {', '.join(present) or 'none'}")
     return path
 
 

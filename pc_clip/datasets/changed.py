@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pc_clip.changes import Change
 from pc_clip.datasets import _changes
-from pc_clip.datasets._changes import Source
+from pc_clip.datasets._changes import NoSplit, Source
 from pc_clip.datasets.dataset import Dataset, digest
 from pc_clip.datasets.layout import Layout
 from pc_clip.errors import UserError
@@ -103,7 +103,7 @@ def open_lines(root: Path, split: str, missing: str = "error") -> Dataset:
     if path is None:
         present = sorted(p.stem for p in root.glob("*") if is_lines(p))
         file = split if split.lower().endswith(LINES) else f"{split}.jsonl"
-        raise UserError(
+        raise NoSplit(
             f"{root} has no {file}; files found there: {', '.join(present) or 'none'}. "
             "One that lies elsewhere is named by its path: --data.split FILE.jsonl (--split for run.py)."
         )

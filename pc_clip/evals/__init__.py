@@ -6,7 +6,7 @@ Such a file has
     NEEDS                    what that is, in words, for the error
     evaluate(subject)        -> Result
     lacks(subject)           optional: why the weights do not allow it, in words; None when they do
-    also_reads(data)         optional: another split that its figures depend on
+    also_reads(subject)      optional: what is known of another split that its figures depend on, or None
     VERSION                  optional: of what its figures mean; results of another one are measured again
 
 All get image embeddings from the cache; none encodes an image twice, except average where the image tower
@@ -92,13 +92,17 @@ class Subject:
     find_base: Callable[[], Clip | None]
     data: Dataset
     config: EvaluateConfig
-    _opened: dict[str, Dataset] = field(default_factory=dict, init=False, repr=False)
+    _opened: dict[tuple[str, str], Dataset] = field(default_factory=dict, init=False, repr=False)
 
-    def open(self, split: str) -> Dataset:
-        """Another split of the data set, opened once however many evaluations ask for it."""
-        if split not in self._opened:
-            self._opened[split] = open_dataset(self.data.name, self.config.root, split, missing=self.config.missing)
-        return self._opened[split]
+    def open(self, split: str, missing: str = "") -> Dataset:
+        """Another split of the data set, opened once however many evaluations ask for it.
+
+        missing: what its absent pictures mean, as the settings say unless told otherwise; "keep" where none is read.
+        """
+        key = split, missing or self.config.missing
+        if key not in self._opened:
+            self._opened[key] = open_dataset(self.data.name, self.config.root, split, missing=key[1])
+        return self._opened[key]
 
     @cached_property
     def base(self) -> Clip | None:

@@ -39,9 +39,10 @@ def applies(data: Dataset, config: EvaluateConfig) -> bool:
     return bool(data.questions and config.checkpoint) and data.name in READERS and held_out(data) is not None
 
 
-def also_reads(data: Dataset) -> str | None:
+def also_reads(subject: Subject) -> Dataset | None:
     """The split that alpha is chosen on."""
-    return held_out(data)
+    split = held_out(subject.data)
+    return subject.open(split) if split else None
 
 
 def lacks(subject: Subject) -> str | None:

@@ -9,6 +9,7 @@ words and lengths and only the images are missing.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -21,10 +22,13 @@ from pc_clip.caption_scores import Scores, Tools, bleu_of
 from pc_clip.change import apply
 from pc_clip.config import EvaluateConfig
 from pc_clip.datasets import READERS, Dataset
+from pc_clip.datasets._changes import NoSplit
 from pc_clip.errors import UserError
 from pc_clip.evals import Result, Subject, _intervals
 from pc_clip.evals._change_sheet import Shown, change_sheet
 from pc_clip.evals.change_retrieval import rows_by_kind
+
+log = logging.getLogger(__name__)
 
 DECODER, NEAREST = "decoder", "nearest training sentence"
 UNCHANGED = "none"  # the kind of change that is none
@@ -66,7 +70,7 @@ def lacks(subject: Subject) -> str | None:
     change = subject.clip.change
     if change is None:
         return f"{subject.clip.describe()} has no pair encoder; finetune.py --method change trains one"
-    if change.decoder is None and also_reads(subject.data) is None:
+    if change.decoder is None and also_reads(subject) is None:
         return (
             f"{subject.clip.describe()} has no decoder, and {subject.data.label} has no training sentences to choose "
             "from; train stage caption"
@@ -74,8 +78,20 @@ def lacks(subject: Subject) -> str | None:
     return None
 
 
-def also_reads(data: Dataset) -> str | None:
-    """The training split, for the commonest sentence and the nearest one; None where a lone file is read."""
+def also_reads(subject: Subject) -> Dataset | None:
+    """The training split, for the commonest sentence and the nearest one; None where there is none.
+
+    Its sentences alone are read, so that its pictures may be absent.
+    """
+    split = _training_split(subject.data)
+    try:
+        return subject.open(split, "keep") if split else None
+    except NoSplit as error:
+        log.info("no training sentences: %s", error)
+        return None
+
+
+def _training_split(data: Dataset) -> str | None:
     splits, part = READERS[data.name].splits if data.name in READERS else (), data.part or data.split
     train = f"{part.rpartition('_')[0]}_train".lstrip("_")  # of reformat_test, reformat_train
     return train if part in splits and train in splits else None
@@ -131,8 +147,7 @@ def _written(subject: Subject, data: Dataset, attention: bool = False) -> list[a
 
 
 def _training_sentences(subject: Subject) -> list[str]:
-    split = also_reads(subject.data)
-    data = subject.open(split) if split else None
+    data = also_reads(subject)
     return [sentence for change in data.changes for sentence in change.sentences] if data else []
 
 

@@ -3,8 +3,9 @@
 p2s: a pair has to find any one of its sentences among all distinct sentences. s2p: a sentence has to find any one of
 the pairs it is said of. A text that is said of several pairs ("nothing changed") is one sentence that is right for all
 of them, and is asked about once. Where a data set lists the same two images more than once, all that is said of them is
-right each time: they look alike, so that none is a wrong answer to another's sentence. Beside them stands what chance gives, and what the untrained model gets by
-subtraction: the embedding of the image after, less that of the image before.
+right each time: they look alike, so that none is a wrong answer to another's sentence. Beside R@k stands what chance
+gives, and what the untrained model gets by subtraction: the embedding of the image after, less that of the image
+before.
 """
 
 from __future__ import annotations

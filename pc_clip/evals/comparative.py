@@ -54,9 +54,10 @@ def applies(data: Dataset, config: EvaluateConfig) -> bool:
     return bool(data.questions) and known and held_out(data) is not None
 
 
-def also_reads(data: Dataset) -> str | None:
+def also_reads(subject: Subject) -> Dataset | None:
     """The split that alpha and the confused classes are chosen on."""
-    return held_out(data)
+    split = held_out(subject.data)
+    return subject.open(split) if split else None
 
 
 class Space(NamedTuple):

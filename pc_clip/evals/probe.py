@@ -71,9 +71,9 @@ def evaluate(subject: Subject) -> Result:
     return _report(found, shots, config, len(subject.data))
 
 
-def also_reads(data: Dataset) -> str | None:
+def also_reads(subject: Subject) -> Dataset | None:
     """The split that the probe learns from."""
-    return TRAIN if _has_train_split(data) else None
+    return subject.open(TRAIN) if _has_train_split(subject.data) else None
 
 
 def training_split(subject: Subject) -> Dataset:

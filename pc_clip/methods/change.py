@@ -8,8 +8,8 @@ validation pairs is kept: by R@1, and by CIDEr.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import closing, nullcontext
-from dataclasses import dataclass
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -27,10 +27,11 @@ from pc_clip.change.model import PREFIX, fresh
 from pc_clip.change.vocabulary import END, PAD, Vocabulary
 from pc_clip.clip import Clip
 from pc_clip.config import FinetuneConfig
-from pc_clip.datasets import Dataset, held_out, open_dataset
+from pc_clip.datasets import Dataset, held_out
 from pc_clip.datasets.dataset import with_changes
 from pc_clip.errors import UserError, check_at_least, check_choice
 from pc_clip.evals.change_retrieval import distinct_sentences, recalls
+from pc_clip.learning_data import load_dataset
 from pc_clip.methods._batches import Texts
 from pc_clip.methods._method import BaseMethod
 from pc_clip.reading import Reader, plain
@@ -86,7 +87,7 @@ class Batch(NamedTuple):
     after: Tensor  # [B, 3, H, W]
     seen: Tensor  # [B, S, V]
     tokens: Tensor  # int64: [B, L] of CLIP's in stage retrieve, [B, N, L] of the decoder's vocabulary in stage caption
-    said: Tensor  # [B, T] int64: which sentences are said of the pair, filled up with -1
+    said: Tensor  # [B, T] int64: which sentences are said of both images, by any entry, filled up with -1
     number: Tensor  # [B] int64: which one this is
     seed: int  # of dropout
 
@@ -102,6 +103,7 @@ class Method(BaseMethod):
         sentences = [text for change in data.changes for text in change.sentences]
         self.each = np.array([len(change.sentences) for change in data.changes])
         self.first = self.each.cumsum() - self.each
+        self.said = _rows(distinct_sentences(data.changes)[1])
         if clip.change is None:
             clip.change = fresh(clip, options.intra_layers, config.seed).to(clip.device)
         elif options.intra_layers not in (None, clip.change.encoder.intra_layers):
@@ -121,6 +123,7 @@ class Method(BaseMethod):
             self.reader.start()  # while this is the only thread; batches are asked for by another
         self.validation = self._validation(data)
         self.sampler = samplers.make(config, len(self.pairs), config.train.batch_size, self, "pairs")
+        self.notes += self.sampler.notes
 
     def _prepare_to_retrieve(self, sentences: list[str]) -> None:
         self.change.decoder = self.change.vocabulary = None  # what was written before this adaptation is no more
@@ -141,22 +144,31 @@ class Method(BaseMethod):
                 self.change.add_decoder(vocabulary, shape, options.dropout)
             self.change.to(self.clip.device)
         else:
-            self.notes.append(f"the decoder of {self.config.model.start} learns on, as it is")
+            self._take_over(distinct)
         length = self.change.decoder.shape.max_length
         self.written = self.change.vocabulary.encode(distinct, length)  # [U, L]
-        whole = self.change.vocabulary.encode(distinct, self.clip.context_length)
-        if cut := int(((whole != PAD).sum(1) > length).sum()):
+        one_more = self.change.vocabulary.encode(distinct, length + 1)
+        if cut := int(((one_more != PAD).sum(1) > length).sum()):
             self.notes.append(f"{cut} sentences longer than {length} pieces of words, cut")
         self.notes.append(f"{len(self.change.vocabulary.pieces)} pieces of words in {len(distinct)} sentences")
 
+    def _take_over(self, sentences: list[str]) -> None:
+        """The decoder that the model came with; its sizes and its vocabulary stay."""
+        decoder, start = self.change.decoder, self.config.model.start
+        decoder.set_dropout(self.options.dropout)
+        sizes = ", ".join(f"{name} {value}" for name, value in vars(decoder.shape).items())
+        self.notes.append(f"the decoder of {start} learns on, as it is: {sizes}")
+        if lacking := sum(map(self.change.vocabulary.lacks, sentences)):
+            self.notes.append(f"{lacking} sentences have pieces of words that it does not know; these are left out")
+
     def _validation(self, data: Dataset) -> Dataset | None:
         """The pairs that the best epoch is chosen on."""
-        options, root = self.options, self.config.data.root
+        options = self.options
         split = options.validation or held_out(data)
         if split in (None, "none"):
             self.notes.append("no validation pairs: the last epoch is kept")
             return None
-        found = open_dataset(data.name, root, split, missing=self.config.data.missing)
+        found = load_dataset(replace(self.config.data, split=split, captions=None, mix=[]))
         if found.fingerprint == data.fingerprint:
             raise UserError(f"change.validation {split} is what is learnt from; name another split, or none")
         if options.validate_on is not None:
@@ -164,6 +176,8 @@ class Method(BaseMethod):
             if options.validate_on < len(found.changes):
                 rng = np.random.default_rng([self.config.seed, 7])
                 found = with_changes(found, np.sort(rng.permutation(len(found.changes))[: options.validate_on]))
+        _check_validation(options.stage, found)
+        self.notes += [f"{found.label}: {found.note}"] if found.note else []
         self.chosen_by = "r1" if options.stage == "retrieve" else "cider"
         self.notes.append(
             f"the best epoch is chosen by {self.chosen_by} on {len(found.changes)} pairs of {found.label}"
@@ -218,9 +232,6 @@ class Method(BaseMethod):
             tokens = self.written[torch.from_numpy(number)]
             tokens[torch.from_numpy(drawn < 0)] = PAD
             tokens = tokens[:, :, : int((tokens != PAD).sum(-1).max())]
-        said = np.full((len(chosen), self.each.max()), -1)
-        for row, pair in zip(said, chosen):
-            row[: self.each[pair]] = self.sentence[self.first[pair] : self.first[pair] + self.each[pair]]
         seed = np.random.default_rng([self.config.seed, 3, epoch, n, PartialState().process_index]).integers(2**62)
         return Batch(
             ids=[self.changes[pair].before for pair in chosen],
@@ -228,7 +239,7 @@ class Method(BaseMethod):
             after=after,
             seen=seen,
             tokens=tokens,
-            said=torch.from_numpy(said),
+            said=torch.from_numpy(self.said[chosen]),
             number=torch.from_numpy(number[:, 0]),
             seed=int(seed),
         )
@@ -270,7 +281,9 @@ class Method(BaseMethod):
         if self.options.stage == "retrieve":
             texts, belongs = distinct_sentences(data.changes)
             pairs = embed_pairs(self.clip, data, workers=workers)  # [N, D]
-            found = recalls(pairs, self.clip.embed_texts(texts), belongs)
+            sentences = self.clip.embed_texts(texts)  # [M, D]
+            with torch.autocast(self.clip.device.type, enabled=False):  # cosines in bf16 would tie
+                found = recalls(pairs, sentences, belongs)
             return {"r1": (found["p2s_r1"] + found["s2p_r1"]) / 2} | found
         said = [caption.text for caption in captions(self.clip, data, workers=workers)]
         found = {"cider": validation_cider(said, [list(change.sentences) for change in data.changes])}
@@ -279,19 +292,20 @@ class Method(BaseMethod):
         return found
 
 
-def _seeded(seed: int, device: torch.device) -> torch.random.fork_rng:
+def _rows(lists: list[list[int]]) -> np.ndarray:
+    """As a table, filled up with -1.  -> [N, longest] int64"""
+    table = np.full((len(lists), max(map(len, lists))), -1)
+    for row, found in zip(table, lists):
+        row[: len(found)] = found
+    return table
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Dropout by a seed of the step, so that a run that is continued drops what a straight one does."""
-    forked = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
-
-    class _Seeded:
-        def __enter__(self) -> None:
-            forked.__enter__()
-            torch.manual_seed(seed)
-
-        def __exit__(self, *error: object) -> None:
-            forked.__exit__(*error)
-
-    return _Seeded()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 def _check(config: FinetuneConfig, data: Dataset) -> None:
@@ -306,6 +320,8 @@ def _check(config: FinetuneConfig, data: Dataset) -> None:
     if config.data.embeddings or config.data.min_crop != 1:
         which = "data.embeddings" if config.data.embeddings else "data.min_crop"
         raise UserError(f"method change reads both images whole, as they are; leave {which} out")
+    if config.train.blend != 1:
+        raise UserError("method change adds weights that have no start to be averaged with; leave train.blend out")
     if config.sampler.kind != "random":
         raise UserError("method change takes its pairs at random; leave sampler.kind out")
     if not 0 <= options.clip_rate < float("inf"):
@@ -325,3 +341,15 @@ def _check(config: FinetuneConfig, data: Dataset) -> None:
             f"model.train {config.model.train} leaves the image tower as it is; stage caption takes both or attention, "
             "or change.freeze true, which is quicker"
         )
+
+
+def _check_validation(stage: str, data: Dataset) -> None:
+    """Whether epochs can be told apart by these pairs, said before the first of them and not after it."""
+    sentences = len(distinct_sentences(data.changes)[0])
+    if len(data.changes) < 2 or (stage == "retrieve" and sentences < 2):
+        raise UserError(
+            f"{data.label} gives {len(data.changes)} pairs with {sentences} different sentences to choose an epoch by, "
+            "which takes two of each; raise change.validate_on, or set change.validation to another split or none"
+        )
+    if stage == "caption":
+        validation_cider(["a"], [["a"]])  # raises where it cannot be computed
