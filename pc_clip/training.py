@@ -106,7 +106,10 @@ def _run(config: FinetuneConfig, run: Path, data: Dataset) -> Path:
         if config.overwrite and not config.resume:
             _delete(run)  # only now, when nothing is left that could be refused
         about = {"data": learnt_from, "start": clip.weights_hash(), "notes": [text_way, *method.notes]}
+        about |= {"validation": method.chosen_on} if method.chosen_on else {}
         _open_folder(run, config, environment.describe() | about)
+    elif accelerator.is_main_process and method.chosen_on:
+        _check_validation(run, method.chosen_on)
     accelerator.wait_for_everyone()
     adapters.add(clip.model, adapted, config.model, config.seed)  # here: what is kept of the start knows none
     with _Stop() as stop:
@@ -367,6 +370,16 @@ def _already_done(run: Path, config: FinetuneConfig, learnt_from: dict[str, str]
     if (run / checkpoint.STATE_FILE).is_file() and not config.resume:
         raise UserError(f"{run} was interrupted. Continue it with --resume true, or --overwrite true to start again.")
     return False
+
+
+def _check_validation(run: Path, chosen_on: str) -> None:
+    """The best epoch of a run is chosen on the same images before and after it was interrupted."""
+    before = json.loads((run / "environment.json").read_text()).get("validation", chosen_on)
+    if before != chosen_on:
+        raise UserError(
+            f"{run} chose its best epoch on other validation data, which have changed since. "
+            "Choose another --name, or --overwrite true to delete it."
+        )
 
 
 def _as_now(old: dict[str, Any], config: FinetuneConfig) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from interrupting import interrupted_and_continued
+from interrupting import interrupted_and_continued, stop_at
 from safetensors.torch import load_file
 
 from pc_clip import checkpoint, losses, training
@@ -19,7 +19,7 @@ from pc_clip.change.model import PREFIX
 from pc_clip.change.vocabulary import END, PAD
 from pc_clip.clip import Clip
 from pc_clip.config import FinetuneConfig, TrainConfig
-from pc_clip.datasets import open_dataset
+from pc_clip.datasets import embedded, open_dataset
 from pc_clip.datasets.dataset import with_changes
 from pc_clip.errors import UserError
 from pc_clip.methods import change
@@ -267,6 +267,17 @@ def test_a_run_whose_start_has_changed_is_not_continued(config):
     path = Path("runs/adapted/model.safetensors")
     path.write_bytes(path.read_bytes()[:-1] + b"!")
     with pytest.raises(UserError, match="learnt from other data: its start have changed since"):
+        finetune(config)
+
+
+def test_a_run_whose_validation_pairs_have_changed_is_not_continued(config, monkeypatch):
+    with pytest.MonkeyPatch.context() as context:
+        stop_at(context, 4)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(config)
+    config.resume = True
+    monkeypatch.setattr(embedded, "CHANGES_SIZES", embedded.CHANGES_SIZES | {"val": 19})
+    with pytest.raises(UserError, match="chose its best epoch on other validation data"):
         finetune(config)
 
 

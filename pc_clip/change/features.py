@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from pc_clip.change.apply import seen_by_encoder
@@ -40,16 +40,14 @@ class Features:
         key = digest(weights, data.fingerprint, pairs, clip.device.type)  # the decoder and the text tower have no part
         path, mark = CACHE / f"{key}.npy", CACHE / f"{key}.json"
         shape = len(pairs), 2 * (encoder.patches + 1), encoder.width
-        if not _whole(path, mark, shape):
-            CACHE.mkdir(parents=True, exist_ok=True)
-            log.info("%s: %.1f GB of what the frozen encoder sees", path, 2 * np.prod(shape) / 1e9)
-            part = path.with_suffix(f".{os.getpid()}.part")
-            try:
+        CACHE.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_suffix(".lock")):  # so that what a killed run has left is written over, not left
+            if not _whole(path, mark, shape):
+                log.info("%s: %.1f GB of what the frozen encoder sees", path, 2 * np.prod(shape) / 1e9)
+                part = path.with_suffix(".part")
                 _write(part, clip, data, shape, batch_size, workers)
                 part.replace(path)
-            finally:
-                part.unlink(missing_ok=True)
-            write_json(mark, {"shape": list(shape), "data": data.label, "model": clip.describe()})
+                write_json(mark, {"shape": list(shape), "data": data.label, "model": clip.describe()})
         self.tokens = np.load(path, mmap_mode="r")
 
     def __getitem__(self, rows: np.ndarray) -> Tensor:

@@ -13,6 +13,7 @@ torch module (a `BaseMethod` of _method.py, which has what they share) with
     rate(name)               what train.lr is multiplied by for one of them
     after_step()             called after each step of the optimizer
     chosen_by, validate()    the figure by which the best epoch is kept, and a way to find it; "" for the last epoch
+    chosen_on                what that is found on, by content
     state(), restore(state)  tensors by name: what the next step depends on besides weights and optimizer
     notes                    lines for the log: what was counted, dropped, truncated
 

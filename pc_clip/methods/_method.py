@@ -47,6 +47,7 @@ class BaseMethod(nn.Module):
         train, step = self.config.train, epoch * self.steps_per_epoch + n + 1
         return step % train.log_every == 0 or step == (train.steps or train.epochs * self.steps_per_epoch)
 
+    chosen_on = ""  # what `validate` looks at, by content
     chosen_by = ""  # the figure of `validate` by which the best epoch is chosen; empty for the last epoch
 
     def validate(self) -> dict[str, float]:

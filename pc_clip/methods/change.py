@@ -178,7 +178,7 @@ class Method(BaseMethod):
                 found = with_changes(found, np.sort(rng.permutation(len(found.changes))[: options.validate_on]))
         _check_validation(options.stage, found)
         self.notes += [f"{found.label}: {found.note}"] if found.note else []
-        self.chosen_by = "r1" if options.stage == "retrieve" else "cider"
+        self.chosen_by, self.chosen_on = "r1" if options.stage == "retrieve" else "cider", found.fingerprint
         self.notes.append(
             f"the best epoch is chosen by {self.chosen_by} on {len(found.changes)} pairs of {found.label}"
         )
