@@ -6,7 +6,7 @@ one CPU core. Writes `open_clip_config.json` and `open_clip_model.safetensors` (
 open_clip loads as `local-dir:`. The folder in the repository is its output with no argument.
 
 example_vit is a vision transformer beside the same text tower, which stays as it is (LiT, Zhai et al. 2022), so that
-its file has the image tower alone: `--model example_vit --steps 3600 --lr 1e-3`, 45 minutes.
+its file has the image tower alone: `--model example_vit --steps 6000 --images 60000 --lr 1e-3`, 50 minutes.
 """
 
 from __future__ import annotations
