@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import stat
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -13,7 +11,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from pc_clip.changes import Change
-from pc_clip.datasets.dataset import Dataset, digest, read_image
+from pc_clip.datasets.dataset import Dataset, FoundFile, digest, first_file, read_image
 from pc_clip.errors import UserError
 
 
@@ -32,12 +30,6 @@ class Source(NamedTuple):
     part: str
     path: Path
     get: str
-
-
-class _File(NamedTuple):
-    path: str
-    size: int
-    time: int  # of its last change, in nanoseconds
 
 
 # -- files ---------------------------------------------------------------------------------------------
@@ -119,7 +111,7 @@ def data_set(
     Raises UserError where no change is left.
     """
     told, counted = _told(source.path, changes)
-    files = {key: _present(places(key)) for change in told for key in (change.before, change.after)}
+    files = {key: first_file(places(key)) for change in told for key in (change.before, change.after)}
     absent = [key for key, file in files.items() if file is None]
     kept = [c for c in told if files[c.before] and files[c.after]] if missing == "skip" else told
     if absent and missing != "keep" and (missing == "error" or not kept):
@@ -155,7 +147,7 @@ def _told(path: Path, changes: list[Change]) -> tuple[list[Change], list[str]]:
 
 
 def _absent(
-    source: Source, absent: list[str], files: dict[str, _File | None], changes: list[Change],
+    source: Source, absent: list[str], files: dict[str, FoundFile | None], changes: list[Change],
     places: Callable[[str], list[str]],
 ) -> UserError:  # fmt: skip
     """Counts the pictures that are not there, and says which one is left without its pair."""
@@ -168,20 +160,6 @@ def _absent(
         f"first {places(first)[0]}{lone}. "
         f"{source.get}, or use only those that are there with --data.missing skip (--missing for run.py)."
     )
-
-
-def _present(places: Iterable[str]) -> _File | None:
-    """The first file that is there. With strings, because CLEVR-Change has some 120,000 of them."""
-    for path in places:
-        try:
-            found = os.stat(path)
-        except PermissionError:
-            raise
-        except (OSError, ValueError):  # ValueError: a name with a zero byte
-            continue
-        if stat.S_ISREG(found.st_mode):
-            return _File(path, found.st_size, found.st_mtime_ns)
-    return None
 
 
 def _read(files: list[str], row: int) -> Image.Image:

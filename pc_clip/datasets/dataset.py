@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import io
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from stat import S_ISREG
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -174,6 +177,26 @@ def decode_image(content: bytes, name: str) -> Image.Image:
 def unreadable(path: Path, error: OSError) -> UserError:
     """What to say where the system does not let a file or folder be read: nothing is known of its content."""
     return UserError(f"{path} cannot be read ({error.strerror or error}); mend that and run the same command again")
+
+
+class FoundFile(NamedTuple):
+    path: str
+    size: int
+    modified: int  # ns
+
+
+def first_file(places: Iterable[str]) -> FoundFile | None:
+    """The first file that is there. With strings, because large sets ask for some 120,000 of them."""
+    for path in places:
+        try:
+            found = os.stat(path)
+        except PermissionError:
+            raise
+        except (OSError, ValueError):  # ValueError: a name with a zero byte
+            continue
+        if S_ISREG(found.st_mode):
+            return FoundFile(path, found.st_size, found.st_mtime_ns)
+    return None
 
 
 def read_file(files: list[Path], row: int) -> Image.Image:
