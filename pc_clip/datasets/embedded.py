@@ -16,7 +16,7 @@ from pc_clip.datasets.dataset import Attribute, Dataset, Question, digest
 from pc_clip.example import changes, relations, scenes, world
 
 EXAMPLE_SIZES = {"train": 6000, "val": 1000, "test": 2000}
-CHANGES_SIZES = {"train": 8000, "val": 500, "test": 2000}  # pairs
+CHANGES_SIZES = {"train": 24000, "val": 500, "test": 2000}  # pairs
 
 
 def open_example(_: Path, split: str) -> Dataset:
@@ -129,6 +129,6 @@ def _draw(how: Callable[[Shown], Image.Image], shown: Sequence[Shown], row: int)
     return Image.frombytes("RGB", (scenes.SIDE, scenes.SIDE), _drawn(how, shown[row]))
 
 
-@lru_cache(maxsize=1 << 14)  # 200 MB at most: where the image tower learns, every epoch wants them all
+@lru_cache(maxsize=3 << 14)  # 600 MB at most: where the image tower learns, every epoch wants them all
 def _drawn(how: Callable[[Shown], Image.Image], what: Shown) -> bytes:
     return how(what).tobytes()
