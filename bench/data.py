@@ -31,7 +31,7 @@ import torch
 from record import Figure, exit_if_missed, record
 from torch.utils.data import DataLoader
 
-from pc_clip import training
+from pc_clip import run_folder
 from pc_clip.config import DataConfig, FinetuneConfig, TrainConfig
 from pc_clip.differences import Difference, contrast, to_line
 from pc_clip.embeddings import Embeddings, save_embeddings
@@ -69,7 +69,7 @@ def _start(clip: Clip, config: FinetuneConfig) -> tuple[float, pairwise.Method]:
     """Seconds from the settings to the first batch, and the method that gave it."""
     begin = time.perf_counter()
     data = load_dataset(config.data)
-    training._hashes(data, config)
+    run_folder.hashes(data, config)
     method = pairwise.Method(clip, data, config)
     next(method.loader(0))
     return time.perf_counter() - begin, method

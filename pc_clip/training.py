@@ -1,16 +1,10 @@
-"""The loop. It trains any method: batches from `method.loader`, a loss from `method(batch)`, and nothing else.
-
-A run's folder holds all that is needed to repeat it: config.yaml (resolved), environment.json (versions,
-commit, hashes of data and start), metrics.jsonl, state.safetensors (to continue) and model.safetensors.
-"""
+"""The loop. It trains any method: batches from `method.loader`, a loss from `method(batch)`, and nothing else."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
-import shutil
 import signal
 import threading
 import time
@@ -21,36 +15,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pc_clip import adapters, checkpoint, differences, environment, methods
+from pc_clip import adapters, checkpoint, environment, methods, run_folder
 from pc_clip.background import ahead
 from pc_clip.best import Best
 from pc_clip.clip import Clip, blend
 from pc_clip.compensated import CompensatedAdam
 from pc_clip.config import FinetuneConfig, TrainConfig
-from pc_clip.configure import dump
 from pc_clip.datasets import Dataset
-from pc_clip.datasets.dataset import digest
-from pc_clip.download import file_digest
-from pc_clip.embedding_shards import index_of
 from pc_clip.errors import UserError, check_at_least, check_choice
-from pc_clip.files import alone, write_json, write_text
+from pc_clip.files import write_text
 from pc_clip.learning_data import load_dataset
 from pc_clip.memory import return_freed_memory
-from pc_clip.statements import files_of
 
 log = logging.getLogger(__name__)
 
-LOCK = ".lock"  # in the run's folder while it is trained
 PATIENCE = InitProcessGroupKwargs(timeout=timedelta(hours=12))  # the others wait while one process embeds
-# Settings that say how a run is done, not what it is: they may change between a run and its continuation.
-HOW = ("resume", "overwrite", "out", "device", "train.threads", "train.log_every", "train.save_every", "data.workers")
 
 
 def finetune(config: FinetuneConfig) -> Path:
@@ -68,17 +53,13 @@ def finetune(config: FinetuneConfig) -> Path:
     adapters.check(config.model)
     process = PartialState(cpu=config.device == "cpu", **PATIENCE.to_kwargs())
     data = load_dataset(config.data, config.seed)  # before the model, whose weights may take long to fetch
-    busy = (
-        f"another process is training {run}; let it finish or stop it, or choose another --name "
-        f"(on a file system without locks, if there surely is none, delete {run / LOCK})"
-    )
-    with alone(run / LOCK, busy) if process.is_main_process else nullcontext():  # it alone writes into the folder
+    with run_folder.locked(run) if process.is_main_process else nullcontext():  # it alone writes into the folder
         return _run(config, run, data)
 
 
 def _run(config: FinetuneConfig, run: Path, data: Dataset) -> Path:
-    train, learnt_from = config.train, _hashes(data, config)
-    if _already_done(run, config, learnt_from):
+    train, learnt_from = config.train, run_folder.hashes(data, config)
+    if run_folder.already_done(run, config, learnt_from):
         return run
     if train.threads:
         torch.set_num_threads(train.threads)
@@ -104,12 +85,12 @@ def _run(config: FinetuneConfig, run: Path, data: Dataset) -> Path:
     method.notes += [f"adapters of rank {config.model.lora_rank} on {len(adapted)} weights"] if adapted else []
     if accelerator.is_main_process and not (config.resume and (run / "config.yaml").is_file()):
         if config.overwrite and not config.resume:
-            _delete(run)  # only now, when nothing is left that could be refused
+            run_folder.delete(run)  # only now, when nothing is left that could be refused
         about = {"data": learnt_from, "start": clip.weights_hash(), "notes": [text_way, *method.notes]}
         about |= {"validation": method.chosen_on} if method.chosen_on else {}
-        _open_folder(run, config, environment.describe() | about)
+        run_folder.begin(run, config, environment.describe() | about)
     elif accelerator.is_main_process and method.chosen_on:
-        _check_validation(run, method.chosen_on)
+        run_folder.check_validation(run, method.chosen_on)
     accelerator.wait_for_everyone()
     adapters.add(clip.model, adapted, config.model, config.seed)  # here: what is kept of the start knows none
     with _Stop() as stop:
@@ -337,115 +318,7 @@ def to_device(batch: Any, device: torch.device) -> Any:
     return batch._replace(**{k: v.to(device, non_blocking=True) for k, v in tensors.items()})
 
 
-# -- the folder ----------------------------------------------------------------------------------------
-
-
-def _already_done(run: Path, config: FinetuneConfig, learnt_from: dict[str, str]) -> bool:
-    """Whether this very run is finished. Raises UserError when the folder holds another, or an unfinished one."""
-    if config.overwrite and not config.resume:
-        return False
-    settings = run / "config.yaml"
-    if not settings.is_file():
-        for name in (checkpoint.MODEL_FILE, checkpoint.STATE_FILE):
-            if (run / name).exists():
-                raise UserError(f"{run} holds a {name} that no config describes; choose another --name")
-        if config.resume:
-            log.info("there is no run at %s to resume; it starts now", run)
-        return False
-    changed = _changes(_as_now(yaml.safe_load(settings.read_text()), config), yaml.safe_load(dump(config)))
-    if changed:
-        raise UserError(
-            f"{run} holds a run with other settings ({', '.join(changed[:4])}). "
-            "Choose another --name, or --overwrite true to delete it."
-        )
-    before = json.loads((run / "environment.json").read_text())["data"]
-    if others := [name for name, value in learnt_from.items() if before.get(name, value) != value]:
-        raise UserError(
-            f"{run} learnt from other data: its {' and '.join(others)} have changed since. "
-            "Choose another --name, or --overwrite true to delete it."
-        )
-    if (run / checkpoint.MODEL_FILE).is_file():
-        log.info("%s is finished already; --overwrite true runs it again", run)
-        return True
-    if (run / checkpoint.STATE_FILE).is_file() and not config.resume:
-        raise UserError(f"{run} was interrupted. Continue it with --resume true, or --overwrite true to start again.")
-    return False
-
-
-def _check_validation(run: Path, chosen_on: str) -> None:
-    """The best epoch of a run is chosen on the same images before and after it was interrupted."""
-    before = json.loads((run / "environment.json").read_text()).get("validation", chosen_on)
-    if before != chosen_on:
-        raise UserError(
-            f"{run} chose its best epoch on other validation data, which have changed since. "
-            "Choose another --name, or --overwrite true to delete it."
-        )
-
-
-def _as_now(old: dict[str, Any], config: FinetuneConfig) -> dict[str, Any]:
-    """An earlier version's settings by today's names, with those that it did not have at their defaults."""
-    if old.get("method") in methods.RENAMED:
-        before, now = old["method"], methods.RENAMED[old["method"]]
-        old = {now if key == before else key: value for key, value in old.items()} | {"method": now}
-    fresh = FinetuneConfig()
-    setattr(fresh, config.method, methods.find(config.method).Config())
-    defaults = yaml.safe_load(dump(fresh))
-
-    def fill(there: dict[str, Any], missing: dict[str, Any]) -> dict[str, Any]:
-        nested = {k: fill(v, missing[k]) for k, v in there.items() if isinstance(v, dict) and k in missing}
-        return {**missing, **there, **nested}
-
-    return fill(old, defaults)
-
-
-def _changes(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """Settings that differ, by dotted name."""
-    found = []
-    for key in sorted(old.keys() | new.keys()):
-        if f"{prefix}{key}" in HOW:
-            continue
-        a, b = old.get(key), new.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            found += _changes(a, b, f"{prefix}{key}.")
-        elif a != b:
-            found.append(f"{prefix}{key}: {a} there, {b} now")
-    return found
-
-
-def _hashes(data: Dataset, config: FinetuneConfig) -> dict[str, str]:
-    """What a run learns from, by content."""
-    found = {"images": data.fingerprint, "captions": hashlib.sha256(repr(data.captions).encode()).hexdigest()[:16]}
-    if config.model.start:
-        found["start"] = file_digest(checkpoint.find(config.model.start), "sha256")[:16]
-    if config.data.embeddings:
-        path = index_of(config.data.embeddings)  # the index has the checksum of every shard
-        if path.is_file():  # an absent one is told of when it is read
-            found["embeddings"] = file_digest(path, "sha256")[:16]
-    if config.data.statements:
-        files = [path for given in config.data.statements for path in files_of(Path(given))]
-        found["statements"] = digest([file_digest(path, "sha256") for path in files])
-    elif data.statements:
-        found["statements"] = digest(data.statements)
-    if config.data.differences:
-        found["differences"] = file_digest(differences.find(config.data.differences), "sha256")[:16]
-    return found
-
-
-def _delete(run: Path) -> None:
-    """Remove a run, in an order that leaves a sound run or none whenever it is killed. Its lock is held, and stays."""
-    for name in (checkpoint.MODEL_FILE, checkpoint.STATE_FILE, "config.yaml"):
-        (run / name).unlink(missing_ok=True)
-    for path in run.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name != LOCK:
-            path.unlink()
-
-
-def _open_folder(run: Path, config: FinetuneConfig, about: dict[str, Any]) -> None:
-    write_json(run / "environment.json", about)
-    settings = yaml.safe_load(dump(config)) | {"resume": False, "overwrite": False}
-    write_text(run / "config.yaml", yaml.safe_dump(settings, sort_keys=False))  # marks a run, so it comes last
+# -- the log ---------------------------------------------------------------------------------------------
 
 
 class _Metrics:
