@@ -21,6 +21,7 @@ from pc_clip.clip import Clip
 from pc_clip.config import FinetuneConfig, TrainConfig
 from pc_clip.datasets import embedded, open_dataset
 from pc_clip.datasets.dataset import with_changes
+from pc_clip.download import file_digest
 from pc_clip.errors import UserError
 from pc_clip.methods import change
 from pc_clip.training import finetune
@@ -202,7 +203,7 @@ def test_two_stages_one_after_the_other(config):
     assert first.change.decoder is None
     assert second.change.decoder is not None
     start = json.loads(Path("runs/captioned/environment.json").read_text())["data"]["start"]
-    assert start == training.file_digest(adapted / "model.safetensors", "sha256")[:16]
+    assert start == file_digest(adapted / "model.safetensors", "sha256")[:16]
     # The decoder began with the adapted encoder: it has moved by a few small steps only.
     moved = (first.change.encoder.positional_embedding - second.change.encoder.positional_embedding).abs().max()
     assert moved < 0.02
