@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pc_clip.change.vocabulary import END, PAD, START
 from pc_clip.errors import UserError
@@ -92,11 +90,8 @@ class Decoder(nn.Module):
         alone = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)  # True: not to be looked at
         others = ~torch.eye(x.shape[1] // length, dtype=torch.bool, device=x.device)
         mask = alone.repeat(len(others), len(others)) | others.repeat_interleave(length, 0).repeat_interleave(length, 1)
-        with (
-            sdpa_kernel(SDPBackend.MATH) if x.device.type == "cpu" else nullcontext()
-        ):  # the quicker one there, in bf16
-            for layer in self.layers:
-                x = layer(x, memory, tgt_mask=mask)
+        for layer in self.layers:
+            x = layer(x, memory, tgt_mask=mask)
         return self._next(x).unflatten(1, tokens.shape[1:])
 
     def _read(self, tokens: Tensor, start: int) -> Tensor:

@@ -22,9 +22,7 @@ class PairEncoder(nn.Module):
     blocks see them together. P patches an image: class tokens are at 0 and P + 1.
 
     The tower's weights are in use from the start. The pair's positional embedding begins as the tower's own, twice, so
-    that the same place is alike in both images; which image is which begins by torch's generator. Both begin about as
-    large as the tokens, which are brought to one size first: blocks deep, a tower's tokens are thirty times as large as
-    its positional embedding, and where a thing went is then all but invisible (docs/change.md).
+    that the same place is alike in both images; which image is which begins small (0.02), by torch's generator.
     """
 
     def __init__(self, visual: nn.Module, name: str, intra_layers: int | None = None) -> None:
@@ -48,10 +46,9 @@ class PairEncoder(nn.Module):
             )
         self.grid = visual.grid_size  # (rows, columns) of patches
         self.patches = self.grid[0] * self.grid[1]
-        self.before, self.after = (nn.Parameter(torch.randn(width) / 3) for _ in range(2))
+        self.before, self.after = (nn.Parameter(0.02 * torch.randn(width)) for _ in range(2))
         own = visual.positional_embedding.detach()
-        own = own / own.square().mean().sqrt().clamp_min(1e-8)
-        self.positional_embedding = nn.Parameter(torch.cat([own, own]))
+        self.positional_embedding = nn.Parameter(torch.cat([own, own]).clone())
         self.norm = nn.LayerNorm(width)
 
     @property
@@ -68,7 +65,7 @@ class PairEncoder(nn.Module):
         x = self.visual._embeds(torch.cat([before, after]))  # [2 B, P + 1, W]
         for block in blocks[: self.intra_layers]:
             x = self._through(block, x)
-        first, second = F.layer_norm(x, x.shape[-1:]).chunk(2)
+        first, second = x.chunk(2)
         x = torch.cat([first + self.before, second + self.after], dim=1)  # [B, 2 (P + 1), W]
         x = self.norm(x + self.positional_embedding)
         for block in blocks[self.intra_layers :]:
