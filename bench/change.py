@@ -104,7 +104,7 @@ def make_decoder(words: int) -> Decoder:
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
-        decoder = Decoder(words, WIDTH, SHAPE).eval()
+        decoder = Decoder(words, SEEN // 2, WIDTH, SHAPE).eval()
     for parameter in decoder.layers.parameters():
         if parameter.dim() == 2:
             parameter *= 3

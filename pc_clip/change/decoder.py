@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pc_clip.change.vocabulary import END, PAD, START
 from pc_clip.errors import UserError
@@ -45,10 +47,13 @@ class Decoder(nn.Module):
     """A transformer decoder over what an image encoder saw, in torch's own layers, norms first; words weigh double: the
     table that reads them also finds the next (Press and Wolf 2017).
 
-    seen: width of the tokens that are looked at.
+    What it looks at is told where in a picture it is and in which of both, by embeddings as large as the tokens: these
+    themselves hardly show it, and where a thing went would be found late (docs/change.md).
+
+    tokens: of one image, P + 1. seen: how wide they are.
     """
 
-    def __init__(self, words: int, seen: int, shape: Shape, dropout: float = 0.0) -> None:
+    def __init__(self, words: int, tokens: int, seen: int, shape: Shape, dropout: float = 0.0) -> None:
         super().__init__()
         self.shape = shape
         width = shape.width
@@ -57,6 +62,8 @@ class Decoder(nn.Module):
         nn.init.normal_(self.words.weight, std=width**-0.5)
         self.look = nn.Linear(seen, width)
         self.look_norm = nn.LayerNorm(width)
+        self.place = nn.Parameter(torch.randn(tokens, width))
+        self.which = nn.Parameter(torch.randn(2, width))
         self.layers = nn.ModuleList(
             nn.TransformerDecoderLayer(
                 width, shape.heads, 4 * width, dropout, activation=F.gelu, batch_first=True, norm_first=True
@@ -76,8 +83,8 @@ class Decoder(nn.Module):
                 module.dropout = share
 
     def memory(self, seen: Tensor) -> Tensor:
-        """What the layers look at. [B, S, V] tokens of the encoder -> [B, S, W]"""
-        return self.look_norm(self.look(seen))
+        """What the layers look at. [B, S, V] tokens of the encoder, before and after -> [B, S, W]"""
+        return self.look_norm(self.look(seen)) + (self.which[:, None] + self.place).flatten(0, 1)
 
     def forward(self, tokens: Tensor, seen: Tensor) -> Tensor:
         """Logits of each next word, all prefixes of a sentence at once. [B, L], [B, S, V] -> [B, L, words - END]
@@ -90,8 +97,11 @@ class Decoder(nn.Module):
         alone = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)  # True: not to be looked at
         others = ~torch.eye(x.shape[1] // length, dtype=torch.bool, device=x.device)
         mask = alone.repeat(len(others), len(others)) | others.repeat_interleave(length, 0).repeat_interleave(length, 1)
-        for layer in self.layers:
-            x = layer(x, memory, tgt_mask=mask)
+        with (
+            sdpa_kernel(SDPBackend.MATH) if x.device.type == "cpu" else nullcontext()
+        ):  # the quicker one there, in bf16
+            for layer in self.layers:
+                x = layer(x, memory, tgt_mask=mask)
         return self._next(x).unflatten(1, tokens.shape[1:])
 
     def _read(self, tokens: Tensor, start: int) -> Tensor:

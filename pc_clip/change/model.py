@@ -46,7 +46,7 @@ class ChangeModel(nn.Module):
 
     def add_decoder(self, vocabulary: Vocabulary, shape: Shape, dropout: float = 0.0) -> None:
         self.vocabulary = vocabulary
-        self.decoder = Decoder(len(vocabulary), self.encoder.width, shape, dropout)
+        self.decoder = Decoder(len(vocabulary), self.encoder.patches + 1, self.encoder.width, shape, dropout)
 
     def write(self, seen: Tensor, search: Search) -> Found:
         """Sentences about pairs that the encoder has seen. [B, S, V]"""
