@@ -38,6 +38,8 @@ def untrained(seed: int = 0) -> Clip:
         clip.change.add_decoder(Vocabulary.of(clip.tokenizer, TEXTS), Shape(1, 2, 8, 9))
         for parameter in clip.change.decoder.parameters():
             torch.nn.init.normal_(parameter)
+        clip.change.decoder.place *= 0.1  # what is there says more than where it is: pairs get sentences of their own
+        clip.change.decoder.which *= 0.1
     clip.change.eval()
     return clip
 
