@@ -38,7 +38,7 @@ simclip: $(READY)
 	  $(RUN) -m pc_clip.study configs/studies/$$study.yaml --seeds 0 1 2 || exit $$?; done
 
 change: $(READY)
-	@for study in change change_greedy change_pc; do \
+	@for study in change change_beams change_pc; do \
 	  $(RUN) -m pc_clip.study configs/studies/$$study.yaml --seeds 0 1 2 || exit $$?; done
 
 clip_po: $(READY)
