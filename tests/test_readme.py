@@ -64,7 +64,7 @@ def test_the_commands_of_the_readme_do_what_it_says(project):
     assert (project / "runs/mine/model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/results.md", "docs/simclip.md", "docs/clip_po.md"])
+@pytest.mark.parametrize("document", ["README.md", "docs/results.md", "docs/simclip.md", "docs/clip_po.md", "docs/change.md"])
 def test_the_results_in_the_text_are_those_of_the_studies(document):
     """Every table says which file it is from, perhaps which data set, and holds its numbers; of test, if of several."""
     text = (ROOT / document).read_text(encoding="utf-8")
