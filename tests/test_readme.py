@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [line.split("  #")[0].strip() for line in re.findall(r"^    (python .*)$", README, re.MULTILINE)]
 NEEDS_DATA = ("diffs_llama2_coco", "pc_clip_coco", "cifar100", "pc_clip.release")
+DESCRIBED = ("results", "simclip", "clip_po", "change")  # documents with tables of studies
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,7 @@ def test_the_commands_of_the_readme_do_what_it_says(project):
     assert (project / "runs/mine/model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/results.md", "docs/simclip.md", "docs/clip_po.md", "docs/change.md"])
+@pytest.mark.parametrize("document", ["README.md", *(f"docs/{name}.md" for name in DESCRIBED)])
 def test_the_results_in_the_text_are_those_of_the_studies(document):
     """Every table says which file it is from, perhaps which data set, and holds its numbers; of test, if of several."""
     text = (ROOT / document).read_text(encoding="utf-8")
