@@ -154,7 +154,8 @@ class TrainConfig:
         warmup_steps: Steps of linear warm-up.
         warmup_share: The same as a share of all steps; one of the two.
         clip_norm: Largest gradient norm; 0 for none.
-        precision: "no" for float32, or bf16 for mixed precision; the weights stay float32.
+        precision: "no" for float32, bf16 for mixed precision, where the weights stay float32, or auto for bf16 where
+            this machine multiplies in it and float32 elsewhere.
         compensated: Add steps to the weights by compensated summation, so that float32 does not lose small ones; for
             learning rates like the paper's 1e-8.
         recompute: Compute texts again in the backward pass, some at a time, instead of keeping all that it needs: less

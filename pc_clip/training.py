@@ -10,6 +10,8 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, nullcontext
+from copy import copy
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pc_clip import adapters, checkpoint, environment, methods, run_folder
+from pc_clip import adapters, checkpoint, environment, methods, precision, run_folder
 from pc_clip.background import ahead
 from pc_clip.best import Best
 from pc_clip.clip import Clip, blend
@@ -52,6 +54,8 @@ def finetune(config: FinetuneConfig) -> Path:
     _check_start(config, run)
     adapters.check(config.model)
     process = PartialState(cpu=config.device == "cpu", **PATIENCE.to_kwargs())
+    config = copy(config)  # not replace, which would lose the options of the method
+    config.train = replace(train, precision=precision.settle(train.precision, process.device))
     data = load_dataset(config.data, config.seed)  # before the model, whose weights may take long to fetch
     with run_folder.locked(run) if process.is_main_process else nullcontext():  # it alone writes into the folder
         return _run(config, run, data)
@@ -267,7 +271,7 @@ _WHY_FLOAT32 = (
 def _check_choices(train: TrainConfig) -> None:
     if train.precision in HALF:
         raise UserError(f"train.precision {train.precision} would keep the weights in half precision; {_WHY_FLOAT32}")
-    check_choice("train.precision", train.precision, ("no", "bf16"))
+    check_choice("train.precision", train.precision, precision.CHOICES)
     check_choice("train.optimizer", train.optimizer, ("adam", "adamw"))
     check_choice("train.schedule", train.schedule, ("constant", "exponential", "cosine"))
     if not 0 <= train.warmup_share < 1 or (train.warmup_share and train.warmup_steps):

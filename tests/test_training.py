@@ -18,7 +18,7 @@ import yaml
 from interrupting import stop_at
 from safetensors.torch import load_file
 
-from pc_clip import fast_text, methods
+from pc_clip import fast_text, methods, precision
 from pc_clip.clip import Clip
 from pc_clip.config import FinetuneConfig, TrainConfig
 from pc_clip.configure import dump
@@ -225,6 +225,16 @@ def test_a_run_of_an_earlier_version_can_be_continued(config, monkeypatch):
     without_newer_settings(Path("runs/b"))
     config.resume = True
     assert same(straight, weights(finetune(config)))
+
+
+@pytest.mark.parametrize("quick, kept", [(True, "bf16"), (False, "no")])
+def test_a_run_keeps_what_was_settled(config, monkeypatch, quick, kept):
+    """So that it is continued as it began, or refused, on a machine of another kind."""
+    monkeypatch.setattr(precision, "multiplies_bf16", lambda device: quick)
+    config.train.precision, config.train.steps = "auto", 1
+    run = finetune(config)
+    assert f"precision: {kept}" in (run / "config.yaml").read_text().replace("'", "")
+    assert config.train.precision == "auto"
 
 
 def test_a_wrong_setting_does_not_overwrite_a_run(config):

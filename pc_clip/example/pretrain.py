@@ -29,6 +29,7 @@ from pc_clip.clip import Clip, model_folder
 from pc_clip.example.scenes import draw
 from pc_clip.example.world import captions, scene
 from pc_clip.files import write_tensors
+from pc_clip.precision import multiplies_bf16
 
 from open_clip.transformer import VisionTransformer  # isort: skip
 
@@ -103,11 +104,12 @@ def pretrain(name: str, out: Path, steps: int, images: int, batch_size: int, lr:
 
     rng = np.random.default_rng(seed)
     order = np.concatenate([rng.permutation(images) for _ in range(math.ceil(steps * batch_size / images))])
+    quick = multiplies_bf16(torch.device("cpu"))
     start, bar = time.time(), tqdm(range(steps), "pretraining")
     for step in bar:
         rows = torch.from_numpy(order[step * batch_size : (step + 1) * batch_size])
         chosen = tokens[rows, torch.from_numpy(rng.integers(tokens.shape[1], size=len(rows)))]
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=quick):
             image = embed(model.visual, normalise(pictures[rows]))
         loss = contrastive(image.float(), clip.encode_text(clip.trim(chosen)), model.logit_scale)
         optimizer.zero_grad()
