@@ -107,7 +107,10 @@ def _complete_switches(flags: list[str], kind: type, options: dict[str, type]) -
     """`--resume` alone means `--resume true`, for every setting that is true or false."""
     groups = [("", kind), *((f"{name}.", group) for name, group in options.items())]
     switches = {
-        f"--{prefix}{f.name}" for prefix, group in groups for f in dataclasses.fields(group) if f.type == "bool"
+        f"--{prefix}{f.name}"
+        for prefix, group in groups
+        for f in dataclasses.fields(group)
+        if f.type in ("bool", "bool | None")
     }
     following = [*flags[1:], "--"]
     return [

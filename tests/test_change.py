@@ -334,12 +334,25 @@ def test_what_does_not_fit_is_told_before_anything_is_written(config, settings, 
     assert not Path("runs/a/config.yaml").exists()
 
 
-def test_a_start_with_other_layers_is_refused(config):
-    config.change.stage, config.change.intra_layers, config.train.steps = "retrieve", 2, 1
+@pytest.mark.parametrize(
+    "setting, there, asked", [("intra_layers", 2, 4), ("counterparts", True, False), ("counterparts", None, True)]
+)
+def test_a_start_with_another_encoder_is_refused(config, setting, there, asked):
+    config.change.stage, config.train.steps = "retrieve", 1
+    setattr(config.change, setting, there)
     config.model.start = str(finetune(config))
-    config.name, config.change = "b", dataclasses.replace(config.change, stage="caption", intra_layers=4)
-    with pytest.raises(UserError, match="was trained with change.intra_layers 2; leave it out"):
+    config.name, config.change = "b", dataclasses.replace(config.change, stage="caption", **{setting: asked})
+    with pytest.raises(UserError, match=f"was trained with change.{setting} {there or False}; leave it out"):
         finetune(config)
+
+
+def test_a_run_goes_on_with_the_encoder_of_its_start(config):
+    config.change.stage, config.change.counterparts, config.train.steps = "retrieve", True, 2
+    config.model.start = str(finetune(config))
+    begun = checkpoint.load_model(config.model.start).change.encoder.counterpart
+    assert begun.abs().sum() > 0  # it learns, though it begins as zero
+    config.name, config.change = "b", dataclasses.replace(config.change, stage="caption", counterparts=None)
+    assert not torch.equal(checkpoint.load_model(finetune(config)).change.encoder.counterpart, begun)
 
 
 def test_warm_up_as_a_share_of_all_steps():

@@ -61,6 +61,29 @@ def test_pairs_go_through_the_tower_as_the_paper_says(vit, pictures):
     torch.testing.assert_close(made.embed(x), z)
 
 
+def test_counterparts_begin_as_the_paper_and_then_show_what_is_at_the_same_place(vit, pictures):
+    plain, made = fresh(vit, None, seed=0).encoder, fresh(vit, None, seed=0, counterparts=True).encoder
+    assert torch.equal(plain(*pictures), made(*pictures))
+    torch.nn.init.normal_(made.counterpart, generator=torch.Generator().manual_seed(1))
+    blocks, entered = vit.model.visual.transformer.resblocks, []
+    hooks = [blocks[4].ln_1.register_forward_pre_hook(lambda _, x: entered.append(x[0]))]
+    hooks += [made.norm.register_forward_hook(lambda *_: entered.append("joined"))]
+    made(*pictures)
+    for hook in hooks:
+        hook.remove()
+    alone = [vit.model.visual._embeds(image) for image in pictures]
+    for n in range(4):
+        alone = [blocks[n](x) for x in alone]
+    rows = []
+    for mine, other, which in ((0, 1, made.before), (1, 0, made.after)):
+        for place in range(65):
+            token = alone[mine][:, place] + alone[other][:, place] @ made.counterpart + which
+            rows.append(token + made.positional_embedding[len(rows)])
+    joined, x = entered
+    assert joined == "joined"
+    torch.testing.assert_close(x, made.norm(torch.stack(rows, dim=1)), atol=1e-4, rtol=1e-4)
+
+
 def test_attention_in_float32_is_nearer_the_truth_than_in_bf16(vit, pictures):
     """Under autocast the tower's blocks are computed in another way; values and gradients stay those of the blocks."""
     made, visual = fresh(vit, None, seed=0).encoder, vit.model.visual
@@ -304,9 +327,12 @@ def test_impossible_shapes(shape, message):
 # -- the file ------------------------------------------------------------------------------------------
 
 
-def test_a_saved_captioner_says_the_same(vit, pictures, tmp_path):
+@pytest.mark.parametrize("counterparts", [False, True])
+def test_a_saved_captioner_says_the_same(vit, pictures, tmp_path, counterparts):
     clip = Clip.create("example_vit")
-    clip.change = fresh(clip, 2, seed=0)
+    clip.change = fresh(clip, 2, seed=0, counterparts=counterparts)
+    if counterparts:
+        torch.nn.init.normal_(clip.change.encoder.counterpart)
     clip.change.add_decoder(Vocabulary.of(clip.tokenizer, TEXTS), Shape(1, 2, 8, 9))
     clip.change.eval()
     checkpoint.save_model(tmp_path / "model.safetensors", clip)
@@ -318,6 +344,12 @@ def test_a_saved_captioner_says_the_same(vit, pictures, tmp_path):
         torch.testing.assert_close(again.change.encoder(*pictures), seen)
     assert torch.equal(again.change.write(seen, Search(3)).tokens, clip.change.write(seen, Search(3)).tokens)
     assert again.change.maps(torch.tensor([[3, END]] * 3), seen).shape == (3, 2, 2, 8, 8)
+
+
+def test_a_file_of_before_there_were_counterparts_has_none(vit):
+    made = fresh(vit, 2, seed=0)
+    about = {name: value for name, value in made.describe().items() if name != "counterparts"}
+    assert not ChangeModel.build(vit, about, made.state_dict(), "old").encoder.counterparts
 
 
 def test_a_checkpoint_whose_new_weights_do_not_fit_is_refused(tmp_path):

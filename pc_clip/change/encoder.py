@@ -23,9 +23,15 @@ class PairEncoder(nn.Module):
 
     The tower's weights are in use from the start. The pair's positional embedding begins as the tower's own, twice, so
     that the same place is alike in both images; which image is which begins small (0.02), by torch's generator.
+
+    With `counterparts`, which the paper does not have, each token is also given the token at its own place in the other
+    image, through a matrix that begins as zero: what differs is then seen at once, where attention alone has to learn
+    first to look at the same place (docs/change.md).
     """
 
-    def __init__(self, visual: nn.Module, name: str, intra_layers: int | None = None) -> None:
+    def __init__(
+        self, visual: nn.Module, name: str, intra_layers: int | None = None, counterparts: bool = False
+    ) -> None:
         """name: of the model, for messages. intra_layers: None for three quarters of the blocks, 9 of ViT-B's 12.
 
         Raises UserError for a tower that is no plain vision transformer with a class token, and for impossible layers.
@@ -50,10 +56,15 @@ class PairEncoder(nn.Module):
         own = visual.positional_embedding.detach()
         self.positional_embedding = nn.Parameter(torch.cat([own, own]).clone())
         self.norm = nn.LayerNorm(width)
+        self.counterpart = nn.Parameter(torch.zeros(width, width)) if counterparts else None
 
     @property
     def visual(self) -> VisionTransformer:
         return self._visual[0]
+
+    @property
+    def counterparts(self) -> bool:
+        return self.counterpart is not None
 
     @property
     def width(self) -> int:
@@ -66,6 +77,8 @@ class PairEncoder(nn.Module):
         for block in blocks[: self.intra_layers]:
             x = self._through(block, x)
         first, second = x.chunk(2)
+        if self.counterpart is not None:
+            first, second = first + second @ self.counterpart, second + first @ self.counterpart
         x = torch.cat([first + self.before, second + self.after], dim=1)  # [B, 2 (P + 1), W]
         x = self.norm(x + self.positional_embedding)
         for block in blocks[self.intra_layers :]:

@@ -37,10 +37,10 @@ class Search(NamedTuple):
 class ChangeModel(nn.Module):
     """The weights that lie beside CLIP's. It calls CLIP's image tower, whose weights stay with CLIP."""
 
-    def __init__(self, clip: Clip, intra_layers: int | None = None) -> None:
+    def __init__(self, clip: Clip, intra_layers: int | None = None, counterparts: bool = False) -> None:
         """Raises UserError where CLIP's image tower cannot take pairs."""
         super().__init__()
-        self.encoder = PairEncoder(clip.model.visual, clip.name, intra_layers)
+        self.encoder = PairEncoder(clip.model.visual, clip.name, intra_layers, counterparts)
         self.decoder: Decoder | None = None
         self.vocabulary: Vocabulary | None = None
 
@@ -59,7 +59,8 @@ class ChangeModel(nn.Module):
 
     def describe(self) -> dict[str, Any]:
         """What its weights alone do not say; `build` makes the same from it."""
-        about: dict[str, Any] = {"intra_layers": self.encoder.intra_layers}
+        encoder = self.encoder
+        about: dict[str, Any] = {"intra_layers": encoder.intra_layers, "counterparts": encoder.counterparts}
         if self.decoder is not None:
             about |= {"decoder": asdict(self.decoder.shape), "pieces": self.vocabulary.pieces}
         return about
@@ -67,7 +68,7 @@ class ChangeModel(nn.Module):
     @classmethod
     def build(cls, clip: Clip, about: Mapping[str, Any], state: Mapping[str, Tensor], path: object) -> ChangeModel:
         """One as it was saved. state: its weights, without PREFIX. Raises UserError where they do not fit."""
-        made = cls(clip, about["intra_layers"])
+        made = cls(clip, about["intra_layers"], about.get("counterparts", False))  # an earlier version had none
         if "decoder" in about:
             made.add_decoder(Vocabulary(clip.tokenizer, about["pieces"]), Shape(**about["decoder"]))
         try:
@@ -78,8 +79,8 @@ class ChangeModel(nn.Module):
         return made.to(clip.device).eval()
 
 
-def fresh(clip: Clip, intra_layers: int | None, seed: int) -> ChangeModel:
+def fresh(clip: Clip, intra_layers: int | None, seed: int, counterparts: bool = False) -> ChangeModel:
     """A new one, its weights drawn by seed; torch's own generator stays as it is."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        return ChangeModel(clip, intra_layers)
+        return ChangeModel(clip, intra_layers, counterparts)

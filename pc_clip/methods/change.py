@@ -47,6 +47,8 @@ class Config:
         stage: retrieve, which adapts CLIP to pairs, or caption, which learns to write; the latter begins with an
             adapted model where model.start names one.
         intra_layers: Blocks of the image tower that see each image alone; empty for three quarters of them (9 of 12).
+        counterparts: Whether each token that enters the other blocks is also given the one at its own place in the
+            other image, which the paper's are not; empty for as the model has it that the run begins with, else false.
         clip_rate: The learning rate of CLIP's own weights, as a share of train.lr.
         freeze: In stage caption the encoder stays as it is; what it sees is found once and kept in data/cache.
         layers: Of the decoder.
@@ -65,6 +67,7 @@ class Config:
 
     stage: str = "retrieve"
     intra_layers: int | None = None
+    counterparts: bool | None = None
     clip_rate: float = 1e-3
     freeze: bool = False
     layers: int = 3
@@ -105,10 +108,12 @@ class Method(BaseMethod):
         self.first = self.each.cumsum() - self.each
         self.said = _rows(distinct_sentences(data.changes)[1])
         if clip.change is None:
-            clip.change = fresh(clip, options.intra_layers, config.seed).to(clip.device)
-        elif options.intra_layers not in (None, clip.change.encoder.intra_layers):
-            there = clip.change.encoder.intra_layers
-            raise UserError(f"{config.model.start} was trained with change.intra_layers {there}; leave it out here")
+            made = fresh(clip, options.intra_layers, config.seed, bool(options.counterparts))
+            clip.change = made.to(clip.device)
+        for name in ("intra_layers", "counterparts"):
+            asked, there = getattr(options, name), getattr(clip.change.encoder, name)
+            if asked not in (None, there):
+                raise UserError(f"{config.model.start} was trained with change.{name} {there}; leave it out here")
         self.change = clip.change
         if options.stage == "retrieve":
             self._prepare_to_retrieve(sentences)
