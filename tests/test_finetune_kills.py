@@ -279,7 +279,6 @@ def witness(run: Path) -> Counter:
     seen["torn line"] += log.exists() and not log.read_bytes().endswith(b"\n") and log.stat().st_size > 0
     for path in Path().rglob(".tmpXY"):
         seen["torn " + path.parent.name.split("-")[0].split(".")[0]] += 1
-    seen["left behind"] += bool(leftovers())
     return seen
 
 
@@ -295,10 +294,10 @@ def test_killed_at_twenty_random_moments_and_continued_each_time(config):
             time.sleep(rest)
         assert child.kill(), f"{name}: it was done too early for this test to mean anything"
         seen += witness(run)
+        assert leftovers() or name == "anywhere", f"{name}: nothing is left behind, not even the lock"
     assert seen["killed"] == 20
     assert seen["without config"] >= 4 and seen["without state"] >= 8 and seen["torn line"] >= 2, seen
     assert seen["torn example"] == 1 and seen["torn state"] == 3 and seen["torn model"] == 1, seen
-    assert seen["left behind"] == 20, seen  # the lock, at least
     assert Run(config).end() == "done"
     assert_same_run(contents(run), expected)
     assert [row["step"] for row in rows(expected)] == list(range(LOG_EVERY, STEPS + 1, LOG_EVERY))
