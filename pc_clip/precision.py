@@ -13,7 +13,7 @@ CPU_BF16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")  # as torch calls wha
 
 
 def settle(asked: str, device: torch.device) -> str:
-    """ "no" or "bf16". asked: one of CHOICES.
+    """What to multiply in, "no" (float32) or "bf16". asked: one of CHOICES.
 
     A CPU that must take bf16 apart needs several times as long as in float32 (nine times, on a training step of the
     example's captioner on AVX2); where it was asked for by name, that is said and done.
