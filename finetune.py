@@ -15,8 +15,9 @@ import jsonargparse
 from accelerate import PartialState
 
 from pc_clip import methods
-from pc_clip.config import FinetuneConfig
+from pc_clip.config import DataConfig, FinetuneConfig
 from pc_clip.configure import configure, peek
+from pc_clip.datasets import READERS
 from pc_clip.errors import run_script
 from pc_clip.generate import write_missing_example
 from pc_clip.training import PATIENCE, finetune
@@ -40,12 +41,20 @@ def main(argv: Sequence[str] | None = None) -> Path:
     with PartialState(cpu=config.device == "cpu", **PATIENCE.to_kwargs()).main_process_first():
         write_missing_example(config.data)
     run = finetune(config)
-    words = ["--dataset", config.data.dataset, *(["--root", config.data.root] if config.data.root else [])]
-    table = config.data.dataset == "tsv"
-    words += [*(["--split", "TABLE"] if table else []), "--checkpoint", str(run)]
-    told = " (TABLE: the name or path of the table held out)" if table else ""
-    print(f"the model is in {run}; evaluate it: python run.py {shlex.join(words)}{told}")
+    print(f"the model is in {run}; evaluate it: {_how(config.data, run)}")
     return run
+
+
+def _how(data: DataConfig, run: Path) -> str:
+    """The command that measures a run on what was held out of its data."""
+    words = ["--dataset", data.dataset, *(["--root", data.root] if data.root else [])]
+    reader, split, told = READERS[data.dataset], data.split or "", ""
+    kind, _, _ = split.rpartition("_")
+    if data.dataset == "tsv" or (reader.is_table and reader.is_table(Path(split))):
+        words, told = [*words, "--split", "HELD_OUT"], " (HELD_OUT: the name or path of the file held out)"
+    elif f"{kind}_test" in reader.splits:  # of reformat_train
+        words += ["--split", f"{kind}_test"]
+    return f"python run.py {shlex.join([*words, '--checkpoint', str(run)])}{told}"
 
 
 if __name__ == "__main__":

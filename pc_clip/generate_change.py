@@ -56,7 +56,7 @@ def pairs(data: Dataset, config: GenerateConfig) -> list[Item]:
     """(after, before) of each change of a data set, each pair once, or of `n_pairs` of them drawn by seed.
 
     A data set without changes gives pairs of its images as other writers have them. With `both_orders` the mirror
-    image follows each pair. Raises UserError when fewer pairs exist than were asked for.
+    image follows each pair, unless it came before. Raises UserError when fewer pairs exist than were asked for.
     """
     if not data.changes:
         return choose_pairs(
@@ -70,7 +70,9 @@ def pairs(data: Dataset, config: GenerateConfig) -> list[Item]:
             raise UserError(f"{config.n_pairs} pairs were asked for, but {data.label} has {len(found)}; ask for fewer")
         rng = np.random.default_rng(config.seed)
         found = [found[n] for n in np.sort(rng.choice(len(found), config.n_pairs, replace=False))]
-    return [p for pair in found for p in ((pair, pair[::-1]) if config.both_orders else (pair,))]
+    if config.both_orders:  # of which a data set may list some itself
+        found = list(dict.fromkeys(p for pair in found for p in (pair, pair[::-1])))
+    return found
 
 
 # -- settings ------------------------------------------------------------------------------------------

@@ -75,6 +75,14 @@ def already_done(run: Path, config: FinetuneConfig, learnt_from: dict[str, str])
     return False
 
 
+def precision(run: Path, config: FinetuneConfig) -> str | None:
+    """What the run in a folder multiplies in, if it is to stay; on another kind of machine `auto` may mean another."""
+    settings = run / "config.yaml"
+    if (config.overwrite and not config.resume) or not settings.is_file():
+        return None
+    return yaml.safe_load(settings.read_text())["train"]["precision"]
+
+
 def check_validation(run: Path, chosen_on: str) -> None:
     """The best epoch of a run is chosen on the same images before and after it was interrupted."""
     before = json.loads((run / "environment.json").read_text()).get("validation", chosen_on)

@@ -55,7 +55,8 @@ def finetune(config: FinetuneConfig) -> Path:
     adapters.check(config.model)
     process = PartialState(cpu=config.device == "cpu", **PATIENCE.to_kwargs())
     config = copy(config)  # not replace, which would lose the options of the method
-    config.train = replace(train, precision=precision.settle(train.precision, process.device))
+    asked = (run_folder.precision(run, config) if train.precision == "auto" else None) or train.precision
+    config.train = replace(train, precision=precision.settle(asked, process.device))
     data = load_dataset(config.data, config.seed)  # before the model, whose weights may take long to fetch
     with run_folder.locked(run) if process.is_main_process else nullcontext():  # it alone writes into the folder
         return _run(config, run, data)

@@ -197,6 +197,12 @@ def test_a_file_of_one_s_own_names_its_pictures_from_its_own_folder(tmp_path):
     assert (data.label, data.part, data.note) == ("changes/train", "train", "")
 
 
+def test_what_belongs_with_a_file_that_was_named_by_its_path_is_not_guessed(tmp_path):
+    lines_tree(tmp_path / "mine")
+    assert held_out(open_dataset("changes", tmp_path / "mine", "train")) == "val"
+    assert held_out(open_dataset("changes", None, str(tmp_path / "mine" / "train.jsonl"))) is None
+
+
 def test_a_file_that_lies_elsewhere_is_named_by_its_path_and_has_a_label_of_its_own(tmp_path):
     lines_tree(tmp_path / "mine", "pairs.jsonl")
     named = open_dataset("changes", tmp_path / "mine", "pairs")

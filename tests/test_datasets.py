@@ -133,7 +133,9 @@ def test_a_root_without_a_data_set_to_download_is_an_error():
 @pytest.mark.parametrize(
     "name, part, chosen",
     [("example", "test", "val"), ("example", "val", "train"), ("cifar10", "test", "train"), ("cifar10", "train", None),
-     ("awa2", "test", "train"), ("awa2", "all", None), ("flowers102", "test", "val"), ("folder", "", None)],
+     ("awa2", "test", "train"), ("awa2", "all", None), ("flowers102", "test", "val"), ("folder", "", None),
+     ("spot_the_diff", "train", "val"), ("spot_the_diff", "reformat_train", "reformat_val"),
+     ("spot_the_diff", "reformat_val", "reformat_train"), ("changes", "mine", "val"), ("no reader", "test", None)],
 )  # fmt: skip
 def test_settings_are_chosen_on_images_that_are_not_reported_on(name, part, chosen):
     data = datasets.Dataset(name, f"{part}-renamed", [], print, "", part=part)

@@ -222,6 +222,22 @@ def test_models_that_can_say_nothing_are_told_apart():
     assert not caption.applies(made([]), EvaluateConfig())
 
 
+def test_a_decoder_may_say_nothing():
+    data = made([Change("a", "b", ("it moved",)), Change("c", "d", ("it left",))])
+    found = caption.evaluate(subject(FakeClip(truth(data) | {"c": ""}), data))
+    assert [s["generated"] for s in found.details["sentences"]] == ["it moved", ""]
+    assert found.items["rouge_l"] == [1, 0]
+    assert "sheet.png" in found.pictures
+
+
+def test_a_kind_that_a_draw_has_no_pair_of_is_not_said_wrongly_there():
+    """Of 20 pairs one is of the kind, and in a third of the draws none."""
+    data = made([Change(f"{n}", "b", ("a thing has moved to there",), "add" if n else "drop") for n in range(20)])
+    found = caption.evaluate(subject(FakeClip(truth(data)), data))
+    assert found.intervals["bleu_4_drop"] == pytest.approx((1, 1))
+    assert found.intervals["cider_drop"][0] == found.metrics["cider_drop"]
+
+
 def test_spice_is_refused_before_anything_is_decoded(monkeypatch):
     data = made([Change("a", "b", ("it moved",))])
     monkeypatch.setattr(apply, "captions", lambda *_, **__: pytest.fail("decoded"))

@@ -13,7 +13,7 @@ from PIL import Image
 
 import finetune
 import generate_diffs
-from pc_clip import checkpoint, differences, generate
+from pc_clip import checkpoint, differences, generate, generate_change
 from pc_clip.change.apply import captions
 from pc_clip.change.decoder import Shape
 from pc_clip.change.model import fresh
@@ -140,6 +140,17 @@ def test_both_orders_shows_the_captioner_the_pictures_the_other_way_round(config
     ]
     assert differences.read(generate.generate(config)) == both
     assert forth != back
+
+
+def test_both_orders_of_a_data_set_that_has_both_are_written_once(config, tmp_path):
+    named = [(f"{a}.png", f"{b}.png") for a, b in ("ab", "ba", "bc")]
+    for name in "abc":
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
+    lines = [json.dumps({"before": before, "after": after, "sentence": "it left"}) for before, after in named]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines) + "\n")
+    config.both_orders = True
+    found = generate_change.pairs(open_dataset("changes", tmp_path, "train"), config)
+    assert found == [("b.png", "a.png"), ("a.png", "b.png"), ("c.png", "b.png"), ("b.png", "c.png")]
 
 
 def test_some_pairs_are_drawn_by_seed(config):

@@ -18,7 +18,7 @@ import yaml
 from interrupting import stop_at
 from safetensors.torch import load_file
 
-from pc_clip import fast_text, methods, precision
+from pc_clip import fast_text, methods, precision, run_folder
 from pc_clip.clip import Clip
 from pc_clip.config import FinetuneConfig, TrainConfig
 from pc_clip.configure import dump
@@ -229,12 +229,22 @@ def test_a_run_of_an_earlier_version_can_be_continued(config, monkeypatch):
 
 @pytest.mark.parametrize("quick, kept", [(True, "bf16"), (False, "no")])
 def test_a_run_keeps_what_was_settled(config, monkeypatch, quick, kept):
-    """So that it is continued as it began, or refused, on a machine of another kind."""
+    """So that it is continued as it began, and known again, on a machine of another kind."""
     monkeypatch.setattr(precision, "multiplies_bf16", lambda device: quick)
-    config.train.precision, config.train.steps = "auto", 1
-    run = finetune(config)
-    assert f"precision: {kept}" in (run / "config.yaml").read_text().replace("'", "")
+    config.train.precision, config.train.steps = "auto", 6
+    with pytest.MonkeyPatch.context() as context:
+        stop_at(context, 3)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(config)
     assert config.train.precision == "auto"
+    monkeypatch.setattr(precision, "multiplies_bf16", lambda device: not quick)
+    config.resume = True
+    run = finetune(config)
+    config.resume = False
+    assert finetune(config) == run  # finished already
+    assert yaml.safe_load((run / "config.yaml").read_text())["train"]["precision"] == kept
+    config.overwrite = True
+    assert run_folder.precision(run, config) is None  # settled anew
 
 
 def test_a_wrong_setting_does_not_overwrite_a_run(config):

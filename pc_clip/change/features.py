@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from pathlib import Path
 
 import numpy as np
@@ -65,8 +66,24 @@ def _whole(path: Path, mark: Path, shape: tuple[int, ...]) -> bool:
 @torch.no_grad()
 def _write(part: Path, clip: Clip, data: Dataset, shape: tuple[int, ...], batch_size: int, workers: int) -> None:
     tokens = np.lib.format.open_memmap(part, mode="w+", dtype=np.float16, shape=shape)
+    _reserve(part)
     row = 0
     for seen in seen_by_encoder(clip, data, batch_size, workers, "encoding pairs"):
         tokens[row : row + len(seen)] = seen.float().cpu().numpy()
         row += len(seen)
     tokens.flush()
+
+
+def _reserve(path: Path) -> None:
+    """Have the disk's blocks of a file at once: where they run out under a mapped one, the process is killed (SIGBUS).
+
+    Raises OSError, and the file is deleted.
+    """
+    if not hasattr(os, "posix_fallocate"):  # macOS
+        return
+    try:
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    except OSError as error:
+        path.unlink()
+        raise OSError(error.errno, error.strerror, str(path)) from error

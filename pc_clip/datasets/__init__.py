@@ -220,7 +220,19 @@ def held_out(data: Dataset) -> str | None:
     part = data.part or data.split
     if part == "all":
         return None  # every other split is inside it
-    return next((s for s in ("val", "train") if s in _reader(data.name).splits and s != part), None)
+    return next((s for s in (beside(data, "val"), beside(data, "train")) if s not in (None, part)), None)
+
+
+def beside(data: Dataset, split: str) -> str | None:
+    """The split of that name which belongs with `data`: beside reformat_test, "train" is reformat_train.
+
+    None where there is no such, and for a file that was named by its path, of which none can know what belongs with it.
+    """
+    reader, part = READERS.get(data.name), data.part or data.split
+    if reader is None or (reader.is_table and reader.is_table(Path(part))):
+        return None
+    found = f"{part.rpartition('_')[0]}_{split}".lstrip("_")
+    return found if found in reader.splits and (reader.any_split or part in reader.splits) else None
 
 
 def state(name: str, root: str | Path | None = None) -> str:

@@ -70,7 +70,7 @@ def change_sheet(data: Dataset, shown: Sequence[Shown], title: str) -> Picture:
 def chosen_words(tokens: Sequence[str], attention: np.ndarray) -> list[int]:
     """The places of two words in a sentence that name something, in its order: those looked at most sharply."""
     of = [n for n, token in enumerate(tokens) if token.isalpha() and len(token) > 1 and token.lower() not in _EMPTY]
-    sharpness = attention.reshape(len(attention), -1).max(axis=1) / attention.reshape(len(attention), -1).mean(axis=1)
+    sharpness = attention.max(axis=(1, 2, 3)) / attention.mean(axis=(1, 2, 3))
     first = {tokens[n]: n for n in reversed(of)}.values()  # a word that comes twice is shown once
     return sorted(sorted(first, key=lambda n: -sharpness[n])[:WORDS])
 

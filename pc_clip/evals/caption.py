@@ -21,7 +21,7 @@ from pc_clip import caption_scores
 from pc_clip.caption_scores import Scores, Tools, bleu_of
 from pc_clip.change import apply
 from pc_clip.config import EvaluateConfig
-from pc_clip.datasets import READERS, Dataset
+from pc_clip.datasets import Dataset, beside
 from pc_clip.datasets._changes import NoSplit
 from pc_clip.errors import UserError
 from pc_clip.evals import Result, Subject, _intervals
@@ -83,18 +83,12 @@ def also_reads(subject: Subject) -> Dataset | None:
 
     Its sentences alone are read, so that its pictures may be absent.
     """
-    split = _training_split(subject.data)
+    split = beside(subject.data, "train")
     try:
         return subject.open(split, "keep") if split else None
     except NoSplit as error:
         log.info("no training sentences: %s", error)
         return None
-
-
-def _training_split(data: Dataset) -> str | None:
-    splits, part = READERS[data.name].splits if data.name in READERS else (), data.part or data.split
-    train = f"{part.rpartition('_')[0]}_train".lstrip("_")  # of reformat_test, reformat_train
-    return train if part in splits and train in splits else None
 
 
 def evaluate(subject: Subject) -> Result:
@@ -187,8 +181,9 @@ def _metrics(
         intervals[name] = _intervals.between(draws)
     for kind, of in named.items():
         metrics[f"bleu_4_{kind}"] = float(bleu_of(scores.bleu[of].sum(0))[-1])
-        sums = _intervals.redrawn_sums(scores.bleu * of[:, None], np.arange(len(said)), seed)
-        intervals[f"bleu_4_{kind}"] = _intervals.between(bleu_of(sums)[:, -1])
+        sums = _intervals.redrawn_sums(np.column_stack([scores.bleu * of[:, None], of]), np.arange(len(said)), seed)
+        draws = np.where(sums[:, -1] > 0, bleu_of(sums[:, :-1])[:, -1], np.nan)  # without a pair of the kind: no BLEU
+        intervals[f"bleu_4_{kind}"] = _intervals.between(draws)
     items = {"cider": scores.items["cider"], "rouge_l": scores.items["rouge_l"]}
     items |= {name: means[name].astype(float) for name in ("right", "changed") if name in means}
     return metrics, intervals, {name: values.round(4).tolist() for name, values in items.items()}

@@ -27,7 +27,8 @@ from pc_clip.change.model import PREFIX, fresh
 from pc_clip.change.vocabulary import END, PAD, Vocabulary
 from pc_clip.clip import Clip
 from pc_clip.config import FinetuneConfig
-from pc_clip.datasets import Dataset, held_out
+from pc_clip.datasets import READERS, Dataset, held_out
+from pc_clip.datasets._changes import NoSplit
 from pc_clip.datasets.dataset import with_changes
 from pc_clip.errors import UserError, check_at_least, check_choice
 from pc_clip.evals.change_retrieval import distinct_sentences, recalls
@@ -60,8 +61,8 @@ class Config:
         sentences: In stage caption, how many sentences of a pair a step learns from, drawn anew each epoch: what takes
             time is to see the pair, which is done once for all of them.
         false_negatives: Count a sentence as wrong for a pair of which it is said too, if it came with another pair.
-        validation: The split that the best epoch is chosen on; empty for val, or train where there is none; none to
-            keep the last epoch.
+        validation: The split that the best epoch is chosen on, or a file of pairs; empty for the data set's val
+            (reformat_val of reformat_train), and for none where data.split is a file; none to keep the last epoch.
         validate_on: How many of its pairs, drawn by the run's seed; empty for all.
     """
 
@@ -119,16 +120,16 @@ class Method(BaseMethod):
             self._prepare_to_retrieve(sentences)
         else:
             self._prepare_to_write(sentences)
-        self.features = None
-        if options.freeze:
-            with PartialState().main_process_first():  # the others then find it in the cache
-                self.features = Features(clip, data, workers=config.data.workers)
+        self.validation = self._validation(data)
         self.reader = Reader(data, plain(clip.preprocess), config.data.workers)
         if not options.freeze:
             self.reader.start()  # while this is the only thread; batches are asked for by another
-        self.validation = self._validation(data)
         self.sampler = samplers.make(config, len(self.pairs), config.train.batch_size, self, "pairs")
         self.notes += self.sampler.notes
+        self.features = None
+        if options.freeze:  # now, when nothing is left that could be refused
+            with PartialState().main_process_first():  # the others then find it in the cache
+                self.features = Features(clip, data, workers=config.data.workers)
 
     def _prepare_to_retrieve(self, sentences: list[str]) -> None:
         self.change.decoder = self.change.vocabulary = None  # what was written before this adaptation is no more
@@ -173,8 +174,14 @@ class Method(BaseMethod):
         if split in (None, "none"):
             self.notes.append("no validation pairs: the last epoch is kept")
             return None
-        found = load_dataset(replace(self.config.data, split=split, captions=None, mix=[]))
-        if found.fingerprint == data.fingerprint:
+        try:
+            found = load_dataset(replace(self.config.data, split=split, captions=None, mix=[]))
+        except NoSplit as error:
+            raise UserError(
+                f"{data.label} has no {split} beside it to choose the best epoch on. Name other pairs, "
+                "--change.validation with a split or a file, or --change.validation none to keep the last epoch"
+            ) from error
+        if found.fingerprint == data.fingerprint or _inside(found, data):
             raise UserError(f"change.validation {split} is what is learnt from; name another split, or none")
         if options.validate_on is not None:
             check_at_least("change.validate_on", options.validate_on, 1)
@@ -346,6 +353,14 @@ def _check(config: FinetuneConfig, data: Dataset) -> None:
             f"model.train {config.model.train} leaves the image tower as it is; stage caption takes both or attention, "
             "or change.freeze true, which is quicker"
         )
+
+
+def _inside(one: Dataset, other: Dataset) -> bool:
+    """Whether all pairs of a split are in another, which may list them in another way (Spot-the-Diff's reformat_)."""
+    if one.name != other.name or READERS[one.name].any_split:  # in files of one's own, names are of different folders
+        return False
+    pairs = ({(change.before, change.after) for change in data.changes} for data in (one, other))
+    return next(pairs) <= next(pairs)
 
 
 def _check_validation(stage: str, data: Dataset) -> None:
