@@ -1,6 +1,7 @@
 """The example's changes: one change a pair under distractors, and sentences that are judged part by part."""
 
 import dataclasses
+import inspect
 import pickle
 import re
 from collections import Counter
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from pc_clip.datasets import embedded
 from pc_clip.datasets.dataset import subset
 from pc_clip.datasets.embedded import example_changes
-from pc_clip.example import changes, scenes
+from pc_clip.example import changes, kept, scenes
 from pc_clip.example.scenes import Thing
 
 WRONG = {"type": False, "object": False, "value": False}
@@ -169,7 +170,7 @@ def test_every_sentence_of_a_pair_is_understood_and_fully_right(index, split):
     for sentence in said:
         meant = changes.parse(sentence)
         assert (meant.kind, meant.value) == (pair.kind, pair.value), sentence
-        assert changes.judge(split, index, sentence) == RIGHT, sentence
+        assert changes.judge(changes.pair(split, index), sentence) == RIGHT, sentence
         assert pair.thing is None or {"colour", "shape"} <= meant.facts.keys()
         assert sentence == sentence.lower() and not sentence.endswith(".") and "{" not in sentence
         assert not re.search(r"\ba [aeiou]", sentence) and not re.search(r"\ban [^aeiou]", sentence)
@@ -247,7 +248,7 @@ def test_what_a_sentence_says(sentence, kind, facts, value):
 )
 def test_a_sentence_that_is_not_clear_says_nothing_and_nothing_in_it_is_right(sentence):
     assert changes.parse(sentence) is None
-    assert changes.judge("val", 0, sentence) == WRONG
+    assert changes.judge(changes.pair("val", 0), sentence) == WRONG
 
 
 TOLD = {
@@ -270,7 +271,7 @@ def test_another_value_is_wrong_in_the_value_alone(kind):
         was = "" if kind == "move" else getattr(pair.thing, kind)
         value = other(changes.VALUES[kind], pair.value, was)
         text = TOLD[kind].format(f"{pair.thing.colour} {pair.thing.shape}", value)
-        assert changes.judge("test", index, text) == {"type": True, "object": True, "value": False}, text
+        assert changes.judge(changes.pair("test", index), text) == {"type": True, "object": True, "value": False}, text
 
 
 @pytest.mark.parametrize("kind", TOLD)
@@ -286,10 +287,15 @@ def test_another_object_is_wrong_in_the_object_alone(kind):
         ]
         if kind != "texture":  # there another texture may be the new one
             wrong.append(f"{other(scenes.TEXTURES, texture)} {colour} {shape}")
-        assert changes.judge("test", index, TOLD[kind].format(f"{size} {colour} {shape}", pair.value)) == RIGHT
+        assert (
+            changes.judge(changes.pair("test", index), TOLD[kind].format(f"{size} {colour} {shape}", pair.value))
+            == RIGHT
+        )
         for name in wrong:
             text = TOLD[kind].format(name, pair.value)
-            assert changes.judge("test", index, text) == {"type": True, "object": False, "value": True}, text
+            assert changes.judge(changes.pair("test", index), text) == {"type": True, "object": False, "value": True}, (
+                text
+            )
 
 
 def test_another_texture_before_is_wrong_in_the_object_alone():
@@ -299,7 +305,7 @@ def test_another_texture_before_is_wrong_in_the_object_alone():
         for old in set(scenes.TEXTURES) - {pair.value}:
             text = f"the {name} changed from {old} to {pair.value}"
             right = {"type": True, "object": old == pair.thing.texture, "value": True}
-            assert changes.judge("test", index, text) == right, text
+            assert changes.judge(changes.pair("test", index), text) == right, text
 
 
 @pytest.mark.parametrize("kind", TOLD)
@@ -308,15 +314,15 @@ def test_another_kind_is_wrong_in_type_and_value_though_it_names_the_thing(kind)
         thing = changes.pair("test", index).thing
         name = f"{thing.colour} {thing.shape}"
         text = f"the {name} is gone" if kind != "drop" else f"there is a new {name}"
-        assert changes.judge("test", index, text) == {"type": False, "object": True, "value": False}, text
-        assert changes.judge("test", index, "nothing changed") == WRONG
+        assert changes.judge(changes.pair("test", index), text) == {"type": False, "object": True, "value": False}, text
+        assert changes.judge(changes.pair("test", index), "nothing changed") == WRONG
 
 
 def test_where_nothing_changed_only_that_is_right():
     for index in pairs_of("none"):
         thing = changes.pair("test", index).before.scene.things[0]
-        assert changes.judge("test", index, "there is no change") == RIGHT
-        assert changes.judge("test", index, f"the {thing.colour} {thing.shape} is gone") == WRONG
+        assert changes.judge(changes.pair("test", index), "there is no change") == RIGHT
+        assert changes.judge(changes.pair("test", index), f"the {thing.colour} {thing.shape} is gone") == WRONG
 
 
 # -- the data set --------------------------------------------------------------------------------------
@@ -342,6 +348,21 @@ def test_a_data_set_judges_sentences_also_in_a_part_of_it_and_in_another_process
             assert of.judge(row, change.sentences[0]) == RIGHT
     kind = part.changes[0].kind
     assert part.judge(0, "nothing changed") == (RIGHT if kind == "none" else WRONG)
+
+
+def test_pairs_that_are_kept_are_those_that_were_found(monkeypatch):
+    found = kept.told_pairs("val", 40)
+    assert found == [(changes.pair("val", i), changes.sentences("val", i)) for i in range(40)]
+    assert not kept.CACHE.exists()  # they are few
+    fingerprint = example_changes("val", 40).fingerprint
+    monkeypatch.setattr(kept, "FEW", 39)
+    assert kept.told_pairs("val", 40) == found
+    monkeypatch.setattr(changes, "pair", lambda *_: pytest.fail("found again"))
+    assert kept.told_pairs("val", 40) == found
+    assert example_changes("val", 40).fingerprint == fingerprint
+    monkeypatch.setattr(inspect, "getsource", lambda module: f"another {module.__name__}")
+    with pytest.raises(pytest.fail.Exception):  # pairs of other code are not these
+        kept.told_pairs("val", 40)
 
 
 def test_the_same_pairs_every_time_and_none_in_two_splits(monkeypatch):

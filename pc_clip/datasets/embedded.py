@@ -13,7 +13,7 @@ from PIL import Image
 
 from pc_clip.changes import Change
 from pc_clip.datasets.dataset import Attribute, Dataset, Question, digest
-from pc_clip.example import changes, relations, scenes, world
+from pc_clip.example import changes, kept, relations, scenes, world
 
 EXAMPLE_SIZES = {"train": 6000, "val": 1000, "test": 2000}
 CHANGES_SIZES = {"train": 24000, "val": 500, "test": 2000}  # pairs
@@ -71,21 +71,24 @@ def open_changes(_: Path, split: str) -> Dataset:
 
 def example_changes(split: str, n: int) -> Dataset:
     """The first `n` pairs of a split: pair i is the images 2i and 2i + 1, and changes[i]. It can judge sentences."""
-    pairs = [changes.pair(split, i) for i in range(n)]
+    pairs, said = zip(*kept.told_pairs(split, n))
     shown = [view for pair in pairs for view in (pair.before, pair.after)]
     ids = [f"{split}-{i:05d}-{when}" for i in range(n) for when in ("before", "after")]
-    said = [changes.sentences(split, i) for i in range(n)]
     pixels = b"".join(changes.draw(view).tobytes() for view in shown[:16])
     return Dataset(
         name="example_changes",
         split=split,
         ids=ids,
         load=partial(_draw, changes.draw, shown),
-        fingerprint=digest("changes", split, n, hashlib.sha256(pixels).hexdigest(), said),
+        fingerprint=digest("changes", split, n, hashlib.sha256(pixels).hexdigest(), list(said)),
         part=split,
         changes=tuple(Change(ids[2 * i], ids[2 * i + 1], said[i], pair.kind) for i, pair in enumerate(pairs)),
-        judge=partial(changes.judge, split),
+        judge=partial(_judge, pairs),
     )
+
+
+def _judge(pairs: Sequence[changes.Pair], row: int, said: str) -> dict[str, bool]:
+    return changes.judge(pairs[row], said)
 
 
 _PLACES = {

@@ -286,14 +286,14 @@ def _said(kind: str, named: dict[str, str]) -> Said | None:
     return Said(kind, named, value)
 
 
-def judge(split: str, index: int, sentence: str) -> dict[str, bool]:
+def judge(truth: Pair, sentence: str) -> dict[str, bool]:
     """What is right in a sentence about a pair: "type", "object", "value"; all of it where the sentence is.
 
     type: the kind of the change. object: colour and shape are named, and all that is named is true of the thing that
     changed; where nothing changed, the type decides. value: the type, and the new colour, texture or direction if it
     has one. Nothing is right in a sentence that `parse` does not understand.
     """
-    said, truth = parse(sentence), pair(split, index)
+    said = parse(sentence)
     if said is None:
         return {"type": False, "object": False, "value": False}
     kind = said.kind == truth.kind
