@@ -10,6 +10,8 @@ from pc_clip.study_config import Study
 from pc_clip.study_table import best, datasets
 
 MOST_BARS = 8  # variants; more are unreadable as bars
+MOST_GROUPS = 9  # metrics side by side as bars
+CUT = 102  # per cent; where bars end that are longer
 MOST_PANELS = 4  # metrics side by side as dots
 _BASELINES = ("black", "tab:red", "tab:brown", "tab:olive")
 _GROUPS = ("tab:blue", "tab:orange", "tab:green", "tab:purple", "tab:cyan", "tab:pink")
@@ -35,27 +37,41 @@ def plot(study: Study, table: pd.DataFrame, path: Path, comparison: pd.DataFrame
 
 
 def _bars(plt, study: Study, tables: list[pd.DataFrame]):
-    """A group of bars a metric, a bar a variant, with the spread over the seeds."""
-    most = max(table.metric.nunique() for table in tables)
-    size = (2.2 + 1.7 * most, 4.2 * len(tables))
-    figure, grid = plt.subplots(len(tables), figsize=size, layout="constrained", squeeze=False)
-    for axes, table in zip(grid[:, 0], tables):
+    """A group of bars a metric, a bar a variant, with the spread over the seeds.
+
+    What is no share goes beyond 100 (CIDEr): such bars are cut there, and their numbers say how long they are.
+    """
+    lines = [(table, metrics) for table in tables for metrics in _lines(study, table)]
+    most = max(len(metrics) for _, metrics in lines)
+    size = (2.2 + 1.7 * most, 4.2 * len(lines))
+    figure, grid = plt.subplots(len(lines), figsize=size, layout="constrained", squeeze=False)
+    for axes, (table, metrics) in zip(grid[:, 0], lines):
         figures = {(row.variant, row.metric): (100 * row.mean, 100 * row.std) for row in table.itertuples()}
-        metrics = [m for m in study.metrics if m in set(table.metric)]
         variants = list(dict.fromkeys(table.variant))
         width, nothing = 0.8 / len(variants), (float("nan"),) * 2
         for k, variant in enumerate(variants):
             x = [n + (k - (len(variants) - 1) / 2) * width for n in range(len(metrics))]
             heights, spread = zip(*[figures.get((variant, m), nothing) for m in metrics])
+            whiskers = [0.0 if height > CUT else std for height, std in zip(heights, spread)]
             colour = plt.cm.viridis(k / len(variants))
-            bars = axes.bar(x, heights, width * 0.92, label=variant, yerr=spread, capsize=2, color=colour)
+            shown = [min(height, CUT) for height in heights]
+            bars = axes.bar(x, shown, width * 0.92, label=variant, yerr=whiskers, capsize=2, color=colour)
             axes.bar_label(bars, [f"{h:.0f}" if h == h else "" for h in heights], fontsize=8, padding=2)
-        axes.set_xticks(range(len(metrics)), [m.replace("_", " ") for m in metrics])
-        axes.set(ylabel="per cent", ylim=(0, 108), title=f"{study.name}: {table.dataset.iloc[0]}")
+        cut = {m for (_, m), (mean, _) in figures.items() if mean > CUT}
+        axes.set_xticks(range(len(metrics)), [m.replace("_", " ") + " (cut)" * (m in cut) for m in metrics])
+        axes.set(ylabel="per cent", xlim=(-0.6, most - 0.4), ylim=(0, 108))
+        axes.set_title(f"{study.name}: {table.dataset.iloc[0]}")
         axes.spines[["top", "right"]].set_visible(False)
     handles, labels = grid[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(6, len(labels)), frameon=False)
     return figure
+
+
+def _lines(study: Study, table: pd.DataFrame) -> list[list[str]]:
+    """A table's metrics in lines about as long as one another, none longer than fits a page."""
+    metrics = [m for m in study.metrics if m in set(table.metric)]
+    each = -(-len(metrics) // -(-len(metrics) // MOST_GROUPS))
+    return [metrics[n : n + each] for n in range(0, len(metrics), each)]
 
 
 def _dots(plt, study: Study, tables: list[pd.DataFrame], comparison: pd.DataFrame | None, chosen: str | None):

@@ -118,6 +118,18 @@ def test_a_choice_that_cannot_be_made_says_why():
         best(elsewhere, table_of(elsewhere, 0))
 
 
+def test_many_metrics_are_drawn_in_lines():
+    metrics = [f"m{n}" for n in range(19)]
+    put("base", "x/test", **dict.fromkeys(metrics, 0.5))
+    put("a-seed0", "x/test", **dict.fromkeys(metrics, 3.5))  # no share, as CIDEr
+    for n in (19, 7):
+        few = study("a", metrics=metrics[:n])
+        plot(few, table_of(few, 0), Path(f"pictures/{n}.png"))
+    many, one = (Image.open(f"pictures/{n}.png") for n in (19, 7))
+    assert many.height == 3 * one.height
+    assert many.width == one.width  # seven, six and six
+
+
 @pytest.mark.parametrize("seeds", [(0,), (0, 1)])
 def test_many_variants_are_drawn_as_rows_and_few_as_bars(seeds):
     values = {"g": ["x", "y"], "k": list(range(10))}
@@ -133,7 +145,7 @@ def test_many_variants_are_drawn_as_rows_and_few_as_bars(seeds):
     few = many.only(["x-[0-4]", "random"])
     plot(few, found[found.variant.isin(few.variants)], Path("pictures/few.png"))
     rows, bars = (Image.open(f"pictures/{name}.png") for name in ("many", "few"))
-    assert bars.height == round(4.2 * 130)  # one panel, whatever it shows
+    assert bars.height == round(4.2 * 130)  # one line of bars
     assert rows.height > 1.1 * bars.height  # twenty rows
     for colour in ((31, 119, 180), (255, 127, 14)):  # a colour for x and one for y
         assert (np.asarray(rows.convert("RGB")) == colour).all(-1).sum() > 200
