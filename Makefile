@@ -12,7 +12,7 @@ help:
 	@echo "make reproduce    the same with three seeds, and the paper's other evaluations"
 	@echo "make simclip      batches of similar examples against random ones, and hard pairs; an hour or more on two cores"
 	@echo "make clip_po      preference tuning against plain finetuning with the same negatives; an hour on two cores"
-	@echo "make change       what changed between two scenes: adapted, then captioned (CLIP4IDC); some hours on two cores"
+	@echo "make change       what changed between two scenes: adapted, then captioned (CLIP4IDC); three hours on two cores"
 	@echo "make test         the whole test suite"
 	@echo "make photo DATA=folder   the same scripts on photographs with human captions (COCO's layout)"
 	@echo "make llm DATA=folder     a small language model writes 600 differences of those photographs; an audit"
