@@ -73,7 +73,7 @@ class DataConfig:
     Args:
         dataset: A name that `python -m pc_clip.datasets` lists.
         root: The folder it is in, unless it is where that list says.
-        split: Which part of it, or the path of a table for tsv; empty for train.
+        split: Which part of it, or the path of a file for tsv and changes; empty for train.
         missing: What pictures mean that the files of a data set name and that are absent, error or skip.
         differences: The JSONL file of difference sentences; only methods that learn from them read it.
         statements: Files of what is true and false of images, for method preference; empty for the data set's own.

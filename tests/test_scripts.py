@@ -17,7 +17,7 @@ import generate_diffs
 import run
 from pc_clip import generate
 from pc_clip.cleaning import Checked
-from pc_clip.config import GenerateConfig
+from pc_clip.config import DataConfig, GenerateConfig
 from pc_clip.datasets import open_dataset
 from pc_clip.differences import Difference, to_line
 from pc_clip.errors import UserError
@@ -49,6 +49,25 @@ def test_with_no_argument_each_runs_in_any_order_and_says_what_it_made(small_exa
     assert "caption_subtraction" in shown
     with pytest.raises(UserError, match="written with other settings"):
         generate_diffs.main([])  # the shipped settings are not the small ones of this test
+
+
+@pytest.mark.parametrize(
+    "dataset, split, measured_on",
+    [
+        ("example", "train", []),
+        ("spot_the_diff", "train", []),
+        ("spot_the_diff", "reformat_train", ["--split", "reformat_test"]),
+        ("changes", "train", []),
+        ("changes", "mine.jsonl", ["--split", "HELD_OUT"]),
+        ("tsv", "train", ["--split", "HELD_OUT"]),
+    ],
+)
+def test_a_run_says_how_it_is_measured(dataset, split, measured_on):
+    Path("mine.jsonl").write_text("{}")
+    words = finetune._how(DataConfig(dataset, None, split), Path("runs/a")).split()
+    told = words[6 + len(measured_on) :]
+    assert words == ["python", "run.py", "--dataset", dataset, *measured_on, "--checkpoint", "runs/a", *told]
+    assert bool(told) == ("HELD_OUT" in measured_on)
 
 
 def test_an_evaluation_that_is_done_is_skipped_and_done_again_on_request(small_example, caplog):
