@@ -1,0 +1,75 @@
+"""What the program computes is what it computed: tests/golden/*.json, written by tests/golden_record.py."""
+
+import json
+import math
+import os
+from pathlib import Path
+
+import golden_record
+import pytest
+
+HERE = golden_record.FOLDER
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """One working folder for all recipes, so that runs and caches are shared."""
+    return tmp_path_factory.mktemp("golden")
+
+
+def compute(name: str, folder: Path):
+    os.chdir(folder)  # conftest changes back for the next test
+    return golden_record.record(name)
+
+
+def recorded(name: str):
+    return json.loads((HERE / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def differences(was, now, tolerance: float, where: str = "") -> list[str]:
+    """Places where two nested values differ; numbers by more than `tolerance`."""
+    if isinstance(was, dict) and isinstance(now, dict):
+        missing = [f"{where}/{key} is in one alone" for key in was.keys() ^ now.keys()]
+        return missing + [d for k in was.keys() & now.keys() for d in differences(was[k], now[k], tolerance, f"{where}/{k}")]
+    if isinstance(was, list) and isinstance(now, list) and len(was) == len(now):
+        return [d for n, (a, b) in enumerate(zip(was, now)) for d in differences(a, b, tolerance, f"{where}/{n}")]
+    if isinstance(was, float) and isinstance(now, int | float):
+        return [] if math.isclose(was, now, rel_tol=tolerance, abs_tol=tolerance) else [f"{where}: {was} -> {now}"]
+    return [] if was == now else [f"{where}: {was} -> {now}"]
+
+
+def check(name: str, folder: Path, elsewhere: float) -> None:
+    """Equal to 1e-6 on the kind of machine the figures were made on, to `elsewhere` on others."""
+    same_kind = recorded("steps")["machine"] == golden_record.machine()
+    changed = differences(recorded(name), compute(name, folder), 1e-6 if same_kind else elsewhere)
+    assert not changed, f"{len(changed)} figures of {name} changed:\n" + "\n".join(changed[:20])
+
+
+def test_rules_write_the_lines_they_wrote(folder):
+    changed = differences(recorded("written"), compute("written", folder), 0)
+    assert not changed, "\n".join(changed[:10])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", golden_record.RUNS)
+def test_twenty_steps_end_with_the_same_weights(name, folder):
+    os.chdir(folder)
+    golden = recorded("steps")
+    was, now = golden["runs"][name], golden_record.twenty_steps(name)
+    if golden["machine"] == golden_record.machine():
+        assert now == was
+    else:
+        changed = differences(was["losses"], now["losses"], 1e-5) + differences(was["projections"], now["projections"], 1e-5)
+        assert not changed, "\n".join(changed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, elsewhere", [("figures_base", 1e-3), ("figures_relations", 0.02), ("figures_changes", 0.02)])
+def test_all_figures_without_a_mode(name, elsewhere, folder):
+    check(name, folder, elsewhere)
+
+
+@pytest.mark.slow
+def test_all_figures_of_a_quickstart_run(folder):
+    """800 steps: rounding on other machines leads to other weights, so figures there agree within a few points."""
+    check("figures_mirror", folder, 0.05)
