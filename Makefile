@@ -27,23 +27,23 @@ $(READY): requirements.txt requirements-dev.txt
 	@touch $(READY)
 
 quickstart: $(READY)
-	@$(RUN) -m pc_clip.study configs/studies/quickstart.yaml
+	@$(RUN) -m pc_clip study configs/studies/quickstart.yaml
 
 reproduce: $(READY)
 	@for study in quickstart comparative averaging space; do \
-	  $(RUN) -m pc_clip.study configs/studies/$$study.yaml --seeds 0 1 2 || exit $$?; done
+	  $(RUN) -m pc_clip study configs/studies/$$study.yaml --seeds 0 1 2 || exit $$?; done
 
 simclip: $(READY)
 	@for study in simclip simclip_towers simclip_scratch hard_pairs; do \
-	  $(RUN) -m pc_clip.study configs/studies/$$study.yaml --seeds 0 1 2 || exit $$?; done
+	  $(RUN) -m pc_clip study configs/studies/$$study.yaml --seeds 0 1 2 || exit $$?; done
 
 change: $(READY)
 	@for study in change change_beams change_pc; do \
-	  $(RUN) -m pc_clip.study configs/studies/$$study.yaml --seeds 0 1 2 || exit $$?; done
+	  $(RUN) -m pc_clip study configs/studies/$$study.yaml --seeds 0 1 2 || exit $$?; done
 
 clip_po: $(READY)
-	@$(RUN) -m pc_clip.study configs/studies/clip_po.yaml --seeds 0 1 2
-	@$(RUN) -m pc_clip.study configs/studies/clip_po_text.yaml --seeds 0
+	@$(RUN) -m pc_clip study configs/studies/clip_po.yaml --seeds 0 1 2
+	@$(RUN) -m pc_clip study configs/studies/clip_po_text.yaml --seeds 0
 
 test: $(READY)
 	@$(RUN) -m ruff check .
@@ -51,13 +51,13 @@ test: $(READY)
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2
 
 photo: $(READY)
-	@$(RUN) -m pc_clip.example.photographs $(DATA)
-	@$(RUN) -m pc_clip.study configs/studies/photo.yaml --seeds 0 1 2
+	@$(RUN) examples/photographs.py $(DATA)
+	@$(RUN) -m pc_clip study configs/studies/photo.yaml --seeds 0 1 2
 
 llm: $(READY)
-	@$(RUN) -m pc_clip.example.photographs $(DATA)
+	@$(RUN) examples/photographs.py $(DATA)
 	@$(RUN) generate_diffs.py --config configs/diffs_photo_llm.yaml
-	@$(RUN) -m pc_clip.audit llm_diffs/photo_llm.jsonl
+	@$(RUN) -m pc_clip audit llm_diffs/photo_llm.jsonl
 
 clean:
 	rm -rf runs results

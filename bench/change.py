@@ -23,9 +23,9 @@ import torch
 from record import Figure, exit_if_missed, record
 from torch import Tensor
 
-from pc_clip.change.decoder import Decoder, Shape
-from pc_clip.change.vocabulary import END, START
-from pc_clip.errors import run_script
+from pc_clip.core.errors import run_script
+from pc_clip.models.caption_decoder import Decoder, Shape
+from pc_clip.models.vocabulary import END, START
 
 SHAPE = Shape()  # the paper's: 3 layers, 8 heads, 512 wide, 32 pieces
 SEEN, WIDTH = 100, 768  # tokens of a pair, and how wide they are

@@ -35,8 +35,8 @@ from record import Figure, exit_if_missed, record
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from pc_clip import clusters, neighbours
-from pc_clip.errors import run_script
+from pc_clip.core.errors import run_script
+from pc_clip.train import clusters, neighbours
 
 EXAMPLES, DIMENSIONS, TOPIC = 118_287, 512, 100
 CLUSTERS, SIZE = 64, 16

@@ -22,7 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from pc_clip.clip import Clip  # isort: skip  (before torch's data sets)
+from pc_clip.models.clip import Clip  # isort: skip  (before torch's data sets)
 
 import numpy as np
 import reference
@@ -31,13 +31,14 @@ import torch
 from record import Figure, exit_if_missed, record
 from torch.utils.data import DataLoader
 
-from pc_clip import run_folder
-from pc_clip.config import DataConfig, FinetuneConfig, TrainConfig
-from pc_clip.differences import Difference, contrast, to_line
-from pc_clip.embeddings import Embeddings, save_embeddings
-from pc_clip.errors import run_script
-from pc_clip.learning_data import load_dataset
-from pc_clip.methods import pairwise
+from pc_clip.core.config.settings import DataConfig
+from pc_clip.core.config.train import FinetuneConfig, TrainConfig
+from pc_clip.core.errors import run_script
+from pc_clip.data.differences import Difference, contrast, to_line
+from pc_clip.data.embeddings import Embeddings, save_embeddings
+from pc_clip.data.training_data import load_dataset
+from pc_clip.train import run_folder
+from pc_clip.train.methods import pairwise
 
 IMAGES, DIMENSIONS, CAPTIONS, SENTENCES, BATCH = 118_287, 768, 5, 560_000, 512
 SAMPLE = 4096  # texts that the reference's start is measured on

@@ -3,7 +3,7 @@
     python bench/evaluation.py
 
 A first checkpoint has filled the cache of image embeddings; a second one has the same image tower and another text
-tower, as finetuning makes it. Ours is `pc_clip.evaluate.measure`, which is run.py from where the model is built and
+tower, as finetuning makes it. Ours is `pc_clip.evals.evaluate.measure`, which is run.py from where the model is built and
 the data set open: the hash of the weights, the cached embeddings, the texts, the intervals, the result on the disk.
 The reference (`bench/reference.py`) gets the same pixels, decoded and transformed beforehand, and takes turns with
 ours. Weights and images are random, made by seed in a temporary folder; what both find is compared.
@@ -23,7 +23,9 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from pc_clip.clip import Clip  # isort: skip  (before torch's data sets)
+from pc_clip.models import lora
+
+from pc_clip.models.clip import Clip  # isort: skip  (before torch's data sets)
 
 import numpy as np
 import reference
@@ -34,16 +36,18 @@ from record import Figure, exit_if_missed, record
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from pc_clip import differences
-from pc_clip.checkpoint import load_model, save_model
-from pc_clip.config import EvaluateConfig
-from pc_clip.datasets import Dataset, class_names, open_dataset
-from pc_clip.differences import Difference, contrast, to_line
-from pc_clip.embeddings import CACHE
-from pc_clip.errors import run_script
+from pc_clip.core.config.evaluate import EvaluateConfig
+from pc_clip.core.errors import run_script
+from pc_clip.data import differences
+from pc_clip.data.classnames import class_names
+from pc_clip.data.dataset import Dataset
+from pc_clip.data.differences import Difference, contrast, to_line
+from pc_clip.data.embeddings import CACHE
+from pc_clip.data.registry import open_dataset
 from pc_clip.evals import Subject
 from pc_clip.evals.difference import cosines, pair_differences
-from pc_clip.evaluate import measure
+from pc_clip.evals.evaluate import measure
+from pc_clip.models.loading import load_model, save_model
 
 MODEL, SIZE = "ViT-B-32", 224
 IMAGES, CLASSES = 512, 100
@@ -190,7 +194,7 @@ def _random_model(name: str) -> Clip:
 def with_other_text(clip: Clip, amount: float = 0.1, seed: int = 0) -> Clip:
     """The same model after each weight of its text tower moved, in place, by so much of that tensor's spread."""
     generator = torch.Generator().manual_seed(seed)
-    for weight in clip.trainable("text").values():
+    for weight in lora.trainable(clip, "text").values():
         weight.add_(amount * weight.std(correction=0) * torch.randn(weight.shape, generator=generator))
     return clip
 

@@ -2,7 +2,7 @@
 
     python bench/gpu.py
 
-ViT-L-14 with random weights at batch 512, in steps as pc_clip.training makes them: a batch comes from pinned memory,
+ViT-L-14 with random weights at batch 512, in steps as pc_clip.train.loop makes them: a batch comes from pinned memory,
 and its loss is looked at. What comes before, reading and decoding, is not in these figures. Limits are for Hopper in
 bf16. What counts as arithmetic says `operations`.
 """
@@ -24,7 +24,7 @@ import torch
 from record import Figure, exit_if_missed, record
 from torch import Tensor, nn
 
-from pc_clip.errors import run_script
+from pc_clip.core.errors import run_script
 
 import open_clip  # isort: skip  (after pc_clip.clip, which step imports)
 

@@ -27,12 +27,12 @@ from record import Figure, exit_if_missed, record
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from pc_clip.clip import Clip
-from pc_clip.config import FinetuneConfig, TrainConfig
-from pc_clip.errors import run_script
-from pc_clip.learning_data import load_dataset
-from pc_clip.methods import preference
-from pc_clip.training import make_optimizer
+from pc_clip.core.config.train import FinetuneConfig, TrainConfig
+from pc_clip.core.errors import run_script
+from pc_clip.data.training_data import load_dataset
+from pc_clip.models.clip import Clip
+from pc_clip.train.loop import make_optimizer
+from pc_clip.train.methods import preference
 
 BATCH, BETA, LR = 128, 1.0, 1e-4
 STEPS, ROUNDS = 5, 7  # steps a turn, and turns
@@ -82,7 +82,7 @@ def make_method() -> preference.Method:
 
 
 def ours(method: preference.Method) -> Iterator[float]:
-    """Steps as pc_clip.training makes them, without end."""
+    """Steps as pc_clip.train.loop makes them, without end."""
     optimizer = make_optimizer(method.config.train, list(method.trainable().values()))
     epoch = 0
     while True:

@@ -18,8 +18,8 @@ from typing import NamedTuple
 import pandas as pd
 import torch
 
-from pc_clip import environment
-from pc_clip.files import write_text
+from pc_clip.core import environment
+from pc_clip.core.files import write_text
 
 HERE = Path(__file__).parent
 COLUMNS = ["name", "ratio", "floor", "most", "unit", "note", "date", "machine"]

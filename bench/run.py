@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from record import Missed, exit_if_missed, record
 
-from pc_clip.errors import run_script
+from pc_clip.core.errors import run_script
 
 PARTS = ("step", "data", "evaluation", "scaling", "clusters", "preference", "change", "gpu")
 

@@ -26,10 +26,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from record import Figure, exit_if_missed, record
 
-from pc_clip.config import GenerateConfig
-from pc_clip.errors import UserError, check_at_least, run_script
-from pc_clip.generate import generate
-from pc_clip.shards import Processes
+from pc_clip.core.config.write import GenerateConfig
+from pc_clip.core.distributed import Processes
+from pc_clip.core.errors import UserError, check_at_least, run_script
+from pc_clip.write.generate import generate
 
 ROOT = Path(__file__).parents[1]
 SPLIT, IMAGES = "val", 1000  # this split has as many

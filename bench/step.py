@@ -22,19 +22,19 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
+import pc_clip.clip  # noqa: F401  (before open_clip)
 import reference
 import surroundings
 import torch
 from record import Figure, exit_if_missed, record
 from torch import Tensor, nn
 
-import pc_clip.clip  # noqa: F401  (before open_clip)
-from pc_clip import losses
-from pc_clip.config import TrainConfig
-from pc_clip.errors import run_script
-from pc_clip.fast_text import FastText
-from pc_clip.memory import return_freed_memory
-from pc_clip.training import make_optimizer
+from pc_clip.core.config.train import TrainConfig
+from pc_clip.core.errors import run_script
+from pc_clip.models.fast_text import FastText
+from pc_clip.train import losses
+from pc_clip.train.loop import make_optimizer
+from pc_clip.train.memory import return_freed_memory
 
 import open_clip  # isort: skip
 
@@ -105,7 +105,7 @@ def published(model: nn.Module, update: bool = True) -> Callable[..., float]:
 def ours(
     model: nn.Module, *, bf16: bool, recompute: bool = False, compensated: bool = False, update: bool = True
 ) -> Callable[..., float]:
-    """A step as pc_clip.training makes it: only the blocks are in the graph, and each loss is looked at.
+    """A step as pc_clip.train.loop makes it: only the blocks are in the graph, and each loss is looked at.
 
     It takes a batch and returns the loss; without `update` the gradients are left to be read.
     """

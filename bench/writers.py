@@ -20,10 +20,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from record import Figure, exit_if_missed, record
 
-from pc_clip.datasets import read_captions
-from pc_clip.differences import choose_pairs
-from pc_clip.errors import run_script
-from pc_clip.writers import Job, LanguageModelConfig, LanguageModelWriter
+from pc_clip.core.config.write import LanguageModelConfig
+from pc_clip.core.errors import run_script
+from pc_clip.data.captions import read_captions
+from pc_clip.data.differences import choose_pairs
+from pc_clip.write.causal import LanguageModelWriter
+from pc_clip.write.writers import Job
 
 
 def main() -> None:

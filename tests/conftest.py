@@ -15,9 +15,9 @@ import hypothesis
 import torch
 from accelerate.state import AcceleratorState
 
-from pc_clip.clip import Clip
-from pc_clip.datasets import embedded
+from pc_clip.data import example_sets
 from pc_clip.example import scenes
+from pc_clip.models.clip import Clip
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -36,8 +36,8 @@ def _here(tmp_path, monkeypatch):
 @pytest.fixture
 def small_example(monkeypatch):
     """The embedded example with few scenes, for tests that only need it to run."""
-    monkeypatch.setattr(embedded, "EXAMPLE_SIZES", {"train": 300, "val": 60, "test": 80})
-    monkeypatch.setattr(embedded, "CHANGES_SIZES", {"train": 64, "val": 20, "test": 24})
+    monkeypatch.setattr(example_sets, "EXAMPLE_SIZES", {"train": 300, "val": 60, "test": 80})
+    monkeypatch.setattr(example_sets, "CHANGES_SIZES", {"train": 64, "val": 20, "test": 24})
 
 
 @pytest.fixture(scope="session")

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from pc_clip import training
-from pc_clip.config import FinetuneConfig
-from pc_clip.training import finetune
+from pc_clip.core.config.train import FinetuneConfig
+from pc_clip.train import loop
+from pc_clip.train.loop import finetune
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Interrupt training when a batch of that step is asked for."""
-    original = training.batches
+    original = loop.batches
 
     def interrupted(method, done, total):
         for n, batch in original(method, done, total):
@@ -21,7 +21,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
                 raise KeyboardInterrupt
             yield n, batch
 
-    monkeypatch.setattr(training, "batches", interrupted)
+    monkeypatch.setattr(loop, "batches", interrupted)
 
 
 def interrupted_and_continued(config: FinetuneConfig, step: int, monkeypatch: pytest.MonkeyPatch) -> Path:

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pc_clip.datasets import open_dataset
-from pc_clip.differences import Difference, to_line
+from pc_clip.data.differences import Difference, to_line
+from pc_clip.data.registry import open_dataset
 
 
 def write(path: Path, split: str = "train") -> None:

@@ -9,11 +9,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from pc_clip._torchvision import torchvision
-from pc_clip.config import EvaluateConfig
-from pc_clip.datasets import Dataset
+from pc_clip.core.config.evaluate import EvaluateConfig
+from pc_clip.data.dataset import Dataset, Statement
 from pc_clip.evals import Subject
-from pc_clip.statements import Statement
+from pc_clip.models.torchvision_compat import torchvision
 
 COLOUR = {"red": [1.0, 0.0, 0.0], "green": [0.0, 1.0, 0.0], "blue": [0.0, 0.0, 1.0]}
 

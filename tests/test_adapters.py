@@ -13,16 +13,19 @@ from safetensors.torch import load_file
 from test_distributed import succeed
 from torch.nn.functional import normalize
 
-from pc_clip import adapters, checkpoint, environment, training
-from pc_clip.clip import SCRATCH, Clip
-from pc_clip.config import FinetuneConfig, ModelConfig, TrainConfig
-from pc_clip.datasets import embedded
-from pc_clip.errors import UserError
-from pc_clip.fast_text import FastText
-from pc_clip.files import write_json
-from pc_clip.methods import contrastive, pairwise
-from pc_clip.trainable import TRAINABLE, image_tower_learns
-from pc_clip.training import finetune
+from pc_clip.core import environment
+from pc_clip.core.config.settings import ModelConfig
+from pc_clip.core.config.train import FinetuneConfig, TrainConfig
+from pc_clip.core.errors import UserError
+from pc_clip.core.files import write_json
+from pc_clip.data import example_sets
+from pc_clip.models import loading, lora
+from pc_clip.models.clip import SCRATCH, Clip
+from pc_clip.models.fast_text import FastText
+from pc_clip.models.parameters import TRAINABLE, image_tower_learns
+from pc_clip.train import loop
+from pc_clip.train.loop import finetune
+from pc_clip.train.methods import contrastive, pairwise
 
 import transformers  # isort: skip
 
@@ -63,13 +66,13 @@ def clip(request, tmp_path) -> Clip:
     return build(request.param, tmp_path / "model")
 
 
-def lora(train: str = "both", rank: int = 2, **options) -> ModelConfig:
+def options_of(train: str = "both", rank: int = 2, **options) -> ModelConfig:
     return ModelConfig(train=train, lora_rank=rank, **options)
 
 
 def adapt(clip: Clip, options: ModelConfig, seed: int = 0) -> list[str]:
-    names = adapters.weights_to_adapt(clip.model, options, clip.name)
-    adapters.add(clip.model, names, options, seed)
+    names = lora.weights_to_adapt(clip.model, options.train, clip.name)
+    lora.add(clip.model, names, options.lora_rank, options.lora_alpha, seed)
     return names
 
 
@@ -85,7 +88,7 @@ def disturb(clip: Clip) -> None:
     """Adapters as after some learning: each adds something that is seen."""
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
-        for p in adapters.parameters(clip.model).values():
+        for p in lora.parameters(clip.model).values():
             p.copy_(0.2 * torch.randn(p.shape, generator=generator))
 
 
@@ -119,24 +122,24 @@ ATTENTION = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_attention_is_what_makes_queries_keys_and_values(kind, tmp_path):
     clip, expected = build(kind, tmp_path / "model"), ATTENTION[kind]
-    assert set(clip.trainable("attention")) == expected["visual"] | expected["text"]
-    assert set(clip.trainable("text_attention")) == expected["text"]
+    assert set(lora.trainable(clip, "attention")) == expected["visual"] | expected["text"]
+    assert set(lora.trainable(clip, "text_attention")) == expected["text"]
 
 
 def test_a_tower_without_attention_is_told_of(example_clip):
     clip = Clip(copy.deepcopy(example_clip.model), None, None, "mine")
     clip.model.visual.attnpool = torch.nn.Identity()
     with pytest.raises(UserError, match=r"image tower of mine has no attention.*--model\.train text_attention or both"):
-        clip.trainable("attention")
-    clip.trainable("text_attention")
+        lora.trainable(clip, "attention")
+    lora.trainable(clip, "text_attention")
     clip.model.transformer = torch.nn.Identity()
     with pytest.raises(UserError, match=r"text tower of mine has no attention.*--model\.train text"):
-        clip.trainable("text_attention")
+        lora.trainable(clip, "text_attention")
 
 
 def test_the_image_tower_learns_where_any_of_its_parameters_does(example_clip):
     for which in TRAINABLE:
-        names = example_clip.trainable(which)
+        names = lora.trainable(example_clip, which)
         assert image_tower_learns(which) == any(name.startswith("visual.") for name in names), which
 
 
@@ -146,14 +149,14 @@ def test_the_image_tower_learns_where_any_of_its_parameters_does(example_clip):
 def test_at_the_start_adapters_change_nothing(clip):
     with torch.no_grad():
         before = outputs(clip)
-        adapt(clip, lora())
-        assert adapters.parameters(clip.model)
+        adapt(clip, options_of())
+        assert lora.parameters(clip.model)
         assert all(torch.equal(a, b) for a, b in zip(before, outputs(clip)))
 
 
 def test_every_adapter_is_used_and_has_a_gradient(clip):
-    names = adapt(clip, lora())
-    learn = clip.trainable("both")
+    names = adapt(clip, options_of())
+    learn = lora.trainable(clip, "both")
     assert set(learn) == {f"{name}.{which}" for name in names for which in ("lora_A", "lora_B")}
     disturb(clip)
     sum(normalize(z, dim=-1)[:, 0].sum() for z in outputs(clip)).backward()
@@ -163,35 +166,35 @@ def test_every_adapter_is_used_and_has_a_gradient(clip):
 @pytest.mark.parametrize("train", TRAINABLE)
 def test_adapters_are_on_the_matrices_that_train_names(train, tmp_path):
     clip = build("vit", tmp_path / "model")
-    named = clip.trainable(train)
+    named = lora.trainable(clip, train)
     matrices = {n for n, p in named.items() if p.ndim >= 2 and "embedding" not in n}
-    assert set(adapters.weights_to_adapt(clip.model, lora(train), clip.name)) == matrices
+    assert set(lora.weights_to_adapt(clip.model, train, clip.name)) == matrices
 
 
 def test_merged_weights_give_what_the_adapters_gave_under_the_names_of_the_base(clip):
     start = {name: value.clone() for name, value in clip.model.state_dict().items()}
     classes = [type(module) for module in clip.model.modules()]
-    names = adapt(clip, lora())
+    names = adapt(clip, options_of())
     disturb(clip)
     with torch.no_grad():
         adapted = outputs(clip)
-        adapters.merge(clip.model)
+        lora.merge(clip.model)
         merged = outputs(clip)
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(adapted, merged))
     state = clip.model.state_dict()
     assert state.keys() == start.keys()
     assert {name for name in state if not torch.equal(state[name], start[name])} == set(names)
     assert [type(module) for module in clip.model.modules()] == classes
-    assert adapters.parameters(clip.model) == {}
+    assert lora.parameters(clip.model) == {}
 
 
 def test_what_is_added_is_the_product_of_the_two_times_alpha_by_rank(tmp_path):
     clip = build("vit", tmp_path / "model")
     weight = clip.model.transformer.resblocks[0].attn.in_proj_weight.detach().clone()
     patches = clip.model.visual.conv1.weight.detach().clone()
-    adapt(clip, lora(rank=2, lora_alpha=3.0))
+    adapt(clip, options_of(rank=2, lora_alpha=3.0))
     disturb(clip)
-    found = adapters.parameters(clip.model)
+    found = lora.parameters(clip.model)
     a, b = (found[f"transformer.resblocks.0.attn.in_proj_weight.{which}"] for which in ("lora_A", "lora_B"))
     assert (a.shape, b.shape) == ((2, 16), (48, 2))
     assert torch.allclose(clip.model.transformer.resblocks[0].attn.in_proj_weight, weight + 1.5 * b @ a, atol=1e-6)
@@ -203,11 +206,11 @@ def test_adapters_are_drawn_by_their_seed_and_by_nothing_else(tmp_path):
     clips = [build("vit", tmp_path / name) for name in "abc"]
     generator = torch.get_rng_state()
     for clip, seed in zip(clips, (5, 5, 6)):
-        adapt(clip, lora(), seed)
+        adapt(clip, options_of(), seed)
         assert torch.equal(torch.get_rng_state(), generator)
         torch.rand(3)
         generator = torch.get_rng_state()
-    first, same, other = (adapters.parameters(clip.model) for clip in clips)
+    first, same, other = (lora.parameters(clip.model) for clip in clips)
     assert all(torch.equal(first[name], same[name]) for name in first)
     drawn = [name for name in first if name.endswith("lora_A")]
     assert not any(torch.equal(first[name], other[name]) for name in drawn)
@@ -215,7 +218,7 @@ def test_adapters_are_drawn_by_their_seed_and_by_nothing_else(tmp_path):
 
 def test_adapters_are_added_in_float32_under_autocast(tmp_path):
     clip = build("vit", tmp_path / "model")
-    adapt(clip, lora())
+    adapt(clip, options_of())
     disturb(clip)
     exact = clip.model.text_projection.detach()
     with torch.autocast("cpu", torch.bfloat16):
@@ -224,11 +227,11 @@ def test_adapters_are_added_in_float32_under_autocast(tmp_path):
 
 def test_the_fast_way_through_the_text_tower_knows_adapters():
     clip = Clip.create("example")
-    adapt(clip, lora("text"))
+    adapt(clip, options_of("text"))
     disturb(clip)
     assert isinstance(FastText.of(clip._causal_tower), FastText)
     assert "the fast way" in clip.choose_text_way(True)
-    tokens, learn = clip.tokenize(SENTENCES), list(clip.trainable("text").values())
+    tokens, learn = clip.tokenize(SENTENCES), list(lora.trainable(clip, "text").values())
     fast, plain = clip.encode_text(tokens), clip._encode_text_plainly(tokens)
     assert torch.allclose(fast, plain, atol=1e-5)
     gradients = [torch.autograd.grad(normalize(z, dim=-1)[:, 0].sum(), learn) for z in (fast, plain)]
@@ -256,16 +259,16 @@ def test_settings_that_cannot_be_are_refused_before_anything_is_read(options, me
 
 def test_without_peft_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)  # as if it were not there
-    adapters.check(ModelConfig())
+    lora.check(0, None)
     with pytest.raises(UserError, match=r"model\.lora_rank needs the package peft.*`pip install peft`"):
-        adapters.check(lora())
+        lora.check(2, None)
 
 
 def test_where_nothing_fits_the_message_says_what_was_looked_at(example_clip):
     model = torch.nn.Module()
     model.token_embedding, model.ln_final = torch.nn.Embedding(4, 2), torch.nn.LayerNorm(2)
     with pytest.raises(UserError, match=r"model\.train text names no weight of mine that adapters fit, of 3 param"):
-        adapters.weights_to_adapt(model, lora("text"), "mine")
+        lora.weights_to_adapt(model, "text", "mine")
 
 
 # -- runs ----------------------------------------------------------------------------------------------
@@ -274,10 +277,10 @@ def test_where_nothing_fits_the_message_says_what_was_looked_at(example_clip):
 @pytest.fixture
 def config(monkeypatch) -> FinetuneConfig:
     """A run of six steps that trains adapters of the example model's text blocks."""
-    monkeypatch.setattr(embedded, "EXAMPLE_SIZES", {"train": 60, "val": 8, "test": 8})
+    monkeypatch.setattr(example_sets, "EXAMPLE_SIZES", {"train": 60, "val": 8, "test": 8})
     monkeypatch.setattr(environment, "commit", lambda: None)  # a process of git a run
     sample_differences.write(Path("d.jsonl"))
-    found = FinetuneConfig(name="a", out="runs", device="cpu", model=lora("text_blocks"))
+    found = FinetuneConfig(name="a", out="runs", device="cpu", model=options_of("text_blocks"))
     found.data.split, found.data.differences = "train", "d.jsonl"
     found.train = TrainConfig(batch_size=8, steps=6, lr=1e-2, save_every=2, log_every=2, threads=1)
     found.pairwise, found.contrastive = pairwise.Config(), contrastive.Config()
@@ -302,39 +305,39 @@ def rank_of_change(run: dict[str, torch.Tensor], name: str) -> int:
 def test_a_run_changes_the_adapted_weights_alone_and_by_their_rank(config):
     run = weights(finetune(config))
     clip = Clip.create("example")
-    expected = adapters.weights_to_adapt(clip.model, config.model, "example")
+    expected = lora.weights_to_adapt(clip.model, config.model.train, "example")
     assert changed(run) == set(expected) and len(expected) == 4 * 3  # of three blocks
     assert {rank_of_change(run, name) for name in expected} == {2}
     about = json.loads(Path("runs/a/environment.json").read_text())
     assert "adapters of rank 2 on 12 weights" in about["notes"]
     assert about["start"] == clip.weights_hash()
-    assert checkpoint.load_model("runs/a").weights_hash() != clip.weights_hash()
+    assert loading.load_model("runs/a").weights_hash() != clip.weights_hash()
 
 
 def test_with_both_towers_adapters_change_what_train_names(config):
     config.method, config.model.train, config.train.steps = "contrastive", "attention", 2
     config.train.precision = "bf16"
     run = weights(finetune(config))
-    assert changed(run) == {n for n in Clip.create("example").trainable("attention") if n.endswith("weight")}
+    assert changed(run) == {n for n in lora.trainable(Clip.create("example"), "attention") if n.endswith("weight")}
 
 
 def test_a_run_of_attention_without_adapters_changes_weights_and_biases(config):
     config.method, config.model, config.train.steps = "contrastive", ModelConfig(train="attention"), 2
-    assert changed(weights(finetune(config))) <= set(Clip.create("example").trainable("attention"))
+    assert changed(weights(finetune(config))) <= set(lora.trainable(Clip.create("example"), "attention"))
     assert "visual.attnpool.q_proj.weight" in changed(weights(Path("runs/a")))
 
 
 def test_a_resumed_run_ends_with_the_same_weights_bit_for_bit(config, monkeypatch):
     straight = weights(finetune(config))
     config.name = "b"
-    original = training.batches
+    original = loop.batches
 
     def interrupted(*args):
         yield from itertools.islice(original(*args), 3)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as context:
-        context.setattr(training, "batches", interrupted)
+        context.setattr(loop, "batches", interrupted)
         with pytest.raises(KeyboardInterrupt):
             finetune(config)
     state = load_file("runs/b/state.safetensors")

@@ -5,11 +5,11 @@ import pytest
 from PIL import Image
 from test_evals import FakeClip
 
-from pc_clip import attributes
-from pc_clip.config import EvaluateConfig
-from pc_clip.datasets import Dataset, Question
-from pc_clip.differences import Difference, contrast, to_line
-from pc_clip.errors import UserError
+from pc_clip.core.config.evaluate import EvaluateConfig
+from pc_clip.core.errors import UserError
+from pc_clip.data import attributes
+from pc_clip.data.dataset import Dataset, Question
+from pc_clip.data.differences import Difference, contrast, to_line
 from pc_clip.evals import Subject, difference, rank
 
 TASK = """dataset: zoo
@@ -160,7 +160,7 @@ def test_no_pair_that_differs_is_said(folder):
 
 def test_the_tasks_of_the_house_are_well_formed():
     """Every file reads, and names a data set that has a reader."""
-    from pc_clip.datasets import READERS
+    from pc_clip.data.registry import READERS
 
     for path in attributes.FOLDER.glob("*.yaml"):
         content = attributes._read(path)

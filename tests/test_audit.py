@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from pc_clip import audit
-from pc_clip.clip import open_clip
-from pc_clip.differences import Difference, to_line
-from pc_clip.errors import UserError
+from pc_clip.core.errors import UserError
+from pc_clip.data.differences import Difference, to_line
+from pc_clip.models.clip import open_clip
+from pc_clip.write import audit
 
 TOKENIZER = open_clip.SimpleTokenizer()
 FILE = Path("llm_diffs/some.jsonl")

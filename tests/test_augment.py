@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 from scipy.stats import ks_2samp
 
-from pc_clip.augment import RandomCrop, crop_box
-from pc_clip.clip import Clip
-from pc_clip.errors import UserError
+from pc_clip.core.errors import UserError
+from pc_clip.data.augment import RandomCrop, crop_box
+from pc_clip.models.clip import Clip
 
-from pc_clip._torchvision import torchvision  # isort: skip
+from pc_clip.models.torchvision_compat import torchvision  # isort: skip
 from open_clip.transform import PreprocessCfg, image_transform_v2  # isort: skip
 
 

@@ -9,12 +9,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from pc_clip.clip import Clip
-from pc_clip.config import EvaluateConfig
-from pc_clip.datasets import Dataset, Question, open_dataset
-from pc_clip.embeddings import CACHE
-from pc_clip.errors import UserError
+from pc_clip.core.config.evaluate import EvaluateConfig
+from pc_clip.core.errors import UserError
+from pc_clip.data.dataset import Dataset, Question
+from pc_clip.data.embeddings import CACHE
+from pc_clip.data.registry import open_dataset
 from pc_clip.evals import Subject, average
+from pc_clip.models import lora
+from pc_clip.models.clip import Clip
 
 TEXTS = ("a", "b")
 
@@ -183,7 +185,7 @@ def test_it_is_offered_with_classes_a_split_to_choose_on_and_a_checkpoint():
 def test_on_the_example_the_ends_are_the_two_models_and_differences_are_measured_too(small_example):
     base, clip = Clip.create("example"), Clip.create("example")
     with torch.no_grad():
-        for parameter in clip.trainable("text_blocks").values():
+        for parameter in lora.trainable(clip, "text_blocks").values():
             parameter.mul_(0.5)
     config = EvaluateConfig(alphas=[0.5], n_pairs=40, draws=1, checkpoint="x")
     found = average.evaluate(Subject(clip, lambda: base, open_dataset("example", split="test"), config))

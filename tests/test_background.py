@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from pc_clip.background import ahead
+from pc_clip.core.prefetch import ahead
 
 
 def running():

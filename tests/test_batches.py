@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import run
-from pc_clip.config import EvaluateConfig
-from pc_clip.datasets import Dataset, open_dataset
-from pc_clip.errors import UserError
+from pc_clip.core.config.evaluate import EvaluateConfig
+from pc_clip.core.errors import UserError
+from pc_clip.data.dataset import Dataset
+from pc_clip.data.registry import open_dataset
 from pc_clip.evals import Subject, batches
-from pc_clip.evaluate import measure
+from pc_clip.evals.evaluate import measure
 
 
 class Given:

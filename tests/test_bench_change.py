@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pc_clip.change.decoder import Decoder, Found, Shape
-from pc_clip.change.vocabulary import END, PAD, START
+from pc_clip.models.caption_decoder import Decoder, Found, Shape
+from pc_clip.models.vocabulary import END, PAD, START
 
 BENCH = Path(__file__).parents[1] / "bench"
 

@@ -32,7 +32,7 @@ def test_figures_are_taken_and_nothing_is_left(bench, tmp_path, monkeypatch):
 
 
 def test_what_is_measured_is_a_batch_of_the_written_differences(bench):
-    from pc_clip.clip import Clip
+    from pc_clip.models.clip import Clip
 
     clip = Clip.create("example")
     method = bench._start(clip, bench._write_data(clip))[1]

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from pc_clip.clip import Clip, blend
-from pc_clip.config import EvaluateConfig
-from pc_clip.datasets import open_dataset
-from pc_clip.evaluate import measure
+from pc_clip.core.config.evaluate import EvaluateConfig
+from pc_clip.data.registry import open_dataset
+from pc_clip.evals.evaluate import measure
+from pc_clip.models.clip import Clip, blend
 
 sys.path.append(str(Path(__file__).parents[1] / "bench"))
 

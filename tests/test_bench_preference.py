@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pc_clip.datasets import embedded
+from pc_clip.data import example_sets
 
 BENCH = Path(__file__).parents[1] / "bench"
 
@@ -15,7 +15,7 @@ BENCH = Path(__file__).parents[1] / "bench"
 @pytest.fixture
 def bench(monkeypatch):
     monkeypatch.syspath_prepend(BENCH)
-    monkeypatch.setattr(embedded, "EXAMPLE_SIZES", {"train": 20, "val": 8, "test": 8})
+    monkeypatch.setattr(example_sets, "EXAMPLE_SIZES", {"train": 20, "val": 8, "test": 8})
     spec = importlib.util.spec_from_file_location("bench_preference", BENCH / "preference.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from pc_clip import best
-from pc_clip.best import Best
-from pc_clip.errors import UserError
+from pc_clip.core.errors import UserError
+from pc_clip.train import best
+from pc_clip.train.best import Best
 
 RUN = Path("run")
 

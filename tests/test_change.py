@@ -16,18 +16,19 @@ from interrupting import interrupted_and_continued, stop_at
 from PIL import Image
 from safetensors.torch import load_file
 
-from pc_clip import checkpoint, losses, training
-from pc_clip.change import features
-from pc_clip.change.model import PREFIX
-from pc_clip.change.vocabulary import END, PAD
-from pc_clip.clip import Clip
-from pc_clip.config import FinetuneConfig, TrainConfig
-from pc_clip.datasets import Dataset, embedded, open_dataset
-from pc_clip.datasets.dataset import with_changes
-from pc_clip.download import file_digest
-from pc_clip.errors import UserError
-from pc_clip.methods import change
-from pc_clip.training import finetune
+from pc_clip.core.config.train import FinetuneConfig, TrainConfig
+from pc_clip.core.errors import UserError
+from pc_clip.data import example_sets, pair_features
+from pc_clip.data.dataset import Dataset, with_changes
+from pc_clip.data.download import file_digest
+from pc_clip.data.registry import open_dataset
+from pc_clip.models import loading
+from pc_clip.models.change_model import PREFIX
+from pc_clip.models.clip import Clip
+from pc_clip.models.vocabulary import END, PAD
+from pc_clip.train import loop, losses
+from pc_clip.train.loop import finetune
+from pc_clip.train.methods import change
 
 
 @pytest.fixture(autouse=True)
@@ -178,7 +179,7 @@ def test_a_frozen_encoder_is_asked_once_and_only_the_decoder_learns(config, monk
     expected, _ = other(next(other.loader(0)))
     torch.testing.assert_close(loss, expected, atol=2e-3, rtol=2e-3)  # what it sees is kept in half precision
     config.change.freeze = True
-    monkeypatch.setattr(features, "_write", None)  # what is kept is found again, and not made
+    monkeypatch.setattr(pair_features, "_write", None)  # what is kept is found again, and not made
     again = method(config)
     assert torch.equal(next(again.loader(0)).seen, batch.seen)
 
@@ -190,7 +191,7 @@ def test_kept_features_are_those_of_these_very_weights(config):
     with torch.no_grad():
         clip.model.visual.conv1.weight.mul_(1.5)
     change.Method(clip, data, config)
-    assert len(list(features.CACHE.glob("*.npy"))) == 2
+    assert len(list(pair_features.CACHE.glob("*.npy"))) == 2
 
 
 def test_what_is_refused_is_refused_before_anything_is_encoded(config, monkeypatch):
@@ -210,10 +211,10 @@ def test_a_full_disk_is_told_before_anything_is_encoded_and_nothing_is_left(conf
 
     config.change.freeze = True
     monkeypatch.setattr(os, "posix_fallocate", full)
-    monkeypatch.setattr(features, "seen_by_encoder", lambda *_: pytest.fail("encoded"))
+    monkeypatch.setattr(pair_features, "seen_by_encoder", lambda *_: pytest.fail("encoded"))
     with pytest.raises(OSError, match="No space left on device.*part"):
         method(config)
-    assert not [path for path in features.CACHE.iterdir() if path.suffix != ".lock"]
+    assert not [path for path in pair_features.CACHE.iterdir() if path.suffix != ".lock"]
 
 
 # -- runs ----------------------------------------------------------------------------------------------
@@ -224,14 +225,14 @@ def test_two_stages_one_after_the_other(config):
     adapted = finetune(config)
     config.name, config.change.stage, config.model.start = "captioned", "caption", str(adapted)
     captioned = finetune(config)
-    first, second = checkpoint.load_model(adapted), checkpoint.load_model(captioned)
+    first, second = loading.load_model(adapted), loading.load_model(captioned)
     assert first.change.decoder is None
     assert second.change.decoder is not None
     start = json.loads(Path("runs/captioned/environment.json").read_text())["data"]["start"]
     assert start == file_digest(adapted / "model.safetensors", "sha256")[:16]
     assert torch.equal(first.model.text_projection, second.model.text_projection)
     config.name, config.change.freeze = "frozen", True
-    third = checkpoint.load_model(finetune(config))
+    third = loading.load_model(finetune(config))
     one, other = first.change.encoder.state_dict(), third.change.encoder.state_dict()
     assert all(torch.equal(one[name], other[name]) for name in one)  # it began with the adapted encoder
     assert not torch.equal(one["before"], second.change.encoder.before)
@@ -242,13 +243,13 @@ def test_the_best_epoch_is_kept_not_the_last(config, monkeypatch):
     monkeypatch.setattr(change.Method, "validate", lambda self: {"cider": next(figures)})
     config.train.epochs = 3
     kept = []
-    write = training.Best.after
+    write = loop.Best.after
 
     def after(self, step, validate):
         kept.append({name: p.detach().clone() for name, p in self.parameters.items()})
         write(self, step, validate)
 
-    monkeypatch.setattr(training.Best, "after", after)
+    monkeypatch.setattr(loop.Best, "after", after)
     finetune(config)
     assert [(row["step"], row["cider"]) for row in rows("validation")] == [(3, 0.3), (6, 0.7), (9, 0.5)]
     saved = load_file("runs/a/model.safetensors")
@@ -348,7 +349,7 @@ def test_a_run_whose_validation_pairs_have_changed_is_not_continued(config, monk
         with pytest.raises(KeyboardInterrupt):
             finetune(config)
     config.resume = True
-    monkeypatch.setattr(embedded, "CHANGES_SIZES", embedded.CHANGES_SIZES | {"val": 19})
+    monkeypatch.setattr(example_sets, "CHANGES_SIZES", example_sets.CHANGES_SIZES | {"val": 19})
     with pytest.raises(UserError, match="chose its best epoch on other validation data"):
         finetune(config)
 
@@ -363,8 +364,8 @@ def test_sentences_are_learnt(config):
     one = dataclasses.replace(
         data, changes=tuple(dataclasses.replace(c, sentences=c.sentences[:1]) for c in data.changes)
     )
-    training._run(config, Path("runs/a"), one)
-    clip = checkpoint.load_model("runs/a")
+    loop._run(config, Path("runs/a"), one)
+    clip = loading.load_model("runs/a")
     for beams in (1, 3):
         said = [found.text for found in change.captions(clip, one, beams=beams)]
         assert said == [c.sentences[0] for c in one.changes]
@@ -420,19 +421,19 @@ def test_a_start_with_another_encoder_is_refused(config, setting, there, asked):
 def test_a_run_goes_on_with_the_encoder_of_its_start(config):
     config.change.stage, config.change.counterparts, config.train.steps = "retrieve", True, 2
     config.model.start = str(finetune(config))
-    begun = checkpoint.load_model(config.model.start).change.encoder.counterpart
+    begun = loading.load_model(config.model.start).change.encoder.counterpart
     assert begun.abs().sum() > 0  # it learns, though it begins as zero
     for config.name, config.change.freeze in (("frozen", True), ("b", False)):
         config.change = dataclasses.replace(config.change, stage="caption", counterparts=None)
-        found = checkpoint.load_model(finetune(config)).change.encoder.counterpart
+        found = loading.load_model(finetune(config)).change.encoder.counterpart
         assert torch.equal(found, begun) == config.change.freeze
 
 
 def test_warm_up_as_a_share_of_all_steps():
     train = TrainConfig(lr=1.0, schedule="cosine", warmup_share=0.1)
-    found = [training.learning_rate(train, step, 10, 100) for step in range(100)]
+    found = [loop.learning_rate(train, step, 10, 100) for step in range(100)]
     assert found[:10] == pytest.approx(np.arange(1, 11) / 10)
     assert found == [
-        training.learning_rate(dataclasses.replace(train, warmup_share=0.0, warmup_steps=10), s, 10, 100)
+        loop.learning_rate(dataclasses.replace(train, warmup_share=0.0, warmup_steps=10), s, 10, 100)
         for s in range(100)
     ]

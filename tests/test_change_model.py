@@ -9,13 +9,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pc_clip import checkpoint
-from pc_clip.change.decoder import Decoder, Shape
-from pc_clip.change.encoder import PairEncoder
-from pc_clip.change.model import ChangeModel, Search, fresh
-from pc_clip.change.vocabulary import END, PAD, SPECIAL, START, Vocabulary
-from pc_clip.clip import Clip, open_clip
-from pc_clip.errors import UserError
+from pc_clip.core.errors import UserError
+from pc_clip.models import loading
+from pc_clip.models.caption_decoder import Decoder, Shape
+from pc_clip.models.change_model import ChangeModel, Search, fresh
+from pc_clip.models.clip import Clip, open_clip
+from pc_clip.models.pair_encoder import PairEncoder
+from pc_clip.models.vocabulary import END, PAD, SPECIAL, START, Vocabulary
 
 TEXTS = ["the red star turned blue", "nothing changed!", "a ring is gone"]
 
@@ -335,8 +335,8 @@ def test_a_saved_captioner_says_the_same(vit, pictures, tmp_path, counterparts):
         torch.nn.init.normal_(clip.change.encoder.counterpart)
     clip.change.add_decoder(Vocabulary.of(clip.tokenizer, TEXTS), Shape(1, 2, 8, 9))
     clip.change.eval()
-    checkpoint.save_model(tmp_path / "model.safetensors", clip)
-    again = checkpoint.load_model(tmp_path / "model.safetensors")
+    loading.save_model(tmp_path / "model.safetensors", clip)
+    again = loading.load_model(tmp_path / "model.safetensors")
     assert again.change.describe() == clip.change.describe()
     assert again.weights_hash() == clip.weights_hash() != vit.weights_hash()
     with torch.no_grad():
@@ -356,8 +356,8 @@ def test_a_checkpoint_whose_new_weights_do_not_fit_is_refused(tmp_path):
     clip = Clip.create("example_vit")
     clip.change = fresh(clip, 2, seed=0)
     clip.change.encoder.register_parameter("before", torch.nn.Parameter(torch.zeros(3)))
-    checkpoint.save_model(tmp_path / "model.safetensors", clip)
+    loading.save_model(tmp_path / "model.safetensors", clip)
     with pytest.raises(
         UserError, match=r"model.safetensors does not fit example_vit: .*size mismatch for encoder.before"
     ):
-        checkpoint.load_model(tmp_path / "model.safetensors")
+        loading.load_model(tmp_path / "model.safetensors")

@@ -10,11 +10,11 @@ from conftest import SHARED
 from PIL import Image
 
 import run
-from pc_clip.changes import Change
-from pc_clip.config import DataConfig
-from pc_clip.datasets import READERS, Dataset, held_out, open_dataset, state
-from pc_clip.errors import UserError
-from pc_clip.learning_data import load_dataset
+from pc_clip.core.config.settings import DataConfig
+from pc_clip.core.errors import UserError
+from pc_clip.data.dataset import Change, Dataset
+from pc_clip.data.registry import READERS, held_out, open_dataset, state
+from pc_clip.data.training_data import load_dataset
 
 REAL = SHARED / "spot_the_diff"
 real_data = pytest.mark.skipif(not REAL.is_dir(), reason="the real data are not part of the project")

@@ -8,15 +8,15 @@ import open_clip
 import pytest
 import torch
 
-from pc_clip import checkpoint
-from pc_clip.clip import Clip
-from pc_clip.errors import UserError
+from pc_clip.core.errors import UserError
+from pc_clip.models import loading
+from pc_clip.models.clip import Clip
 
 
 def test_a_saved_model_comes_back_with_its_name_and_weights(example_clip, tmp_path):
-    checkpoint.save_model(tmp_path / "run" / "model.safetensors", example_clip)
+    loading.save_model(tmp_path / "run" / "model.safetensors", example_clip)
     for path in (tmp_path / "run", tmp_path / "run" / "model.safetensors"):
-        found = checkpoint.load_model(path)
+        found = loading.load_model(path)
         assert found.name == "example"
         assert found.weights_hash() == example_clip.weights_hash()
 
@@ -25,13 +25,13 @@ def test_a_bare_state_dict_loads_wrapped_or_not(example_clip, tmp_path):
     state = example_clip.model.state_dict()
     for n, content in enumerate([state, {"state_dict": {f"module.{k}": v for k, v in state.items()}, "epoch": 3}]):
         torch.save(content, tmp_path / f"{n}.pt")
-        found = checkpoint.load_model(tmp_path / f"{n}.pt", name="example")
+        found = loading.load_model(tmp_path / f"{n}.pt", name="example")
         assert found.weights_hash() == example_clip.weights_hash()
 
 
 def test_open_clip_loads_our_checkpoint_itself(tmp_path):
     model = open_clip.create_model("RN50", load_weights=False, pretrained=None)
-    checkpoint.save_model(tmp_path / "model.safetensors", Clip(model, None, None, "RN50"))
+    loading.save_model(tmp_path / "model.safetensors", Clip(model, None, None, "RN50"))
     loaded = open_clip.create_model("RN50", pretrained=str(tmp_path / "model.safetensors"))
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values()))
 
@@ -42,8 +42,8 @@ def test_the_image_transform_comes_back_too(tmp_path):
         "RN50", load_weights=False, force_preprocess_cfg={"mean": (0.5,) * 3, "std": (0.5,) * 3}
     )
     clip = Clip._complete(model, "RN50", None, "cpu")
-    checkpoint.save_model(tmp_path / "model.safetensors", clip)
-    found = checkpoint.load_model(tmp_path / "model.safetensors")
+    loading.save_model(tmp_path / "model.safetensors", clip)
+    found = loading.load_model(tmp_path / "model.safetensors")
     assert repr(found.preprocess) == repr(clip.preprocess)
     assert found.image_tower_hash() == clip.image_tower_hash()
 
@@ -53,10 +53,10 @@ def test_another_architecture_is_named_with_the_first_weight_that_differs(exampl
     state["text_projection"] = torch.zeros(64, 64)
     torch.save(state, tmp_path / "other.pt")
     with pytest.raises(UserError, match=r"other\.pt does not fit example: text_projection has shape \[64, 64\]"):
-        checkpoint.load_model(tmp_path / "other.pt", name="example")
+        loading.load_model(tmp_path / "other.pt", name="example")
     torch.save({"fc.weight": torch.zeros(2)}, tmp_path / "fc.pt")
     with pytest.raises(UserError, match="missing.*not of this architecture"):
-        checkpoint.load_model(tmp_path / "fc.pt", name="example")
+        loading.load_model(tmp_path / "fc.pt", name="example")
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "pt"])
@@ -65,12 +65,12 @@ def test_a_file_cut_short_is_said_to_be(example_clip, tmp_path, kind):
     if kind == "pt":
         torch.save(example_clip.model.state_dict(), path)
     else:
-        checkpoint.save_model(path, example_clip)
+        loading.save_model(path, example_clip)
     content = path.read_bytes()
     for length in (len(content) // 2, 40, 0):
         path.write_bytes(content[:length])
         with pytest.raises(UserError, match="not a whole"):
-            checkpoint.load_model(path, name="example")
+            loading.load_model(path, name="example")
 
 
 class _Attack:
@@ -83,30 +83,30 @@ def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path):
     (tmp_path / "old.pt").write_bytes(pickle.dumps(_Attack()))
     for name in ("new.pt", "old.pt"):
         with pytest.raises(UserError, match="more than weights|not a whole"):
-            checkpoint.load_model(tmp_path / name, name="example")
+            loading.load_model(tmp_path / name, name="example")
     assert not Path("attacked").exists()
 
 
 def test_absent_and_unfinished_are_told_apart(tmp_path):
     with pytest.raises(UserError, match="no checkpoint at"):
-        checkpoint.load_model(tmp_path / "nothing.pt")
+        loading.load_model(tmp_path / "nothing.pt")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "state.safetensors").touch()
     with pytest.raises(UserError, match="not finished; continue it"):
-        checkpoint.load_model(tmp_path / "run")
+        loading.load_model(tmp_path / "run")
 
 
 def test_a_failed_save_keeps_the_last_good_one(example_clip, tmp_path, monkeypatch):
     path = tmp_path / "model.safetensors"
-    checkpoint.save_model(path, example_clip)
+    loading.save_model(path, example_clip)
     before = path.read_bytes()
 
     def full_disk(tensors, name, metadata):
         Path(name).write_bytes(b"half")
         raise OSError(28, "No space left on device", str(name))
 
-    monkeypatch.setattr("pc_clip.files.save_file", full_disk)
+    monkeypatch.setattr("pc_clip.core.files.save_file", full_disk)
     with pytest.raises(OSError, match="No space"):
-        checkpoint.save_model(path, example_clip)
+        loading.save_model(path, example_clip)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]

@@ -8,13 +8,19 @@ import pytest
 from PIL import Image
 from test_evals import FakeClip
 
-from pc_clip import attributes, classes, differences, generate, prompts
-from pc_clip.config import DataConfig, EvaluateConfig, GenerateConfig
-from pc_clip.datasets import Dataset, Question, open_dataset, read_captions
-from pc_clip.errors import UserError
+from pc_clip.core.config.evaluate import EvaluateConfig
+from pc_clip.core.config.settings import DataConfig
+from pc_clip.core.config.write import GenerateConfig
+from pc_clip.core.errors import UserError
+from pc_clip.data import attributes, class_text, differences
+from pc_clip.data.captions import read_captions
+from pc_clip.data.dataset import Dataset, Question
+from pc_clip.data.registry import open_dataset
+from pc_clip.data.training_data import load_dataset
 from pc_clip.evals import Subject, extended
-from pc_clip.learning_data import load_dataset
-from pc_clip.writers import RulesWriter, Writer
+from pc_clip.write import generate, prompts
+from pc_clip.write.rules import RulesWriter
+from pc_clip.write.writers import Writer
 
 
 def made(graded=None, captions=None) -> Dataset:
@@ -33,17 +39,17 @@ BIRDS = {
 
 def test_a_class_is_named_as_its_prompt_names_it():
     data = made()
-    assert classes.phrase(data.questions[0], "emu") == "an emu"
-    assert classes.phrase(data.questions[0], "grizzly bear") == "a grizzly bear"
+    assert class_text.phrase(data.questions[0], "emu") == "an emu"
+    assert class_text.phrase(data.questions[0], "grizzly bear") == "a grizzly bear"
     example = {q.name: q for q in open_dataset("example", split="val").questions}
-    assert classes.phrase(example["position"], "on the left") == "an object on the left"
+    assert class_text.phrase(example["position"], "on the left") == "an object on the left"
 
 
 def test_birds_are_set_apart_by_the_family_in_which_they_differ_most():
     data = made(BIRDS)
-    found = classes.opposed(data, data.questions[0], "emu", "owl", seed=0)
+    found = class_text.opposed(data, data.questions[0], "emu", "owl", seed=0)
     assert found == ("a bird with brown wing color", "a bird with white wing color")
-    assert classes.opposed(data, data.questions[0], "owl", "emu", seed=0) == found[::-1]
+    assert class_text.opposed(data, data.questions[0], "owl", "emu", seed=0) == found[::-1]
 
 
 def test_graded_animals_are_set_apart_in_the_words_of_the_tasks(tmp_path, monkeypatch):
@@ -52,23 +58,23 @@ def test_graded_animals_are_set_apart_in_the_words_of_the_tasks(tmp_path, monkey
     (tmp_path / "made.yaml").write_text(f"dataset: made\nattributes: {{stripes: {{graded: stripes, {words}}}}}")
     data = made({"stripes": {"emu": 0.0, "owl": 1.0}, "fast": {"emu": 1.0, "owl": 0.0}})
     question = data.questions[0]
-    assert classes.opposed(data, question, "emu", "owl", 0) == ("a plain animal", "a striped animal")
-    assert classes.described(data, question, "owl", 0) == "An owl: a striped animal."
-    assert classes.described(data, question, "emu", 0) == "An emu"
+    assert class_text.opposed(data, question, "emu", "owl", 0) == ("a plain animal", "a striped animal")
+    assert class_text.described(data, question, "owl", 0) == "An owl: a striped animal."
+    assert class_text.described(data, question, "emu", 0) == "An emu"
 
 
 def test_birds_are_described_by_what_is_most_pronounced_one_part_each():
     data = made(BIRDS)
-    told = classes.described(data, data.questions[0], "emu", 0)
+    told = class_text.described(data, data.questions[0], "emu", 0)
     assert told == "An emu: a bird of large size, a bird with brown wing color."
 
 
 def test_without_grades_a_caption_of_the_class_describes_it():
     data = made(captions=[("an emu runs", "emu"), ("an emu eats", "emu"), ("owl",), ("owl",)])
-    told = {classes.described(data, data.questions[0], "emu", seed) for seed in range(20)}
+    told = {class_text.described(data, data.questions[0], "emu", seed) for seed in range(20)}
     assert told == {"an emu runs", "an emu eats", "emu"}
     with pytest.raises(UserError, match="the rules know nothing of the classes of made but their names"):
-        classes.described(made(), made().questions[0], "emu", 0)
+        class_text.described(made(), made().questions[0], "emu", 0)
 
 
 # -- prompts -------------------------------------------------------------------------------------------
@@ -101,7 +107,7 @@ def test_a_broken_prompt_is_refused(content, message):
 def test_descriptions_of_the_example_name_their_class(small_example):
     path = generate.generate(GenerateConfig(task="describe", question="shape", n_each=2))
     assert path == Path("llm_diffs/example_shape_describe.jsonl")
-    found = classes.read_descriptions(path)
+    found = class_text.read_descriptions(path)
     shapes = next(q.classes for q in open_dataset("example", split="val").questions if q.name == "shape")
     assert list(found) == list(shapes)
     assert all(name in text and len(texts) == 2 for name, texts in found.items() for text in texts)
@@ -156,9 +162,9 @@ def test_sentences_that_cannot_be_used_are_none():
 def test_a_broken_file_of_descriptions_is_refused(content, message):
     Path("d.jsonl").write_text(content)
     with pytest.raises(UserError, match=message):
-        classes.read_descriptions("d.jsonl")
+        class_text.read_descriptions("d.jsonl")
     with pytest.raises(UserError, match="no descriptions at nowhere.jsonl"):
-        classes.read_descriptions("nowhere.jsonl")
+        class_text.read_descriptions("nowhere.jsonl")
 
 
 # -- zero-shot with descriptions -----------------------------------------------------------------------

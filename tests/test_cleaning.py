@@ -4,8 +4,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pc_clip import prompts
-from pc_clip.cleaning import (
+from pc_clip.data.differences import contrast
+from pc_clip.write import prompts
+from pc_clip.write.cleaning import (
     MIN_CHARACTERS,
     REASONS,
     RULES,
@@ -17,7 +18,6 @@ from pc_clip.cleaning import (
     said_of,
     stem,
 )
-from pc_clip.differences import contrast
 
 DOG_CAT = "The first image shows a dog on a sofa, while the second shows a cat."
 PIZZA = (
@@ -118,7 +118,7 @@ def test_newlines_become_spaces():
 
 
 # -- every rule by its name, with a real example -------------------------------------------------------
-# Those about COCO's captions were written by Gemma 3 270M, a base model, with the prompt of configs/prompts/pairs.yaml
+# Those about COCO's captions were written by Gemma 3 270M, a base model, with the prompt of pc_clip/write/prompts/pairs.yaml
 # with and without its worked examples; the others are the forms in which chat models answer.
 
 REAL_TRIMS = {

@@ -4,8 +4,9 @@ import open_clip
 import pytest
 import torch
 
-from pc_clip.clip import Clip, blend, guess_architecture, hash_tensors
-from pc_clip.errors import UserError
+from pc_clip.core.errors import UserError
+from pc_clip.models import lora
+from pc_clip.models.clip import Clip, blend, guess_architecture, hash_tensors
 
 TEXTS = ["a red circle", "two large striped blue stars on a light background", "an object"]
 
@@ -52,7 +53,7 @@ def test_towers_that_cannot_be_cut_short_go_through_open_clip():
 
 def test_what_trains_is_what_its_name_says(example_clip):
     counts = {
-        which: set(example_clip.trainable(which))
+        which: set(lora.trainable(example_clip, which))
         for which in ("text_blocks", "all_text_but_embeddings", "text", "both")
     }
     assert all("resblocks" in name and not name.startswith("visual") for name in counts["text_blocks"])
@@ -64,7 +65,7 @@ def test_what_trains_is_what_its_name_says(example_clip):
     }
     assert counts["text"] - counts["all_text_but_embeddings"] == {"token_embedding.weight", "positional_embedding"}
     with pytest.raises(UserError, match=r"model\.train is 'text_block'.*'text_blocks'"):
-        example_clip.trainable("text_block")
+        lora.trainable(example_clip, "text_block")
 
 
 def test_vit_l_14_has_the_block_parameters_design_counts():
@@ -72,7 +73,7 @@ def test_vit_l_14_has_the_block_parameters_design_counts():
     with torch.device("meta"):
         model = open_clip.create_model("ViT-L-14", load_weights=False, device="meta")
     clip = Clip(model, None, None, "ViT-L-14")
-    count = {which: sum(p.numel() for p in clip.trainable(which).values()) for which in ("text_blocks", "text")}
+    count = {which: sum(p.numel() for p in lora.trainable(clip, which).values()) for which in ("text_blocks", "text")}
     assert round(count["text_blocks"] / 1e6, 1) == 85.1
     assert round(count["text"] / 1e6, 1) == 123.7
 
@@ -81,7 +82,9 @@ def test_vit_l_14_has_the_attention_parameters_its_widths_make():
     with torch.device("meta"):
         model = open_clip.create_model("ViT-L-14", load_weights=False, device="meta")
     clip = Clip(model, None, None, "ViT-L-14")
-    count = {which: sum(p.numel() for p in clip.trainable(which).values()) for which in ("text_attention", "attention")}
+    count = {
+        which: sum(p.numel() for p in lora.trainable(clip, which).values()) for which in ("text_attention", "attention")
+    }
     text, image = 12 * (3 * 768 * 768 + 3 * 768), 24 * (3 * 1024 * 1024 + 3 * 1024)
     assert count == {"text_attention": text, "attention": text + image}
 

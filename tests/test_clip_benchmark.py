@@ -15,13 +15,14 @@ import torch
 from clip_benchmark.metrics import zeroshot_classification, zeroshot_retrieval
 
 import run
-from pc_clip import benchmark as benchmark_command
-from pc_clip import checkpoint, export
-from pc_clip.clip import Clip, model_folder
-from pc_clip.datasets import open_dataset
-from pc_clip.embeddings import embed_images
-from pc_clip.evals import retrieve, zeroshot
+from pc_clip.data.embeddings import embed_images
+from pc_clip.data.registry import open_dataset
+from pc_clip.evals import zeroshot
 from pc_clip.example import scenes, world
+from pc_clip.metrics import retrieval
+from pc_clip.models import export, loading, lora
+from pc_clip.models.clip import Clip, model_folder
+from pc_clip.release import benchmark as benchmark_command
 
 PER_CLASS = 5
 TEMPLATES = ["This is a photo of a {}.", "a {}", "two small {}s on a dark background"]
@@ -127,7 +128,7 @@ def perturbed(clip: Clip, scale: float) -> Clip:
     """The same model with other text weights, as after finetuning."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in clip.trainable("text_blocks").values():
+        for parameter in lora.trainable(clip, "text_blocks").values():
             parameter.add_(scale * parameter.std() * torch.randn(parameter.shape, generator=generator))
     return clip
 
@@ -136,13 +137,13 @@ def test_the_embedded_model(keys, benchmark, example_clip):
     theirs = benchmark(f"local-dir:{model_folder('example')}", "")
     ours = measure("--dataset", "webdataset", "--root", "web", "--prompts", "several", "--model.name", "example")
     assert (ours["metrics"]["zeroshot"], ours["metrics"]["top5_class"]) == (theirs[0]["acc1"], theirs[0]["acc5"])
-    checkpoint.save_model(Path("runs/same/model.safetensors"), example_clip)
+    loading.save_model(Path("runs/same/model.safetensors"), example_clip)
     assert assert_agree(theirs, "runs/same", example_clip, keys) > len(keys) / 2
 
 
 def test_a_finetuned_checkpoint_through_its_export(keys, benchmark):
     clip = perturbed(Clip.create("example"), 1.5)
-    checkpoint.save_model(Path("runs/mine/model.safetensors"), clip)
+    loading.save_model(Path("runs/mine/model.safetensors"), clip)
     export.main(["runs/mine", "--out", "exported/mine"])
     theirs = benchmark("local-dir:exported/mine", "")
     right = assert_agree(theirs, "runs/mine", clip, keys)
@@ -160,7 +161,7 @@ def test_a_checkpoint_by_the_name_of_its_architecture(keys, benchmark, tmp_path,
     with torch.random.fork_rng():
         torch.manual_seed(0)
         clip = Clip.create("tiny-vit", load_weights=False)
-    checkpoint.save_model(Path("runs/tiny/model.safetensors"), clip)
+    loading.save_model(Path("runs/tiny/model.safetensors"), clip)
     assert_agree(benchmark("tiny-vit", "runs/tiny/model.safetensors"), "runs/tiny", clip, keys)
 
 
@@ -188,7 +189,7 @@ def test_recall_of_random_embeddings_is_what_its_code_counts(seed):
     theirs = zeroshot_retrieval.evaluate(
         Given, batches, lambda rows: texts[np.array(rows)], "cpu", amp=False, recall_k_list=[1, 5, 10]
     )
-    hits, queries = retrieve.per_image(retrieve.families(images, texts, each), 40)
+    hits, queries = retrieval.per_image(retrieval.families(images, texts, each), 40)
     for k in (1, 5, 10):
         for name, other in THEIRS.items():
             ours = hits[f"{name}_r{k}"].sum() / queries[f"{name}_r{k}"].sum()
@@ -237,7 +238,7 @@ def captioned(tmp_path) -> int:
     ],
 )
 def test_retrieval_of_a_finetuned_checkpoint_through_its_export(captioned, told, asked):
-    checkpoint.save_model(Path("runs/mine/model.safetensors"), perturbed(Clip.create("example"), 0.5))
+    loading.save_model(Path("runs/mine/model.safetensors"), perturbed(Clip.create("example"), 0.5))
     export.main(["runs/mine", "--out", "exported/mine"])
     command = ["eval", *told.split(), "--task", "zeroshot_retrieval", "--model", "local-dir:exported/mine",
                "--pretrained", "", "--recall_k", "1", "5", "10", "--no_amp", "--num_workers", "0",

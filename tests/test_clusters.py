@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pc_clip import clusters, neighbours
-from pc_clip.errors import UserError
+from pc_clip.core.errors import UserError
+from pc_clip.train import clusters, neighbours
 
 
 def embeddings(n, seed=0, d=6):

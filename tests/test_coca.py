@@ -8,13 +8,15 @@ import pytest
 import torch
 from torch.nn.functional import log_softmax
 
-from pc_clip.clip import SCRATCH, Clip
-from pc_clip.config import FinetuneConfig
-from pc_clip.datasets import embedded, open_dataset
-from pc_clip.errors import UserError
-from pc_clip.files import write_json
-from pc_clip.methods import _coca
-from pc_clip.methods._batches import Images, Texts
+from pc_clip.core.config.train import FinetuneConfig
+from pc_clip.core.errors import UserError
+from pc_clip.core.files import write_json
+from pc_clip.data import example_sets
+from pc_clip.data.registry import open_dataset
+from pc_clip.models import lora
+from pc_clip.models.clip import SCRATCH, Clip
+from pc_clip.train.methods import _coca, preference
+from pc_clip.train.methods._batches import Images, Texts
 
 VISION = {"image_size": 32, "patch_size": 16, "width": 16, "layers": 1, "head_width": 8}
 VISION |= {"attentional_pool": True, "attn_pooler_heads": 2, "attn_pooler_queries": 6, "output_tokens": True}
@@ -116,7 +118,7 @@ def test_image_tokens_stand_for_pixels(clip):
 
 def test_gradients_reach_decoder_and_text_tower_and_not_an_image_without_them(clip):
     clip.model.requires_grad_(False)
-    learn = clip.trainable("text")
+    learn = lora.trainable(clip, "text")
     for p in learn.values():
         p.requires_grad_(True)
     images, tokens = pixels(len(CAPTIONS)), clip.tokenize(CAPTIONS)
@@ -134,7 +136,7 @@ def test_a_batch_of_preferences_is_encoded_as_its_parts(clip):
     images, tokens = pixels(2), clip.tokenize(CAPTIONS[:3])
     rows = {"preferred": [0, 2, 1], "rejected": [1, 2, 0], "image": [0, 1, 1], "instead": [0, 0, 1]}
     batch = SimpleNamespace(images=images, tokens=tokens, **{name: torch.tensor(at) for name, at in rows.items()})
-    text, image, likelier = _coca.encode(clip.model, batch)
+    text, image, likelier = preference.encode_captioning(clip.model, batch)
     assert torch.equal(text, clip.model.encode_text(tokens, normalize=False))
     assert torch.equal(image, clip.model.encode_image(images, normalize=False))
     each = {
@@ -156,7 +158,7 @@ def test_a_model_that_is_no_coca_is_refused(example_clip, clip, tmp_path):
 
 
 def test_all_pairs_are_scored_as_each_alone(clip, monkeypatch):
-    monkeypatch.setattr(embedded, "EXAMPLE_SIZES", {"train": 9, "val": 2, "test": 2})
+    monkeypatch.setattr(example_sets, "EXAMPLE_SIZES", {"train": 9, "val": 2, "test": 2})
     monkeypatch.setattr(_coca, "IMAGES", 2)
     monkeypatch.setattr(_coca, "CAPTIONS", 3)
     data = open_dataset("example", split="train")
@@ -174,7 +176,7 @@ def test_all_pairs_are_scored_as_each_alone(clip, monkeypatch):
 
 
 def test_embeddings_cannot_stand_in_for_pixels(clip, monkeypatch):
-    monkeypatch.setattr(embedded, "EXAMPLE_SIZES", {"train": 9, "val": 2, "test": 2})
+    monkeypatch.setattr(example_sets, "EXAMPLE_SIZES", {"train": 9, "val": 2, "test": 2})
     config = FinetuneConfig(device="cpu")
     config.data.embeddings = "some.safetensors"
     with pytest.raises(UserError, match=r"reads the images themselves; data\.embeddings cannot stand in"):

@@ -9,20 +9,21 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_coca import build
 
-from pc_clip import environment
-from pc_clip.clip import Clip
-from pc_clip.config import FinetuneConfig, ModelConfig, TrainConfig
-from pc_clip.datasets import embedded
-from pc_clip.errors import UserError
-from pc_clip.methods import preference
-from pc_clip.training import finetune
+from pc_clip.core import environment
+from pc_clip.core.config.settings import ModelConfig
+from pc_clip.core.config.train import FinetuneConfig, TrainConfig
+from pc_clip.core.errors import UserError
+from pc_clip.data import example_sets
+from pc_clip.models.clip import Clip
+from pc_clip.train.loop import finetune
+from pc_clip.train.methods import preference
 
 
 @pytest.fixture
 def config(monkeypatch) -> FinetuneConfig:
     weights = build(Path("coca")).model.state_dict()
     save_file({name: value.contiguous() for name, value in weights.items()}, "coca/open_clip_model.safetensors")
-    monkeypatch.setattr(embedded, "EXAMPLE_SIZES", {"train": 40, "val": 8, "test": 8})
+    monkeypatch.setattr(example_sets, "EXAMPLE_SIZES", {"train": 40, "val": 8, "test": 8})
     monkeypatch.setattr(environment, "commit", lambda: None)
     found = FinetuneConfig(name="a", method="preference", device="cpu", model=ModelConfig(name="local-dir:coca"))
     found.data.dataset = "example_relations"

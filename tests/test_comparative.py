@@ -7,9 +7,10 @@ import pytest
 import torch
 from test_evals import FakeClip, subject
 
-from pc_clip.config import EvaluateConfig
-from pc_clip.datasets import Question, open_dataset
-from pc_clip.errors import UserError
+from pc_clip.core.config.evaluate import EvaluateConfig
+from pc_clip.core.errors import UserError
+from pc_clip.data.dataset import Question
+from pc_clip.data.registry import open_dataset
 from pc_clip.evals import Subject, comparative, zeroshot
 
 ABC = Question("q", ("a", "b", "c"), np.arange(3), np.arange(3), ("{}",))

@@ -1,4 +1,4 @@
-"""The comparisons shipped in configs/comparisons/: each names classes that exist, and says what their names do not."""
+"""The comparisons shipped in pc_clip/evals/comparisons/: each names classes that exist, and says what their names do not."""
 
 import re
 from pathlib import Path
@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pc_clip.cleaning import clean
-from pc_clip.clip import open_clip
-from pc_clip.datasets import READERS, class_names, open_dataset
-from pc_clip.differences import swap_roles
+from pc_clip.data.classnames import class_names
+from pc_clip.data.differences import swap_roles
+from pc_clip.data.registry import READERS, open_dataset
 from pc_clip.evals import comparative
+from pc_clip.models.clip import open_clip
+from pc_clip.write.cleaning import clean
 
 FILES = sorted(comparative.FOLDER.glob("*.yaml"))
 CONTEXT = 77  # tokens of CLIP's text tower, with the start and the end

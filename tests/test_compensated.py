@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from pc_clip.compensated import CHUNK, CompensatedAdam, add_compensated
-from pc_clip.config import TrainConfig
-from pc_clip.errors import UserError
-from pc_clip.training import _check_choices, make_optimizer
+from pc_clip.core.config.train import TrainConfig
+from pc_clip.core.errors import UserError
+from pc_clip.train.compensated import CHUNK, CompensatedAdam, add_compensated
+from pc_clip.train.loop import _check_choices, make_optimizer
 
 RATE = 5e-9  # the paper's after seven of its twenty epochs
 

@@ -6,11 +6,13 @@ import jsonargparse
 import pytest
 import yaml
 
-from pc_clip import methods
-from pc_clip.config import EvaluateConfig, FinetuneConfig, GenerateConfig
-from pc_clip.configure import configure, dump, peek
-from pc_clip.errors import UserError
-from pc_clip.methods.pairwise import Config as Pairwise
+from pc_clip.core.cli import configure, dump, peek
+from pc_clip.core.config.evaluate import EvaluateConfig
+from pc_clip.core.config.train import FinetuneConfig
+from pc_clip.core.config.write import GenerateConfig
+from pc_clip.core.errors import UserError
+from pc_clip.train import methods
+from pc_clip.train.methods.pairwise import Config as Pairwise
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 

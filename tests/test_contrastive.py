@@ -11,16 +11,16 @@ import yaml
 from interrupting import interrupted_and_continued
 from safetensors.torch import load_file
 
-from pc_clip import checkpoint
-from pc_clip.clip import SCRATCH, Clip
-from pc_clip.config import FinetuneConfig, SamplerConfig, TrainConfig
-from pc_clip.embeddings import embed_images
-from pc_clip.errors import UserError
+from pc_clip.core.config.train import FinetuneConfig, SamplerConfig, TrainConfig
+from pc_clip.core.errors import UserError
+from pc_clip.data.embeddings import embed_images
+from pc_clip.data.overlap import likely_false
+from pc_clip.data.training_data import load_dataset
 from pc_clip.evals import base_of
-from pc_clip.learning_data import load_dataset
-from pc_clip.methods import contrastive
-from pc_clip.overlap import likely_false
-from pc_clip.training import finetune
+from pc_clip.models import loading
+from pc_clip.models.clip import SCRATCH, Clip
+from pc_clip.train.loop import finetune
+from pc_clip.train.methods import contrastive
 
 
 @pytest.fixture
@@ -205,7 +205,7 @@ def test_a_run_from_scratch_can_be_continued(scratch, monkeypatch):
 
 def test_it_has_no_model_before_it_that_baselines_could_be_of(scratch):
     scratch.train.steps = 1
-    clip = checkpoint.load_model(finetune(scratch))
+    clip = loading.load_model(finetune(scratch))
     assert clip.pretrained == SCRATCH
     assert base_of(clip) is None
     assert base_of(Clip.create("example")) is not None

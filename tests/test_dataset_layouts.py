@@ -21,11 +21,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy.io import savemat
 
-from pc_clip._torchvision import torchvision
-from pc_clip.datasets import ARCHIVES, READERS, __main__, _split, class_names, download, held_out, open_dataset, state
-from pc_clip.datasets.archives import Archive
-from pc_clip.datasets.awa2 import read_predicates
-from pc_clip.errors import UserError
+from pc_clip.core.errors import UserError
+from pc_clip.data import hash_split, listing
+from pc_clip.data.archives import Archive
+from pc_clip.data.awa2 import read_predicates
+from pc_clip.data.classnames import class_names
+from pc_clip.data.registry import ARCHIVES, READERS, download, held_out, open_dataset, state
+from pc_clip.models.torchvision_compat import torchvision
 
 SPLIT_BY_US = ("eurosat", "sun397", "awa2")
 
@@ -307,8 +309,8 @@ def test_the_split_is_the_same_on_every_machine():
     """The rows below were worked out once, from SHA-256 alone; they must never change."""
     ids = [f"River/River_{n}.jpg" for n in range(40)]
     by_hand = sorted(ids, key=lambda i: hashlib.sha256(f"0 {i}".encode()).hexdigest())[:4]
-    assert [ids[row] for row in _split.split_rows(ids, "test")] == sorted(by_hand, key=ids.index)
-    assert _split.split_rows(ids, "test") == [1, 17, 30, 38]
+    assert [ids[row] for row in hash_split.split_rows(ids, "test")] == sorted(by_hand, key=ids.index)
+    assert hash_split.split_rows(ids, "test") == [1, 17, 30, 38]
 
 
 @given(st.sets(st.text("abc/.", min_size=1, max_size=6), min_size=1, max_size=60), st.randoms(), st.integers(0, 3))
@@ -316,8 +318,8 @@ def test_the_split_does_not_depend_on_the_order_of_the_images(ids, shuffler, see
     ids = sorted(ids)
     shuffled = ids[:]
     shuffler.shuffle(shuffled)
-    parts = {part: {ids[row] for row in _split.split_rows(ids, part, seed)} for part in ("train", "test", "all")}
-    assert parts == {p: {shuffled[row] for row in _split.split_rows(shuffled, p, seed)} for p in parts}
+    parts = {part: {ids[row] for row in hash_split.split_rows(ids, part, seed)} for part in ("train", "test", "all")}
+    assert parts == {p: {shuffled[row] for row in hash_split.split_rows(shuffled, p, seed)} for p in parts}
     assert parts["train"] | parts["test"] == parts["all"] == set(ids) and not parts["train"] & parts["test"]
     assert parts["test"] and abs(len(parts["test"]) - len(ids) / 10) <= max(0.5, 1 - len(ids) / 10)
 
@@ -800,7 +802,7 @@ def test_the_names_are_as_many_as_clip_benchmark_has_and_most_say_the_same(their
     ],
 )
 def test_a_file_of_names_that_cannot_be_used_is_an_error(tmp_path, monkeypatch, text, said):
-    monkeypatch.setattr("pc_clip.datasets.classnames.FOLDER", tmp_path)
+    monkeypatch.setattr("pc_clip.data.classnames.FOLDER", tmp_path)
     with pytest.raises(UserError, match=said):
         class_names(write(tmp_path / "odd.yaml", text).stem)
     with pytest.raises(UserError, match=r"no class names at .*absent\.yaml"):
@@ -866,7 +868,7 @@ def test_flowers_are_downloaded_with_the_files_that_are_not_packed(tmp_path, ser
     pack(made, folder / "102flowers.tgz")
     served = tuple(Archive(f"{address}/{a.name}", a.makes, md5(folder / a.name)) for a in ARCHIVES["flowers102"])
     monkeypatch.setitem(ARCHIVES, "flowers102", served)
-    __main__.main(["--download", "flowers102"])
+    listing.main(["--download", "flowers102"])
     assert sorted(asked) == ["102flowers.tgz", "imagelabels.mat", "setid.mat"]
     assert len(open_dataset("flowers102")) == 3  # from data/flowers102, where the list says
 

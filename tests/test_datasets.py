@@ -21,24 +21,17 @@ from PIL import Image
 
 import finetune
 import run
-from pc_clip import datasets
-from pc_clip._torchvision import torchvision
-from pc_clip.config import DataConfig
-from pc_clip.datasets import (
-    __main__,
-    embedded,
-    open_dataset,
-    read_captions,
-    read_coco_captions,
-    read_image,
-    read_simclip_tsv,
-)
-from pc_clip.datasets.dataset import BrokenImage
-from pc_clip.datasets.shards import find_tars, open_tar
-from pc_clip.errors import UserError
+from pc_clip.core.config.settings import DataConfig
+from pc_clip.core.errors import UserError
+from pc_clip.data import example_sets, listing, registry
+from pc_clip.data.captions import read_captions, read_coco_captions, read_simclip_tsv
+from pc_clip.data.dataset import BrokenImage, read_image
+from pc_clip.data.registry import open_dataset
+from pc_clip.data.training_data import load_dataset
+from pc_clip.data.webdataset import find_tars, open_tar
 from pc_clip.example import scenes, world
 from pc_clip.example.captions import parse
-from pc_clip.learning_data import load_dataset
+from pc_clip.models.torchvision_compat import torchvision
 
 DATA = Path(__file__).parents[1].parent / "shared" / "data" / "coco_mini"
 real_data = pytest.mark.skipif(not DATA.is_dir(), reason="the real data are not part of the project")
@@ -77,15 +70,15 @@ def test_an_unknown_name_gets_the_nearest_known_one(name, split, said):
         open_dataset(name, split=split)
 
 
-@pytest.mark.parametrize("name", [name for name, reader in datasets.READERS.items() if reader.root])
+@pytest.mark.parametrize("name", [name for name, reader in registry.READERS.items() if reader.root])
 def test_a_data_set_that_is_not_there_says_where_it_was_looked_for_and_what_to_fetch(name, tmp_path):
     with pytest.raises(UserError, match=rf"{name} is not at .*nowhere\. (Fetch|Put) .*--root"):
         open_dataset(name, tmp_path / "nowhere")
 
 
 def listed(capsys):
-    """What `python -m pc_clip.datasets` says of each set: its line, and the text below it."""
-    __main__.main([])
+    """What `python -m pc_clip datasets` says of each set: its line, and the text below it."""
+    listing.main([])
     blocks, name = {}, ""
     for line in capsys.readouterr().out.splitlines()[1:]:
         name = name if line.startswith(" ") else line.split()[0]
@@ -98,7 +91,7 @@ def test_the_list_says_which_are_found_and_what_to_fetch(tmp_path, capsys):
     (tmp_path / "data" / "images").mkdir()
     picture(tmp_path / "data" / "awa2" / "JPEGImages" / "ox" / "1.jpg")
     found = listed(capsys)
-    assert found.keys() == datasets.READERS.keys()
+    assert found.keys() == registry.READERS.keys()
     states = {name: line.split()[1] for name, (line, _) in found.items()}
     assert {name for name, state in states.items() if state == "found"} == {
         "example",
@@ -110,16 +103,16 @@ def test_the_list_says_which_are_found_and_what_to_fetch(tmp_path, capsys):
     assert {name for name, state in states.items() if state == "incomplete"} == {"awa2"}
     assert "no classes.txt, predicates.txt, predicate-matrix-binary.txt Fetch it" in found["awa2"][1]
     for name, (line, below) in found.items():
-        reader = datasets.READERS[name]
+        reader = registry.READERS[name]
         assert reader.size in line and f"licence: {reader.licence}" in below
         assert (reader.root or "embedded") in line and (reader.fetch in below) == (states[name] != "found")
 
 
 def test_the_columns_of_the_list_stand_below_one_another(capsys):
-    __main__.main([])
+    listing.main([])
     lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith(" ")]
-    for title, cells in (("looked for in", [r.root or "(embedded)" for r in datasets.READERS.values()]),
-                         ("size", [r.size for r in datasets.READERS.values()])):  # fmt: skip
+    for title, cells in (("looked for in", [r.root or "(embedded)" for r in registry.READERS.values()]),
+                         ("size", [r.size for r in registry.READERS.values()])):  # fmt: skip
         column = lines[0].index(title)
         assert [line[column : column + len(cell)] for line, cell in zip(lines[1:], cells)] == cells
     assert max(map(len, lines)) < 100
@@ -127,7 +120,7 @@ def test_the_columns_of_the_list_stand_below_one_another(capsys):
 
 def test_a_root_without_a_data_set_to_download_is_an_error():
     with pytest.raises(UserError, match="--root goes with --download"):
-        __main__.main(["--root", "somewhere"])
+        listing.main(["--root", "somewhere"])
 
 
 @pytest.mark.parametrize(
@@ -138,8 +131,8 @@ def test_a_root_without_a_data_set_to_download_is_an_error():
      ("spot_the_diff", "reformat_val", "reformat_train"), ("changes", "mine", "val"), ("no reader", "test", None)],
 )  # fmt: skip
 def test_settings_are_chosen_on_images_that_are_not_reported_on(name, part, chosen):
-    data = datasets.Dataset(name, f"{part}-renamed", [], print, "", part=part)
-    assert datasets.held_out(data) == chosen
+    data = registry.Dataset(name, f"{part}-renamed", [], print, "", part=part)
+    assert registry.held_out(data) == chosen
 
 
 # -- the embedded example ------------------------------------------------------------------------------
@@ -148,29 +141,33 @@ def test_settings_are_chosen_on_images_that_are_not_reported_on(name, part, chos
 def test_splits_of_the_example_share_no_scene_and_no_id():
     shown = {split: [world.scene(split, n) for n in range(300)] for split in ("train", "val", "test")}
     assert len(set().union(*shown.values())) == 900
-    assert len(set().union(*(embedded.example(split, 20).ids for split in shown))) == 60
+    assert len(set().union(*(example_sets.example(split, 20).ids for split in shown))) == 60
 
 
 def test_the_example_is_the_same_every_time_and_a_prefix_of_a_longer_one():
-    one, same, longer = embedded.example("val", 12), embedded.example("val", 12), embedded.example("val", 30)
+    one, same, longer = (
+        example_sets.example("val", 12),
+        example_sets.example("val", 12),
+        example_sets.example("val", 30),
+    )
     world.scene.cache_clear()
-    again = embedded.example("val", 12)
+    again = example_sets.example("val", 12)
     for other in (same, longer, again):
         assert other.ids[:12] == one.ids and other.captions[:12] == one.captions
         assert all(one.load(n) == other.load(n) for n in range(12))
     assert one.fingerprint == same.fingerprint == again.fingerprint != longer.fingerprint
-    assert one.fingerprint != embedded.example("test", 12).fingerprint
+    assert one.fingerprint != example_sets.example("test", 12).fingerprint
 
 
 def test_opening_the_example_gives_the_whole_split():
     data = open_dataset("example")
-    assert data.label == "example/test" and len(data) == len(data.captions) == embedded.EXAMPLE_SIZES["test"]
+    assert data.label == "example/test" and len(data) == len(data.captions) == example_sets.EXAMPLE_SIZES["test"]
     assert len(set(data.ids)) == len(data)
     assert data.load(3) == scenes.draw(world.scene("test", 3)) and data.load(3).mode == "RGB"
 
 
 def test_questions_about_the_example_have_true_answers():
-    data = embedded.example("val", 400)
+    data = example_sets.example("val", 400)
     assert {q.name for q in data.questions} == world.CLASSES.keys()
     for question in data.questions:
         assert question.rows.dtype == question.target.dtype == np.int64
@@ -189,7 +186,7 @@ def test_questions_about_the_example_have_true_answers():
 
 
 def test_attributes_of_the_example_order_its_scenes():
-    data = embedded.example("val", 400)
+    data = example_sets.example("val", 400)
     values = {attribute.name: attribute.value for attribute in data.attributes}
     assert values.keys() == {"size", "background", "count"}
     shown = [world.scene("val", row) for row in range(400)]
@@ -202,7 +199,7 @@ def test_attributes_of_the_example_order_its_scenes():
 
 @pytest.mark.parametrize("name", ["size", "background", "count"])
 def test_a_clear_difference_is_one_that_words_can_tell(name):
-    data = embedded.example("val", 400)
+    data = example_sets.example("val", 400)
     attribute = next(a for a in data.attributes if a.name == name)
     assert {attribute.more, attribute.less} == set(world.COMPARATIVES[name])
     question = next(q for q in data.questions if q.name == name)
@@ -852,7 +849,7 @@ def pixels(values):
 def test_cifar10_is_read_in_its_own_layout(tmp_path, monkeypatch):
     files = {f"data_batch_{n}": {"data": pixels([n, n + 100]), "labels": [n, 0]} for n in range(1, 6)}
     files |= {"test_batch": {"data": pixels([77]), "labels": [9]}}
-    names = list(datasets.class_names("cifar10").said)
+    names = list(registry.class_names("cifar10").said)
     write_cifar(monkeypatch, tmp_path, "CIFAR10", files | {"batches.meta": {"label_names": names[::-1]}})
     train, test = open_dataset("cifar10", tmp_path, "train"), open_dataset("cifar10", tmp_path)
     assert (train.label, len(train), test.label, test.ids) == ("cifar10/train", 10, "cifar10/test", ["0"])
@@ -864,7 +861,7 @@ def test_cifar10_is_read_in_its_own_layout(tmp_path, monkeypatch):
 
 
 def test_cifar100_is_read_by_its_fine_classes(tmp_path, monkeypatch):
-    names = list(datasets.class_names("cifar100").said)
+    names = list(registry.class_names("cifar100").said)
     files = {
         "train": {"data": pixels([1, 2]), "fine_labels": [99, 4], "coarse_labels": [0, 1]},
         "test": {"data": pixels([3]), "fine_labels": [50], "coarse_labels": [2]},
@@ -884,7 +881,7 @@ def test_a_folder_without_cifar_in_it_says_what_to_fetch(tmp_path, name, folder)
 
 
 def test_a_damaged_or_absent_file_of_cifar_is_an_error(tmp_path, monkeypatch):
-    names = list(datasets.class_names("cifar10").said)
+    names = list(registry.class_names("cifar10").said)
     files = {f"data_batch_{n}": {"data": pixels([n]), "labels": [n]} for n in range(1, 6)}
     files |= {"test_batch": {"data": pixels([77]), "labels": [9]}, "batches.meta": {"label_names": names}}
     write_cifar(monkeypatch, tmp_path, "CIFAR10", files)
@@ -899,7 +896,7 @@ def test_a_damaged_or_absent_file_of_cifar_is_an_error(tmp_path, monkeypatch):
 
 def test_a_class_of_cifar_without_a_name_is_an_error_that_names_it(tmp_path, monkeypatch):
     files = {f"data_batch_{n}": {"data": pixels([n]), "labels": [n]} for n in range(1, 6)}
-    names = [*list(datasets.class_names("cifar10").said)[:9], "lorry"]
+    names = [*list(registry.class_names("cifar10").said)[:9], "lorry"]
     files |= {"test_batch": {"data": pixels([77]), "labels": [9]}, "batches.meta": {"label_names": names}}
     write_cifar(monkeypatch, tmp_path, "CIFAR10", files)
     with pytest.raises(UserError, match=r"cifar10\.yaml has no name for 'lorry' \(1 of 10 classes\)"):

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pc_clip.differences import Difference, _unrank, choose_pairs, contrast, read, rows, swap_roles, to_line
-from pc_clip.errors import UserError
+from pc_clip.core.errors import UserError
+from pc_clip.data.differences import Difference, _unrank, choose_pairs, contrast, read, rows, swap_roles, to_line
 
 DOG_CAT = "The first image shows a dog on a sofa, while the second shows a cat."
 QUICK = settings(deadline=None, max_examples=60)

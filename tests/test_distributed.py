@@ -30,13 +30,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import finetune as script
-from pc_clip import environment, fast_text, methods
-from pc_clip.clip import SCRATCH
-from pc_clip.config import FinetuneConfig, SamplerConfig, TrainConfig
-from pc_clip.configure import dump
-from pc_clip.errors import run_script
-from pc_clip.methods import change, contrastive, pairwise, preference
-from pc_clip.training import finetune
+from pc_clip.core import environment
+from pc_clip.core.cli import dump
+from pc_clip.core.config.train import FinetuneConfig, SamplerConfig, TrainConfig
+from pc_clip.core.errors import run_script
+from pc_clip.models import fast_text
+from pc_clip.models.clip import SCRATCH
+from pc_clip.train import methods
+from pc_clip.train.loop import finetune
+from pc_clip.train.methods import change, contrastive, pairwise, preference
 
 forks = multiprocessing.get_context("fork")
 STEPS = 8

@@ -8,8 +8,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from pc_clip import download
-from pc_clip.errors import UserError
+from pc_clip.core.errors import UserError
+from pc_clip.data import download
 
 CONTENT = bytes(range(256)) * 2000  # 512,000 bytes
 SHA256 = f"sha256:{hashlib.sha256(CONTENT).hexdigest()}"

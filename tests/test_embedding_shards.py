@@ -26,13 +26,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from pc_clip import embedding_shards, embedding_units, embeddings
-from pc_clip.clip import Clip
-from pc_clip.config import EmbedConfig, FinetuneConfig
-from pc_clip.datasets import Dataset, open_dataset
-from pc_clip.datasets.dataset import BrokenImage
-from pc_clip.datasets.shards import unopened
-from pc_clip.embedding_shards import (
+from pc_clip.core.config.settings import EmbedConfig
+from pc_clip.core.config.train import FinetuneConfig
+from pc_clip.core.distributed import Processes
+from pc_clip.core.errors import UserError
+from pc_clip.data import embedding_shards, embedding_units, embeddings
+from pc_clip.data.dataset import BrokenImage, Dataset
+from pc_clip.data.embedding_shards import (
     INDEX,
     Ids,
     Rows,
@@ -44,11 +44,12 @@ from pc_clip.embedding_shards import (
     write,
     write_index,
 )
-from pc_clip.embedding_units import Part, blocks, embed_units, tars
-from pc_clip.encoding import PIECE, Options
-from pc_clip.errors import UserError
-from pc_clip.methods._batches import Images
-from pc_clip.shards import Processes
+from pc_clip.data.embedding_units import Part, blocks, embed_units, tars
+from pc_clip.data.encoding import PIECE, Options
+from pc_clip.data.registry import open_dataset
+from pc_clip.data.webdataset import unopened
+from pc_clip.models.clip import Clip
+from pc_clip.train.methods._batches import Images
 
 forks = multiprocessing.get_context("fork")
 MADE_BY = {"image_tower": "t", "fingerprint": "f"}

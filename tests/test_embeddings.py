@@ -10,12 +10,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from pc_clip import embedding_shards, embeddings
-from pc_clip.clip import Clip
-from pc_clip.datasets import open_dataset
-from pc_clip.datasets.embedded import example
-from pc_clip.encoding import Options, encode
-from pc_clip.errors import UserError
+from pc_clip.core.errors import UserError
+from pc_clip.data import embedding_shards, embeddings
+from pc_clip.data.encoding import Options, encode
+from pc_clip.data.example_sets import example
+from pc_clip.data.registry import open_dataset
+from pc_clip.models.clip import Clip
 
 
 def test_cached_equals_uncached_and_no_image_is_encoded_twice(example_clip, tmp_path, monkeypatch):

@@ -15,15 +15,16 @@ import torch
 from PIL import Image
 from torch import nn
 
-from pc_clip.clip import Clip
-from pc_clip.config import DataConfig, FinetuneConfig, ModelConfig
-from pc_clip.datasets import Dataset, open_dataset
-from pc_clip.datasets.dataset import BrokenImage
-from pc_clip.datasets.embedded import example
-from pc_clip.encoding import Options, encode, pixels
-from pc_clip.errors import UserError
-from pc_clip.methods._batches import Images
-from pc_clip.reading import Reader, broken_images
+from pc_clip.core.config.settings import DataConfig, ModelConfig
+from pc_clip.core.config.train import FinetuneConfig
+from pc_clip.core.errors import UserError
+from pc_clip.data.dataset import BrokenImage, Dataset
+from pc_clip.data.encoding import Options, encode, pixels
+from pc_clip.data.example_sets import example
+from pc_clip.data.images import Reader, broken_images
+from pc_clip.data.registry import open_dataset
+from pc_clip.models.clip import Clip
+from pc_clip.train.methods._batches import Images
 
 
 class Model(nn.Module):

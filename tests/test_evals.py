@@ -8,10 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from pc_clip import differences
-from pc_clip.config import EvaluateConfig
-from pc_clip.datasets import Attribute, Dataset, Question, open_dataset
-from pc_clip.differences import Difference, swap_roles, to_line
+from pc_clip.core.config.evaluate import EvaluateConfig
+from pc_clip.data import differences
+from pc_clip.data.dataset import Attribute, Dataset, Question
+from pc_clip.data.differences import Difference, swap_roles, to_line
+from pc_clip.data.registry import open_dataset
 from pc_clip.evals import Subject, difference, rank, zeroshot
 
 

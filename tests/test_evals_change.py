@@ -16,16 +16,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from pc_clip import caption_scores
-from pc_clip.caption_scores import Tools
-from pc_clip.change import apply
-from pc_clip.change.apply import Caption
-from pc_clip.changes import Change
-from pc_clip.config import EvaluateConfig
-from pc_clip.datasets import Dataset, embedded, open_dataset
-from pc_clip.errors import UserError
+from pc_clip.core.config.evaluate import EvaluateConfig
+from pc_clip.core.errors import UserError
+from pc_clip.data import example_sets
+from pc_clip.data import pairs as apply
+from pc_clip.data.dataset import Change, Dataset
+from pc_clip.data.pairs import Caption, distinct_sentences
+from pc_clip.data.registry import open_dataset
 from pc_clip.evals import Subject, _change_sheet, caption, change_retrieval
-from pc_clip.evals.change_retrieval import chance, distinct_sentences, recalls
+from pc_clip.metrics import captions
+from pc_clip.metrics.captions import Tools
+from pc_clip.metrics.retrieval import chance, recalls
 
 pytest.importorskip("pycocoevalcap")
 
@@ -65,8 +66,8 @@ def _no_model(monkeypatch):
     """Sentences and embeddings come from FakeClip; METEOR, which takes seconds to start, has tests of its own."""
     monkeypatch.setattr(apply, "captions", _captions)
     monkeypatch.setattr(apply, "embed_pairs", _embed_pairs)
-    monkeypatch.setattr(caption_scores, "find_java", lambda: None)
-    monkeypatch.setattr(embedded, "CHANGES_SIZES", {"train": 40, "val": 10, "test": 24})
+    monkeypatch.setattr(captions, "find_java", lambda: None)
+    monkeypatch.setattr(example_sets, "CHANGES_SIZES", {"train": 40, "val": 10, "test": 24})
 
 
 def subject(clip: FakeClip, data: Dataset, base=None, **settings) -> Subject:
@@ -140,10 +141,10 @@ def test_each_sentence_is_scored_against_its_own_pair():
 def test_baselines_that_never_look_stand_beside_the_scores():
     data, train = (open_dataset("example_changes", split=split) for split in ("test", "train"))
     every = [sentence for change in train.changes for sentence in change.sentences]
-    common = caption_scores.most_frequent(every)
+    common = captions.most_frequent(every)
     assert every.count(common) == max(map(every.count, every))
     found = caption.evaluate(subject(FakeClip(truth(data)), data))
-    alone = caption_scores.score([common] * 24, [c.sentences for c in data.changes], Tools(None), quick=True)
+    alone = captions.score([common] * 24, [c.sentences for c in data.changes], Tools(None), quick=True)
     assert found.metrics["most_common_cider"] == alone.corpus["cider"]
     assert found.metrics["most_common_bleu_4"] == alone.corpus["bleu_4"]
     assert found.metrics["most_common_right"] == np.mean([all(data.judge(n, common).values()) for n in range(24)])

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pc_clip.datasets import embedded
-from pc_clip.datasets.dataset import subset
-from pc_clip.datasets.embedded import example_changes
+from pc_clip.data import example_sets
+from pc_clip.data.dataset import subset
+from pc_clip.data.example_sets import example_changes
 from pc_clip.example import changes, kept, scenes
 from pc_clip.example.scenes import Thing
 
@@ -366,10 +366,10 @@ def test_pairs_that_are_kept_are_those_that_were_found(monkeypatch):
 
 
 def test_the_same_pairs_every_time_and_none_in_two_splits(monkeypatch):
-    monkeypatch.setattr(embedded, "CHANGES_SIZES", {"train": 30, "val": 20, "test": 20})
-    one = embedded.open_changes(None, "val")
+    monkeypatch.setattr(example_sets, "CHANGES_SIZES", {"train": 30, "val": 20, "test": 20})
+    one = example_sets.open_changes(None, "val")
     changes.pair.cache_clear()
-    again = embedded.open_changes(None, "val")
+    again = example_sets.open_changes(None, "val")
     assert one.changes == again.changes and one.fingerprint == again.fingerprint and one.label == "example_changes/val"
     assert np.array_equal(np.asarray(one.load(7)), np.asarray(again.load(7)))
     assert one.fingerprint != example_changes("val", 19).fingerprint

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pc_clip.datasets import open_dataset
-from pc_clip.datasets.embedded import example_relations
+from pc_clip.data.example_sets import example_relations
+from pc_clip.data.registry import open_dataset
 from pc_clip.example import relations, scenes
 
 HOLDS = {

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 import transformers
 from PIL import Image
 
-from pc_clip import checkpoint, export
-from pc_clip.clip import Clip
-from pc_clip.errors import UserError
-from pc_clip.files import write_json
+from pc_clip.core.errors import UserError
+from pc_clip.core.files import write_json
+from pc_clip.models import export, loading
+from pc_clip.models.clip import Clip
 
 VISION = {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8}
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 48, "heads": 3, "layers": 2}
@@ -98,7 +98,7 @@ def load_in_open_clip(name: str, pretrained: str | None = None):
 def test_open_clip_loads_a_checkpoint_by_the_name_of_its_architecture(architecture, tmp_path):
     clip = random_clip(architecture(quick_gelu=True))
     path = tmp_path / "run" / "model.safetensors"
-    checkpoint.save_model(path, clip)
+    loading.save_model(path, clip)
     loaded = load_in_open_clip("tiny-vit", str(path))
     assert repr(loaded[1]) == repr(clip.preprocess)
     assert_same(embeddings(*loaded), embeddings(clip.model, clip.preprocess, clip.tokenizer))
@@ -107,7 +107,7 @@ def test_open_clip_loads_a_checkpoint_by_the_name_of_its_architecture(architectu
 def test_a_folder_keeps_what_a_checkpoint_alone_cannot_tell_open_clip(architecture, tmp_path):
     """By name and file open_clip takes its default transform; the folder carries the model's own."""
     clip = random_clip(architecture(), HALVES)
-    checkpoint.save_model(tmp_path / "model.safetensors", clip)
+    loading.save_model(tmp_path / "model.safetensors", clip)
     expected = clip.preprocess(picture(50, 41))
     by_name = load_in_open_clip("tiny-vit", str(tmp_path / "model.safetensors"))[1]
     assert not torch.allclose(by_name(picture(50, 41)), expected, atol=0.1)
@@ -124,7 +124,7 @@ def test_a_folder_keeps_what_a_checkpoint_alone_cannot_tell_open_clip(architectu
 
 
 def test_the_embedded_model_exports_for_open_clip_and_says_why_not_for_transformers(example_clip, tmp_path, capsys):
-    checkpoint.save_model(Path("runs/mine/model.safetensors"), example_clip)
+    loading.save_model(Path("runs/mine/model.safetensors"), example_clip)
     with pytest.raises(UserError, match="example cannot be a CLIPModel.*ModifiedResNet.*--format open_clip"):
         export.main(["runs/mine", "--out", "exported", "--format", "transformers"])
     assert not Path("exported").exists()
@@ -157,7 +157,7 @@ def write_model_with_a_local_text_tower(folder: Path) -> None:
 def test_a_text_tower_of_hugging_faces_goes_with_the_folder(tmp_path, monkeypatch, capsys):
     write_model_with_a_local_text_tower(tmp_path / "base")
     clip = random_clip(f"local-dir:{tmp_path / 'base'}")
-    checkpoint.save_model(Path("runs/mine/model.safetensors"), clip)
+    loading.save_model(Path("runs/mine/model.safetensors"), clip)
     export.main(["runs/mine", "--out", "exported"])
     assert "text tower is a HFTextEncoder" in capsys.readouterr().out
     texts = ["a red dog", "dog"]

@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from pc_clip import fast_text
-from pc_clip.clip import Clip
-from pc_clip.errors import UserError
-from pc_clip.fast_text import FastText
-from pc_clip.packing import STEP, pack, pack_shared
+from pc_clip.core.errors import UserError
+from pc_clip.models import fast_text
+from pc_clip.models.clip import Clip
+from pc_clip.models.fast_text import FastText
+from pc_clip.models.packing import STEP, pack, pack_shared
 
 END = 99  # the end-of-text token of the towers below: their largest
 

@@ -28,18 +28,20 @@ import sample_differences
 import torch
 from safetensors import safe_open
 
-from pc_clip import checkpoint, environment, files
-from pc_clip.clip import Clip
-from pc_clip.config import FinetuneConfig, TrainConfig
-from pc_clip.configure import dump
-from pc_clip.datasets import embedded
-from pc_clip.errors import UserError
-from pc_clip.methods import pairwise
-from pc_clip.training import finetune
+from pc_clip.core import environment, files
+from pc_clip.core.cli import dump
+from pc_clip.core.config.train import FinetuneConfig, TrainConfig
+from pc_clip.core.errors import UserError
+from pc_clip.core.paths import STATE_FILE
+from pc_clip.data import example_sets
+from pc_clip.models.clip import Clip
+from pc_clip.train import state
+from pc_clip.train.loop import finetune
+from pc_clip.train.methods import pairwise
 
 forks = multiprocessing.get_context("fork")
 ROOT = Path(__file__).parents[1]
-SIZES = embedded.EXAMPLE_SIZES
+SIZES = example_sets.EXAMPLE_SIZES
 STEPS, SAVE_EVERY, LOG_EVERY = 72, 3, 2
 
 
@@ -388,9 +390,9 @@ def everything(step, parameters, optimizer):
 
 def test_no_byte_of_a_state_can_change_unseen(tmp_path):
     parameters, optimizer = trained()
-    checkpoint.save_state(tmp_path, 2, parameters, optimizer)
+    state.save_state(tmp_path, 2, parameters, optimizer)
     expected = everything(2, parameters, optimizer)
-    path = tmp_path / checkpoint.STATE_FILE
+    path = tmp_path / STATE_FILE
     whole = path.read_bytes()
     header = 8 + int.from_bytes(whole[:8], "little")
     harmless = 0
@@ -399,7 +401,7 @@ def test_no_byte_of_a_state_can_change_unseen(tmp_path):
         parameters, optimizer = {n: torch.nn.Parameter(torch.zeros_like(p)) for n, p in parameters.items()}, None
         optimizer = torch.optim.Adam(parameters.values())
         try:
-            step = checkpoint.load_state(tmp_path, parameters, optimizer).step
+            step = state.load_state(tmp_path, parameters, optimizer).step
         except UserError as error:
             assert "--overwrite true" in str(error)
             assert not any(p.any() for p in parameters.values())  # and nothing of it was used
@@ -411,10 +413,10 @@ def test_no_byte_of_a_state_can_change_unseen(tmp_path):
 
 def test_a_state_without_a_checksum_is_of_an_earlier_version_and_still_read(tmp_path):
     parameters, optimizer = trained()
-    checkpoint.save_state(tmp_path, 2, parameters, optimizer)
-    path = tmp_path / checkpoint.STATE_FILE
+    state.save_state(tmp_path, 2, parameters, optimizer)
+    path = tmp_path / STATE_FILE
     safetensors.torch.save_file(safetensors.torch.load_file(path), path, {"step": "2"})
-    assert checkpoint.load_state(tmp_path, parameters, optimizer).step == 2
+    assert state.load_state(tmp_path, parameters, optimizer).step == 2
 
 
 def test_a_damaged_state_is_refused_with_what_to_do(config):
@@ -566,7 +568,7 @@ def launch(processes: int, *arguments: str) -> subprocess.Popen:
 
 def test_a_run_launched_on_two_processes_and_killed_continues_on_one(monkeypatch):
     """The state does not depend on the number of processes, nor does the loss, up to the order of summation."""
-    monkeypatch.setattr(embedded, "EXAMPLE_SIZES", SIZES)  # the launched processes have the whole example
+    monkeypatch.setattr(example_sets, "EXAMPLE_SIZES", SIZES)  # the launched processes have the whole example
     steps = 30
     config = make_config("val", steps, log_every=1, save_every=2)
     Path("two.yaml").write_text(dump(config))

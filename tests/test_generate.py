@@ -15,13 +15,15 @@ from pathlib import Path
 import jsonargparse
 import pytest
 
-from pc_clip import differences, generate, shards
-from pc_clip.cleaning import Checked, clean
-from pc_clip.config import DataConfig, GenerateConfig
-from pc_clip.configure import configure
-from pc_clip.datasets import read_captions
-from pc_clip.errors import UserError, run_script
-from pc_clip.writers import RulesWriter
+from pc_clip.core.cli import configure
+from pc_clip.core.config.settings import DataConfig
+from pc_clip.core.config.write import GenerateConfig
+from pc_clip.core.errors import UserError, run_script
+from pc_clip.data import differences
+from pc_clip.data.captions import read_captions
+from pc_clip.write import generate, progress
+from pc_clip.write.cleaning import Checked, clean
+from pc_clip.write.rules import RulesWriter
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data" / "coco_mini"
@@ -171,7 +173,7 @@ def test_a_server_that_is_gone_is_the_end_of_the_run_and_of_no_sentence(config, 
 
 @pytest.mark.parametrize(("call", "works"), [("write", 20), ("fsync", 0)])
 def test_a_full_disk_is_the_end_of_the_run_and_of_no_sentence(config, tmp_path, monkeypatch, capsys, call, works):
-    monkeypatch.setattr(shards, "SYNC_EVERY", 0.001)
+    monkeypatch.setattr(progress, "SYNC_EVERY", 0.001)
     shard = interrupt(monkeypatch, config, 0)
     working, stream, count, failed = getattr(os, call), RulesWriter.stream, itertools.count(), threading.Event()
 
@@ -209,7 +211,7 @@ def test_a_stream_is_closed_when_what_reads_it_fails(config, monkeypatch):
         raise UserError("no space")
 
     monkeypatch.setattr(RulesWriter, "stream", lambda *args: streams.append(stream(*args)) or streams[-1])
-    monkeypatch.setattr(shards.Shard, "add", full)
+    monkeypatch.setattr(progress.Shard, "add", full)
     with pytest.raises(UserError, match="no space"):
         generate.generate(config)
     assert streams[0].gi_frame is None

@@ -13,18 +13,20 @@ from PIL import Image
 
 import finetune
 import generate_diffs
-from pc_clip import checkpoint, differences, generate, generate_change
-from pc_clip.change.apply import captions
-from pc_clip.change.decoder import Shape
-from pc_clip.change.model import fresh
-from pc_clip.change.vocabulary import Vocabulary
-from pc_clip.clip import Clip
-from pc_clip.config import GenerateConfig
-from pc_clip.datasets import open_dataset
-from pc_clip.errors import UserError
+from pc_clip.core.config.write import ChangeWriterConfig, GenerateConfig
+from pc_clip.core.errors import UserError
+from pc_clip.data import differences
+from pc_clip.data.pairs import captions
+from pc_clip.data.registry import open_dataset
 from pc_clip.example.changes import TEMPLATES
-from pc_clip.generate_change import judge, says_no_change
-from pc_clip.writers import ChangeWriter, ChangeWriterConfig
+from pc_clip.models import loading
+from pc_clip.models.caption_decoder import Shape
+from pc_clip.models.change_model import fresh
+from pc_clip.models.clip import Clip
+from pc_clip.models.vocabulary import Vocabulary
+from pc_clip.write import captioned, generate, work
+from pc_clip.write.captioned import judge, says_no_change
+from pc_clip.write.captioner import ChangeWriter
 
 TEXTS = ["the red star turned blue", "the green ring moved to the left", "a small square appeared"]
 
@@ -48,23 +50,23 @@ def untrained(seed: int = 0) -> Clip:
 def runs(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     clip = untrained()
-    checkpoint.save_model(folder / "captioner.safetensors", clip)
-    checkpoint.save_model(folder / "other.safetensors", untrained(seed=1))
+    loading.save_model(folder / "captioner.safetensors", clip)
+    loading.save_model(folder / "other.safetensors", untrained(seed=1))
     clip.change.decoder = clip.change.vocabulary = None
-    checkpoint.save_model(folder / "retrieve.safetensors", clip)
+    loading.save_model(folder / "retrieve.safetensors", clip)
     clip.change = None
-    checkpoint.save_model(folder / "plain.safetensors", clip)
+    loading.save_model(folder / "plain.safetensors", clip)
     return folder
 
 
 @pytest.fixture
 def config(runs, small_example) -> GenerateConfig:
-    options = ChangeWriterConfig(checkpoint=str(runs / "captioner.safetensors"), batch_size=10)
+    options = ChangeWriterConfig(loading=str(runs / "captioner.safetensors"), batch_size=10)
     return GenerateConfig(name="said", writer="change", dataset="example_changes", change=options)
 
 
 def said_by(runs: Path, data, beams: int = 1) -> list[str]:
-    clip = checkpoint.load_model(runs / "captioner.safetensors")
+    clip = loading.load_model(runs / "captioner.safetensors")
     return [caption.text for caption in captions(clip, data, beams=beams)]
 
 
@@ -117,7 +119,7 @@ def test_all_that_is_said_of_a_pair_that_is_listed_twice_may_be_told(config, tmp
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"change": ChangeWriterConfig(told=True, checkpoint="x")}, "leave change.checkpoint"),
+        ({"change": ChangeWriterConfig(told=True, loading="x")}, "leave change.checkpoint"),
         ({"change": ChangeWriterConfig(told=True), "both_orders": True}, "pairs in its own order alone"),
         ({"change": ChangeWriterConfig(told=True), "dataset": "example"}, "says nothing of pairs of images"),
     ],
@@ -149,7 +151,7 @@ def test_both_orders_of_a_data_set_that_has_both_are_written_once(config, tmp_pa
     lines = [json.dumps({"before": before, "after": after, "sentence": "it left"}) for before, after in named]
     (tmp_path / "train.jsonl").write_text("\n".join(lines) + "\n")
     config.both_orders = True
-    found = generate_change.pairs(open_dataset("changes", tmp_path, "train"), config)
+    found = captioned.pairs(open_dataset("changes", tmp_path, "train"), config)
     assert found == [("b.png", "a.png"), ("a.png", "b.png"), ("c.png", "b.png"), ("b.png", "c.png")]
 
 
@@ -170,7 +172,7 @@ def test_pictures_without_changes_are_paired_as_for_other_writers(config):
     config.dataset, config.n_images, config.n_pairs = "example", 12, 30
     found = differences.read(generate.generate(config))
     ids = open_dataset("example", split="train").ids
-    drawn = generate.draw_images(ids, config)
+    drawn = work.draw_images(ids, config)
     wanted = differences.choose_pairs(drawn, 30, config.seed, False)
     assert {(d.first, d.second) for d in found} <= set(wanted)
     assert len(found) > 20
@@ -219,11 +221,11 @@ def test_it_is_the_checkpoints_content_that_counts(config, runs, tmp_path, monke
     path = generate.generate(config)
     copy = tmp_path / "moved.safetensors"
     copy.write_bytes((runs / "captioner.safetensors").read_bytes())
-    config.change = dataclasses.replace(config.change, checkpoint=str(copy), batch_size=3)
+    config.change = dataclasses.replace(config.change, loading=str(copy), batch_size=3)
     with monkeypatch.context() as patch:
         patch.setattr(ChangeWriter, "stream", lambda self, jobs: pytest.fail("it wrote again"))
         assert generate.generate(config) == path
-    clip = checkpoint.load_model(copy)
+    clip = loading.load_model(copy)
     assert meta(path)["settings"]["checkpoint"] == meta(path)["writer"]["weights"] == clip.weights_hash()
     config.change.checkpoint = str(runs / "other.safetensors")
     with pytest.raises(UserError, match="written with other settings"):
@@ -307,7 +309,7 @@ def test_a_run_learns_from_what_the_captioner_wrote(runs, small_example):
     train = ["--train.steps", "2", "--train.batch_size", "8", "--train.lr", "1e-4", "--name", "learnt"]
     plain = ["--model.name", "example_vit", "--pairwise.mirror", "false", "--pairwise.anchor", "0"]
     finetune.main(["--method", "pairwise", *plain, *data, *train])
-    start, learnt = Clip.create("example_vit"), checkpoint.load_model("runs/learnt")
+    start, learnt = Clip.create("example_vit"), loading.load_model("runs/learnt")
     assert learnt.name == start.name
     assert learnt.image_tower_hash() == start.image_tower_hash()
     assert learnt.weights_hash() != start.weights_hash()

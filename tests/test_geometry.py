@@ -8,11 +8,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from pc_clip.clip import Clip
-from pc_clip.config import EvaluateConfig
-from pc_clip.datasets import Attribute, Dataset, Question, open_dataset
-from pc_clip.differences import contrast
+from pc_clip.core.config.evaluate import EvaluateConfig
+from pc_clip.data.dataset import Attribute, Dataset, Question
+from pc_clip.data.differences import contrast
+from pc_clip.data.registry import open_dataset
 from pc_clip.evals import Subject, geometry
+from pc_clip.models import lora
+from pc_clip.models.clip import Clip
 
 
 class FakeClip:
@@ -288,7 +290,7 @@ def test_it_is_offered_where_there_is_something_to_measure():
 def test_on_the_example_images_and_texts_agree(small_example, example_clip):
     clip = Clip.create("example")
     with torch.no_grad():
-        for parameter in clip.trainable("text_blocks").values():
+        for parameter in lora.trainable(clip, "text_blocks").values():
             parameter.mul_(0.5)
     data = open_dataset("example", split="test")
     found = geometry.evaluate(Subject(clip, lambda: example_clip, data, EvaluateConfig(n_pairs=100)))

@@ -30,7 +30,9 @@ def differences(was, now, tolerance: float, where: str = "") -> list[str]:
     """Places where two nested values differ; numbers by more than `tolerance`."""
     if isinstance(was, dict) and isinstance(now, dict):
         missing = [f"{where}/{key} is in one alone" for key in was.keys() ^ now.keys()]
-        return missing + [d for k in was.keys() & now.keys() for d in differences(was[k], now[k], tolerance, f"{where}/{k}")]
+        return missing + [
+            d for k in was.keys() & now.keys() for d in differences(was[k], now[k], tolerance, f"{where}/{k}")
+        ]
     if isinstance(was, list) and isinstance(now, list) and len(was) == len(now):
         return [d for n, (a, b) in enumerate(zip(was, now)) for d in differences(a, b, tolerance, f"{where}/{n}")]
     if isinstance(was, float) and isinstance(now, int | float):
@@ -59,12 +61,16 @@ def test_twenty_steps_end_with_the_same_weights(name, folder):
     if golden["machine"] == golden_record.machine():
         assert now == was
     else:
-        changed = differences(was["losses"], now["losses"], 1e-5) + differences(was["projections"], now["projections"], 1e-5)
+        changed = differences(was["losses"], now["losses"], 1e-5) + differences(
+            was["projections"], now["projections"], 1e-5
+        )
         assert not changed, "\n".join(changed)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, elsewhere", [("figures_base", 1e-3), ("figures_relations", 0.02), ("figures_changes", 0.02)])
+@pytest.mark.parametrize(
+    "name, elsewhere", [("figures_base", 1e-3), ("figures_relations", 0.02), ("figures_changes", 0.02)]
+)
 def test_all_figures_without_a_mode(name, elsewhere, folder):
     check(name, folder, elsewhere)
 

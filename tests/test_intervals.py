@@ -3,19 +3,19 @@
 import numpy as np
 import pytest
 
-from pc_clip.evals import _intervals
+from pc_clip.metrics import intervals
 
 
 def test_the_interval_of_a_share_is_the_binomial_one():
     values = np.repeat([1.0, 0.0], [300, 100])
-    low, high = _intervals.of_mean(values, seed=0, draws=4000)
+    low, high = intervals.of_mean(values, seed=0, draws=4000)
     error = 1.96 * np.sqrt(0.75 * 0.25 / 400)
     assert low == pytest.approx(0.75 - error, abs=0.006) and high == pytest.approx(0.75 + error, abs=0.006)
 
 
 def test_what_never_varies_has_no_width():
-    assert _intervals.of_mean(np.ones(50), seed=1) == (1.0, 1.0)
-    assert _intervals.of_pairs(np.ones((9, 1)), np.arange(18).reshape(9, 2)) == [(1.0, 1.0)]
+    assert intervals.of_mean(np.ones(50), seed=1) == (1.0, 1.0)
+    assert intervals.of_pairs(np.ones((9, 1)), np.arange(18).reshape(9, 2)) == [(1.0, 1.0)]
 
 
 def test_pairs_that_share_an_image_are_not_independent():
@@ -24,8 +24,8 @@ def test_pairs_that_share_an_image_are_not_independent():
     hub = np.stack([np.zeros(40, dtype=int), others], axis=1)
     rest = np.stack([others, np.roll(others, 7)], axis=1)
     pairs, right = np.concatenate([hub, rest]), np.repeat([0.0, 1.0], 40)
-    low, high = _intervals.of_pairs(right[:, None], pairs)[0]
-    naive_low, naive_high = _intervals.of_mean(right, seed=0)
+    low, high = intervals.of_pairs(right[:, None], pairs)[0]
+    naive_low, naive_high = intervals.of_mean(right, seed=0)
     assert high - low > 2 * (naive_high - naive_low)
 
 
@@ -33,20 +33,20 @@ def test_weights_let_each_group_count_alike():
     pairs = np.arange(2400).reshape(1200, 2)
     right = np.repeat([1.0, 0.0], [900, 300])
     weight = np.repeat([1 / 900, 1 / 300], [900, 300])
-    (plain,) = _intervals.of_pairs(right[:, None], pairs)
-    (alike,) = _intervals.of_pairs(right[:, None], pairs, weight)
+    (plain,) = intervals.of_pairs(right[:, None], pairs)
+    (alike,) = intervals.of_pairs(right[:, None], pairs, weight)
     assert np.mean(plain) == pytest.approx(0.75, abs=0.04) and np.mean(alike) == pytest.approx(0.5, abs=0.04)
 
 
 def test_the_same_seed_gives_the_same_interval():
     values = np.random.default_rng(0).random(30)
-    assert _intervals.of_mean(values, 3) == _intervals.of_mean(values, 3) != _intervals.of_mean(values, 4)
+    assert intervals.of_mean(values, 3) == intervals.of_mean(values, 3) != intervals.of_mean(values, 4)
 
 
 def test_pairs_without_a_common_image_are_as_independent_as_anything():
     pairs = np.arange(2000).reshape(1000, 2)
     right = np.repeat([1.0, 0.0], [700, 300])
-    (low, high), error = _intervals.of_pairs(right[:, None], pairs)[0], 1.96 * np.sqrt(0.7 * 0.3 / 1000)
+    (low, high), error = intervals.of_pairs(right[:, None], pairs)[0], 1.96 * np.sqrt(0.7 * 0.3 / 1000)
     assert (low, high) == pytest.approx((0.7 - error, 0.7 + error), abs=1e-6)
 
 
@@ -58,6 +58,6 @@ def test_the_interval_covers_the_truth_as_often_as_it_says():
         pairs = rng.choice(150, (1500, 2))
         pairs = pairs[pairs[:, 0] != pairs[:, 1]]
         right = (ease[pairs].sum(1) + rng.normal(0, 1, len(pairs)) > 0).astype(float)
-        ((low, high),) = _intervals.of_pairs(right[:, None], pairs)
+        ((low, high),) = intervals.of_pairs(right[:, None], pairs)
         covered += low <= 0.5 <= high  # by symmetry the truth is one half
     assert 0.90 <= covered / 200 <= 0.99

@@ -19,10 +19,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pc_clip import environment, generate
-from pc_clip.config import GenerateConfig
-from pc_clip.shards import Processes
-from pc_clip.writers import RulesWriter
+from pc_clip.core import environment
+from pc_clip.core.config.write import GenerateConfig
+from pc_clip.core.distributed import Processes
+from pc_clip.write import generate
+from pc_clip.write.rules import RulesWriter
 
 forks = multiprocessing.get_context("fork")
 N_IMAGES, N_PAIRS = 40, 780

@@ -15,13 +15,14 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import finetune
-from pc_clip import learning_data
-from pc_clip.config import DataConfig, EmbedConfig, FinetuneConfig, MixConfig
-from pc_clip.configure import configure
-from pc_clip.datasets import embedded, open_dataset
-from pc_clip.embeddings import embed
-from pc_clip.errors import UserError
-from pc_clip.learning_data import load_dataset
+from pc_clip.core.cli import configure
+from pc_clip.core.config.settings import DataConfig, EmbedConfig, MixConfig
+from pc_clip.core.config.train import FinetuneConfig
+from pc_clip.core.errors import UserError
+from pc_clip.data import example_sets, training_data
+from pc_clip.data.embeddings import embed
+from pc_clip.data.registry import open_dataset
+from pc_clip.data.training_data import load_dataset
 
 SHADES = range(20, 140, 20)
 
@@ -242,13 +243,13 @@ def test_what_is_broken_is_looked_for_once_for_as_long_as_the_files_stay_as_they
     config = tsv("main")
     config.broken = "skip"
     harm("main/train/60.png")
-    looked, look = [], learning_data.broken_images
+    looked, look = [], training_data.broken_images
 
     def count(data, *how):
         looked.append(len(data))
         return look(data, *how)
 
-    monkeypatch.setattr(learning_data, "broken_images", count)
+    monkeypatch.setattr(training_data, "broken_images", count)
     first = load_dataset(config)
     assert 6 in looked
     looked.clear()
@@ -328,7 +329,7 @@ def test_training_on_pixels_stops_at_a_broken_picture_or_goes_on_without_it(tmp_
 
 
 def test_crops_are_learnt_from_and_processes_change_no_bit_of_the_result(monkeypatch):
-    monkeypatch.setitem(embedded.EXAMPLE_SIZES, "train", 40)
+    monkeypatch.setitem(example_sets.EXAMPLE_SIZES, "train", 40)
     Path("c.yaml").write_text("method: contrastive\nmodel:\n  train: both\ndata:\n  min_crop: 0.5\n")
     argv = ["--config", "c.yaml", "--train.batch_size", "16", "--train.steps", "3", "--train.lr", "1e-3"]
     ways = {"here": [], "two": ["--data.workers", "2"], "whole": ["--data.min_crop", "1"]}

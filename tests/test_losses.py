@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pc_clip import losses
+from pc_clip.train import losses
 
 
 def unit(x):

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pc_clip.overlap import content_words, likely_false
+from pc_clip.data.overlap import content_words, likely_false
 
 WORDS = ["red", "circle", "a", "two", "the", "blue", "of"]
 captions = st.lists(st.sampled_from(WORDS), max_size=4).map(" ".join)

@@ -8,14 +8,14 @@ import pytest
 import sample_differences
 import torch
 
-from pc_clip import differences
-from pc_clip.clip import Clip
-from pc_clip.config import FinetuneConfig, SamplerConfig, TrainConfig
-from pc_clip.embeddings import embed_images
-from pc_clip.errors import UserError
-from pc_clip.learning_data import load_dataset
-from pc_clip.methods import pairwise
-from pc_clip.training import finetune
+from pc_clip.core.config.train import FinetuneConfig, SamplerConfig, TrainConfig
+from pc_clip.core.errors import UserError
+from pc_clip.data import differences
+from pc_clip.data.embeddings import embed_images
+from pc_clip.data.training_data import load_dataset
+from pc_clip.models.clip import Clip
+from pc_clip.train.loop import finetune
+from pc_clip.train.methods import pairwise
 
 
 @pytest.fixture

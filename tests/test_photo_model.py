@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from pc_clip import _torchvision  # noqa: F401  (before timm and open_clip)
-from pc_clip.clip import Clip
-from pc_clip.errors import UserError
+from pc_clip.core.errors import UserError
 from pc_clip.example import photo
+from pc_clip.models import torchvision_compat  # noqa: F401  (before timm and open_clip)
+from pc_clip.models.clip import Clip
 
 import timm  # isort: skip
 import transformers  # isort: skip
@@ -185,7 +185,7 @@ def test_a_wrong_whole_leaves_nothing(tmp_path):
 @pytest.fixture(scope="module")
 def built() -> Clip:
     if photo.found_recipe(BUILT) != photo.RECIPE:
-        pytest.skip("the photo model is not built: python -m pc_clip.example.photo")
+        pytest.skip("the photo model is not built: python examples/photo_model.py")
     return Clip.create(f"local-dir:{BUILT}")
 
 

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 from conftest import SHARED
 
-from pc_clip.datasets import open_dataset
-from pc_clip.errors import UserError
+from pc_clip.core.errors import UserError
+from pc_clip.data.registry import open_dataset
+from pc_clip.data.statements import read_statements
+from pc_clip.data.views import located
 from pc_clip.example import photographs
-from pc_clip.statements import read_statements
-from pc_clip.views import located
 
 needs_coco = pytest.mark.skipif(not (SHARED / "coco_mini").is_dir(), reason="the COCO sample is not at hand")
 

@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 import torch
 
-from pc_clip import pickles
-from pc_clip.errors import UserError
+from pc_clip.core.errors import UserError
+from pc_clip.release import safe_pickle
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")  # of torch, about nested hostile ones
 PROTOCOLS = range(pickle.HIGHEST_PROTOCOL + 1)
@@ -30,7 +30,7 @@ COMMAND = f"touch {TRACE}"
 
 def load(content: bytes):
     Path("file.pkl").write_bytes(content)
-    return pickles.load(Path("file.pkl"))
+    return safe_pickle.load(Path("file.pkl"))
 
 
 class Call:
@@ -105,10 +105,10 @@ def test_big_endian_arrays_keep_their_values():
 @pytest.mark.parametrize("zipped", [True, False])
 def test_files_of_torch_save_are_read_by_its_weights_only_loader(zipped):
     torch.save({"a": torch.arange(4), "b": [1, "x"]}, "file.pt", _use_new_zipfile_serialization=zipped)
-    assert same({"a": torch.arange(4), "b": [1, "x"]}, pickles.load(Path("file.pt")))
+    assert same({"a": torch.arange(4), "b": [1, "x"]}, safe_pickle.load(Path("file.pt")))
     torch.save({"a": Call(os.system, COMMAND)}, "file.pt", _use_new_zipfile_serialization=zipped)
     with pytest.raises(UserError, match=r"file\.pt asks for posix\.system, which is not data"):
-        pickles.load(Path("file.pt"))
+        safe_pickle.load(Path("file.pt"))
     assert not TRACE.exists()
 
 
@@ -122,7 +122,7 @@ def nested(content: bytes) -> Call:
 
 def legacy(target) -> bytes:
     """A file of torch's old format: three pickles in front, then `target`."""
-    front = [pickles.TORCH_MAGIC, 1001, {"protocol_version": 1001, "little_endian": True}]
+    front = [safe_pickle.TORCH_MAGIC, 1001, {"protocol_version": 1001, "little_endian": True}]
     return b"".join(pickle.dumps(each, 2) for each in [*front, target, []])
 
 
@@ -198,7 +198,7 @@ def call(function: bytes, *arguments: bytes) -> bytes:
         ("torch._utils", "_rebuild_tensor_v2.__globals__"),
         ("numpy", "dtype.type"),
         ("builtins", "set.__class__"),
-        ("pc_clip.pickles", "_tensor"),
+        ("pc_clip.release.safe_pickle", "_tensor"),
         ("__main__", "anything"),
         ("", ""),
     ],
@@ -243,7 +243,7 @@ def test_the_old_instructions_for_instances_ask_by_name_too(protocol0):
 
 @pytest.mark.parametrize("new", [pickle.NEWOBJ, pickle.EMPTY_DICT + pickle.NEWOBJ_EX])
 def test_what_stands_for_a_class_cannot_be_instantiated_by_hand(new):
-    for module, name in pickles._KNOWN:
+    for module, name in safe_pickle._KNOWN:
         with pytest.raises(UserError):
             load(b"\x80\x04" + name_of(module, name) + b")" + new + b".")
 
@@ -252,7 +252,7 @@ def test_no_attribute_can_be_set_on_anything():
     state = pickle.EMPTY_DICT + text("__code__") + b"K\x01" + pickle.SETITEM
     slots = b"N" + state + pickle.TUPLE2  # (None, {...}): the form that calls setattr
     tensor = pickle.dumps(torch.ones(2), 4)[:-1]
-    makers = [name_of(module, name) for module, name in pickles._KNOWN]
+    makers = [name_of(module, name) for module, name in safe_pickle._KNOWN]
     for target in [b"N", b"]", b"}", tensor[2:], *makers]:
         for how in (state, slots):
             with pytest.raises(UserError, match="sets attributes of"):
@@ -264,12 +264,12 @@ def test_no_attribute_can_be_set_on_anything():
 
 
 def test_a_pickle_changes_nothing_that_the_next_one_uses():
-    before = dict(pickles._KNOWN), dict(pickle._Unpickler.dispatch)
+    before = dict(safe_pickle._KNOWN), dict(pickle._Unpickler.dispatch)
     for name, (content, _) in ATTACKS.items():
         with pytest.raises(UserError):
             load(pickle.dumps(content))
         assert same(DATA["tensors"], load(pickle.dumps(DATA["tensors"]))), name
-    assert before == (pickles._KNOWN, pickle._Unpickler.dispatch)
+    assert before == (safe_pickle._KNOWN, pickle._Unpickler.dispatch)
 
 
 def integer(value: int) -> bytes:
@@ -393,7 +393,7 @@ def test_a_large_tensor_inside_of_a_frame_is_found_where_it_is():
 
 def test_a_storage_that_says_it_is_longer_than_its_file_is_refused():
     content = legacy("x")[:-3]  # without the target and the list of keys
-    front = b"".join(pickle.dumps(e, 2) for e in [pickles.TORCH_MAGIC, 1001, {"little_endian": True}])
+    front = b"".join(pickle.dumps(e, 2) for e in [safe_pickle.TORCH_MAGIC, 1001, {"little_endian": True}])
     target = (
         b"\x80\x02(X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000X\x03\0\0\0cpu"
         + b"J" + struct.pack("<i", 2**30) + b"Nt" + pickle.BINPERSID + b"."
@@ -416,7 +416,7 @@ def test_a_file_cut_short_anywhere_is_said_to_be(protocol):
 
 def test_no_file_an_empty_one_and_text_are_errors_of_the_user():
     with pytest.raises(UserError, match="no file at none.pkl"):
-        pickles.load(Path("none.pkl"))
+        safe_pickle.load(Path("none.pkl"))
     for content in [
         b"",
         b"<!DOCTYPE html>",

@@ -8,7 +8,7 @@ from types import MappingProxyType
 import pytest
 import torch
 
-from pc_clip import precision
+from pc_clip.train import precision
 
 CPU = torch.device("cpu")
 

@@ -12,19 +12,19 @@ import torch.nn.functional as F
 from interrupting import interrupted_and_continued
 from safetensors.torch import load_file
 
-from pc_clip.clip import SCRATCH, Clip
-from pc_clip.config import FinetuneConfig, SamplerConfig, TrainConfig
-from pc_clip.datasets import embedded
-from pc_clip.embeddings import Embeddings, save_embeddings
-from pc_clip.errors import UserError
-from pc_clip.learning_data import load_dataset
-from pc_clip.methods import preference
-from pc_clip.training import finetune
+from pc_clip.core.config.train import FinetuneConfig, SamplerConfig, TrainConfig
+from pc_clip.core.errors import UserError
+from pc_clip.data import example_sets
+from pc_clip.data.embeddings import Embeddings, save_embeddings
+from pc_clip.data.training_data import load_dataset
+from pc_clip.models.clip import SCRATCH, Clip
+from pc_clip.train.loop import finetune
+from pc_clip.train.methods import preference
 
 
 @pytest.fixture(autouse=True)
 def _few(monkeypatch):
-    monkeypatch.setattr(embedded, "EXAMPLE_SIZES", {"train": 40, "val": 10, "test": 20})
+    monkeypatch.setattr(example_sets, "EXAMPLE_SIZES", {"train": 40, "val": 10, "test": 20})
 
 
 @pytest.fixture

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from pc_clip.config import EvaluateConfig
-from pc_clip.datasets import Dataset, Question, open_dataset
-from pc_clip.errors import UserError
+from pc_clip.core.config.evaluate import EvaluateConfig
+from pc_clip.core.errors import UserError
+from pc_clip.data.dataset import Dataset, Question
+from pc_clip.data.registry import open_dataset
 from pc_clip.evals import Subject, probe
 
 CLASSES = ("a", "b", "c")

@@ -17,12 +17,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from pc_clip import environment, generate
-from pc_clip.candidates import KEPT, Candidate, Query, crops, draw_queries, find_candidates, one_a_picture, retrieve
-from pc_clip.config import GenerateConfig, RankConfig
-from pc_clip.datasets.dataset import Dataset
-from pc_clip.errors import UserError
-from pc_clip.ranking import (
+from pc_clip.core import environment
+from pc_clip.core.config.write import GenerateConfig, RankDataConfig
+from pc_clip.core.distributed import Processes
+from pc_clip.core.errors import UserError
+from pc_clip.data.dataset import Dataset
+from pc_clip.data.statements import read_statements
+from pc_clip.data.views import views
+from pc_clip.write import generate
+from pc_clip.write.candidates import (
+    KEPT,
+    Candidate,
+    Query,
+    crops,
+    draw_queries,
+    find_candidates,
+    one_a_picture,
+    retrieve,
+)
+from pc_clip.write.progress import Parts
+from pc_clip.write.ranking import (
     draw_pairs,
     numbered,
     overlap,
@@ -34,10 +48,7 @@ from pc_clip.ranking import (
     ranked,
     shuffled,
 )
-from pc_clip.shards import Parts, Processes
-from pc_clip.statements import read_statements
-from pc_clip.views import views
-from pc_clip.writers import RulesWriter
+from pc_clip.write.rules import RulesWriter
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +61,10 @@ def _offline(monkeypatch):
 @pytest.fixture
 def config(small_example, tmp_path):
     return GenerateConfig(
-        task="rank", split="val", out=str(tmp_path / "out"), rank=RankConfig(n_queries=12, margin=0.5, least=5, most=6)
+        task="rank",
+        split="val",
+        out=str(tmp_path / "out"),
+        rank=RankDataConfig(n_queries=12, margin=0.5, least=5, most=6),
     )
 
 
@@ -168,7 +182,7 @@ def test_a_picture_that_is_there_twice_is_one_candidate(config, example_clip):
     noise = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
     pictures = [Image.fromarray(noise[k]).resize((64, 64)) for k in (0, 1, 0, 2, 0)]
     data = dataclasses.replace(made([(f"a thing {k}",) for k in range(5)]), load=pictures.__getitem__)
-    config.rank = RankConfig(margin=2.0, least=1)
+    config.rank = RankDataConfig(margin=2.0, least=1)
     for query, candidates, same_picture in find_candidates(config, data, example_clip):
         own = query.row if query.row in (0, 2, 4) else None
         shown = {c.row for c in candidates}
@@ -368,7 +382,7 @@ def test_captions_may_come_from_a_file(config):
     lines = [f"val-{n:05d}.png\tA {word} thing." for n, word in enumerate(["red", "blue", "green", "red"])]
     rows = [f"val-{n:05d}\t{line}" for n, line in enumerate(lines)]
     Path("c.tsv").write_text("\n".join(["id\timage\tcaption1", *rows]) + "\n")
-    config = dataclasses.replace(config, captions="c.tsv", rank=RankConfig(margin=2.0, least=2))
+    config = dataclasses.replace(config, captions="c.tsv", rank=RankDataConfig(margin=2.0, least=2))
     path = generate.generate(config)
     assert path.name == "c_rank.parquet"
     table = read(path)
@@ -409,7 +423,7 @@ def judge(monkeypatch):
         made.append(Judge())
         return made[-1]
 
-    monkeypatch.setattr("pc_clip.rank_answers.make_writer", make)
+    monkeypatch.setattr("pc_clip.write.rank_answers.make_writer", make)
     return made
 
 
@@ -432,7 +446,7 @@ def ranked_by_model(config, *captions):
     """The pairs of images by a language model, for a caption each of the first validation scenes."""
     rows = [f"val-{n:05d}\tx.png\t{caption}" for n, caption in enumerate(captions)]
     Path("c.tsv").write_text("\n".join(["id\timage\tcaption1", *rows]) + "\n")
-    config = dataclasses.replace(by_model(config), captions="c.tsv", rank=RankConfig(margin=2.0, least=1))
+    config = dataclasses.replace(by_model(config), captions="c.tsv", rank=RankDataConfig(margin=2.0, least=1))
     path = generate.generate(config)
     return [
         (row.caption, int(row.preferred_image[-1]), int(row.rejected_image[-1])) for row in read(path).itertuples()
@@ -458,7 +472,7 @@ def test_equal_descriptions_are_one_and_no_order_is_asked_of_them(config, judge)
 def test_a_language_model_is_not_asked_to_make_captions_up(config, judge, monkeypatch):
     data = generate.open_dataset("example", split="val")
     some = [texts if row % 2 else () for row, texts in enumerate(data.captions)]
-    monkeypatch.setattr("pc_clip.generate_rank.load_dataset", lambda _: dataclasses.replace(data, captions=some))
+    monkeypatch.setattr("pc_clip.write.rank.load_dataset", lambda _: dataclasses.replace(data, captions=some))
     stream = Judge.stream
 
     def strict(self, jobs):
@@ -493,7 +507,7 @@ def test_interrupted_in_either_phase_and_continued_it_is_as_uninterrupted(config
 
     with monkeypatch.context() as patch, pytest.raises((KeyboardInterrupt, TypeError)):
         patch.setattr(Judge, "stream", stops)
-        patch.setattr("pc_clip.generate_rank.put_in_place", None)  # reached at the end alone
+        patch.setattr("pc_clip.write.rank.put_in_place", None)  # reached at the end alone
         generate.generate(config)
     monkeypatch.setattr(Judge, "stream", noted)
     path = generate.generate(config)
@@ -527,7 +541,7 @@ def test_a_working_folder_that_was_half_removed_goes_with_the_next_call(config, 
 
         def stops(self):
             if step == "rmtree":
-                patch.setattr("pc_clip.shards.shutil.rmtree", lambda *_, **__: None)
+                patch.setattr("pc_clip.write.progress.shutil.rmtree", lambda *_, **__: None)
                 remove(self)
             raise KeyboardInterrupt
 
@@ -708,7 +722,7 @@ def test_a_server_that_refuses_pictures_ends_it_with_the_way_out(config, server)
     ],
 )
 def test_settings_that_cannot_be_are_refused(config, settings, message):
-    rank = RankConfig(**settings.pop("rank", {}))
+    rank = RankDataConfig(**settings.pop("rank", {}))
     with pytest.raises(UserError, match=message):
         generate.generate(dataclasses.replace(config, **{"rank": rank, **settings}))
 
@@ -743,7 +757,7 @@ def test_a_name_that_sentences_have_is_refused_and_the_other_way_round(config):
 
 def test_captions_that_say_nothing_give_no_pairs_and_no_file(config):
     Path("c.tsv").write_text("id\timage\tcaption1\nval-00000\ta.png\tthe of\nval-00001\tb.png\tis a\n")
-    config = dataclasses.replace(config, captions="c.tsv", rank=RankConfig(margin=2.0, least=2))
+    config = dataclasses.replace(config, captions="c.tsv", rank=RankDataConfig(margin=2.0, least=2))
     with pytest.raises(UserError, match="no two candidates could be told apart"):
         generate.generate(config)
     assert not list(Path(config.out).glob("*.parquet"))

@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [line.split("  #")[0].strip() for line in re.findall(r"^    (python .*)$", README, re.MULTILINE)]
-NEEDS_DATA = ("diffs_llama2_coco", "pc_clip_coco", "cifar100", "pc_clip.release")
+NEEDS_DATA = ("diffs_llama2_coco", "pc_clip_coco", "cifar100", "pc_clip.release.authors")
 DESCRIBED = ("results", "simclip", "clip_po", "change")  # documents with tables of studies
 
 

@@ -8,8 +8,8 @@ from conftest import SHARED
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pc_clip.errors import UserError
-from pc_clip.relations import RELATIONS, category, contradict, find_relation
+from pc_clip.core.errors import UserError
+from pc_clip.data.relations import RELATIONS, category, contradict, find_relation
 
 CATEGORIES = {
     "Adjacency",

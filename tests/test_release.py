@@ -13,14 +13,15 @@ import torch
 
 import finetune
 import run
-from pc_clip import differences, pickles, release
-from pc_clip.checkpoint import load_model
-from pc_clip.clip import Clip
-from pc_clip.datasets import read_coco_captions
-from pc_clip.datasets.embedded import example
-from pc_clip.embedding_shards import read_file, read_head
-from pc_clip.embeddings import embed_images
-from pc_clip.errors import UserError
+from pc_clip.core.errors import UserError
+from pc_clip.data import differences
+from pc_clip.data.captions import read_coco_captions
+from pc_clip.data.embedding_shards import read_file, read_head
+from pc_clip.data.embeddings import embed_images
+from pc_clip.data.example_sets import example
+from pc_clip.models.clip import Clip
+from pc_clip.models.loading import load_model
+from pc_clip.release import authors, safe_pickle
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")  # of torch, about hostile files
 EMBEDDINGS, CAPTIONS, INDICES = (
@@ -60,7 +61,7 @@ def per_image():
 
 def convert_embeddings(content, tiny, *more):
     save("embeddings.pkl", content)
-    release.main(["embeddings", "--from", "embeddings.pkl", "--model", tiny, *more])
+    authors.main(["embeddings", "--from", "embeddings.pkl", "--model", tiny, *more])
 
 
 def converted():
@@ -74,7 +75,7 @@ def converted():
 
 def test_the_authors_checkpoint_becomes_one_of_ours_that_run_py_takes(small_example, example_clip, capsys):
     torch.save(example_clip.model.state_dict(), "theirs.pt")
-    release.main(["checkpoint", "--from", "theirs.pt", "--model", "example"])
+    authors.main(["checkpoint", "--from", "theirs.pt", "--model", "example"])
     found = load_model("data/release/pc_clip")
     assert found.name == "example"
     assert found.weights_hash() == example_clip.weights_hash()
@@ -86,19 +87,19 @@ def test_the_authors_checkpoint_becomes_one_of_ours_that_run_py_takes(small_exam
 
 
 def test_the_papers_model_keeps_the_tag_of_the_weights_it_was_finetuned_from(tiny, monkeypatch):
-    monkeypatch.setattr(release, "MODEL", tiny)  # ViT-L-14 itself has 428 million weights
+    monkeypatch.setattr(authors, "MODEL", tiny)  # ViT-L-14 itself has 428 million weights
     model = Clip.create(tiny, load_weights=False).model
     torch.save(model.state_dict(), "theirs.pt")
-    release.main(["checkpoint", "--from", "theirs.pt", "--out", "out/model.safetensors"])
+    authors.main(["checkpoint", "--from", "theirs.pt", "--out", "out/model.safetensors"])
     assert load_model("out/model.safetensors").pretrained == "datacomp_xl_s13b_b90k"
-    release.main(["checkpoint", "--from", "theirs.pt", "--out", "mine", "--pretrained", "own"])
+    authors.main(["checkpoint", "--from", "theirs.pt", "--out", "mine", "--pretrained", "own"])
     assert load_model("mine").pretrained == "own"
 
 
 def test_a_checkpoint_of_another_model_is_refused_and_nothing_written(tiny, example_clip):
     torch.save(example_clip.model.state_dict(), "theirs.pt")
     with pytest.raises(UserError, match=r"theirs\.pt does not fit local-dir:tiny.*with --model\.$"):
-        release.main(["checkpoint", "--from", "theirs.pt", "--model", tiny])
+        authors.main(["checkpoint", "--from", "theirs.pt", "--model", tiny])
     assert not Path("data").exists()
 
 
@@ -115,7 +116,7 @@ def test_a_hostile_file_in_place_of_any_of_the_three_is_refused_and_does_nothing
         save("hostile.pkl", content)
         for path in ("hostile.pt", "hostile.pkl"):
             with pytest.raises(UserError, match=r"posix\.system|more than weights|not a whole checkpoint"):
-                release.main([what, "--from", path, "--out", f"out{n}"])
+                authors.main([what, "--from", path, "--out", f"out{n}"])
     assert not Path("run.by.pickle").exists()
     assert not list(Path().glob("out*"))
 
@@ -140,7 +141,7 @@ def test_one_row_an_image(tiny, capsys):
     for line in (
         f"{EMBEDDINGS}: 3 images, 4 numbers each",
         f"{CAPTIONS}: 4 captions",
-        "next: python -m pc_clip.release",
+        "next: python -m pc_clip release",
     ):
         assert line in shown
     assert "left out" not in shown
@@ -157,7 +158,7 @@ def per_caption():
 
 @pytest.mark.parametrize("block", [1, 2, 1000])
 def test_one_row_a_caption_keeps_the_first_of_each_image(tiny, monkeypatch, capsys, block):
-    monkeypatch.setattr(release, "BLOCK", block)
+    monkeypatch.setattr(authors, "BLOCK", block)
     content = per_caption()
     convert_embeddings(content, tiny)
     z, ids, _ = converted()
@@ -243,7 +244,7 @@ def test_embeddings_of_another_layout_are_refused_with_the_place_and_nothing_is_
 def test_embeddings_of_another_width_than_the_papers_model_are_refused():
     save("embeddings.pkl", per_image())
     with pytest.raises(UserError, match="4 numbers an image, and ViT-L-14 gives 768"):
-        release.main(["embeddings", "--from", "embeddings.pkl"])
+        authors.main(["embeddings", "--from", "embeddings.pkl"])
 
 
 def memory(of: str) -> int:
@@ -266,13 +267,13 @@ def test_the_conversion_holds_the_embeddings_once(monkeypatch):
     captions = [entry(row // 2 + 1, "a dog", row) for row in range(n)]
     with open("embeddings.pkl", "wb") as file:
         pickle.dump({"clip_embedding": z, "captions": captions, "inds": list(range(n))}, file)
-    monkeypatch.setattr(release, "BLOCK", 64)
+    monkeypatch.setattr(authors, "BLOCK", 64)
     used = {}
-    for how in (pickles.load, lambda path: pickle.loads(path.read_bytes())):
-        monkeypatch.setattr(pickles, "load", how)
+    for how in (safe_pickle.load, lambda path: pickle.loads(path.read_bytes())):
+        monkeypatch.setattr(safe_pickle, "load", how)
         before = memory("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")
-        release.main(["embeddings", "--from", "embeddings.pkl", "--model", "local-dir:wide", "--overwrite"])
+        authors.main(["embeddings", "--from", "embeddings.pkl", "--model", "local-dir:wide", "--overwrite"])
         used[how] = (memory("VmHWM") - before) / z.nbytes
     ours, plain = used.values()
     assert 0.9 < ours < 1.5
@@ -285,7 +286,7 @@ def test_the_conversion_holds_the_embeddings_once(monkeypatch):
 
 def convert_differences(indices, texts, *more):
     save("differences.pkl", {"indices": indices, "llm_diffs": texts})
-    release.main(["differences", "--from", "differences.pkl", *more])
+    authors.main(["differences", "--from", "differences.pkl", *more])
 
 
 def test_differences_get_their_image_ids_and_pass_the_filter(tiny, capsys):
@@ -337,7 +338,7 @@ def test_differences_of_another_layout_are_refused_with_the_place_and_nothing_is
     content, message = BAD_DIFFERENCES[name]
     save("differences.pkl", content)
     with pytest.raises(UserError, match=message):
-        release.main(["differences", "--from", "differences.pkl"])
+        authors.main(["differences", "--from", "differences.pkl"])
     assert not Path("llm_diffs").exists()
 
 
@@ -347,12 +348,12 @@ def test_differences_need_the_embeddings_first():
     with pytest.raises(
         UserError, match=r"no data/release/indices\.json.*Run first: python -m pc_clip\.release embeddings$"
     ):
-        release.main(argv)
+        authors.main(argv)
     INDICES.parent.mkdir(parents=True)
     for content in ("{", "[]", '{"images": {"a": "9"}, "embeddings": "x"}', '{"images": {}}'):
         INDICES.write_text(content)
         with pytest.raises(UserError, match=r"indices\.json is not what .* writes; run that again with --overwrite"):
-            release.main(argv)
+            authors.main(argv)
 
 
 # -- files and the network -----------------------------------------------------------------------------
@@ -365,12 +366,12 @@ def test_what_is_there_is_replaced_only_on_request(tiny, example_clip):
         torch.save(example_clip.model.state_dict(), "checkpoint.pkl")
         argv = [what, "--from", f"{what}.pkl"]
         argv += [] if what == "differences" else ["--model", tiny if what == "embeddings" else "example"]
-        release.main(argv)
+        authors.main(argv)
         made = {path: path.stat().st_mtime_ns for path in Path().rglob("*") if path.parts[0] in ("data", "llm_diffs")}
         with pytest.raises(UserError, match=r"there already; --overwrite replaces"):
-            release.main(argv)
+            authors.main(argv)
         assert all(path.stat().st_mtime_ns == when for path, when in made.items())
-        release.main([*argv, "--overwrite"])
+        authors.main([*argv, "--overwrite"])
 
 
 @pytest.mark.parametrize("what", ["embeddings", "differences"])
@@ -381,12 +382,12 @@ def test_a_file_cut_short_and_a_file_that_is_none_are_errors_of_the_user(what, t
     for n, bad in enumerate([content[: len(content) // 2], content[:-1], b"", b"hello", bytes(50)]):
         Path("bad.pkl").write_bytes(bad)
         with pytest.raises(UserError, match=r"bad\.pkl is not a whole pickle"):
-            release.main([what, "--from", "bad.pkl", "--out", f"out{n}"])
+            authors.main([what, "--from", "bad.pkl", "--out", f"out{n}"])
     with pytest.raises(UserError, match=r"no file at none\.pkl\. Leave --from out to fetch it from https://drive"):
-        release.main([what, "--from", "none.pkl", "--out", "out"])
+        authors.main([what, "--from", "none.pkl", "--out", "out"])
     Path("page.pkl").write_text("\n<!DOCTYPE html><title>Google Drive - Quota exceeded</title>")
     with pytest.raises(UserError, match=r"page\.pkl is a web page\. Google's daily quota"):
-        release.main([what, "--from", "page.pkl", "--out", "out"])
+        authors.main([what, "--from", "page.pkl", "--out", "out"])
     assert not list(Path().glob("out*"))
 
 
@@ -412,7 +413,7 @@ def drive(monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Drive)
     server.files, server.asked = {}, []
-    monkeypatch.setattr(release, "DRIVE", f"http://127.0.0.1:{server.server_port}/{{id}}")
+    monkeypatch.setattr(authors, "DRIVE", f"http://127.0.0.1:{server.server_port}/{{id}}")
     threading.Thread(target=server.serve_forever, daemon=True, kwargs={"poll_interval": 0.01}).start()
     yield server
     server.shutdown()
@@ -426,11 +427,11 @@ def test_the_three_files_are_fetched_by_id_and_once(drive, tiny, example_clip):
         "embeddings": pickle.dumps(per_image()),
         "differences": pickle.dumps({"indices": [(70, 72)], "llm_diffs": [TEXT.format("two")]}),
     }
-    drive.files = {release.IDS[what]: (200, "application/octet-stream", body) for what, body in content.items()}
+    drive.files = {authors.IDS[what]: (200, "application/octet-stream", body) for what, body in content.items()}
     for _ in range(2):
-        release.main(["checkpoint", "--model", "example", "--overwrite"])
-        release.main(["embeddings", "--model", tiny, "--overwrite"])
-        release.main(["differences", "--overwrite"])
+        authors.main(["checkpoint", "--model", "example", "--overwrite"])
+        authors.main(["embeddings", "--model", tiny, "--overwrite"])
+        authors.main(["differences", "--overwrite"])
     assert drive.asked == [
         "1OZGQ8f6N4WuSQFn4-e7kzcEZdpKPbEfp", "1dRap0Ses7SajnGoj8hczvJ_o2Ze6JztX", "1yYzHizjCy9ewfagL4uG-iZHQXsWLz48p",
     ]  # fmt: skip
@@ -441,34 +442,34 @@ def test_the_three_files_are_fetched_by_id_and_once(drive, tiny, example_clip):
 
 def test_a_page_about_the_quota_is_not_taken_for_the_file(drive, tiny):
     page = b"<!DOCTYPE html><html><head><title>Google Drive - Quota exceeded</title></head></html>"
-    drive.files = {release.IDS["embeddings"]: (200, "text/html; charset=utf-8", page)}
+    drive.files = {authors.IDS["embeddings"]: (200, "text/html; charset=utf-8", page)}
     for _ in range(2):  # and the next call asks again
         with pytest.raises(UserError, match=r"quota.*may be used up.*in a browser, save the file, and give .* --from"):
-            release.main(["embeddings", "--model", tiny])
+            authors.main(["embeddings", "--model", tiny])
     assert len(drive.asked) == 2
     assert not [path for path in Path("data").rglob("*") if path.is_file()]
 
 
 def test_what_gdown_cannot_fetch_is_said_in_one_line_with_the_address(drive, tiny, monkeypatch):
-    with pytest.raises(UserError, match=rf"{release.IDS['embeddings']} could not be fetched \(404.*--from"):
-        release.main(["embeddings", "--model", tiny])
+    with pytest.raises(UserError, match=rf"{authors.IDS['embeddings']} could not be fetched \(404.*--from"):
+        authors.main(["embeddings", "--model", tiny])
 
     def refuse(*_, **__):
         raise gdown.exceptions.FileURLRetrievalError("Cannot retrieve the public link.\n\n\tHave had many accesses.")
 
     monkeypatch.setattr(gdown, "download", refuse)
     with pytest.raises(UserError, match=r"public link\. Have had many accesses.\)\. Google's daily quota.*--from\.$"):
-        release.main(["embeddings", "--model", tiny])
+        authors.main(["embeddings", "--model", tiny])
 
 
 def test_the_command_explains_itself(capsys):
     for argv in (["--help"], ["checkpoint", "--help"], ["embeddings", "--help"], ["differences", "--help"]):
         with pytest.raises(SystemExit) as stopped:
-            release.main(argv)
+            authors.main(argv)
         assert stopped.value.code == 0
-        assert "pc_clip.release" in capsys.readouterr().out
+        assert "pc_clip.release.authors" in capsys.readouterr().out
     with pytest.raises(SystemExit) as stopped:
-        release.main([])
+        authors.main([])
     assert stopped.value.code == 2
 
 
@@ -486,8 +487,8 @@ def test_training_goes_on_from_the_released_files_without_a_picture(example_clip
     texts = [f"The first image shows {data.captions[a // 7][0]}, while the second shows {data.captions[b // 7][0]}."
              for a, b in pairs]  # fmt: skip
     Path("d.pkl").write_bytes(pickle.dumps({"indices": pairs, "llm_diffs": texts}))
-    release.main(["embeddings", "--from", "e.pkl", "--model", "example"])
-    release.main(["differences", "--from", "d.pkl"])
+    authors.main(["embeddings", "--from", "e.pkl", "--model", "example"])
+    authors.main(["differences", "--from", "d.pkl"])
     where = ["--model.name", "example", "--data.dataset", "coco", "--data.root", "data/release", "--data.split",
              "release", "--train.batch_size", "16", "--train.steps", "3"]  # fmt: skip
     released = ["--data.embeddings", "data/release/coco_embeddings.safetensors"]

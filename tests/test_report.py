@@ -14,11 +14,11 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from pc_clip import report
-from pc_clip.errors import UserError
-from pc_clip.report_page import charts, pictures, tables, training, words
-from pc_clip.report_page.charts import Dot, Line
-from pc_clip.report_page.summary import split
+from pc_clip.core.errors import UserError
+from pc_clip.report import report
+from pc_clip.report.page import charts, pictures, tables, training, words
+from pc_clip.report.page.charts import Dot, Line
+from pc_clip.report.page.summary import split
 
 EVIL = "<script>alert(1)</script>"
 SVG = "{http://www.w3.org/2000/svg}"
@@ -312,7 +312,7 @@ def test_the_header_and_the_sources_say_how_figures_were_made():
     assert facts["Code"] == "0123456789ab with uncommitted changes"
     assert facts["Made"] == "2026-03-04 05:06 UTC"
     assert facts["Versions"] == "python 3.11.7, torch 9.8"
-    assert facts["This page"].startswith("python -m pc_clip.report results, 2")
+    assert facts["This page"].startswith("python -m pc_clip report results, 2")
     row = next(iter(table(root, next(c for c in captions(root) if c.startswith("Results;"))).values()))
     assert (row["Seed"], row["n"], row["Key"]) == ("7", "40", "k" * 16)
     assert "python run.py --mode 'zero shot'" in words_of(root.find(".//dl[@class='commands']"))

@@ -13,11 +13,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import run
-from pc_clip import report
-from pc_clip.config import EvaluateConfig
-from pc_clip.datasets import Dataset, open_dataset
-from pc_clip.errors import UserError
-from pc_clip.evals import Subject, _intervals, retrieve
+from pc_clip.core.config.evaluate import EvaluateConfig
+from pc_clip.core.errors import UserError
+from pc_clip.data.dataset import Dataset
+from pc_clip.data.registry import open_dataset
+from pc_clip.evals import Subject, retrieve
+from pc_clip.metrics import intervals as _intervals
+from pc_clip.metrics import retrieval
+from pc_clip.report import report
 
 FAMILIES = ("t2i", "i2t", "paired_t2i", "paired_i2t")
 
@@ -99,7 +102,7 @@ def test_all_figures_are_what_counting_one_query_at_a_time_gives(case):
         candidates = sum(each) if name == "i2t" else len(z)
         assert found.details[f"{name}_median_rank"] == np.median([np.mean(open_to) for _, open_to in queries])
         assert found.details["tied"][name] == pytest.approx(np.mean([len(open_to) > 1 for _, open_to in queries]))
-        for k in (k for k in retrieve.KS if k < candidates):
+        for k in (k for k in retrieval.KS if k < candidates):
             names.add(f"{name}_r{k}")
             assert found.metrics[f"{name}_r{k}"] == pytest.approx(np.mean([hit(open_to, k) for _, open_to in queries]))
     assert set(found.metrics) == set(found.intervals) == names | {m for m in found.metrics if m.startswith("centred")}
@@ -109,11 +112,11 @@ def test_all_figures_are_what_counting_one_query_at_a_time_gives(case):
 def test_no_tie_is_worth_more_than_breaking_it_at_random(case):
     z, texts, each = case
     owner = np.repeat(np.arange(len(each)), each)
-    family = retrieve.families(torch.tensor(z).float(), torch.tensor(texts).float(), np.array(each))["i2t"]
+    family = retrieval.families(torch.tensor(z).float(), torch.tensor(texts).float(), np.array(each))["i2t"]
     for n, (first, last) in enumerate(zip(*family.ranks)):
         scores = np.array(texts) @ np.array(z[n])
         right = int((scores[owner == n] == scores[owner == n].max()).sum())
-        for k in retrieve.KS:
+        for k in retrieval.KS:
             kept = min(max(k + 1 - first, 0), last - first + right)  # places of the tie that lie within k
             chance = 1 - comb(last - first, kept) / comb(last - first + right, kept)
             assert family.ranks.hits(k)[n] <= chance + 1e-12
@@ -209,7 +212,7 @@ def test_a_k_that_every_answer_meets_is_left_out_and_said():
     assert set(found.details["left_out"]) == {
         f"{name}_r{k}"
         for name in (*FAMILIES, "centred_i2t")
-        for k in retrieve.KS
+        for k in retrieval.KS
         if k >= (20 if name in ("i2t", "centred_i2t") else 10)
     }
     assert found.details["left_out"]["t2i_r10"].endswith("number of candidates, 10")
@@ -237,9 +240,9 @@ def test_the_same_text_of_two_images_ties_exactly_wherever_it_stands(images):
 def test_the_size_of_blocks_changes_nothing(case, at_once):
     z, texts, each = case
     owner = np.repeat(np.arange(len(z)), each)
-    search = [retrieve.Search(np.arange(len(z)), owner[:, None])]
+    search = [retrieval.Search(np.arange(len(z)), owner[:, None])]
     whole, parts = (
-        retrieve.ranks(torch.tensor(texts).float(), torch.tensor(z).float(), search, size)[0]
+        retrieval.ranks(torch.tensor(texts).float(), torch.tensor(z).float(), search, size)[0]
         for size in (10_000, at_once)
     )
     assert np.array_equal(whole, parts)

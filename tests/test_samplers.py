@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from pc_clip import samplers
-from pc_clip.clusters import sizes
-from pc_clip.config import FinetuneConfig, SamplerConfig, TrainConfig
-from pc_clip.errors import UserError
+from pc_clip.core.config.train import FinetuneConfig, SamplerConfig, TrainConfig
+from pc_clip.core.errors import UserError
+from pc_clip.train import samplers
+from pc_clip.train.clusters import sizes
 
 GROUPS, EACH = 12, 8  # examples that are alike: 0-7, 8-15, ...
 N = GROUPS * EACH

@@ -15,12 +15,13 @@ from test_writers import TEMPLATE, save_llama
 import finetune
 import generate_diffs
 import run
-from pc_clip import generate
-from pc_clip.cleaning import Checked
-from pc_clip.config import DataConfig, GenerateConfig
-from pc_clip.datasets import open_dataset
-from pc_clip.differences import Difference, to_line
-from pc_clip.errors import UserError
+from pc_clip.core.config.settings import DataConfig
+from pc_clip.core.config.write import GenerateConfig
+from pc_clip.core.errors import UserError
+from pc_clip.data.differences import Difference, to_line
+from pc_clip.data.registry import open_dataset
+from pc_clip.write import generate
+from pc_clip.write.cleaning import Checked
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
@@ -272,7 +273,7 @@ def test_unknown_names_in_run():
 
 
 def test_no_permission_and_no_space_are_said(small_example, monkeypatch, capsys):
-    from pc_clip.errors import run_script
+    from pc_clip.core.errors import run_script
 
     for number, words in ((13, "permission denied"), (28, "no space is left"), (30, "read-only")):
 
@@ -287,7 +288,7 @@ def test_no_permission_and_no_space_are_said(small_example, monkeypatch, capsys)
 
 
 def test_an_interruption_says_how_to_go_on(capsys):
-    from pc_clip.errors import run_script
+    from pc_clip.core.errors import run_script
 
     def interrupted():
         raise KeyboardInterrupt

@@ -16,10 +16,11 @@ import pytest
 from faulty_server import FAULTS, HTML, FaultyProxy, Server, as_json, closing, sentence
 from PIL import Image
 
-from pc_clip import prompts
-from pc_clip.errors import UserError
-from pc_clip.writers.job import Job
-from pc_clip.writers.server import ServerConfig, ServerWriter, request_id
+from pc_clip.core.config.write import ServerConfig
+from pc_clip.core.errors import UserError
+from pc_clip.write import prompts
+from pc_clip.write.server import ServerWriter, request_id
+from pc_clip.write.writers import Job
 
 PAIRS = prompts.read(prompts.FOLDER / "pairs.yaml")
 JOBS = [Job(f"a dog on {n} sofas", f"{n} cats in a kitchen", 10 * n) for n in range(40)]

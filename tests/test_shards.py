@@ -19,11 +19,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pc_clip import generate, shards
-from pc_clip.config import GenerateConfig
-from pc_clip.errors import UserError
-from pc_clip.shards import Jobs, Parts, Processes
-from pc_clip.writers import Job, RulesWriter
+from pc_clip.core.config.write import GenerateConfig
+from pc_clip.core.distributed import Processes
+from pc_clip.core.errors import UserError
+from pc_clip.write import generate, progress
+from pc_clip.write.progress import Jobs, Parts
+from pc_clip.write.rules import RulesWriter
+from pc_clip.write.writers import Job
 
 ROOT = Path(__file__).parents[1]
 N_PAIRS = 45  # of 10 images
@@ -210,13 +212,13 @@ def test_a_line_is_with_the_system_at_once_and_on_the_disk_soon(tmp_path, monkey
         synced.append(os.fstat(file).st_size)
         reached.set()
 
-    monkeypatch.setattr(shards, "SYNC_EVERY", 0.01)
+    monkeypatch.setattr(progress, "SYNC_EVERY", 0.01)
     with Parts(tmp_path / "a.jsonl").lock(0), Parts(tmp_path / "a.jsonl").shard(0) as shard:
         monkeypatch.setattr(os, "fsync", watched)
         shard.add({"n": 0})
         assert shard.path.read_bytes() == b'{"n": 0}\n'
         assert reached.wait(10)  # with no second line to push it there
-        monkeypatch.setattr(shards, "SYNC_EVERY", 1000)
+        monkeypatch.setattr(progress, "SYNC_EVERY", 1000)
         shard.add({"n": 1})
     assert synced[-1] == len(shard.path.read_bytes()) == 18
 

@@ -13,17 +13,17 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from pc_clip import checkpoint
-from pc_clip.change import features
-from pc_clip.change.decoder import Shape
-from pc_clip.change.model import fresh
-from pc_clip.change.vocabulary import PAD, Vocabulary
-from pc_clip.clip import Clip
-from pc_clip.config import FinetuneConfig, SamplerConfig, TrainConfig
-from pc_clip.datasets import open_dataset
-from pc_clip.errors import UserError
-from pc_clip.methods import change, pairwise
-from pc_clip.training import finetune
+from pc_clip.core.config.train import FinetuneConfig, SamplerConfig, TrainConfig
+from pc_clip.core.errors import UserError
+from pc_clip.data import pair_features
+from pc_clip.data.registry import open_dataset
+from pc_clip.models import loading
+from pc_clip.models.caption_decoder import Shape
+from pc_clip.models.change_model import fresh
+from pc_clip.models.clip import Clip
+from pc_clip.models.vocabulary import PAD, Vocabulary
+from pc_clip.train.loop import finetune
+from pc_clip.train.methods import change, pairwise
 
 
 @pytest.fixture(autouse=True)
@@ -46,12 +46,12 @@ def captioner(path: Path, texts: list[str], shape: Shape) -> str:
     clip = Clip.create("example_vit")
     clip.change = fresh(clip, None, seed=0)
     clip.change.add_decoder(Vocabulary.of(clip.tokenizer, texts), shape)
-    checkpoint.save_model(path, clip)
+    loading.save_model(path, clip)
     return str(path)
 
 
 def method(config: FinetuneConfig) -> change.Method:
-    clip = checkpoint.load_model(config.model.start) if config.model.start else Clip.create("example_vit")
+    clip = loading.load_model(config.model.start) if config.model.start else Clip.create("example_vit")
     return change.Method(clip, open_dataset("example_changes", None, "train"), config)
 
 
@@ -104,7 +104,7 @@ def test_weights_for_pairs_that_nothing_describes_are_not_dropped():
     del about["change"]
     save_file(weights, path, {"pc_clip": json.dumps(about)})
     with pytest.raises(UserError, match="has .* weights for pairs of images, but not what describes them"):
-        checkpoint.load_model(path)
+        loading.load_model(path)
 
 
 # -- a decoder that learns on --------------------------------------------------------------------------
@@ -165,7 +165,7 @@ def test_adapters_learn_in_the_towers_that_a_stage_reaches(config, stage, towers
     assert {name.split(".")[0] for name in moved} - {"text_projection"} == towers
     assert ("visual.proj" in moved) == (stage == "retrieve")
     assert not any("lora" in name or "parametrizations" in name for name in saved)
-    assert checkpoint.load_model("runs/a").change.encoder.blocks == 6
+    assert loading.load_model("runs/a").change.encoder.blocks == 6
 
 
 def test_recomputing_keeps_less_and_gives_the_same_gradients():
@@ -192,7 +192,7 @@ def test_kept_features_do_not_depend_on_the_decoder(config):
     config.change.freeze = True
     for config.change.width in (16, 32):
         method(config)
-    assert len(list(features.CACHE.glob("*.npy"))) == 1
+    assert len(list(pair_features.CACHE.glob("*.npy"))) == 1
 
 
 def test_settings_of_clusters_that_mean_nothing_are_told(config):

@@ -6,10 +6,11 @@ import pandas
 import pytest
 from conftest import SHARED
 
-from pc_clip.errors import UserError
-from pc_clip.relations import RELATIONS
-from pc_clip.statements import Statement, label_of, read_statements
-from pc_clip.views import match
+from pc_clip.core.errors import UserError
+from pc_clip.data.dataset import Statement
+from pc_clip.data.relations import RELATIONS
+from pc_clip.data.statements import label_of, read_statements
+from pc_clip.data.views import match
 
 PLAIN = {"image": "a.jpg", "preferred": "a red car", "rejected": "a blue car"}
 ARO = {

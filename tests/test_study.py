@@ -9,11 +9,12 @@ import pandas as pd
 import pytest
 import yaml
 
-from pc_clip import methods, study
-from pc_clip.errors import UserError
-from pc_clip.study import Job, conduct
-from pc_clip.study_config import Study
-from pc_clip.study_table import COLUMNS
+from pc_clip.core.errors import UserError
+from pc_clip.report import study
+from pc_clip.report.study import Job, conduct
+from pc_clip.report.study_config import Study
+from pc_clip.report.study_table import COLUMNS
+from pc_clip.train import methods
 
 ROOT = Path(__file__).parents[1]
 SMALL = Study(

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from pc_clip import study_compare
-from pc_clip.errors import UserError
-from pc_clip.study_compare import COLUMNS, compare, differences, holm, render_comparison
-from pc_clip.study_config import Study
-from pc_clip.study_table import Measured
+from pc_clip.core.errors import UserError
+from pc_clip.report import study_compare
+from pc_clip.report.study_compare import COLUMNS, compare, differences, holm, render_comparison
+from pc_clip.report.study_config import Study
+from pc_clip.report.study_table import Measured
 
 METRICS = ["r1", "r5"]
 

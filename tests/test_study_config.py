@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pc_clip.errors import UserError
-from pc_clip.study_config import Study
+from pc_clip.core.errors import UserError
+from pc_clip.report.study_config import Study
 
 REST = {"name": "s", "evaluations": [["--mode", "retrieve"]], "metrics": ["t2i_r1", "i2t_r1"]}
 GRID = {

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pc_clip.errors import UserError
-from pc_clip.study_config import Study
-from pc_clip.study_plot import MOST_BARS, plot
-from pc_clip.study_table import best, read_results, render, render_choice, tabulate
+from pc_clip.core.errors import UserError
+from pc_clip.report.study_config import Study
+from pc_clip.report.study_plot import MOST_BARS, plot
+from pc_clip.report.study_table import best, read_results, render, render_choice, tabulate
 
 
 def study(*variants: str, **more) -> Study:

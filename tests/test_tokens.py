@@ -15,15 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 
-from pc_clip import array_cache, differences, tokens
-from pc_clip.clip import Clip
-from pc_clip.config import FinetuneConfig, TrainConfig
-from pc_clip.datasets import Dataset
-from pc_clip.differences import Difference, contrast, swap_roles, to_line
-from pc_clip.embeddings import Embeddings, save_embeddings
-from pc_clip.errors import UserError
-from pc_clip.methods import contrastive, pairwise
-from pc_clip.methods._batches import Texts, _equal_rows
+from pc_clip.core import cache
+from pc_clip.core.config.train import FinetuneConfig, TrainConfig
+from pc_clip.core.errors import UserError
+from pc_clip.data import differences, tokens
+from pc_clip.data.dataset import Dataset
+from pc_clip.data.differences import Difference, contrast, swap_roles, to_line
+from pc_clip.data.embeddings import Embeddings, save_embeddings
+from pc_clip.models.clip import Clip
+from pc_clip.train.methods import contrastive, pairwise
+from pc_clip.train.methods._batches import Texts, _equal_rows
 
 TEXTS = ["a dog", "two cats on a sofa", "a dog", "", "¿qué? 12 — ok", "word " * 90]
 
@@ -141,7 +142,7 @@ def test_another_tokenizer_never_shares_a_file_and_the_same_one_always_does(tmp_
     ]
     for each in different:
         assert np.array_equal(tokens.tokenize(each, TEXTS), each(TEXTS).numpy())
-    assert len(list(array_cache.CACHE.iterdir())) == len(different)
+    assert len(list(cache.CACHE.iterdir())) == len(different)
     same = [SimpleTokenizer(), hugging_face(WORDS, tmp_path / "a", context_length=8)]
     for each, before in zip(same, (different[0], different[5])):
         each(["something before"])  # what was tokenised earlier is no matter
@@ -158,7 +159,7 @@ def test_tokenizers_that_are_not_known_or_left_to_chance_are_asked_each_time(tmp
     for each in (Mine(), SimpleTokenizer(reduction_mask="random"), own_cleaning, own_attribute, lambda texts: None):
         assert tokens.identity(each) is None
     assert np.array_equal(tokens.tokenize(own_attribute, ["a b c"]), own_attribute(["a b c"]).numpy())
-    assert not array_cache.CACHE.exists()
+    assert not cache.CACHE.exists()
 
 
 @pytest.mark.parametrize("other", [["a", "bc"], ["abc"], ["ab", "c", ""], ["c", "ab"], ["ab", "C"]])
@@ -222,11 +223,11 @@ def test_no_flipped_byte_anywhere_leads_to_wrong_arrays():
         calls.append(1)
         return good
 
-    array_cache.cached("some", {"texts": "x"}, make)
+    cache.cached("some", {"texts": "x"}, make)
     whole = only_file().read_bytes()
     for place in range(len(whole)):
         only_file().write_bytes(at(place, lambda byte: byte ^ 1)(whole))
-        found = array_cache.cached("some", {"texts": "x"}, make)
+        found = cache.cached("some", {"texts": "x"}, make)
         assert found.keys() == good.keys(), place
         assert all(np.array_equal(found[n], good[n]) and found[n].dtype == good[n].dtype for n in good), place
     assert len(calls) > 0.8 * len(whole)
@@ -265,7 +266,7 @@ def test_two_processes_at_once_both_get_it_right(tokenizer):
     for name in ("0.npy", "1.npy"):
         assert np.array_equal(np.load(name), expected)
     assert np.array_equal(tokens.tokenize(tokenizer, [f"text {n}" for n in range(300)]), expected)
-    assert len(list(array_cache.CACHE.iterdir())) == 1
+    assert len(list(cache.CACHE.iterdir())) == 1
 
 
 # -- differences ---------------------------------------------------------------------------------------
@@ -338,7 +339,7 @@ def test_what_is_dropped_is_counted_alike_with_and_without_the_cache(make, monke
     expected += [f"{2 if mirror else 1} texts longer than the context, cut"]
     assert make(mirror=mirror).notes == make(mirror=mirror).notes == expected
     monkeypatch.setattr(tokens, "identity", lambda tokenizer: None)
-    monkeypatch.setattr(array_cache, "cached", lambda *_: pytest.fail("the cache was used"))
+    monkeypatch.setattr(cache, "cached", lambda *_: pytest.fail("the cache was used"))
     assert make(mirror=mirror).notes == expected
 
 
@@ -383,7 +384,7 @@ def test_another_file_mirror_or_tokenizer_is_compiled_anew(example_clip):
     assert compiled(tokenizer=SimpleTokenizer(context_length=20)).tokens.shape[1] == 20
     Path("d.jsonl").write_text(to_line(Difference("im1", "im2", "The first is another than the second.")))
     assert compiled().pairs.tolist() == [[1, 2]]
-    assert len(list(array_cache.CACHE.iterdir())) == 4
+    assert len(list(cache.CACHE.iterdir())) == 4
 
 
 def test_images_are_found_by_name_whatever_their_order(example_clip):
@@ -391,7 +392,7 @@ def test_images_are_found_by_name_whatever_their_order(example_clip):
     for ids in (IDS, IDS[::-1], ["another", *IDS]):
         pairs = differences.compiled("d.jsonl", ids, example_clip.tokenizer, mirror=False).pairs
         assert [(ids[i], ids[j]) for i, j in pairs] == told
-    assert len(list(array_cache.CACHE.iterdir())) == 1
+    assert len(list(cache.CACHE.iterdir())) == 1
 
 
 def test_an_unknown_image_is_named_alike_with_and_without_the_cache(example_clip):

@@ -18,16 +18,17 @@ import yaml
 from interrupting import stop_at
 from safetensors.torch import load_file
 
-from pc_clip import fast_text, methods, precision, run_folder
-from pc_clip.clip import Clip
-from pc_clip.config import FinetuneConfig, TrainConfig
-from pc_clip.configure import dump
-from pc_clip.datasets import open_dataset
-from pc_clip.differences import Difference, swap_roles, to_line
-from pc_clip.errors import UserError
-from pc_clip.learning_data import load_dataset
-from pc_clip.methods import _batches, contrastive, pairwise
-from pc_clip.training import finetune, learning_rate
+from pc_clip.core.cli import dump
+from pc_clip.core.config.train import FinetuneConfig, TrainConfig
+from pc_clip.core.errors import UserError
+from pc_clip.data.differences import Difference, swap_roles, to_line
+from pc_clip.data.registry import open_dataset
+from pc_clip.data.training_data import load_dataset
+from pc_clip.models import fast_text, lora
+from pc_clip.models.clip import Clip
+from pc_clip.train import methods, precision, run_folder
+from pc_clip.train.loop import finetune, learning_rate
+from pc_clip.train.methods import _batches, contrastive, pairwise
 
 
 @pytest.fixture
@@ -118,7 +119,7 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_does_not(config):
 def test_only_what_was_named_changes(config, which):
     config.model.train, config.train.steps = which, 2
     start, end = Clip.create("example"), weights(finetune(config))
-    expected = {n for n in start.trainable(which) if not n.startswith("logit_")}
+    expected = {n for n in lora.trainable(start, which) if not n.startswith("logit_")}
     changed = {n for n, p in start.model.state_dict().items() if not torch.equal(p, end[n])}
     assert changed <= expected
     assert len(changed) > 0.8 * len(expected)
@@ -478,7 +479,7 @@ def test_two_processes_train_as_one_with_the_whole_batch_does(config):
     subprocess.run([*launch, "worker.py", "two"], env=environment, check=True, capture_output=True)
     one, two = weights(Path("runs/one")), weights(Path("runs/two"))
     start = Clip.create("example").model.state_dict()
-    learnt = Clip.create("example").trainable("text_blocks")
+    learnt = lora.trainable(Clip.create("example"), "text_blocks")
     moved, apart = (torch.cat([(one[k] - other[k]).flatten() for k in learnt]).norm() for other in (start, two))
     assert moved > 0.1
     assert apart < 0.02 * moved  # Adam's first steps are signs, so gradients near zero may part

@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pc_clip.datasets import Dataset, Question
-from pc_clip.errors import UserError
-from pc_clip.statements import Statement
-from pc_clip.views import located, match, views
+from pc_clip.core.errors import UserError
+from pc_clip.data.dataset import Dataset, Question, Statement
+from pc_clip.data.views import located, match, views
 
 
 def gradient(row: int) -> Image.Image:

@@ -9,14 +9,15 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from pc_clip import (
-    _torchvision,  # noqa: F401  (before transformers)
-    prompts,
-)
-from pc_clip.errors import UserError
+from pc_clip.core.config.write import LanguageModelConfig
+from pc_clip.core.errors import UserError
 from pc_clip.example import world
 from pc_clip.example.captions import PLACES, parse
-from pc_clip.writers import Job, LanguageModelConfig, LanguageModelWriter, RulesWriter, causal
+from pc_clip.models import torchvision_compat  # noqa: F401  (before open_clip and transformers)
+from pc_clip.write import causal, prompts
+from pc_clip.write.causal import LanguageModelWriter
+from pc_clip.write.rules import RulesWriter
+from pc_clip.write.writers import Job
 
 import transformers  # isort: skip
 

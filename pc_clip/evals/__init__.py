@@ -31,13 +31,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from pc_clip import attributes
-from pc_clip.clip import SCRATCH, Clip
-from pc_clip.config import EvaluateConfig
-from pc_clip.datasets import Attribute, Dataset, held_out, open_dataset
-from pc_clip.datasets.dataset import subset
-from pc_clip.embeddings import embed_images
-from pc_clip.errors import UserError, check_choice
+from pc_clip.core.config.evaluate import EvaluateConfig
+from pc_clip.core.errors import UserError, check_choice
+from pc_clip.data import attributes
+from pc_clip.data.dataset import Attribute, Dataset, subset
+from pc_clip.data.embeddings import embed_images
+from pc_clip.data.registry import held_out, open_dataset
+from pc_clip.models.clip import SCRATCH, Clip
 
 log = logging.getLogger(__name__)
 
@@ -127,7 +127,7 @@ class Subject:
 
     @cached_property
     def attributes(self) -> tuple[Attribute, ...]:
-        """What images are asked about: the data set's own attributes and the tasks of configs/attributes/."""
+        """What images are asked about: the data set's own attributes and the tasks of data/attributes/."""
         return attributes.of(self.data, self.config)
 
     def validation(self) -> Subject:

@@ -10,8 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from pc_clip.changes import Change
-from pc_clip.datasets import Dataset
+from pc_clip.data.dataset import Change, Dataset
 from pc_clip.evals import Picture
 
 COLUMNS = 3

@@ -19,12 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pc_clip.clip import Clip, blend
-from pc_clip.config import EvaluateConfig
-from pc_clip.datasets import READERS, Dataset, held_out
-from pc_clip.embeddings import pixels
-from pc_clip.errors import UserError
+from pc_clip.core.config.evaluate import EvaluateConfig
+from pc_clip.core.errors import UserError
+from pc_clip.data.dataset import Dataset
+from pc_clip.data.embeddings import pixels
+from pc_clip.data.registry import READERS, held_out
 from pc_clip.evals import Curve, Result, Subject, difference, mean, zeroshot
+from pc_clip.models.clip import Clip, blend
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +70,7 @@ def evaluate(subject: Subject) -> Result:
     """
     if why := lacks(subject):
         raise UserError(why)
-    alphas = sorted({0.0, 1.0, *subject.config.alphas})
+    alphas = sorted({0.0, 1.0, *subject.config.average.alphas})
     if alphas[0] < 0 or alphas[-1] > 1:
         raise UserError(f"alphas are {alphas[0]:g} to {alphas[-1]:g}; weights are averaged with 0 to 1")
     chosen_on = Subject(subject.clip, lambda: subject.base, subject.validation().data, subject.config)

@@ -4,7 +4,7 @@ Images are shuffled by seed and cut into disjoint batches of `--retrieval_batch`
 and counted. Each image comes with one caption, which has to find it among the batch's images (t2i), and which it has to
 find among the batch's captions (i2t): for the first, second, ... captions in turn, as many as every image has, and
 averaged. The smaller the batch, the easier: figures of two sizes are no more alike than R@1 and R@10. Ties get the
-middle of their ranks, as in pc_clip/evals/retrieve.py.
+middle of their ranks, as in evals/retrieve.py.
 
 It is measured only where it is asked for by name: `--mode retrieve` says more of a model.
 """
@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pc_clip.config import EvaluateConfig
-from pc_clip.datasets import Dataset
-from pc_clip.errors import UserError, check_at_least
-from pc_clip.evals import Result, Subject, _intervals
-from pc_clip.evals.retrieve import TIES, Search, ranks
+from pc_clip.core.config.evaluate import EvaluateConfig
+from pc_clip.core.errors import UserError, check_at_least
+from pc_clip.data.dataset import Dataset
+from pc_clip.evals import Result, Subject
+from pc_clip.metrics import intervals as _intervals
+from pc_clip.metrics.retrieval import TIES, Search, ranks
 
 BY_NAME_ALONE = True
 
@@ -43,7 +44,7 @@ def evaluate(subject: Subject) -> Result:
     embeddings that are not finite.
     """
     data, config = subject.data, subject.config
-    size, turns = config.retrieval_batch, min(map(len, data.captions))
+    size, turns = config.batches.size, min(map(len, data.captions))
     check_at_least("retrieval_batch", size, 2)
     if len(data) < size:
         raise UserError(f"{data.label} has {len(data)} images, too few for one batch; --retrieval_batch is {size}")

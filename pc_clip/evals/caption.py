@@ -17,16 +17,19 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from pc_clip import caption_scores
-from pc_clip.caption_scores import Scores, Tools, bleu_of
-from pc_clip.change import apply
-from pc_clip.config import EvaluateConfig
-from pc_clip.datasets import Dataset, beside
-from pc_clip.datasets._changes import NoSplit
-from pc_clip.errors import UserError
-from pc_clip.evals import Result, Subject, _intervals
+from pc_clip.core.config.evaluate import EvaluateConfig
+from pc_clip.core.errors import UserError
+from pc_clip.data import pairs as apply
+from pc_clip.data.change_table import NoSplit
+from pc_clip.data.dataset import Dataset
+from pc_clip.data.registry import beside
+from pc_clip.evals import Result, Subject
 from pc_clip.evals._change_sheet import Shown, change_sheet
 from pc_clip.evals.change_retrieval import rows_by_kind
+from pc_clip.metrics import captions as caption_scores
+from pc_clip.metrics import intervals as _intervals
+from pc_clip.metrics.captions import Scores, Tools, bleu_of
+from pc_clip.models.change_model import change_of
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +70,7 @@ def applies(data: Dataset, config: EvaluateConfig) -> bool:
 
 def lacks(subject: Subject) -> str | None:
     """Why these weights cannot say anything; None when they can."""
-    change = subject.clip.change
+    change = change_of(subject.clip)
     if change is None:
         return f"{subject.clip.describe()} has no pair encoder; finetune.py --method change trains one"
     if change.decoder is None and also_reads(subject) is None:
@@ -100,7 +103,7 @@ def evaluate(subject: Subject) -> Result:
     if why := lacks(subject):
         raise UserError(why)
     data, config = subject.data, subject.config
-    tools = caption_scores.find_tools(config.spice)
+    tools = caption_scores.find_tools(config.caption.spice)
     references = [change.sentences for change in data.changes]
     train = _training_sentences(subject)
     said = _say(subject, train)
@@ -135,7 +138,7 @@ def _say(subject: Subject, train: Sequence[str]) -> list[str]:
 def _written(subject: Subject, data: Dataset, attention: bool = False) -> list[apply.Caption]:
     config = subject.config
     return apply.captions(
-        subject.clip, data, beams=config.beams, length_penalty=config.length_penalty, batch_size=config.batch_size,
+        subject.clip, data, beams=config.caption.beams, length_penalty=config.caption.length_penalty, batch_size=config.batch_size,
         workers=config.workers, attention=attention,
     )  # fmt: skip
 
@@ -218,7 +221,7 @@ def _details(subject: Subject, said: Sequence[str], scores: Scores, tools: Tools
     data, decoder = subject.data, subject.clip.change.decoder is not None
     about: dict[str, Any] = {
         "captioner": DECODER if decoder else NEAREST,
-        "beams": subject.config.beams if decoder else None,
+        "beams": subject.config.caption.beams if decoder else None,
         "tokenizer": tools.tokenizer,
         "distinct": len(set(said)),
         "distinct_references": len({text for change in data.changes for text in change.sentences}),

@@ -17,15 +17,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pc_clip.change import apply
-from pc_clip.changes import Change
-from pc_clip.config import EvaluateConfig
-from pc_clip.datasets import Dataset
-from pc_clip.errors import UserError
-from pc_clip.evals import Result, Subject, _intervals
-from pc_clip.evals.retrieve import TIES, Ranks, Search, ranks
+from pc_clip.core.config.evaluate import EvaluateConfig
+from pc_clip.core.errors import UserError
+from pc_clip.data import pairs as apply
+from pc_clip.data.dataset import Change, Dataset
+from pc_clip.data.pairs import distinct_sentences
+from pc_clip.evals import Result, Subject
+from pc_clip.metrics import intervals as _intervals
+from pc_clip.metrics.retrieval import PAIR_KS, TIES, both_ways, chance, per_pair
+from pc_clip.models.change_model import change_of
 
-KS = (1, 5, 10)
 COMPARED = ("p2s_r1", "s2p_r1")  # kept pair by pair, to compare models by
 
 DEFINITIONS = {
@@ -44,7 +45,7 @@ def applies(data: Dataset, config: EvaluateConfig) -> bool:
 
 def lacks(subject: Subject) -> str | None:
     """Why these weights cannot read pairs; None when they can."""
-    if subject.clip.change is None:
+    if change_of(subject.clip) is None:
         return f"{subject.clip.describe()} has no pair encoder; finetune.py --method change trains one"
     return None
 
@@ -79,94 +80,6 @@ def evaluate(subject: Subject) -> Result:
     return Result(metrics, len(pairs), details, intervals=_redrawn(hits, asked, config.seed), items=items)
 
 
-def distinct_sentences(changes: Sequence[Change]) -> tuple[list[str], list[list[int]]]:
-    """The M distinct sentences of N changes, and for each change which of them are said of its two images."""
-    place: dict[str, int] = {}
-    said: dict[tuple[str, str], set[int]] = {}
-    for change in changes:
-        of_pair = said.setdefault((change.before, change.after), set())
-        of_pair |= {place.setdefault(text, len(place)) for text in change.sentences}
-    return list(place), [sorted(said[change.before, change.after]) for change in changes]
-
-
-def recalls(pairs: Tensor, sentences: Tensor, belongs: Sequence[Sequence[int]]) -> dict[str, float]:
-    """p2s_rK and s2p_rK, for those K that are smaller than what is searched.
-
-    pairs: [N, D], sentences: [M, D], distinct ones, both unit vectors on the CPU; belongs: for each pair, which
-    sentences are said of it.
-    """
-    found = both_ways(pairs, sentences, belongs)
-    hits, asked = per_pair(found, belongs, {"p2s": len(sentences), "s2p": len(pairs)})
-    return {name: float(hits[name].sum() / asked[name].sum()) for name in hits}
-
-
-def both_ways(pairs: Tensor, sentences: Tensor, belongs: Sequence[Sequence[int]]) -> dict[str, Ranks]:
-    """The rank of what answers best: of each pair's sentences, p2s [N], and of each sentence's pairs, s2p [M]."""
-    return {
-        "p2s": _ranks(pairs, sentences, belongs),
-        "s2p": _ranks(sentences, pairs, _turned(belongs, len(sentences))),
-    }
-
-
-def per_pair(
-    found: dict[str, Ranks], belongs: Sequence[Sequence[int]], candidates: dict[str, int]
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Each pair's hits and how many queries they are of, by metric: the metric is one sum over the other.  -> [N] each
-
-    A sentence is one query, of which each of its pairs has an equal part.
-    """
-    owner = np.repeat(np.arange(len(belongs)), [len(of) for of in belongs])
-    sentence = np.concatenate([np.asarray(of, dtype=np.int64) for of in belongs])
-    part = 1 / np.bincount(sentence)[sentence]
-    hits, asked = {}, {}
-    for k in KS:
-        if k < candidates["p2s"]:
-            hits[f"p2s_r{k}"], asked[f"p2s_r{k}"] = found["p2s"].hits(k), np.ones(len(belongs))
-        if k < candidates["s2p"]:
-            hits[f"s2p_r{k}"] = np.bincount(owner, part * found["s2p"].hits(k)[sentence], len(belongs))
-            asked[f"s2p_r{k}"] = np.bincount(owner, part, len(belongs))
-    return hits, asked
-
-
-def chance(belongs: Sequence[Sequence[int]], sentences: int) -> dict[str, float]:
-    """What an order drawn at random gets, by metric: a query with R right answers among M misses k times in a row."""
-    each = {
-        "p2s": (np.array([len(of) for of in belongs]), sentences),
-        "s2p": (np.array([len(of) for of in _turned(belongs, sentences)]), len(belongs)),
-    }
-    found = {}
-    for k in KS:
-        for name, (right, candidates) in each.items():
-            if k < candidates:
-                missed = [np.clip(candidates - right - n, 0, None) / (candidates - n) for n in range(k)]
-                found[f"chance_{name}_r{k}"] = float(1 - np.prod(missed, axis=0).mean())
-    return found
-
-
-def _ranks(queries: Tensor, items: Tensor, answers: Sequence[Sequence[int]]) -> Ranks:
-    """Queries with about as many answers go together: one that half of all items answer would make all rows as long."""
-    each = np.array([len(of) for of in answers])
-    size = np.ceil(np.log2(each)).astype(int)
-    first, last = np.empty(len(each), dtype=np.int64), np.empty(len(each), dtype=np.int64)
-    for group in np.unique(size):
-        rows = np.flatnonzero(size == group)
-        right = np.full((len(rows), each[rows].max()), -1)
-        for line, row in zip(right, rows):
-            line[: each[row]] = answers[row]
-        (found,) = ranks(queries[torch.from_numpy(rows)], items, [Search(np.arange(len(items)), right)])
-        first[rows], last[rows] = found
-    return Ranks(first, last)
-
-
-def _turned(belongs: Sequence[Sequence[int]], sentences: int) -> list[list[int]]:
-    """For each sentence, the pairs it is said of."""
-    owners: list[list[int]] = [[] for _ in range(sentences)]
-    for pair, of in enumerate(belongs):
-        for sentence in of:
-            owners[sentence].append(pair)
-    return owners
-
-
 def _subtracted(subject: Subject) -> Tensor:
     """The untrained model's embedding of the image after less that of the image before.  -> [N, D] unit"""
     before, after = torch.from_numpy(apply.pair_rows(subject.data)).T
@@ -186,7 +99,7 @@ def _with_kinds(
     for kind, of in kinds.items():
         if of.all():  # nothing beside it
             continue
-        for k in (k for k in KS if f"p2s_r{k}" in hits):
+        for k in (k for k in PAIR_KS if f"p2s_r{k}" in hits):
             name = f"p2s_{kind}_r{k}"
             hits[name], asked[name] = hits[f"p2s_r{k}"] * of, asked[f"p2s_r{k}"] * of
     return hits, asked

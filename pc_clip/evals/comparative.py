@@ -31,26 +31,30 @@ import torch
 import yaml
 from torch import Tensor
 
-from pc_clip.clip import Clip
-from pc_clip.config import EvaluateConfig
-from pc_clip.datasets import Dataset, Question, held_out
-from pc_clip.errors import UserError, check_at_least, check_choice
-from pc_clip.evals import Curve, Result, Subject, _intervals, mean
+from pc_clip.core.config.evaluate import EvaluateConfig
+from pc_clip.core.errors import UserError, check_at_least, check_choice
+from pc_clip.core.paths import package_data
+from pc_clip.data.dataset import Dataset, Question
+from pc_clip.data.registry import held_out
+from pc_clip.evals import Curve, Result, Subject, mean
 from pc_clip.evals.zeroshot import class_embeddings, templates_of
-from pc_clip.generate import compare_classes, make_writer
-from pc_clip.writers import Writer
+from pc_clip.metrics import intervals as _intervals
+from pc_clip.models.clip import Clip
+from pc_clip.write.generate import compare_classes
+from pc_clip.write.work import make_writer
+from pc_clip.write.writers import Writer
 
-FOLDER = Path(__file__).parents[2] / "configs" / "comparisons"
+FOLDER = package_data(Path(__file__).with_name("comparisons"))
 CALIBRATIONS = ("none", "norm", "offset", "centred", "shuffled")
 
 NEEDS = (
-    "a data set with classes, comparisons of them in configs/comparisons/ or --pairs auto, and a second split to "
+    "a data set with classes, comparisons of them in evals/comparisons/ or --pairs auto, and a second split to "
     "choose on"
 )
 
 
 def applies(data: Dataset, config: EvaluateConfig) -> bool:
-    known = config.pairs == "auto" or (FOLDER / f"{data.name}.yaml").is_file()
+    known = config.comparative.pairs == "auto" or (FOLDER / f"{data.name}.yaml").is_file()
     return bool(data.questions) and known and held_out(data) is not None
 
 
@@ -75,13 +79,19 @@ def evaluate(subject: Subject) -> Result:
     images, and no other class to choose from). gain_* is the figure less its plain counterpart, with an interval.
     """
     config = subject.config
-    check_choice("pairs", config.pairs, ("file", "auto"))
-    for calibration in config.calibrate:
+    check_choice("pairs", config.comparative.pairs, ("file", "auto"))
+    for calibration in config.comparative.calibrate:
         check_choice("calibrate", calibration, CALIBRATIONS)
     chosen = subject.validation()
-    writer = functools.cache(lambda: make_writer(config, "compare"))  # a language model is loaded once, if at all
+    writer = functools.cache(
+        lambda: make_writer(config.comparative, "compare")
+    )  # a language model is loaded once, if at all
     chosen_on = {question.name: question for question in chosen.data.questions}
-    written = read_comparisons(FOLDER / f"{subject.data.name}.yaml", subject.data) if config.pairs == "file" else None
+    written = (
+        read_comparisons(FOLDER / f"{subject.data.name}.yaml", subject.data)
+        if config.comparative.pairs == "file"
+        else None
+    )
     details, curves, gains, total = {}, [], {}, 0
     for question in subject.data.questions:
         prompts = class_embeddings(subject.clip, question, templates_of(question, config))
@@ -135,10 +145,10 @@ def _question(
     found = {name: float(right.mean()) for name, right in plain.items()}
     found["subset_plain"] = _subset(prompts @ test.z.T, test.target, touched)
     table, gains, classes = {}, {}, {}
-    for calibration in config.calibrate:
+    for calibration in config.comparative.calibrate:
         used = _shifted(comparisons) if calibration == "shuffled" else comparisons
         corrected, shift = corrections(clip, question, prompts, used, calibration, val.mean)
-        alphas = sorted({*config.alphas, 1.0})
+        alphas = sorted({*config.comparative.alphas, 1.0})
         rows = []
         for alpha in alphas:
             scored = [_scores(s, prompts, corrected, shift, alpha, calibration) for s in (val, test)]
@@ -225,10 +235,12 @@ def _auto(
 ) -> list[dict[str, str]]:
     """The classes most often confused on validation images, and what a writer says of how they differ, both ways."""
     config = held_out.config
-    check_at_least("n_comparisons", config.n_comparisons, 1)
-    pairs = most_confused(prompts @ val.z.T, val.target, config.n_comparisons)
+    check_at_least("n_comparisons", config.comparative.n_comparisons, 1)
+    pairs = most_confused(prompts @ val.z.T, val.target, config.comparative.n_comparisons)
     both = [(question.classes[i], question.classes[j]) for a, b in pairs for i, j in ((a, b), (b, a))]
-    texts = compare_classes(writer(), config.writer, held_out.data, question, both, config.seed) if both else []
+    texts = (
+        compare_classes(writer(), config.comparative.writer, held_out.data, question, both, config.seed) if both else []
+    )
     return [{"class_a": a, "class_b": b, "text": text} for (a, b), text in zip(both, texts) if text is not None]
 
 

@@ -20,14 +20,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pc_clip import attributes, differences
-from pc_clip.clip import Clip
-from pc_clip.config import EvaluateConfig
-from pc_clip.datasets import Attribute, Dataset, Question
-from pc_clip.differences import UNSEEN, Difference, contrast, swap_roles
-from pc_clip.errors import UserError, check_at_least
-from pc_clip.evals import Result, Subject, _intervals
+from pc_clip.core.config.evaluate import EvaluateConfig
+from pc_clip.core.errors import UserError, check_at_least
+from pc_clip.data import attributes, differences
+from pc_clip.data.dataset import Attribute, Dataset, Question
+from pc_clip.data.differences import UNSEEN, Difference, contrast, swap_roles
+from pc_clip.evals import Result, Subject
 from pc_clip.evals.zeroshot import class_embeddings, templates_of
+from pc_clip.metrics import intervals as _intervals
+from pc_clip.models.clip import Clip
 
 CANDIDATES = 100  # of which one pair is a sentence's own, for difference_r1
 
@@ -35,16 +36,16 @@ NEEDS = "a data set with graded attributes (example, awa2, cifar100, flowers102)
 
 
 def applies(data: Dataset, config: EvaluateConfig) -> bool:
-    return bool(data.attributes) or bool(attributes.tasks_of(data.name)) or bool(config.differences)
+    return bool(data.attributes) or bool(attributes.tasks_of(data.name)) or bool(config.difference.sentences)
 
 
 def evaluate(subject: Subject) -> Result:
     """With --differences the sentences of that file, about images or about classes; else the attributes' own."""
-    check_at_least("n_pairs", subject.config.n_pairs, 1)
-    check_at_least("draws", subject.config.draws, 1)
-    if not subject.config.differences:
+    check_at_least("n_pairs", subject.config.difference.n_pairs, 1)
+    check_at_least("draws", subject.config.difference.draws, 1)
+    if not subject.config.difference.sentences:
         return _of_attributes(subject)
-    found = differences.read(subject.config.differences)
+    found = differences.read(subject.config.difference.sentences)
     asked = next((q for q in subject.data.questions if found[0].first in q.classes), None)
     images = found[0].first in set(subject.data.ids)
     return _of_classes(subject, found, asked) if asked and not images else _of_images(subject, found)
@@ -140,7 +141,7 @@ class Asked(NamedTuple):
 
 def ask(subject: Subject) -> list[Asked]:
     """The claims about each attribute, which depend on settings and data alone and not on the model."""
-    n, draws = subject.config.n_pairs, range(subject.config.draws)
+    n, draws = subject.config.difference.n_pairs, range(subject.config.difference.draws)
     found = []
     for k, attribute in enumerate(subject.attributes):
         drawn = [draw_claims(attribute, n, subject.config.seed + 1000 * k + 100_000 * d) for d in draws]
@@ -244,7 +245,7 @@ def _of_images(subject: Subject, found: list[Difference]) -> Result:
     mirrored: the sentence with first and second exchanged, on the pair in the other order. two_way and
     mirrored are over the sentences that name both images.
     """
-    pairs = differences.rows(found, subject.data.ids, subject.config.differences)
+    pairs = differences.rows(found, subject.data.ids, subject.config.difference.sentences)
     texts = [d.text for d in found]
     z = None
     if subject.data.captions and subject.base is not None:  # in this order: loading the untrained model takes time
@@ -253,7 +254,7 @@ def _of_images(subject: Subject, found: list[Difference]) -> Result:
     answers = _of_sentences(subject, texts, pairs, np.zeros(len(pairs), dtype=int), z)
     metrics, intervals = _summary(answers)
     metrics["difference_r1"] = recall_at_1(subject.clip.embed_texts(texts), pair_differences(subject.z, pairs))
-    return Result(metrics, len(found), {"sentences": subject.config.differences}, intervals=intervals)
+    return Result(metrics, len(found), {"sentences": subject.config.difference.sentences}, intervals=intervals)
 
 
 # -- sentences of a file, about classes ----------------------------------------------------------------
@@ -264,15 +265,17 @@ def _of_classes(subject: Subject, found: list[Difference], question: Question) -
 
     caption_subtraction is that of the two classes' ordinary prompts.
     """
-    classes = differences.rows(found, question.classes, subject.config.differences)  # [S, 2]
+    classes = differences.rows(found, question.classes, subject.config.difference.sentences)  # [S, 2]
     of_class = [question.rows[question.target == k] for k in range(len(question.classes))]
     absent = sorted({question.classes[k] for k in np.unique(classes) if not len(of_class[k])})
     if absent:
-        raise UserError(f"{subject.data.label} shows no {absent[0]}, which {subject.config.differences} speaks of")
+        raise UserError(
+            f"{subject.data.label} shows no {absent[0]}, which {subject.config.difference.sentences} speaks of"
+        )
     rng = np.random.default_rng(subject.config.seed)
-    sentence = np.tile(np.arange(len(found)), subject.config.draws)
+    sentence = np.tile(np.arange(len(found)), subject.config.difference.draws)
     pairs = np.array([[rng.choice(of_class[k]) for k in classes[n]] for n in sentence])
-    draw = np.repeat(np.arange(subject.config.draws), len(found))
+    draw = np.repeat(np.arange(subject.config.difference.draws), len(found))
     named = None
     if subject.base is not None:
         named = pair_differences(
@@ -281,7 +284,11 @@ def _of_classes(subject: Subject, found: list[Difference], question: Question) -
     answers = _of_sentences(subject, [found[n].text for n in sentence], pairs, draw, named)
     metrics, intervals = _summary(answers)
     error = dict(zip(answers.names, standard_errors(answers.by_draw())))
-    details = {"sentences": subject.config.differences, "classes": len(np.unique(classes)), "standard_error": error}
+    details = {
+        "sentences": subject.config.difference.sentences,
+        "classes": len(np.unique(classes)),
+        "standard_error": error,
+    }
     return Result(metrics, len(pairs), details, intervals=intervals)
 
 

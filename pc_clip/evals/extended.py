@@ -12,26 +12,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pc_clip.classes import read_descriptions
-from pc_clip.clip import Clip
-from pc_clip.config import EvaluateConfig
-from pc_clip.datasets import Dataset, Question
-from pc_clip.errors import UserError, nearest
-from pc_clip.evals import Result, Subject, _intervals
+from pc_clip.core.config.evaluate import EvaluateConfig
+from pc_clip.core.errors import UserError, nearest
+from pc_clip.data.class_text import read_descriptions
+from pc_clip.data.dataset import Dataset, Question
+from pc_clip.evals import Result, Subject
 from pc_clip.evals.zeroshot import class_embeddings, score, templates_of
+from pc_clip.metrics import intervals as _intervals
+from pc_clip.models.clip import Clip
 
 NEEDS = "a data set with classes, and --descriptions FILE (generate_diffs.py --task describe writes one)"
 
 
 def applies(data: Dataset, config: EvaluateConfig) -> bool:
-    return bool(data.questions) and bool(config.descriptions)
+    return bool(data.questions) and bool(config.extended.descriptions)
 
 
 def evaluate(subject: Subject) -> Result:
     """Test accuracy of the question that the descriptions are about, plain and with them; gain_* are differences."""
     config = subject.config
-    descriptions = read_descriptions(config.descriptions)
-    question = _question_of(subject.data, descriptions, config.descriptions)
+    descriptions = read_descriptions(config.extended.descriptions)
+    question = _question_of(subject.data, descriptions, config.extended.descriptions)
     templates = templates_of(question, config)
     z = subject.z[torch.from_numpy(question.rows)]
     ways = {

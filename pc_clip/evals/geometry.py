@@ -42,15 +42,15 @@ from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from torch import Tensor
 
-from pc_clip import attributes
-from pc_clip.clip import Clip
-from pc_clip.config import EvaluateConfig
-from pc_clip.datasets import Attribute, Dataset, Question
-from pc_clip.differences import contrast
-from pc_clip.errors import UserError
+from pc_clip.core.config.evaluate import EvaluateConfig
+from pc_clip.core.errors import UserError
+from pc_clip.data import attributes
+from pc_clip.data.dataset import Attribute, Dataset, Question
+from pc_clip.data.differences import contrast
 from pc_clip.evals import Picture, Result, Subject, mean
 from pc_clip.evals.difference import draw_pairs, pair_differences
 from pc_clip.evals.zeroshot import class_embeddings, templates_of
+from pc_clip.models.clip import Clip
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ def measure(subject: Subject, clip: Clip, z: Tensor) -> tuple[dict[str, float], 
     prompts = [class_embeddings(clip, question, templates_of(question, config)) for question in data.questions]
     if data.questions:
         aligned = {
-            question.name: alignment_of_classes(z, question, t, config.n_pairs, config.seed)
+            question.name: alignment_of_classes(z, question, t, config.geometry.n_pairs, config.seed)
             for question, t in zip(data.questions, prompts)
         }
         aligned = {name: value for name, value in aligned.items() if value is not None}
@@ -125,7 +125,7 @@ def _alignment_of_attributes(
 ) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
     details = {}
     for k, attribute in enumerate(known):
-        pairs = clear_pairs(attribute, config.n_pairs, config.seed + 1000 * k)
+        pairs = clear_pairs(attribute, config.geometry.n_pairs, config.seed + 1000 * k)
         if not len(pairs):
             log.info("  no two images differ clearly in %s, which is left out", attribute.name)
             continue
@@ -181,7 +181,7 @@ def _analogies(
     found = {}
     for n, p in enumerate(questions):
         for q in questions:
-            if p is not q and (of_pair := analogies(z, p, q, prompts[n], config.n_pairs, config.seed)):
+            if p is not q and (of_pair := analogies(z, p, q, prompts[n], config.geometry.n_pairs, config.seed)):
                 found[f"{p.name}, {q.name}"] = of_pair
     if not found:
         return {}, {}

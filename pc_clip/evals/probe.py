@@ -23,11 +23,12 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, StratifiedKFold
 
-from pc_clip.config import EvaluateConfig
-from pc_clip.datasets import READERS, Dataset, Question, open_dataset
-from pc_clip.datasets.dataset import subset
-from pc_clip.errors import UserError, check_at_least
-from pc_clip.evals import Curve, Result, Subject, _intervals, mean, zeroshot
+from pc_clip.core.config.evaluate import EvaluateConfig
+from pc_clip.core.errors import UserError, check_at_least
+from pc_clip.data.dataset import Dataset, Question, subset
+from pc_clip.data.registry import READERS, open_dataset
+from pc_clip.evals import Curve, Result, Subject, mean, zeroshot
+from pc_clip.metrics import intervals as _intervals
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ NEEDS = "a data set with classes and a train split other than the one reported o
 
 
 def applies(data: Dataset, config: EvaluateConfig) -> bool:
-    return bool(data.questions and config.shots) and _has_train_split(data)
+    return bool(data.questions and config.probe.shots) and _has_train_split(data)
 
 
 def _has_train_split(data: Dataset) -> bool:
@@ -55,12 +56,14 @@ def evaluate(subject: Subject) -> Result:
     over draws, C, and how many classes had fewer than k images; such a class uses what it has, and one without
     any is never the probe's answer. Raises UserError where there is nothing to learn from.
     """
-    config, shots = subject.config, sorted(set(subject.config.shots))
+    config, shots = subject.config, sorted(set(subject.config.probe.shots))
     check_at_least("shots", min(shots, default=0), 1)
-    check_at_least("draws", config.draws, 1)
+    check_at_least("draws", config.probe.draws, 1)
     train = training_split(subject)
     asked = matched(train, subject.data)
-    drawn = [draw_shots(learnt, shots[-1], config.draws, config.seed + 1000 * n) for n, (learnt, _) in enumerate(asked)]
+    drawn = [
+        draw_shots(learnt, shots[-1], config.probe.draws, config.seed + 1000 * n) for n, (learnt, _) in enumerate(asked)
+    ]
     needed = np.unique(np.concatenate([rows for draws in drawn for draw in draws for rows in draw]))
     log.info("  the probe looks at %d of %d labelled images", len(needed), len(train))
     z = Subject(subject.clip, subject.find_base, subset(train, needed), config).z.numpy()
@@ -193,7 +196,7 @@ def _report(
         "zero-shot": [(k, metrics["zeroshot"]) for k in shots],
     }
     curve = Curve("Few labelled images", "labelled images a class", "accuracy", series)
-    about = {"draws": config.draws, "standard_error": errors, "questions": details}
+    about = {"draws": config.probe.draws, "standard_error": errors, "questions": details}
     return Result(metrics, n, about, intervals=intervals, curves=[curve])
 
 

@@ -11,15 +11,16 @@ import numpy as np
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from pc_clip import attributes
-from pc_clip.clip import Clip
-from pc_clip.config import EvaluateConfig
-from pc_clip.datasets import Attribute, Dataset
-from pc_clip.differences import contrast
-from pc_clip.errors import UserError
-from pc_clip.evals import Picture, Result, Subject, _intervals, mean
+from pc_clip.core.config.evaluate import EvaluateConfig
+from pc_clip.core.errors import UserError
+from pc_clip.data import attributes
+from pc_clip.data.dataset import Attribute, Dataset
+from pc_clip.data.differences import contrast
+from pc_clip.evals import Picture, Result, Subject, mean
+from pc_clip.evals.contact_sheet import contact_sheet
 from pc_clip.evals.difference import draw_pairs
-from pc_clip.sheets import contact_sheet
+from pc_clip.metrics import intervals as _intervals
+from pc_clip.models.clip import Clip
 
 SHOWN = 24  # images on a contact sheet, evenly spaced along the order
 SHEETS = 12  # contact sheets at most; --tasks chooses whose
@@ -29,11 +30,11 @@ NEEDS = "a data set with graded attributes (example, awa2, cifar100, flowers102)
 
 
 def applies(data: Dataset, config: EvaluateConfig) -> bool:
-    return bool(data.attributes) or bool(attributes.tasks_of(data.name)) or bool(config.attribute)
+    return bool(data.attributes) or bool(attributes.tasks_of(data.name)) or bool(config.rank.attribute)
 
 
 def evaluate(subject: Subject) -> Result:
-    return _in_words(subject) if subject.config.attribute else _known(subject)
+    return _in_words(subject) if subject.config.rank.attribute else _known(subject)
 
 
 def direction(clip: Clip, phrase: str, against: str | None = None) -> Tensor:
@@ -117,11 +118,13 @@ def _interval(groups: list[list[tuple[np.ndarray, np.ndarray]]]) -> list[tuple[f
 
 def _in_words(subject: Subject) -> Result:
     config = subject.config
-    score = (subject.z @ direction(subject.clip, config.attribute, config.against)).numpy()
+    score = (subject.z @ direction(subject.clip, config.rank.attribute, config.rank.against)).numpy()
     order = np.argsort(-score, kind="stable")
-    title = f"least to most: {config.attribute}" + (f" (against {config.against})" if config.against else "")
+    title = f"least to most: {config.rank.attribute}" + (
+        f" (against {config.rank.against})" if config.rank.against else ""
+    )
     ranked = [{"image": subject.data.ids[row], "score": float(score[row])} for row in order]
-    details = {"attribute": config.attribute, "against": config.against, "order": ranked}
+    details = {"attribute": config.rank.attribute, "against": config.rank.against, "order": ranked}
     return Result(
         {"images": float(len(order))}, len(order), details, {"ranked.png": _sheet(subject.data, score, title)}
     )

@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pc_clip.clip import Clip
-from pc_clip.config import EvaluateConfig
-from pc_clip.datasets import Dataset, Question
-from pc_clip.errors import UserError, check_choice
-from pc_clip.evals import Result, Subject, _intervals, mean
+from pc_clip.core.config.evaluate import EvaluateConfig
+from pc_clip.core.errors import UserError, check_choice
+from pc_clip.data.dataset import Dataset, Question
+from pc_clip.evals import Result, Subject, mean
+from pc_clip.metrics import intervals as _intervals
+from pc_clip.models.clip import Clip
 
 LARGEST_CONFUSION = 120  # classes; a larger table says nothing to anyone and swells the result
 

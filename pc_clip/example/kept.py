@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from pc_clip import array_cache
+from pc_clip.core import cache
 from pc_clip.example import changes, scenes
 from pc_clip.example.changes import Pair, View
 from pc_clip.example.scenes import Scene, Thing
@@ -32,7 +32,7 @@ def told_pairs(split: str, n: int) -> list[Told]:
     made_by = "".join(map(inspect.getsource, (changes, scenes)))
     key = {"split": split, "pairs": str(n), "numpy": np.__version__}
     key["made by"] = hashlib.sha256(made_by.encode()).hexdigest()
-    text = array_cache.cached("changes", key, lambda: {"json": _written(split, n)}, CACHE)["json"]
+    text = cache.cached("changes", key, lambda: {"json": _written(split, n)}, CACHE)["json"]
     return [_pair(*row) for row in json.loads(text.tobytes())]
 
 

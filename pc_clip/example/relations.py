@@ -8,13 +8,13 @@ not look is right half the time.
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
 from pc_clip.example import scenes
 from pc_clip.example.captions import relation
 from pc_clip.example.scenes import Scene, Thing
-from pc_clip.statements import Statement
 
 SEEDS = {"train": 11, "val": 12, "test": 13}
 OPPOSITES = {
@@ -46,7 +46,17 @@ def scene(split: str, index: int) -> Scene:
             return found
 
 
-def statements(split: str, index: int, image: str) -> list[Statement]:
+class Said(NamedTuple):
+    """A text about a scene, what contradicts it, whether it holds, the relation it names, and what that is about."""
+
+    text: str
+    contradiction: str
+    true: bool
+    relation: str
+    category: str
+
+
+def statements(split: str, index: int) -> list[Said]:
     """What is said of a scene: where a thing is, where one is as seen from the other, which one is larger.
 
     What is said of one thing alone is easier, and without it a small model does not get to what is said of two.
@@ -59,21 +69,21 @@ def statements(split: str, index: int, image: str) -> list[Statement]:
             thing = things[rng.integers(2)]
             off = getattr(thing, axis) - scenes.SIDE / 2
             if abs(off) > CLEAR:
-                found.append(_statement(image, _named(thing, rng), low if off < 0 else high, "", "place", rng))
+                found.append(_statement(_named(thing, rng), low if off < 0 else high, "", "place", rng))
         a, b = (things[n] for n in rng.permutation(2))
-        found.append(_statement(image, _named(a, rng), relation(a, b), _named(b, rng), "position", rng))
+        found.append(_statement(_named(a, rng), relation(a, b), _named(b, rng), "position", rng))
         a, b = (things[n] for n in rng.permutation(2))
         if a.size != b.size:
             larger = "larger than" if a.radius > b.radius else "smaller than"
-            found.append(_statement(image, _named(a, rng), larger, _named(b, rng), "size", rng))
-            found.append(_statement(image, _named(a, rng), f"{larger} the other", "", "size", rng))
+            found.append(_statement(_named(a, rng), larger, _named(b, rng), "size", rng))
+            found.append(_statement(_named(a, rng), f"{larger} the other", "", "size", rng))
     return found
 
 
-def _statement(image: str, subject: str, true: str, other: str, category: str, rng: np.random.Generator) -> Statement:
+def _statement(subject: str, true: str, other: str, category: str, rng: np.random.Generator) -> Said:
     told = true if rng.random() < 0.5 else OPPOSITES[true]
     text, contradiction = (f"{subject} {link} {other}".strip() for link in (told, OPPOSITES[told]))
-    return Statement(image, text, contradiction, told == true, told, category)
+    return Said(text, contradiction, told == true, told, category)
 
 
 def _named(thing: Thing, rng: np.random.Generator) -> str:

@@ -1,0 +1,1 @@
+"""Settings, a file a script; `settings` has what they share."""

@@ -1,0 +1,172 @@
+"""Settings that several scripts share, and what makes two settings the same work (`identity`)."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def runtime(default: Any) -> Any:
+    """A setting that says how work is done and not what comes out: it may change between a run and its continuation."""
+    return field(default=default, metadata={"identity": False})
+
+
+def is_group(f: dataclasses.Field) -> bool:
+    """Whether a setting is a group of settings."""
+    return dataclasses.is_dataclass(f.default_factory)
+
+
+def identity(config: Any) -> dict[str, Any]:
+    """All that the outcome depends on, as a nested dict: every setting and group but those declared `runtime`."""
+    left_out = {f.name for f in dataclasses.fields(config) if not f.metadata.get("identity", True)}
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, list):
+            return [plain(each) for each in value]
+        return identity(value) if dataclasses.is_dataclass(value) else value
+
+    return {name: plain(value) for name, value in vars(config).items() if name not in left_out}
+
+
+@dataclass
+class ModelConfig:
+    """The model a run starts from.
+
+    Args:
+        name: open_clip's name of the architecture, "example" or "example_vit" for the embedded models, or
+            local-dir:FOLDER; empty for the embedded ones on the example, and PC-CLIP's (ViT-L-14,
+            datacomp_xl_s13b_b90k) on anything else.
+        pretrained: One of open_clip's tags for it, a file of weights, or scratch for weights drawn by the run's seed.
+        start: A checkpoint to start from in place of these weights: a run's folder, a .safetensors or .pt file. It says
+            itself which model it is of; training alone reads this.
+        train: Which parameters learn: text_blocks, text, all_text_but_embeddings or both; attention for what makes
+            queries, keys and values in both towers (A-CLIP), text_attention for that in the text tower alone.
+        lora_rank: Train adapters of this rank on the weights that `train` names, in place of these weights; 0 for none.
+            Needs the package peft. When training is done they are added to the weights.
+        lora_alpha: What adapters add is multiplied by lora_alpha / lora_rank; null for 1, peft's own default.
+        fast_text: Encode texts without padding (pc_clip/fast_text.py) where the text tower allows it; the results are
+            the same but for rounding.
+    """
+
+    name: str = ""
+    pretrained: str | None = None
+    start: str = ""
+    train: str = "text_blocks"
+    lora_rank: int = 0
+    lora_alpha: float | None = None
+    fast_text: bool = True
+
+    def source(self, dataset: str) -> tuple[str, str | None]:
+        """The architecture and the weights a model is made of, when it is used on `dataset`."""
+        if self.name:
+            return self.name, self.pretrained
+        if dataset in ("example", "example_relations"):
+            return "example", self.pretrained
+        if dataset == "example_changes":
+            return "example_vit", self.pretrained
+        return "ViT-L-14", self.pretrained or "datacomp_xl_s13b_b90k"
+
+
+@dataclass
+class LoaderConfig:
+    """How images are read and embedded.
+
+    Args:
+        missing: What to do with annotated images that are absent, error or skip.
+        batch_size: Images embedded together.
+        workers: Processes that read images.
+        device: cpu or cuda; empty for the GPU if there is one.
+    """
+
+    missing: str = "error"
+    batch_size: int = runtime(128)
+    workers: int = runtime(0)
+    device: str = runtime("")
+
+
+@dataclass
+class MixConfig:
+    """Images of another data set that are mixed into those that are learnt from, to see what becomes of a rare kind.
+
+    Args:
+        dataset: A name that `python -m pc_clip datasets` lists.
+        n: How many of its images, drawn by the run's seed.
+        root: The folder it is in, unless it is where that list says.
+        split: Which part of it; empty for its train split.
+        caption: What is said of an image that has no captions of its own, with {} for its class.
+    """
+
+    dataset: str
+    n: int
+    root: str | None = None
+    split: str | None = None
+    caption: str = "a photo of a {}"
+
+
+@dataclass
+class DataConfig:
+    """The images and what was written about them.
+
+    Args:
+        dataset: A name that `python -m pc_clip datasets` lists.
+        root: The folder it is in, unless it is where that list says.
+        split: Which part of it, or the path of a file for tsv and changes; empty for train.
+        missing: What pictures mean that the files of a data set name and that are absent, error or skip.
+        differences: The JSONL file of difference sentences; only methods that learn from them read it.
+        statements: Files of what is true and false of images, for method preference; empty for the data set's own.
+            pc_clip/statements.py says which formats.
+        captions: A file of captions in place of the data set's own, rewritten ones for instance; images without one
+            are left out.
+        embeddings: A file of image embeddings, or the index.json of many, to use in place of the images. The pictures
+            of coco then need not be there, and tar files without captions are listed but not opened.
+        broken: What a picture means that is there but does not decode, error or skip; for skip all are decoded once
+            before the run, and those left out are counted. Which they are is remembered until a file changes.
+        mix: Images of other data sets to learn from as well: a list of {dataset: ..., n: ...}.
+        min_crop: Where the image tower learns, each image is a random crop of at least this share of its area; 1 for
+            the transform of the evaluations.
+        workers: Processes that read images.
+    """
+
+    dataset: str = "example"
+    root: str | None = None
+    split: str | None = None
+    missing: str = "error"
+    differences: str = ""
+    statements: list[str] = field(default_factory=list)
+    captions: str | None = None
+    embeddings: str | None = None
+    broken: str = "error"
+    mix: list[MixConfig] = field(default_factory=list)
+    min_crop: float = 1.0
+    workers: int = runtime(0)
+
+
+@dataclass
+class EmbedConfig:
+    """Embed a data set's images beforehand; docs/scale.md is about large ones.
+
+    Args:
+        batch_size: Images encoded together.
+        shard_size: Images a file, where there are more than that; a WebDataset has a file a tar.
+        precision: "no" for float32, or bf16 for mixed precision.
+        dtype: What is kept, float32 or float16.
+        broken: What an image means that does not decode, error or skip; what the disk or network did not give always
+            stops.
+        part: Which part of the work this is, as 3/16; empty for all of it. For jobs that know nothing of each other.
+        verify: Read every byte of what is there already, and make again what is damaged.
+        cache: The folder of the files; empty for the one where training and evaluations look for them.
+        device: cpu or cuda; empty for the GPU if there is one.
+    """
+
+    batch_size: int = runtime(128)
+    shard_size: int = 65_536
+    precision: str = "no"
+    dtype: str = "float32"
+    broken: str = "error"
+    part: str = runtime("")
+    verify: bool = runtime(False)
+    cache: str = runtime("")
+    device: str = runtime("")
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)

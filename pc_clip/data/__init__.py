@@ -1,0 +1,1 @@
+"""Images, texts, and what is known of them; embeddings."""

@@ -1,0 +1,133 @@
+"""Attributes that images are asked about: the data set's own, and those that data/attributes/ defines on classes.
+
+data/attributes/NAME.yaml is one task. What is known of an image is what is known of its class, and classes and
+attributes are found by name, never by position:
+
+    dataset: cifar100
+    attributes:
+      size:
+        more: a larger animal           # "The first image shows ...", of an image that has more of it
+        less: a smaller animal
+        high: a photo of a large animal # for a prompt, of one image that has much of it
+        low: a photo of a small animal
+        high_classes: [camel, lion]     # either two lists of classes,
+        low_classes: [hamster, mouse]   # images of all others are left out;
+        graded: big                     # or an attribute that the data set's own files grade the classes by,
+        minus: small                    # less another one, if it has an opposite
+        gap: 0.5                        # two images differ clearly when they are further apart than this
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from pc_clip.core.config.evaluate import EvaluateConfig
+from pc_clip.core.errors import UserError, nearest
+from pc_clip.core.paths import package_data
+from pc_clip.data.dataset import Attribute, Dataset, Question
+
+FOLDER = package_data(Path(__file__).with_name("attributes"))
+_WORDS = ("more", "less", "high", "low")
+_KEYS = {*_WORDS, "high_classes", "low_classes", "graded", "minus", "gap"}
+
+
+def tasks_of(dataset: str) -> list[str]:
+    """The tasks that are defined on a data set."""
+    return [path.stem for path in sorted(FOLDER.glob("*.yaml")) if _read(path)["dataset"] == dataset]
+
+
+def of(data: Dataset, config: EvaluateConfig) -> tuple[Attribute, ...]:
+    """The data set's own attributes and those of its tasks, or of the tasks that were asked for alone.
+
+    Raises UserError for a task that is unknown or of another data set.
+    """
+    defined = tasks_of(data.name)
+    own = {attribute.name for attribute in data.attributes}
+    for task in config.tasks:
+        if task not in defined and task not in own:
+            raise UserError(f"{data.name} has no task {task!r}. {nearest(task, [*defined, *own])}")
+    wanted = config.tasks or [*own, *defined]
+    return (
+        *(attribute for attribute in data.attributes if attribute.name in wanted),
+        *(attribute for task in defined if task in wanted for attribute in read(FOLDER / f"{task}.yaml", data)),
+    )
+
+
+def read(path: Path, data: Dataset) -> list[Attribute]:
+    """The attributes of one task, with a value for each image of `data`; NaN where the task says nothing of its class.
+
+    Raises UserError for a class or a graded attribute that the data set does not have.
+    """
+    found = _read(path)
+    if not data.questions:
+        raise UserError(f"{path} asks about classes, and {data.label} has none")
+    question, attributes = data.questions[0], found["attributes"]
+    alone = len(attributes) == 1
+    named = [(path.stem if alone else f"{path.stem}_{name}", about) for name, about in attributes.items()]
+    return [
+        Attribute(
+            name,
+            _by_image(_by_class(about, question, f"{path}: {name}"), question, len(data)),
+            *(about[word] for word in _WORDS),
+            gap=float(about.get("gap", 0.5)),
+            task=path.stem,
+        )
+        for name, about in named
+    ]
+
+
+def _by_class(about: dict[str, Any], question: Question, where: str) -> np.ndarray:
+    """What is known of each class.  -> [classes], NaN where nothing is"""
+    value = np.full(len(question.classes), np.nan)
+    if "graded" in about:
+        value[:] = _graded(about["graded"], question, where)
+        if "minus" in about:
+            value -= _graded(about["minus"], question, where)
+        return value
+    place = {name: n for n, name in enumerate(question.classes)}
+    for key, amount in (("high_classes", 1.0), ("low_classes", 0.0)):
+        for name in about[key]:
+            if name not in place:
+                raise UserError(f"{where}: {name!r} is no class of this data set. {nearest(name, place)}")
+            if not np.isnan(value[place[name]]):
+                raise UserError(f"{where}: {name!r} is named twice")
+            value[place[name]] = amount
+    return value
+
+
+def _graded(attribute: str, question: Question, where: str) -> np.ndarray:
+    if attribute not in question.graded:
+        raise UserError(f"{where}: the data set grades no {attribute!r}. {nearest(attribute, question.graded)}")
+    of_class = question.graded[attribute]
+    return np.array([of_class.get(name, np.nan) for name in question.classes])
+
+
+def _by_image(of_class: np.ndarray, question: Question, images: int) -> np.ndarray:
+    value = np.full(images, np.nan)
+    value[question.rows] = of_class[question.target]
+    return value
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return _parse(path.read_text(encoding="utf-8"), path)
+
+
+@lru_cache
+def _parse(text: str, path: Path) -> dict[str, Any]:
+    """Cached by the text, because every evaluation asks which tasks there are. Nobody may change what it returns."""
+    content = yaml.safe_load(text)
+    if not isinstance(content, dict) or {"dataset", "attributes"} - content.keys():
+        raise UserError(f"{path} is no attribute task: it needs dataset and attributes")
+    for name, about in content["attributes"].items():
+        missing, extra = set(_WORDS) - about.keys(), about.keys() - _KEYS
+        if missing or extra:
+            what = f"lacks {', '.join(sorted(missing))}" if missing else f"has the unknown {', '.join(sorted(extra))}"
+            raise UserError(f"{path}: {name} {what}")
+        if "graded" not in about and not {"high_classes", "low_classes"} <= about.keys():
+            raise UserError(f"{path}: {name} needs high_classes and low_classes, or graded")
+    return content

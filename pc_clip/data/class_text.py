@@ -1,0 +1,155 @@
+"""What is known of the classes of a data set, as phrases: what the writers compare and describe.
+
+A class is named as its prompt names it. The rules writer needs more to say anything: what the data set's own
+files grade the classes by (awa2, cub), or the captions of their images (the example).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from pc_clip.core.errors import UserError, nearest
+from pc_clip.data import attributes
+from pc_clip.data.dataset import Dataset, Question
+
+_OPENING = re.compile(r"^this is an? (?:photo|picture|image) of ", re.IGNORECASE)
+
+
+def phrase(question: Question, name: str) -> str:
+    """A class as its prompt names it: "a grizzly bear", "an apple", "an object on the left"."""
+    found = _OPENING.sub("", question.templates[0].replace("{}", name)).rstrip(".")
+    return re.sub(r"^a(?= [aeiou])", "an", found)
+
+
+def find_question(data: Dataset, name: str | None) -> Question:
+    """Raises UserError where the data set has no such question, or several and none was named."""
+    known = {question.name: question for question in data.questions}
+    if not known:
+        raise UserError(f"{data.label} has no classes")
+    if name is None and len(known) > 1:
+        raise UserError(f"{data.label} asks about {', '.join(known)}; say which with --question")
+    if name is not None and name not in known:
+        raise UserError(f"{data.label} asks no question {name!r}. {nearest(name, known)}")
+    return known[name] if name else next(iter(known.values()))
+
+
+def opposed(data: Dataset, question: Question, a: str, b: str, seed: int) -> tuple[str, str]:
+    """Two phrases that set class a against class b, from what the data set's files say of them; else their names."""
+    if any("::" in attribute for attribute in question.graded):
+        return _by_family(question, a, b)
+    words = _words_of(data)
+    rng = np.random.default_rng(seed)
+    apart = [
+        (abs(question.graded[name][a] - question.graded[name][b]), rng.random(), name)
+        for name in words
+        if name in question.graded
+    ]
+    if not apart or max(apart)[0] == 0:
+        return phrase(question, a), phrase(question, b)
+    name = max(apart)[2]
+    high, low = words[name]
+    return (high, low) if question.graded[name][a] > question.graded[name][b] else (low, high)
+
+
+def described(data: Dataset, question: Question, name: str, seed: int) -> str:
+    """One description of a class by rule: from its grades, or a caption of one of its images that names it.
+
+    Raises UserError where nothing is known of it.
+    """
+    rng = np.random.default_rng(seed)
+    if question.graded:
+        parts = _strongest(data, question, name, rng)
+        return f"{_capital(phrase(question, name))}: {', '.join(parts)}." if parts else _capital(phrase(question, name))
+    if data.captions:
+        rows = question.rows[question.target == question.classes.index(name)]
+        if not len(rows):
+            raise UserError(f"{data.label} shows no {name}, so that there is no caption to describe it by")
+        captions = [caption for row in rows for caption in data.captions[row]]
+        naming = [caption for caption in captions if name.lower() in caption.lower()]
+        return str(rng.choice(naming or captions))
+    raise UserError(
+        f"the rules know nothing of the classes of {data.name} but their names; use --writer transformers, which asks "
+        "a language model"
+    )
+
+
+# -- grades in words -----------------------------------------------------------------------------------
+
+
+def _words_of(data: Dataset) -> dict[str, tuple[str, str]]:
+    """Graded attribute -> what shows much of it, and what little, from data/attributes/."""
+    found = {}
+    for task in attributes.tasks_of(data.name):
+        for about in yaml.safe_load((attributes.FOLDER / f"{task}.yaml").read_text(encoding="utf-8"))[
+            "attributes"
+        ].values():
+            if "graded" in about and "minus" not in about:
+                found[about["graded"]] = (about["high"], about["low"])
+    return found
+
+
+def _by_family(question: Question, a: str, b: str) -> tuple[str, str]:
+    """CUB's attributes come in families ("has_wing_color::blue"): the family in which two classes differ most."""
+    families = defaultdict(dict)
+    for name, of_class in question.graded.items():
+        family, value = name.split("::", 1)
+        families[family][value] = of_class[a] - of_class[b]
+    family = max(families, key=lambda name: (sum(abs(gap) for gap in families[name].values()), name))
+    gaps = families[family]
+    return _in_words(family, max(gaps, key=gaps.get)), _in_words(family, min(gaps, key=gaps.get))
+
+
+def _in_words(family: str, value: str) -> str:
+    part = family.removeprefix("has_").replace("_", " ")
+    value = re.sub(r"_?\(.*?\)", "", value).replace("_", " ").strip()
+    return f"a bird of {value} {part}" if part in ("size", "shape") else f"a bird with {value} {part}"
+
+
+def _strongest(data: Dataset, question: Question, name: str, rng: np.random.Generator, n: int = 5) -> list[str]:
+    """Up to n phrases of what is most pronounced in a class; equal ones are drawn."""
+    words = _words_of(data)
+    graded = [
+        (of_class[name], rng.random(), attribute)
+        for attribute, of_class in question.graded.items()
+        if "::" in attribute or attribute in words
+    ]
+    found, seen = [], set()
+    for amount, _, attribute in sorted(graded, reverse=True):
+        family, _, value = attribute.partition("::")
+        if amount > 0 and family not in seen and len(found) < n:
+            seen.add(family)
+            found.append(_in_words(family, value) if value else words[attribute][0])
+    return found
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+# -- descriptions in files -----------------------------------------------------------------------------
+
+
+def read_descriptions(path: str | Path) -> dict[str, list[str]]:
+    """A file of class descriptions, one JSON a line with class and text: class -> its descriptions.
+
+    Raises UserError for a file that is absent, or a line that is none.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no descriptions at {path}; generate_diffs.py --task describe writes them")
+    found: dict[str, list[str]] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+            found.setdefault(row["class"], []).append(row["text"])
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise UserError(f"{path}, line {number}: wanted JSON with class and text, found {line[:80]!r}") from error
+    if not found:
+        raise UserError(f"{path} is empty; generate_diffs.py --task describe --overwrite true writes it again")
+    return found

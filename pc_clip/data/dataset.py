@@ -1,0 +1,274 @@
+"""What a data set is: images with ids, and whatever is known about them."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from stat import S_ISREG
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from pc_clip.core.errors import UserError
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
+PHOTO_TEMPLATE = ("This is a photo of a {}.",)
+
+
+class BrokenImage(UserError):
+    """An image whose bytes were read and are no picture: whoever tries again finds the same."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A classification task: which of `classes` each of some images belongs to.
+
+    rows, target: [M] int64, into the data set's images and into `classes`.
+    graded: what the data set's own files say of each class: attribute -> class -> how much of it. Empty for most.
+    templates: the prompts of the paper; several: the data set's own list of prompts, empty where it has none.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    rows: np.ndarray
+    target: np.ndarray
+    templates: tuple[str, ...] = PHOTO_TEMPLATE
+    graded: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    several: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """Something images have more or less of.
+
+    value: [N] float, NaN where it is not defined. more/less complete "The first image shows ...";
+    high/low name one image that has much or little of it, for a prompt. Two images differ clearly when
+    their values are more than `gap` apart. task: the group it is reported in; empty for its own.
+    """
+
+    name: str
+    value: np.ndarray
+    more: str
+    less: str
+    high: str
+    low: str
+    gap: float = 0.0
+    task: str = ""
+
+
+@dataclass(frozen=True)
+class Statement:
+    """A text about an image and another that contradicts it; `true` says whether the text holds.
+
+    What contradicts a true text is false. What contradicts a false one is taken to be true, and mostly is: of an
+    image neither may hold ("left of", "right of"), which what was made by data/relations.py cannot know.
+
+    image: an id of a data set, as the file writes it, or a view of one (data/views.py). kind: what it is reported
+    under: a relation ("left of"), or the file it came from. category: a group of kinds. instead: of ranking data,
+    another image, which the text fits less; text and contradiction are then the same.
+    """
+
+    image: str
+    text: str
+    contradiction: str
+    true: bool = True
+    kind: str = ""
+    category: str = ""
+    instead: str = ""
+
+    @property
+    def preferred(self) -> str:
+        return self.text if self.true else self.contradiction
+
+    @property
+    def rejected(self) -> str:
+        return self.contradiction if self.true else self.text
+
+
+@dataclass(frozen=True)
+class Change:
+    """Two images and what is said of how the second differs from the first.
+
+    before, after: ids of images of a data set. sentences: one or more, each says it all. kind: of change, as the data
+    set names it ("colour", "none"); empty where it does not say.
+    """
+
+    before: str
+    after: str
+    sentences: tuple[str, ...]
+    kind: str = ""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Images and what is known about them. `load(row)` gives an RGB image or raises UserError with its path, and
+    BrokenImage where the fault is in the image.
+
+    split: how results and files name it; it says how a random split was made ("test-10pct-seed0"). part: the
+    split as it was asked for ("test"); empty for a data set without splits. changes: pairs of its images with what is
+    said of how the second differs; judge(row, sentence) tells which parts of a sentence about changes[row] are right
+    ("type", "object", "value"), where the data set can know.
+    """
+
+    name: str
+    split: str
+    ids: list[str]
+    load: Callable[[int], Image.Image]
+    fingerprint: str
+    captions: list[tuple[str, ...]] | None = None
+    questions: tuple[Question, ...] = ()
+    attributes: tuple[Attribute, ...] = ()
+    note: str = ""
+    part: str = ""
+    statements: tuple[Statement, ...] = ()
+    changes: tuple[Change, ...] = ()
+    judge: Callable[[int, str], dict[str, bool]] | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}/{self.split}" if self.split else self.name
+
+
+def subset(data: Dataset, rows: np.ndarray) -> Dataset:
+    """Some images of a data set, in increasing order of their rows, with what is known about them.
+
+    It has a fingerprint, and so a cache of embeddings, of its own.
+    """
+    place = np.full(len(data), -1)
+    place[rows] = np.arange(len(rows))
+
+    def of(question: Question) -> Question:
+        kept = place[question.rows] >= 0
+        return dataclasses.replace(question, rows=place[question.rows][kept], target=question.target[kept])
+
+    kept = {data.ids[row] for row in rows}
+    changes = [n for n, change in enumerate(data.changes) if change.before in kept and change.after in kept]
+    return dataclasses.replace(
+        data,
+        ids=[data.ids[row] for row in rows],
+        load=partial(_load_row, data.load, rows),
+        fingerprint=digest(data.fingerprint, rows.tolist()),
+        captions=[data.captions[row] for row in rows] if data.captions else None,
+        questions=tuple(map(of, data.questions)),
+        attributes=tuple(dataclasses.replace(a, value=a.value[rows]) for a in data.attributes),
+        statements=_about(data.statements, kept),
+        changes=tuple(data.changes[n] for n in changes),
+        judge=data.judge and partial(_judge_row, data.judge, changes),
+    )
+
+
+def _about(statements: tuple[Statement, ...], kept: set[str]) -> tuple[Statement, ...]:
+    images = ({image.split("@")[0] for image in (s.image, s.instead or s.image)} for s in statements)
+    return tuple(s for s, about in zip(statements, images) if about <= kept)
+
+
+def with_changes(data: Dataset, rows: Sequence[int]) -> Dataset:
+    """The same images with some of their changes."""
+    chosen = tuple(data.changes[row] for row in rows)
+    judge = data.judge and partial(_judge_row, data.judge, list(rows))
+    return dataclasses.replace(data, changes=chosen, judge=judge, fingerprint=digest(data.fingerprint, list(rows)))
+
+
+def _judge_row(judge: Callable[[int, str], dict[str, bool]], rows: list[int], place: int, said: str) -> dict[str, bool]:
+    return judge(rows[place], said)
+
+
+def _load_row(load: Callable[[int], Image.Image], rows: np.ndarray, place: int) -> Image.Image:
+    return load(int(rows[place]))
+
+
+# -- for readers --------------------------------------------------------------------------------------
+
+
+def read_image(path: Path) -> Image.Image:
+    """An RGB image. Raises UserError that names the path: BrokenImage where the fault is in the file's content."""
+    try:
+        content = path.read_bytes()  # first, so that a fault of the disk is not taken for one of the picture
+    except FileNotFoundError as error:
+        raise UserError(f"no image at {path}") from error
+    except OSError as error:
+        raise unreadable(path, error) from error
+    return decode_image(content, str(path))
+
+
+def decode_image(content: bytes, name: str) -> Image.Image:
+    """An RGB image from a file's bytes, or BrokenImage with the name it is known by."""
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            return image.convert("RGB")
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        if "out of memory" in str(error):  # so Pillow reports what its decoders did not get
+            raise MemoryError(f"decoding {name}") from error
+        if getattr(error, "errno", None):  # of the machine; a decoder's own have no number
+            raise
+        what = "it is cut short, or no image" if isinstance(error, UnidentifiedImageError) else error
+        raise BrokenImage(f"{name} cannot be read as an image ({what}); replace or remove it") from error
+
+
+def unreadable(path: Path, error: OSError) -> UserError:
+    """What to say where the system does not let a file or folder be read: nothing is known of its content."""
+    return UserError(f"{path} cannot be read ({error.strerror or error}); mend that and run the same command again")
+
+
+class FoundFile(NamedTuple):
+    path: str
+    size: int
+    modified: int  # ns
+
+
+def first_file(places: Iterable[str]) -> FoundFile | None:
+    """The first file that is there. With strings, because large sets ask for some 120,000 of them."""
+    for path in places:
+        try:
+            found = os.stat(path)
+        except PermissionError:
+            raise
+        except (OSError, ValueError):  # ValueError: a name with a zero byte
+            continue
+        if S_ISREG(found.st_mode):
+            return FoundFile(path, found.st_size, found.st_mtime_ns)
+    return None
+
+
+def read_file(files: list[Path], row: int) -> Image.Image:
+    return read_image(files[row])
+
+
+def is_image_file(path: Path, root: Path) -> bool:
+    hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
+    return path.suffix.lower() in IMAGE_SUFFIXES and not hidden and path.is_file()
+
+
+def stat(path: Path) -> tuple[int, int]:
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
+
+
+def stat_images(files: Sequence[Path], listed_in: Path) -> list[tuple[int, int]]:
+    """Size and time of each image. Raises UserError that counts those absent, where a file lists them."""
+    found, absent = [], []
+    for path in files:
+        try:
+            found.append(stat(path))
+        except (FileNotFoundError, NotADirectoryError):
+            absent.append(path)
+    if absent:
+        raise UserError(
+            f"{len(absent)} of the {len(files)} images that {listed_in} lists are absent, first {absent[0]}; "
+            "unpack the archive again"
+        )
+    return found
+
+
+def digest(*parts: object) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]

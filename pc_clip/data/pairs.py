@@ -1,0 +1,104 @@
+"""A change model put to the pairs of a data set: embeddings, and sentences with where the decoder looked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from pc_clip.data.dataset import Change, Dataset
+from pc_clip.data.images import Reader, plain
+from pc_clip.models.change_model import Search
+
+if TYPE_CHECKING:
+    from pc_clip.models.clip import Clip
+
+
+class Caption(NamedTuple):
+    """A sentence on one pair. tokens: its pieces.
+
+    attention: [T, 2, rows, columns], for each piece how much the decoder's last layer looked at each patch of before
+    and after; None unless asked for.
+    """
+
+    text: str
+    log_likelihood: float
+    tokens: list[str]
+    attention: np.ndarray | None = None
+
+
+def pair_rows(data: Dataset) -> np.ndarray:
+    """The images of each change, as rows of the data set.  -> [N, 2] int64"""
+    row = {key: n for n, key in enumerate(data.ids)}
+    pairs = [(row[change.before], row[change.after]) for change in data.changes]
+    return np.array(pairs, dtype=np.int64).reshape(-1, 2)
+
+
+@torch.no_grad()
+def captions(
+    clip: Clip,
+    data: Dataset,
+    *,
+    beams: int = 1,
+    length_penalty: float = 1.0,
+    batch_size: int = 128,
+    workers: int = 0,
+    attention: bool = False,
+) -> list[Caption]:
+    """A sentence on each of data.changes, in their order. Each pair goes through the encoder once.
+
+    Raises UserError for an image that cannot be read.
+    """
+    change, search, found = clip.change, Search(beams, length_penalty), []
+    search.check()
+    for seen in seen_by_encoder(clip, data, batch_size, workers, "writing sentences"):
+        tokens, likelihood = change.write(seen, search)
+        maps = change.maps(tokens, seen).float().cpu().numpy() if attention else None
+        for n, (numbers, value) in enumerate(zip(tokens.tolist(), likelihood.tolist())):
+            words = change.vocabulary.words(numbers)
+            looks = maps[n, : len(words)] if attention else None
+            found.append(Caption(change.vocabulary.decode(numbers), value, words, looks))
+    return found
+
+
+@torch.no_grad()
+def embed_pairs(clip: Clip, data: Dataset, *, batch_size: int = 128, workers: int = 0) -> Tensor:
+    """Unit embeddings of data.changes, on the CPU.  -> [N, D] float32. Raises UserError for an unreadable image."""
+    seen = seen_by_encoder(clip, data, batch_size, workers, "encoding pairs")
+    z = [clip.change.encoder.embed(tokens).float().cpu() for tokens in seen]
+    return nn.functional.normalize(torch.cat(z), dim=-1)
+
+
+def seen_by_encoder(clip: Clip, data: Dataset, batch_size: int, workers: int, doing: str) -> Iterator[Tensor]:
+    """The encoder's tokens of data.changes, batch by batch.  -> [B, 2 (P + 1), W]"""
+    pairs = pair_rows(data)
+    batches = [pairs[n : n + batch_size] for n in range(0, len(pairs), batch_size)]
+    bar = tqdm(total=len(pairs), desc=doing, unit="pair", leave=False, disable=None if len(batches) > 4 else True)
+    with bar:
+        for before, after in read_pairs(Reader(data, plain(clip.preprocess), workers), batches):
+            yield clip.change.encoder(before.to(clip.device), after.to(clip.device))
+            bar.update(len(before))
+
+
+def read_pairs(reader: Reader, batches: Sequence[np.ndarray]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pixels of both images of some pairs, [B, 2] rows each. An image of several pairs is read once a batch."""
+    distinct = [np.unique(rows, return_inverse=True) for rows in batches]
+    with closing(reader.batches(rows for rows, _ in distinct)) as coming:
+        for batch, (_, place), pairs in zip(coming, distinct, batches):
+            pixels, place = batch.whole(), torch.from_numpy(place.reshape(pairs.shape))
+            yield pixels[place[:, 0]], pixels[place[:, 1]]
+
+
+def distinct_sentences(changes: Sequence[Change]) -> tuple[list[str], list[list[int]]]:
+    """The M distinct sentences of N changes, and for each change which of them are said of its two images."""
+    place: dict[str, int] = {}
+    said: dict[tuple[str, str], set[int]] = {}
+    for change in changes:
+        of_pair = said.setdefault((change.before, change.after), set())
+        of_pair |= {place.setdefault(text, len(place)) for text in change.sentences}
+    return list(place), [sorted(said[change.before, change.after]) for change in changes]

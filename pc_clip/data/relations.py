@@ -1,0 +1,245 @@
+"""Spatial relations in sentences, and what contradicts each.
+
+Names and categories are those of VSR (Liu, Emerson and Collier, Visual Spatial Reasoning, TACL 2023; the categories as
+in analysis_scripts/rel_meta_category_dict.txt of github.com/cambridgeltl/visual-spatial-reasoning). That list has
+"among" in two categories, of which Topological is taken here, and lacks "congruent", which is Unallocated here. The
+opposites are written for this project.
+
+An opposite cannot hold of the same two things at the same place together with the relation itself, both as seen from
+the same side; what is merely different ("near" beside "on") is none. Both may well be false: a thing above another is
+neither left nor right of it. A relation that has no such word in English is negated: "not touching", "does not
+contain".
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from hashlib import sha256
+
+from pc_clip.core.errors import UserError
+
+UNKNOWN = "other"  # the category of a relation that the table does not have
+
+
+@dataclass(frozen=True)
+class Relation:
+    """opposites: one of them takes the relation's place; none: the relation is negated. verb: the infinitive that
+    "does not" goes with, for a relation that holds the verb of the sentence."""
+
+    category: str
+    opposites: tuple[str, ...] = ()
+    verb: str = ""
+
+    def negated(self, name: str) -> str:
+        return f"does not {self.verb}" if self.verb else f"not {name}"
+
+
+_FAR = ("far from", "far away from")
+_LOW = ("below", "beneath", "under")
+
+RELATIONS: dict[str, Relation] = {
+    "adjacent to": Relation("Adjacency", _FAR),
+    "ahead of": Relation("Adjacency", ("behind",)),
+    "against": Relation("Adjacency", ("away from",)),
+    "alongside": Relation("Adjacency", _FAR),
+    "at the back of": Relation("Adjacency", ("at the front of",)),
+    "at the edge of": Relation("Adjacency", ("in the middle of",)),
+    "at the left side of": Relation("Adjacency", ("at the right side of",)),
+    "at the right side of": Relation("Adjacency", ("at the left side of",)),
+    "at the side of": Relation("Adjacency", _FAR),
+    "attached to": Relation("Adjacency", ("detached from",)),
+    "across": Relation("Directional"),
+    "across from": Relation("Directional"),
+    "along": Relation("Directional"),
+    "around": Relation("Directional"),
+    "away from": Relation("Directional", ("close to", "near")),
+    "deep down": Relation("Directional"),
+    "down": Relation("Directional", ("up",)),
+    "down from": Relation("Directional", ("up from",)),
+    "from": Relation("Directional"),
+    "into": Relation("Directional", ("out of",)),
+    "off": Relation("Directional", ("on",)),
+    "past": Relation("Directional"),
+    "through": Relation("Directional"),
+    "to": Relation("Directional"),
+    "toward": Relation("Directional"),  # what stands away from a thing may well go toward it
+    "up": Relation("Directional", ("down",)),
+    "facing": Relation("Orientation", ("facing away from",)),
+    "facing away from": Relation("Orientation", ("facing",)),
+    "parallel to": Relation("Orientation", ("perpendicular to",)),
+    "perpendicular to": Relation("Orientation", ("parallel to",)),
+    "above": Relation("Projective", _LOW),
+    "behind": Relation("Projective", ("in front of",)),
+    "below": Relation("Projective", ("above", "on top of")),
+    "beneath": Relation("Projective", ("above", "on top of")),
+    "beside": Relation("Projective", _FAR),
+    "in front of": Relation("Projective", ("behind",)),
+    "in the middle of": Relation("Projective", ("at the edge of",)),
+    "left of": Relation("Projective", ("right of",)),
+    "on top of": Relation("Projective", _LOW),
+    "over": Relation("Projective", _LOW),
+    "right of": Relation("Projective", ("left of",)),
+    "under": Relation("Projective", ("above", "on top of")),
+    "by": Relation("Proximity", _FAR),
+    "close to": Relation("Proximity", _FAR),
+    "far away from": Relation("Proximity", ("close to", "near")),
+    "far from": Relation("Proximity", ("close to", "near")),
+    "near": Relation("Proximity", _FAR),
+    "among": Relation("Topological"),
+    "at": Relation("Topological", ("away from", *_FAR)),
+    "between": Relation("Topological"),
+    "connected to": Relation("Topological", ("detached from",)),
+    "consists of": Relation("Topological", verb="consist of"),
+    "contains": Relation("Topological", verb="contain"),
+    "detached from": Relation("Topological", ("attached to", "connected to")),
+    "has as a part": Relation("Topological", verb="have as a part"),
+    "in": Relation("Topological", ("outside", "out of")),
+    "inside": Relation("Topological", ("outside",)),
+    "on": Relation("Topological", ("off",)),
+    "out of": Relation("Topological", ("in", "inside")),
+    "outside": Relation("Topological", ("inside", "within")),
+    "part of": Relation("Topological"),
+    "surrounding": Relation("Topological"),
+    "touching": Relation("Topological"),
+    "with": Relation("Topological", ("without",)),
+    "within": Relation("Topological", ("outside",)),
+    "after": Relation("Unallocated", ("before",)),
+    "beyond": Relation("Unallocated"),
+    "congruent": Relation("Unallocated"),
+    "enclosed by": Relation("Unallocated", ("outside",)),
+    "next to": Relation("Unallocated", _FAR),
+    "opposite to": Relation("Unallocated"),
+    # Not of VSR: opposites of its own that it has no name for, and sizes.
+    "at the front of": Relation("Adjacency", ("at the back of",)),
+    "before": Relation("Unallocated", ("after",)),
+    "left side of": Relation("Projective", ("right side of",)),
+    "right side of": Relation("Projective", ("left side of",)),
+    "up from": Relation("Directional", ("down from",)),
+    "without": Relation("Topological", ("with",)),
+    "larger than": Relation("Size", ("smaller than",)),
+    "smaller than": Relation("Size", ("larger than",)),
+}
+
+# Found only behind "is", "are" and the like: elsewhere they mostly mean something else ("about to eat").
+_LOOSE = {"after", "at", "before", "by", "down", "from", "off", "past", "through", "to", "up"}
+_IS = r"\b(?:is|are|was|were|isn['’]t|aren['’]t|wasn['’]t|weren['’]t)\b"
+_BEING = re.compile(rf"{_IS}\s+(?:not\s+)?(?:\w+ly\s+)?$", re.IGNORECASE)
+_IS_OF_ALL = re.compile(rf"(?<!that )(?<!which )(?<!who ){_IS}", re.IGNORECASE)  # and not of a part of the sentence
+_NOT = re.compile(r"(?:\b(not)\s+|(n['’]t)\s+)((?:\w+ly\s+)?(?:\w+(?:ing|ed)\s+)?)$", re.IGNORECASE)
+_NO = re.compile(r"\b(?:no|not|none|never|nobody|nothing|neither|nor|cannot)\b|n['’]t\b", re.IGNORECASE)
+
+
+def category(relation: str) -> str:
+    """VSR's category of a relation, or "other"."""
+    return RELATIONS[relation].category if relation in RELATIONS else UNKNOWN
+
+
+def find_relation(text: str) -> str | None:
+    """The relation a sentence is about: of those behind "is" or "are" the longest, else of all; the first if alike.
+
+    None where there is none, and where those there only say which thing is meant ("The car in the street is red").
+    """
+    found = []
+    for match in _pattern("").finditer(text):
+        name = _name(match[0])
+        behind = bool(_BEING.search(text[: match.start()]))
+        says = behind or bool(RELATIONS[name].verb)
+        if says or not (name in _LOOSE or _says_which(text, match)):
+            found.append((says, len(name), -match.start(), name))
+    return max(found)[-1] if found else None
+
+
+def _says_which(text: str, match: re.Match[str]) -> bool:
+    """Whether a place stands within what a sentence is about: it does not begin it, and "is" comes only after it."""
+    before, after = text[: match.start()], text[match.end() :]
+    return bool(before.strip()) and not _IS_OF_ALL.search(before) and bool(_IS_OF_ALL.search(after))
+
+
+def contradict(text: str, relation: str, seed: int = 0) -> str:
+    """The sentence with its relation replaced by one that contradicts it, drawn by seed and sentence.
+
+    The relation is meant where it stands as words of its own and no longer relation of the table covers it: "on" is
+    not found in "person" nor in "on top of". Where it stands more than once, all are replaced alike. A sentence that
+    negates it ("is not touching", "is not lying on") is contradicted by taking the "not" away. A relation that the
+    table does not have is negated behind "is" or "are".
+    Raises UserError where the sentence does not hold the relation, where it says no farther before it ("No cat is on
+    the mat" and "No cat is off the mat" may both be true), and where an unknown relation cannot be negated.
+    """
+    relation = " ".join(relation.lower().split())
+    places = [match for match in _pattern(relation).finditer(text) if _name(match[0]) == relation]
+    if not relation or not places:
+        raise UserError(f"the sentence {text!r} does not hold the relation {relation!r} as words of its own")
+    if relation not in RELATIONS and not all(_BEING.search(text[: match.start()]) for match in places):
+        raise UserError(
+            f"the relation {relation!r} is not known, and in {text!r} it cannot be negated because it does not follow "
+            "is or are; give both sentences instead, as columns caption and negative_caption"
+        )
+    _refuse_other_negations(text, relation, places)
+    known = RELATIONS.get(relation, Relation(UNKNOWN))
+    choices = known.opposites or (known.negated(relation),)
+    opposite = choices[int.from_bytes(sha256(f"{seed} {text}".encode()).digest()[:8], "big") % len(choices)]
+    for match in reversed(places):  # from the end, so that the places before keep theirs
+        text = _replaced(text, match, relation, opposite)
+    return text
+
+
+def _refuse_other_negations(text: str, relation: str, places: list[re.Match[str]]) -> None:
+    for match in places:
+        before = text[: match.start()]
+        if no := _NO.search(_NOT.sub("", before)):
+            raise UserError(
+                f"in {text!r}, {no[0]!r} comes before {relation!r}, so that another relation in its place would not "
+                "contradict it; give both sentences instead, as columns caption and negative_caption"
+            )
+
+
+def _replaced(text: str, match: re.Match[str], relation: str, opposite: str) -> str:
+    """The sentence with one place contradicted: negated where it is not, and the other way round."""
+    before, after = text[: match.start()], text[match.end() :]
+    if _negates(match[0], relation):  # "does not contain"
+        return before + _cased(relation, match[0]) + after
+    if no := _NOT.search(before):
+        kept, adverb = before[: no.start()], no[3] or ""
+        if no[2]:  # "isn't" keeps its "is"
+            return f"{kept} {adverb}{match[0]}{after}"
+        return kept + _cased(adverb + match[0], no[1]) + after
+    return before + _cased(opposite, match[0]) + after
+
+
+def _cased(text: str, like: str) -> str:
+    """In capitals where what stood there was, or with a capital at the beginning."""
+    letters = [c for c in like if c.isalpha()]
+    if len(letters) > 1 and all(c.isupper() for c in letters):
+        return text.upper()
+    return text[0].upper() + text[1:] if like[0].isupper() else text
+
+
+_VERBS = {relation.verb: name for name, relation in RELATIONS.items() if relation.verb}
+_NO_VERB = re.compile(r"(?:does not|doesn['’]t) (.+)")
+
+
+def _name(words: str) -> str:
+    """The relation that a place is of."""
+    words = " ".join(words.lower().split())
+    negated = _NO_VERB.fullmatch(words)
+    return _VERBS[negated[1]] if negated else words
+
+
+def _negates(words: str, relation: str) -> bool:
+    return " ".join(words.lower().split()) != relation
+
+
+@lru_cache(maxsize=256)
+def _pattern(also: str) -> re.Pattern[str]:
+    """All relations, and one more that the table may lack, each at word limits; the longest of those at a place."""
+    names = {*RELATIONS, also} - {""}
+    written = [(name, _words(name)) for name in names]
+    written += [(f"does not {verb}", rf"(?:does\s+not|doesn['’]t)\s+{_words(verb)}") for verb in _VERBS]
+    longest = sorted(written, key=lambda each: (-len(each[0]), each[0]))
+    return re.compile(rf"(?<![\w'’-])(?:{'|'.join(form for _, form in longest)})(?![\w'’-])", re.IGNORECASE)
+
+
+def _words(name: str) -> str:
+    return r"\s+".join(map(re.escape, name.split()))

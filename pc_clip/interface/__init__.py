@@ -1,0 +1,1 @@
+"""What users call: the three scripts, the tools beside them, and the Python API."""

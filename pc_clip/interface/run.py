@@ -1,0 +1,71 @@
+"""Evaluate a CLIP model: checkpoint -> results/*.json, tables.
+
+    python run.py                                            # the embedded example, before and after finetuning
+    python run.py --dataset cifar100 --checkpoint ckpt.pt
+    python run.py --mode rank --images FOLDER --rank.attribute "a larger animal" --rank.against "a smaller animal"
+
+The checkpoint is a run's folder, a .safetensors file, or anybody's state dict (.pt); without one the pretrained model
+is evaluated (--model.name, --model.pretrained). Evaluations, for --mode:
+
+{modes}
+
+--mode NAME --help lists the settings of an evaluation, --help-all those of all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from pc_clip.core.cli import configure, peek
+from pc_clip.core.config.evaluate import EVALUATIONS, EvaluateConfig
+from pc_clip.core.errors import UserError, check_choice, run_script
+from pc_clip.core.paths import checkpoint_file
+
+log = logging.getLogger(__name__)
+EXAMPLE_RUN = "runs/example"
+
+
+def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """Read the settings, evaluate, print the tables; returns the results."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    argv = list(sys.argv[1:] if argv is None else argv)
+    modes = [mode.strip() for mode in peek(argv, "mode", None, "").split(",") if mode.strip()]
+    for mode in modes:
+        check_choice("mode", mode, EVALUATIONS)
+    listed = "\n".join(f"    {name:<18}{line}" for name, line in EVALUATIONS.items())
+    description = __doc__.format(modes=listed)
+    if modes:
+        description = f"Settings of --mode {','.join(modes)}; run.py --help lists those that all evaluations share."
+    config = configure(EvaluateConfig, "run.py", description, argv, shown=modes or ["model"], only=bool(modes))
+    if config.checkpoint:
+        checkpoint_file(config.checkpoint)
+
+    from pc_clip.evals.evaluate import evaluate
+    from pc_clip.report.report import show
+
+    checkpoints = [config.checkpoint] if argv else _example_checkpoints()
+    results = [result for each in checkpoints for result in evaluate(dataclasses.replace(config, checkpoint=each))]
+    show(results)
+    return results
+
+
+def _example_checkpoints() -> list[str | None]:
+    """What is evaluated without any flag: the embedded model, and the example's run if it is finished."""
+    try:
+        checkpoint_file(EXAMPLE_RUN)
+    except UserError:
+        log.info("no finetuned example yet (python finetune.py makes one); evaluating the embedded model alone")
+        return [None]
+    return [None, EXAMPLE_RUN]
+
+
+def command() -> None:
+    run_script(main)
+
+
+if __name__ == "__main__":
+    command()

@@ -1,0 +1,109 @@
+"""What a CLIP model gains when it learns from changes: a pair encoder, and later a caption decoder."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pc_clip.core.errors import UserError
+from pc_clip.models.caption_decoder import Decoder, Found, Shape
+from pc_clip.models.clip import Clip
+from pc_clip.models.pair_encoder import PairEncoder
+from pc_clip.models.vocabulary import Vocabulary
+
+PREFIX = "change."  # of its weights, among the names of a checkpoint
+
+
+class Search(NamedTuple):
+    """How sentences are looked for: beams 1 is greedy; sentences are compared by log-likelihood / length ** penalty."""
+
+    beams: int = 1
+    length_penalty: float = 1.0
+
+    def check(self) -> None:
+        if self.beams < 1:
+            raise UserError(f"beams is {self.beams}; it must be at least 1, which is greedy search")
+        if not math.isfinite(self.length_penalty):
+            raise UserError(f"length_penalty is {self.length_penalty}; it must be a number, such as 1 or 0")
+
+
+class ChangeModel(nn.Module):
+    """The weights that lie beside CLIP's. It calls CLIP's image tower, whose weights stay with CLIP."""
+
+    def __init__(self, clip: Clip, intra_layers: int | None = None, counterparts: bool = False) -> None:
+        """Raises UserError where CLIP's image tower cannot take pairs."""
+        super().__init__()
+        self.encoder = PairEncoder(clip.model.visual, clip.name, intra_layers, counterparts)
+        self.decoder: Decoder | None = None
+        self.vocabulary: Vocabulary | None = None
+
+    def add_decoder(self, vocabulary: Vocabulary, shape: Shape, dropout: float = 0.0) -> None:
+        self.vocabulary = vocabulary
+        self.decoder = Decoder(len(vocabulary), self.encoder.patches + 1, self.encoder.width, shape, dropout)
+
+    def write(self, seen: Tensor, search: Search) -> Found:
+        """Sentences about pairs that the encoder has seen. [B, S, V]"""
+        return self.decoder.greedy(seen) if search.beams == 1 else self.decoder.beam(seen, *search)
+
+    def maps(self, found: Tensor, seen: Tensor) -> Tensor:
+        """Where the decoder looks at each word. [B, L], [B, S, V] -> [B, L, 2, rows, columns]; class tokens left out"""
+        looks = self.decoder.attention(found, seen).unflatten(-1, (2, -1))[..., 1:]
+        return looks.unflatten(-1, self.encoder.grid)
+
+    def describe(self) -> dict[str, Any]:
+        """What its weights alone do not say; `build` makes the same from it."""
+        encoder = self.encoder
+        about: dict[str, Any] = {"intra_layers": encoder.intra_layers, "counterparts": encoder.counterparts}
+        if self.decoder is not None:
+            about |= {"decoder": asdict(self.decoder.shape), "pieces": self.vocabulary.pieces}
+        return about
+
+    @classmethod
+    def build(cls, clip: Clip, about: Mapping[str, Any], state: Mapping[str, Tensor], path: object) -> ChangeModel:
+        """One as it was saved. state: its weights, without PREFIX. Raises UserError where they do not fit."""
+        made = cls(clip, about["intra_layers"], about.get("counterparts", False))  # an earlier version had none
+        if "decoder" in about:
+            made.add_decoder(Vocabulary(clip.tokenizer, about["pieces"]), Shape(**about["decoder"]))
+        try:
+            made.load_state_dict(state)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{path} does not fit {clip.name}: {reason}") from error
+        return made.to(clip.device).eval()
+
+
+def fresh(clip: Clip, intra_layers: int | None, seed: int, counterparts: bool = False) -> ChangeModel:
+    """A new one, its weights drawn by seed; torch's own generator stays as it is."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return ChangeModel(clip, intra_layers, counterparts)
+
+
+@dataclass
+class ChangeClip(Clip):
+    """A CLIP model with what reads pairs of images by its image tower, and writes how they differ (CLIP4IDC)."""
+
+    change: ChangeModel | None = None
+
+    @classmethod
+    def of(cls, clip: Clip, change: ChangeModel) -> ChangeClip:
+        """The same weights, not copied, with a change model beside them."""
+        known = {f.name: getattr(clip, f.name) for f in dataclasses.fields(Clip)}
+        return cls(**known, change=change)
+
+    def extra_weights(self) -> dict[str, Tensor]:
+        return {PREFIX + name: value for name, value in self.change.state_dict().items()}
+
+    def about(self) -> dict[str, Any]:
+        return {"change": self.change.describe()}
+
+
+def change_of(clip: Clip) -> ChangeModel | None:
+    """The change model of a CLIP model; most have none."""
+    return clip.change if isinstance(clip, ChangeClip) else None

@@ -1,0 +1,160 @@
+"""LoRA: instead of a weight W, two thin matrices learn, and the model computes with W + scale * B A (Hu et al. 2021).
+
+A, B, how they begin and what they add up to are peft's; where they sit is torch's parametrization. peft's own way is
+to put layers in the place of others, and of these CLIP's towers never call some: nn.MultiheadAttention and the
+attention pool of a ResNet read the weights of their layers and multiply by themselves, so the adapters there would do
+nothing. peft's special layer for nn.MultiheadAttention (as of 0.21.2) counts that of out_proj twice, and adds and
+subtracts at the weights in each step, whose rounding errors stay. A parametrized weight is right for who reads it and
+for who calls its layer, pc_clip.models.fast_text included, and takes one more product of thin matrices a step. What it does
+not save is the memory of the weights' gradients while they are computed; Adam's moments it does.
+
+At the end `merge` leaves the sums under the weights' own names.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils import parametrize
+
+from pc_clip.core.errors import UserError, check_at_least, check_choice
+from pc_clip.models import torchvision_compat  # noqa: F401  (before peft, which imports transformers)
+from pc_clip.models.parameters import TRAINABLE, parameters_of
+
+_NAME = "default"  # peft's for an adapter that is the only one
+_MATRICES = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "text_projection", "proj")
+
+
+class Adapter(nn.Module):
+    """What is added to one weight of shape [M, ...], seen as a matrix [M, N]. At the start it is zero."""
+
+    def __init__(self, weight: Tensor, rank: int, alpha: float) -> None:
+        """A is drawn from torch's default generator, on the CPU."""
+        super().__init__()
+        peft = _peft()
+        rows, columns = len(weight), weight[0].numel()
+        host = nn.utils.skip_init(nn.Linear, columns, rows, bias=False)  # peft asks it for its size and its device
+        config = peft.LoraConfig(r=rank, lora_alpha=alpha)
+        self.layer = peft.tuners.lora.Linear(host, _NAME, config=config, r=rank, lora_alpha=alpha)
+        del self.layer.base_layer
+        self.to(weight.device, weight.dtype)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        with torch.autocast(weight.device.type, enabled=False):  # bf16 would round small steps away
+            return weight + self.layer.get_delta_weight(_NAME).view_as(weight)
+
+    @property
+    def matrices(self) -> dict[str, nn.Parameter]:
+        """lora_A, [r, N], and lora_B, [M, r]"""
+        return {"lora_A": self.layer.lora_A[_NAME].weight, "lora_B": self.layer.lora_B[_NAME].weight}
+
+
+def check(rank: int, alpha: float | None) -> None:
+    """Raise UserError for settings of adapters that cannot be, and where peft is not installed."""
+    check_at_least("model.lora_rank", rank, 0)
+    if alpha is not None and not rank:
+        raise UserError(f"model.lora_alpha {alpha:g} means nothing without model.lora_rank; set that, or leave it out")
+    if alpha is not None and not 0 < alpha < float("inf"):
+        raise UserError(f"model.lora_alpha is {alpha:g}; it must be above 0, or null for a scale of 1")
+    if rank:
+        _peft()
+
+
+def weights_to_adapt(model: nn.Module, train: str, name: str) -> list[str]:
+    """Which of the weights that `train` names get adapters: matrices, and convolutions without groups.
+
+    Embeddings, norms and biases get none and stay as they are. name: of the model, for messages.
+    Raises UserError where there are none.
+    """
+    named = parameters_of(model, train, name)
+    found = [n for n, p in named.items() if _fits(*_owner(model, n), p)]
+    if not found:
+        raise UserError(
+            f"model.train {train} names no weight of {name} that adapters fit, of {len(named)} parameters; "
+            "set model.lora_rank 0, or train another part"
+        )
+    return found
+
+
+def add(model: nn.Module, names: list[str], rank: int, alpha: float | None, seed: int) -> None:
+    """Put adapters on weights, in place. Outputs stay what they are until the adapters learn.
+
+    alpha: what adapters add is multiplied by alpha / rank; None for 1. No weight may have one already. torch's global generators are left as they were.
+    """
+    alpha = rank if alpha is None else alpha
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # of the CPU alone: torch.manual_seed takes the GPUs' along
+        for name in names:
+            owner, short = _owner(model, name)
+            adapter = Adapter(getattr(owner, short), rank, alpha)
+            parametrize.register_parametrization(owner, short, adapter)
+
+
+def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The adapters' matrices as WEIGHT.lora_A and WEIGHT.lora_B; empty for a model without adapters."""
+    found = {}
+    for path, owner in model.named_modules():
+        for short, adapter in _adapters(owner).items():
+            weight = f"{path}.{short}" if path else short
+            found |= {f"{weight}.{which}": matrix for which, matrix in adapter.matrices.items()}
+    return found
+
+
+class Named(Protocol):
+    """A model with the name that messages call it by: a Clip."""
+
+    model: nn.Module
+    name: str
+
+
+def trainable(clip: Named, which: str) -> dict[str, nn.Parameter]:
+    """The parameters that learn, by name: those of adapters where there are some, else what `which` names.
+
+    which: as parameters.py says. Raises UserError for an unknown one, and where the model has nothing of the kind.
+    """
+    check_choice("model.train", which, TRAINABLE)
+    return parameters(clip.model) or parameters_of(clip.model, which, clip.name)
+
+
+def merge(model: nn.Module) -> None:
+    """Add all adapters to their weights and remove them, in place: an ordinary model again, under ordinary names."""
+    for owner in list(model.modules()):
+        for short in _adapters(owner):
+            parametrize.remove_parametrizations(owner, short, leave_parametrized=True)
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether reading a module's weights gives what it computes with: it has no parametrizations but adapters."""
+    return not hasattr(module, "parametrizations") or len(_adapters(module)) == len(module.parametrizations)
+
+
+def _adapters(owner: nn.Module) -> dict[str, Adapter]:
+    """The adapters of a module's own weights, by the weight's name."""
+    lists = getattr(owner, "parametrizations", {})
+    return {short: some[0] for short, some in lists.items() if len(some) == 1 and isinstance(some[0], Adapter)}
+
+
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, short = name.rpartition(".")
+    return model.get_submodule(path), short
+
+
+def _fits(owner: nn.Module, short: str, weight: nn.Parameter) -> bool:
+    if isinstance(owner, _ConvNd):
+        return short == "weight" and owner.groups == 1
+    return weight.ndim == 2 and (short in _MATRICES or (short == "weight" and isinstance(owner, nn.Linear)))
+
+
+def _peft() -> ModuleType:
+    try:
+        import peft
+    except ImportError as error:
+        raise UserError(
+            f"model.lora_rank needs the package peft, which cannot be imported ({error}): "
+            "`pip install peft`, or set model.lora_rank 0"
+        ) from error
+    return peft

@@ -1,0 +1,1 @@
+"""Files of the PC-CLIP authors, and models beside CLIP_benchmark."""

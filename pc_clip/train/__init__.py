@@ -1,0 +1,1 @@
+"""The loop, the methods, losses and samplers."""

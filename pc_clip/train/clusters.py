@@ -1,0 +1,150 @@
+"""Batches with similar examples in them, so that negatives are hard: SimCLIP's clusters of nearest neighbours.
+
+"An empirical study of CLIP fine-tuning with similarity clusters" (FITML 2024). A share p of each batch is clusters of
+k examples: a pivot drawn at random and k - 1 of its nearest neighbours; the rest is drawn at random. No example is
+twice in a batch, because it would be its own negative.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+from torch import Tensor
+
+from pc_clip.core.errors import UserError, check_at_least
+from pc_clip.train import neighbours
+from pc_clip.train.neighbours import Index
+
+SPARE = 8  # so many times a cluster's neighbourhood is looked for, because earlier clusters may have taken some of it
+
+
+def sizes(batch_size: int, size: int, share: float) -> list[int]:
+    """How large the clusters of a batch are: as many of `size` as the share holds, and one of what is left of it.
+
+    Less than two examples are no cluster; they are drawn at random with the rest of the batch.
+    """
+    inside = round(share * batch_size)
+    rest = inside % size
+    return [size] * (inside // size) + ([rest] if rest > 1 else [])
+
+
+def clustered_batch(
+    z: Tensor, wanted: Sequence[int], neighbourhood: int, allowed: np.ndarray, index: Index, rng: np.random.Generator
+) -> np.ndarray:
+    """The examples of one batch's clusters, in the order of `wanted`, each pivot first.  -> [sum of `wanted`] int64
+
+    wanted: the clusters' sizes; neighbourhood: the k - 1 partners of a pivot are drawn from the `neighbourhood` * k
+    nearest, itself counted, so that 1 means the nearest. allowed: [N] bool, who may be taken; as many as are wanted
+    at least. None is taken twice. Where too few are left of what the index finds, because they are taken or because
+    it is an approximate one, the nearest of all that are left are looked for.
+    """
+    taken, clusters, left = ~allowed, [], int(np.count_nonzero(allowed))
+    while len(clusters) < len(wanted):
+        pivots = rng.choice(np.flatnonzero(~taken), len(wanted) - len(clusters), replace=False)
+        m = min(SPARE * neighbourhood * max(wanted), left - 1)
+        for pivot, near in zip(pivots, index.near(pivots, m, ~taken)):
+            if taken[pivot]:
+                continue  # it is a partner in a cluster made since; another pivot is drawn in the next round
+            size = wanted[len(clusters)]
+            among = min(neighbourhood * size, left) - 1
+            near = near[near >= 0]
+            near = near[~taken[near]][:among]
+            if len(near) < among:
+                near = neighbours.nearest(z, np.array([pivot]), among, ~taken)[0]
+            partners = near[: size - 1] if neighbourhood == 1 else rng.choice(near, size - 1, replace=False)
+            clusters.append(np.concatenate([[pivot], partners]))
+            taken[clusters[-1]] = True
+            left -= size
+    return np.concatenate(clusters) if clusters else np.empty(0, dtype=np.int64)
+
+
+def plan(
+    z: Tensor,
+    batch_size: int,
+    steps: int,
+    *,
+    size: int,
+    share: float,
+    neighbourhood: int = 1,
+    cover: bool = False,
+    index: str | Index = "exact",
+    rng: np.random.Generator,
+) -> Iterator[np.ndarray]:
+    """Batches of one epoch.  -> `steps` of [batch_size] int64
+
+    Clusters come first in a batch, whole and one after the other, as large and in the order that `sizes` says, each
+    with its pivot first. What is drawn at random follows.
+
+    z: [N, D] unit embeddings, on any device; size, share and neighbourhood: k, p and s of the study. cover: each
+    N // batch_size batches hold no example twice, so that all come once but for the rest of N / batch_size, which
+    is drawn anew each time; pivots are drawn from those that have not come, and late clusters are less alike.
+    Otherwise an example may come in several batches, as in the reference; those drawn at random come in the order of
+    a shuffled epoch. index: a kind that `neighbours.build` knows, or what it made; one that is wanted for several
+    epochs of the same z is best made once.
+    Raises UserError for settings that cannot be met, and for an index that is not installed.
+    """
+    check_settings(len(z), batch_size, size, share, neighbourhood)
+    if isinstance(index, str):  # the spawned generator leaves the draws of `rng` as they are
+        index = neighbours.build(index, z, int(rng.spawn(1)[0].integers(2**31)))
+    wanted = sizes(batch_size, size, share)
+
+    def clusters_among(allowed: np.ndarray) -> np.ndarray:
+        return clustered_batch(z, wanted, neighbourhood, allowed, index, rng)
+
+    batches = _covering if cover else _independent
+    return batches(clusters_among, len(z), batch_size, steps, rng)
+
+
+def check_settings(n: int, batch_size: int, size: int, share: float, neighbourhood: int) -> None:
+    """Raise UserError unless batches of such clusters can be made of n examples."""
+    check_at_least("the batch size", batch_size, 2)
+    check_at_least("the size of a cluster", size, 2)
+    check_at_least("the neighbourhood", neighbourhood, 1)
+    if not 0 <= share <= 1:
+        raise UserError(f"the share of a batch that is in clusters is {share}; it must be from 0 to 1")
+    if size > batch_size:
+        raise UserError(
+            f"clusters of {size} do not fit into batches of {batch_size}: make them smaller, or the batch larger"
+        )
+    if batch_size > n:
+        raise UserError(
+            f"{n} examples do not make a batch of {batch_size} with none of them twice: make it smaller, or give more"
+        )
+
+
+def _covering(
+    clusters_among: Callable[[np.ndarray], np.ndarray], n: int, batch_size: int, steps: int, rng: np.random.Generator
+) -> Iterator[np.ndarray]:
+    """Passes over all of n examples but a rest, which is drawn beforehand: what remains in the end would most often be
+    those far from all others, because they are nobody's neighbours.
+    """
+    unseen = np.zeros(n, dtype=bool)
+    for step in range(steps):
+        if step % (n // batch_size) == 0:
+            unseen[:] = True
+            unseen[rng.choice(n, n % batch_size, replace=False)] = False
+        inside = clusters_among(unseen)
+        unseen[inside] = False
+        outside = rng.choice(np.flatnonzero(unseen), batch_size - len(inside), replace=False)
+        unseen[outside] = False
+        yield np.concatenate([inside, outside])
+
+
+def _independent(
+    clusters_among: Callable[[np.ndarray], np.ndarray], n: int, batch_size: int, steps: int, rng: np.random.Generator
+) -> Iterator[np.ndarray]:
+    """Clusters among all of n examples in each batch; the others in the order of shuffled epochs."""
+    waiting = rng.permutation(n)
+    for _ in range(steps):
+        free = np.ones(n, dtype=bool)
+        inside = clusters_among(free)
+        free[inside] = False
+        if np.count_nonzero(free[waiting]) < batch_size - len(inside):  # the order is used up: another one begins
+            again = rng.permutation(n)
+            held = np.zeros(n, dtype=bool)
+            held[waiting] = True
+            waiting = np.concatenate([waiting, again[~held[again]]])  # who still waits comes first
+        places = np.flatnonzero(free[waiting])[: batch_size - len(inside)]
+        yield np.concatenate([inside, waiting[places]])
+        waiting = np.delete(waiting, places)

@@ -1,0 +1,361 @@
+"""The loop. It trains any method: batches from `method.loader`, a loss from `method(batch)`, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing, nullcontext
+from copy import copy
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import InitProcessGroupKwargs
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from pc_clip.core import environment
+from pc_clip.core.config.train import FinetuneConfig, TrainConfig
+from pc_clip.core.environment import resolve_device
+from pc_clip.core.errors import UserError, check_at_least, check_choice
+from pc_clip.core.files import write_text
+from pc_clip.core.paths import MODEL_FILE, STATE_FILE, checkpoint_file
+from pc_clip.core.prefetch import ahead
+from pc_clip.data.dataset import Dataset
+from pc_clip.data.training_data import load_dataset
+from pc_clip.models import loading, lora
+from pc_clip.models.clip import Clip, blend
+from pc_clip.train import methods, precision, run_folder, state
+from pc_clip.train.best import Best
+from pc_clip.train.compensated import CompensatedAdam
+from pc_clip.train.memory import return_freed_memory
+
+log = logging.getLogger(__name__)
+
+PATIENCE = InitProcessGroupKwargs(timeout=timedelta(hours=12))  # the others wait while one process embeds
+
+
+def finetune(config: FinetuneConfig) -> Path:
+    """Run one finetuning from its settings to a finished folder; returns the folder.
+
+    Raises UserError for what a user can mend, and when the loss is no longer a number.
+    """
+    run, train = Path(config.out) / config.name, config.train
+    for name in ("batch_size", "epochs", "log_every", "save_every"):
+        check_at_least(f"train.{name}", getattr(train, name), 1)
+    if train.steps is not None:
+        check_at_least("train.steps", train.steps, 1)
+    resolve_device(config.device)
+    _check_choices(train)
+    _check_start(config, run)
+    lora.check(config.model.lora_rank, config.model.lora_alpha)
+    process = PartialState(cpu=config.device == "cpu", **PATIENCE.to_kwargs())
+    config = copy(config)  # not replace, which would lose the options of the method
+    asked = (run_folder.precision(run, config) if train.precision == "auto" else None) or train.precision
+    config.train = replace(train, precision=precision.settle(asked, process.device))
+    data = load_dataset(config.data, config.seed)  # before the model, whose weights may take long to fetch
+    with run_folder.locked(run) if process.is_main_process else nullcontext():  # it alone writes into the folder
+        return _run(config, run, data)
+
+
+def _run(config: FinetuneConfig, run: Path, data: Dataset) -> Path:
+    train, learnt_from = config.train, run_folder.hashes(data, config)
+    if run_folder.already_done(run, config, learnt_from):
+        return run
+    if train.threads:
+        torch.set_num_threads(train.threads)
+    if train.recompute:
+        return_freed_memory()
+    accelerator = Accelerator(
+        mixed_precision=train.precision,
+        cpu=config.device == "cpu",
+        log_with=train.tracker or None,
+        project_dir=run if train.tracker else None,
+        kwargs_handlers=[PATIENCE],
+    )
+    clip = _start(config, accelerator.device)
+    with accelerator.autocast():
+        text_way = clip.choose_text_way(config.model.fast_text, train.recompute)
+    if accelerator.is_main_process:
+        log.info("%s", text_way)
+    method = methods.find(config.method).Method(clip, data, config)
+    method.notes[:0] = [data.note] if data.note else []
+    learn = method.trainable()  # now, so that a wrong model.train is told of before anything is deleted
+    adapted = lora.weights_to_adapt(clip.model, config.model.train, clip.name) if config.model.lora_rank else []
+    adapted = [name for name in adapted if name in learn]
+    method.notes += [f"adapters of rank {config.model.lora_rank} on {len(adapted)} weights"] if adapted else []
+    if accelerator.is_main_process and not (config.resume and (run / "config.yaml").is_file()):
+        if config.overwrite and not config.resume:
+            run_folder.delete(run)  # only now, when nothing is left that could be refused
+        about = {"data": learnt_from, "start": clip.weights_hash(), "notes": [text_way, *method.notes]}
+        about |= {"validation": method.chosen_on} if method.chosen_on else {}
+        run_folder.begin(run, config, environment.describe() | about)
+    elif accelerator.is_main_process and method.chosen_on:
+        run_folder.check_validation(run, method.chosen_on)
+    accelerator.wait_for_everyone()
+    lora.add(
+        clip.model, adapted, config.model.lora_rank, config.model.lora_alpha, config.seed
+    )  # here: what is kept of the start knows none
+    with _Stop() as stop:
+        _loop(accelerator, method, config, run, stop)
+    lora.merge(clip.model)
+    if accelerator.is_main_process:
+        if train.blend != 1.0:
+            start = _start(config, "cpu").model.state_dict()
+            end = {name: value.cpu() for name, value in clip.model.state_dict().items()}
+            clip.model.load_state_dict(blend(start, end, train.blend))
+        loading.save_model(run / MODEL_FILE, method.clip)
+    accelerator.end_training()
+    return run
+
+
+def _start(config: FinetuneConfig, device: torch.device | str) -> Clip:
+    """The model as it is before training."""
+    model = config.model
+    if model.start:
+        return loading.load_model(model.start, model.name or None, device=device)
+    return Clip.create(*model.source(config.data.dataset), device=device, seed=config.seed)
+
+
+def _loop(accelerator: Accelerator, method: nn.Module, config: FinetuneConfig, run: Path, stop: _Stop) -> None:
+    train, parameters = config.train, method.trainable()
+    for parameter in method.parameters():
+        parameter.requires_grad_(False)
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    optimizer = make_optimizer(train, list(parameters.values()), [method.rate(name) for name in parameters])
+    per_epoch, main = method.steps_per_epoch, accelerator.is_main_process
+    total = train.steps or train.epochs * per_epoch
+    done, memory = state.load_state(run, parameters, optimizer) if config.resume else (0, {})
+    method.restore(memory)
+    best = Best(run, done, parameters, method.chosen_by) if method.chosen_by else None
+    model, optimizer = accelerator.prepare(method, optimizer)
+    metrics = _Metrics(run / "metrics.jsonl", done, accelerator) if main else None
+
+    if main:
+        count = sum(p.numel() for p in parameters.values())
+        for line in method.notes:
+            log.info("%s", line)
+        log.info("%s: %d steps of %d, %.1f M parameters learn", config.method, total, train.batch_size, count / 1e6)
+    since, then, settling = done, time.perf_counter(), 0.0
+    bar = tqdm(total=total, initial=done, desc=config.name, disable=None if main else True)
+    with closing(epoch_by_epoch(method, done, total, accelerator.device)) as coming:
+        for step, batch in coming:
+            lr = learning_rate(train, step, per_epoch, total)
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group["rate"]
+            loss, logs = model(to_device(batch, accelerator.device))
+            asked, broken = _agree(accelerator, stop.asked, not math.isfinite(loss.item()))
+            if broken:
+                _stop_at_nan(run, step, batch.ids, loss.item())
+            accelerator.backward(loss)
+            if train.clip_norm:
+                accelerator.clip_grad_norm_(parameters.values(), train.clip_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            method.after_step()
+            bar.update()
+            step += 1
+            if step % train.log_every == 0 or step == total:
+                spent = time.perf_counter() - then - (method.settling - settling)
+                rate = (step - since) * train.batch_size / spent
+                since, then, settling = step, time.perf_counter(), method.settling
+                means = {k: v.item() for k, v in accelerator.reduce({"loss": loss.detach()} | logs, "mean").items()}
+                if main:
+                    metrics.write({"step": step, "epoch": step / per_epoch, "lr": lr, "pairs_per_second": rate} | means)
+                    tqdm.write(f"step {step}/{total}  loss {means['loss']:.4f}  lr {lr:.2e}  {rate:.0f} pairs/s")
+            if best and (step % per_epoch == 0 or step == total):
+                begun = time.perf_counter()
+                if main:
+                    with accelerator.autocast():
+                        best.after(step, method.validate)
+                accelerator.wait_for_everyone()
+                then += time.perf_counter() - begun  # pairs_per_second is of training alone
+            if step % train.save_every == 0 or step == total or asked:
+                if not all(torch.isfinite(p).all() for p in parameters.values()):  # the same in every process
+                    _stop_at_nan(run, step - 1, batch.ids, float("nan"))
+                if main:
+                    state.save_state(run, step, parameters, optimizer.optimizer, method.state())
+            if asked:
+                raise KeyboardInterrupt
+    bar.close()
+    if best and main:
+        log.info("%s", best.restore())
+
+
+def _agree(accelerator: Accelerator, *wishes: bool) -> list[bool]:
+    """What any process wants, all take: one that left by itself would leave the others waiting for it."""
+    if accelerator.num_processes == 1:
+        return list(wishes)
+    return (accelerator.reduce(torch.tensor(wishes, device=accelerator.device).float(), "sum") > 0).tolist()
+
+
+class _Stop:
+    """Turns the first Ctrl-C (or SIGTERM) into a wish, so that the step ends and is saved; the second acts at once."""
+
+    def __enter__(self) -> _Stop:
+        self.asked = False
+        here = threading.current_thread() is threading.main_thread()  # only there may handlers be set
+        self.before = {n: signal.signal(n, self._ask) for n in (signal.SIGINT, signal.SIGTERM) if here}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: object) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+
+def epoch_by_epoch(method: nn.Module, done: int, total: int, device: torch.device) -> Iterator[tuple[int, Any]]:
+    """(step, batch) from step `done` on, made ahead within an epoch and not beyond it.
+
+    What a method puts into an epoch's batches may depend on the weights at its beginning.
+    """
+    while done < total:
+        epoch = done // method.steps_per_epoch
+        end = min(total, (epoch + 1) * method.steps_per_epoch)
+        method.begin_epoch(epoch)
+        with closing(ahead(pinned(batches(method, done, end), device))) as coming:
+            yield from coming
+        done = end
+
+
+def batches(method: nn.Module, done: int, total: int) -> Iterator[tuple[int, Any]]:
+    """(step, batch) from step `done` on: what a straight run would have seen after that many steps."""
+    step = done
+    while step < total:
+        epoch, skip = divmod(step, method.steps_per_epoch)
+        for batch in method.loader(epoch, skip):
+            yield step, batch
+            step += 1
+            if step == total:
+                return
+
+
+def make_optimizer(
+    train: TrainConfig, parameters: list[nn.Parameter], rates: Sequence[float] | None = None
+) -> torch.optim.Optimizer:
+    """Adam or AdamW with torch's fused step. Weight decay spares vectors: gains, biases.
+
+    rates: for each parameter what its learning rate is multiplied by, kept in its group as "rate"; 1 unless given.
+    Raises UserError for weights that are not float32.
+    """
+    check_choice("train.optimizer", train.optimizer, ("adam", "adamw"))
+    if other := {str(p.dtype).removeprefix("torch.") for p in parameters if p.dtype != torch.float32}:
+        raise UserError(f"weights that learn must be float32, found {', '.join(sorted(other))}; {_WHY_FLOAT32}")
+    kinds: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for p, rate in zip(parameters, rates or [1.0] * len(parameters)):
+        kinds.setdefault((p.ndim <= 1, rate), []).append(p)
+    groups = [
+        {"params": kinds[kind], "weight_decay": 0.0 if kind[0] else train.weight_decay, "rate": kind[1]}
+        for kind in sorted(kinds, key=lambda kind: (kind[0], -kind[1]))
+    ]
+    how = {"lr": train.lr, "betas": tuple(train.betas), "eps": train.eps}
+    if train.compensated:
+        return CompensatedAdam(groups, decoupled=train.optimizer == "adamw", **how)
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[train.optimizer]
+    return kind(groups, fused=True, **how)
+
+
+HALF = ("bfloat16", "pure_bf16", "bf16_weights", "bf16-true", "float16", "fp16", "pure_fp16", "16-true")
+_WHY_FLOAT32 = (
+    "at small learning rates most steps are lost in anything shorter. Use train.precision bf16, which multiplies in "
+    "bf16 and keeps the weights in float32."
+)
+
+
+def _check_choices(train: TrainConfig) -> None:
+    if train.precision in HALF:
+        raise UserError(f"train.precision {train.precision} would keep the weights in half precision; {_WHY_FLOAT32}")
+    check_choice("train.precision", train.precision, precision.CHOICES)
+    check_choice("train.optimizer", train.optimizer, ("adam", "adamw"))
+    check_choice("train.schedule", train.schedule, ("constant", "exponential", "cosine"))
+    if not 0 <= train.warmup_share < 1 or (train.warmup_share and train.warmup_steps):
+        raise UserError(
+            f"train.warmup_share is {train.warmup_share:g}; a share of all steps, from 0 to below 1, in the place "
+            "of train.warmup_steps"
+        )
+    if len(train.betas) != 2 or not all(0 <= beta < 1 for beta in train.betas):
+        raise UserError(f"train.betas is {train.betas}; it takes two numbers from 0 up to, but not, 1")
+    installed = [str(tracker) for tracker in get_available_trackers()]
+    if train.tracker and train.tracker not in installed:
+        raise UserError(
+            f"tracker {train.tracker!r} is not installed (found: {', '.join(installed) or 'none'}); pip install it"
+        )
+
+
+def _check_start(config: FinetuneConfig, run: Path) -> None:
+    start = config.model.start
+    if start and config.model.pretrained:
+        raise UserError("model.start and model.pretrained both say which weights to begin with; leave one out")
+    if start and checkpoint_file(start).resolve().is_relative_to(run.resolve()):
+        raise UserError(f"model.start {start} lies in the run that would take its place; choose another --name")
+
+
+def learning_rate(train: TrainConfig, step: int, steps_per_epoch: int, total: int) -> float:
+    """The rate of step `step` (from 0): linear warm-up, then the schedule."""
+    check_choice("train.schedule", train.schedule, ("constant", "exponential", "cosine"))
+    warmup = train.warmup_steps or round(train.warmup_share * total)
+    if step < warmup:
+        return train.lr * (step + 1) / warmup
+    if train.schedule == "exponential":
+        return train.lr * train.decay ** (step // steps_per_epoch)
+    if train.schedule == "cosine":
+        progress = (step - warmup) / max(1, total - warmup)
+        return train.lr * 0.5 * (1 + math.cos(math.pi * progress))
+    return train.lr
+
+
+def pinned(numbered: Iterator[tuple[int, Any]], device: torch.device) -> Iterator[tuple[int, Any]]:
+    """Batches in memory that a GPU reads without the CPU's help; as they are for a CPU."""
+    for step, batch in numbered:
+        tensors = {k: v for k, v in batch._asdict().items() if isinstance(v, Tensor) and device.type == "cuda"}
+        yield step, batch._replace(**{k: v.contiguous().pin_memory() for k, v in tensors.items()})
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    tensors = {k: v for k, v in batch._asdict().items() if isinstance(v, Tensor)}
+    return batch._replace(**{k: v.to(device, non_blocking=True) for k, v in tensors.items()})
+
+
+# -- the log ---------------------------------------------------------------------------------------------
+
+
+class _Metrics:
+    """metrics.jsonl, cut back to the step a resumed run starts from, and accelerate's tracker if there is one."""
+
+    def __init__(self, path: Path, done: int, accelerator: Accelerator) -> None:
+        self.path, self.accelerator = path, accelerator
+        lines = path.read_text().splitlines() if path.is_file() and done else []
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= done]
+        write_text(path, "".join(line + "\n" for line in kept))  # whole: a kill must not lose the rows kept
+        if accelerator.trackers or accelerator.log_with:
+            accelerator.init_trackers("pc_clip")
+
+    def write(self, row: dict[str, float]) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=int(row["step"]))
+
+
+def _stop_at_nan(run: Path, step: int, ids: list[str], value: float) -> None:
+    state = run / STATE_FILE
+    value = value if not math.isfinite(value) else float("nan")  # it is another process's that is not
+    kept = f"the last good state is {state}" if state.is_file() else "nothing had been saved yet"
+    raise UserError(
+        f"the loss or a weight became {value} at step {step + 1}, on {len(ids)} items beginning with "
+        f"{', '.join(ids[:5])}; {kept}. "
+        "Lower train.lr, set train.clip_norm 1, or look at these items."
+    )

@@ -1,0 +1,243 @@
+"""Losses as pure functions of embeddings. What each takes is said; nothing is normalised behind your back
+except where the docstring says so."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from pc_clip.core import distributed
+
+BLOCK = 2048  # rows of similarities held at a time
+
+
+def info_nce(
+    a: Tensor,
+    b: Tensor,
+    temperature: float | Tensor,
+    all_a: Tensor | None = None,
+    all_b: Tensor | None = None,
+    first: int = 0,
+) -> Tensor:
+    """Symmetric InfoNCE: row n of `a` belongs to row n of `b`, all other rows are negatives.
+
+    a, b: [B, D], any length: they are normalised here. all_a, all_b: [G, D], where these are part of a larger
+    batch: row n of `a` is row first + n of `all_a`; the result is then the mean over these rows of the whole loss.
+    Returns a scalar; equal to log G when all similarities are equal. Similarities are held a block of rows at a
+    time, so memory grows with G and not with its square. Radford et al. 2021, figure 3; PC-CLIP (arXiv 2409.09721)
+    uses it between text embeddings and image differences with temperature 1.
+    """
+    with torch.autocast(a.device.type, enabled=False):  # bf16 would round cosines by more than a step changes them
+        a, b = F.normalize(a, dim=-1), F.normalize(b, dim=-1)
+        all_a = a if all_a is None else F.normalize(all_a, dim=-1)
+        all_b = b if all_b is None else F.normalize(all_b, dim=-1)
+        return (_find(a, all_b, temperature, first) + _find(b, all_a, temperature, first)) / 2
+
+
+def _find(rows: Tensor, among: Tensor, temperature: float | Tensor, first: int) -> Tensor:
+    """Mean cross entropy of finding row first + n of `among` for row n."""
+    target = torch.arange(first, first + len(rows), device=rows.device)
+    if len(rows) <= BLOCK:
+        return _cross_entropy(rows, among, temperature, target) / len(rows)
+    total = rows.new_zeros(())
+    for some, wanted in zip(rows.split(BLOCK), target.split(BLOCK)):  # each computed again in the backward pass
+        total = total + checkpoint(
+            _cross_entropy, some, among, temperature, wanted, use_reentrant=False, preserve_rng_state=False
+        )
+    return total / len(rows)
+
+
+def _cross_entropy(rows: Tensor, among: Tensor, temperature: float | Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(rows @ among.T / temperature, target, reduction="sum")
+
+
+def info_nce_of_several(
+    pair: Tensor, text: Tensor, said: Tensor, number: Tensor, logit_scale: float | Tensor, own: slice = slice(None)
+) -> Tensor:
+    """Symmetric InfoNCE where several texts belong to each row, of which `text` has one: none of them is its negative.
+
+    pair, text: [G, D], any length: they are normalised here; row n of both belong together. number: [G] int64, which
+    text each row has; said: [G, S] int64, all that belong to row n's pair, filled up with -1. own: the rows whose loss
+    is returned, for batches that several processes share.
+    """
+    with torch.autocast(pair.device.type, enabled=False):
+        pair, text = F.normalize(pair.float(), dim=-1), F.normalize(text.float(), dim=-1)
+        belongs = (said[:, :, None] == number).any(1)  # [G, G]: whether text m is said of pair n
+        belongs.fill_diagonal_(False)
+        target = torch.arange(len(pair), device=pair.device)[own]
+        find_text = (logit_scale * pair[own] @ text.T).masked_fill(belongs[own], -torch.inf)
+        find_pair = (logit_scale * text[own] @ pair.T).masked_fill(belongs.T[own], -torch.inf)
+        return (F.cross_entropy(find_text, target) + F.cross_entropy(find_pair, target)) / 2
+
+
+def squared_distance(a: Tensor, b: Tensor) -> Tensor:
+    """Mean over rows of |a - b|^2 between unit vectors, which is 2 - 2 cos(a, b).
+
+    a, b: [B, D], any length: they are normalised here. The MSE ablation of PC-CLIP up to the constant
+    factor 1/D; without it the learning rates of InfoNCE fit.
+    """
+    return (F.normalize(a, dim=-1) - F.normalize(b, dim=-1)).pow(2).sum(-1).mean()
+
+
+def anchor(now: Tensor, start: Tensor) -> Tensor:
+    """Mean of 1 - cos(now, start): how far embeddings have turned away from where they began. 0 at the start.
+
+    now, start: [A, D], any length.
+    """
+    return (1 - F.cosine_similarity(now, start, dim=-1)).mean()
+
+
+def unit_differences(first: Tensor, second: Tensor) -> Tensor:
+    """Unit differences of unit image embeddings: normalise(z_i - z_j).  [B, D], [B, D] -> [B, D]
+
+    PC-CLIP (arXiv 2409.09721). Two images with equal embeddings have no difference: such a row comes out as zero,
+    never NaN, but it teaches nothing and is to be left out before (see methods.pairwise).
+    """
+    return F.normalize(F.normalize(first, dim=-1) - F.normalize(second, dim=-1), dim=-1)
+
+
+# -- preferences ---------------------------------------------------------------------------------------
+#
+# An image prefers one of two texts with a probability, the softmax of their scaled similarities over the two. Its
+# log-odds, log p(preferred) - log p(rejected), is what these losses take: the normaliser of the softmax cancels in it.
+
+
+def log_odds(preferred: Tensor, rejected: Tensor, logit_scale: float | Tensor) -> Tensor:
+    """How strongly the first of two texts is preferred: log p(preferred) - log p(rejected).
+
+    preferred, rejected: [B] cosines of the image with either text. p is the softmax over the two of cosines times
+    logit_scale, so that this is logit_scale * (preferred - rejected).
+    """
+    return logit_scale * (preferred - rejected)
+
+
+def dpo(policy: Tensor, reference: Tensor | None, beta: float, label_smoothing: float = 0.0) -> Tensor:
+    """Direct preference optimisation: the mean of -log sigmoid(beta * (policy - reference)). log 2 where both agree.
+
+    policy, reference: [B] log-odds of the preferred text, by the model and by the one it began as; None for the
+    reference-free variant, which takes them to be 0. label_smoothing: the share of pairs that are the wrong way round.
+    Rafailov et al. 2023 (arXiv 2305.18290), equation 7; the smoothing is "conservative DPO" (Mitchell 2023).
+    """
+    logits = beta * _moved(policy, reference)
+    return -((1 - label_smoothing) * F.logsigmoid(logits) + label_smoothing * F.logsigmoid(-logits)).mean()
+
+
+def ipo(policy: Tensor, reference: Tensor | None, beta: float) -> Tensor:
+    """Identity preference optimisation: the mean of (policy - reference - 1 / (2 beta))^2.
+
+    policy, reference: [B] log-odds as in `dpo`. beta: the paper's tau; the odds move by 1 / (2 beta) and no further.
+    Azar et al. 2023 (arXiv 2310.12036), equation 17.
+    """
+    return (_moved(policy, reference) - 1 / (2 * beta)).pow(2).mean()
+
+
+def _moved(policy: Tensor, reference: Tensor | None) -> Tensor:
+    return policy if reference is None else policy - reference
+
+
+def bradley_terry(preferred: Tensor, rejected: Tensor, alpha: float) -> Tensor:
+    """A reward model's loss: the mean of -log sigmoid(alpha * (preferred - rejected)).
+
+    preferred, rejected: [B] rewards, here cosines of the image with either text. There is no reference.
+    Bradley and Terry 1952; as a loss, Ouyang et al. 2022 (arXiv 2203.02155), equation 1.
+    """
+    return -F.logsigmoid(alpha * (preferred - rejected)).mean()
+
+
+def info_nce_with_negatives(
+    text: Tensor,
+    rejected: Tensor,
+    image: Tensor,
+    numbers: Tensor,
+    logit_scale: float | Tensor,
+    own: slice = slice(None),
+) -> Tensor:
+    """CLIP's loss, where each image also has to tell its text from all rejected ones: hard negatives.
+
+    text, rejected, image: [G, D], any length: they are normalised here; row n of all three belong together.
+    numbers: [G, 3] int64, which image, text and rejected text each row has. Where an image or a text comes twice, one
+    row's is no negative of the other's, and a text is none of itself where another image rejects it.
+    own: the rows whose loss is returned, for batches that several processes share.
+    Yuksekgonul et al. 2023 (arXiv 2210.01936, NegCLIP).
+    """
+    with torch.autocast(text.device.type, enabled=False):
+        text, rejected, image = (F.normalize(z.float(), dim=-1) for z in (text, rejected, image))
+        target = torch.arange(len(text), device=text.device)[own]
+        owner, said, unsaid = numbers.T
+        same = (owner[own][:, None] == owner) | (said[own][:, None] == said)  # [B, G]
+        same[torch.arange(len(target), device=text.device), target] = False
+        find_text = (logit_scale * image[own] @ text.T).masked_fill(same, -torch.inf)  # [B, G]
+        find_rejected = logit_scale * image[own] @ rejected.T
+        find_rejected = find_rejected.masked_fill(said[own][:, None] == unsaid, -torch.inf)
+        find_text = torch.cat([find_text, find_rejected], dim=1)  # [B, 2 G]
+        find_image = (logit_scale * text[own] @ image.T).masked_fill(same, -torch.inf)
+        return (F.cross_entropy(find_text, target) + F.cross_entropy(find_image, target)) / 2
+
+
+# -- over the rows of all processes -----------------------------------------------------------------------
+
+
+def info_nce_of_all(a: Tensor, b: Tensor, temperature: float | Tensor) -> Tensor:
+    """info_nce over the rows of all processes. a, b: [B, D], this process's.
+
+    Each process compares its own rows with everybody's, so the work is shared; the mean over processes is the loss
+    of the whole batch, and its gradient that of one process with the whole batch (tested with two against one).
+    """
+    if distributed.world_size() == 1:
+        return info_nce(a, b, temperature)
+    return info_nce(a, b, temperature, distributed.gather(a), distributed.gather(b), dist.get_rank() * len(a))
+
+
+def info_nce_with_negatives_of_all(
+    text: Tensor, rejected: Tensor, image: Tensor, numbers: Tensor, logit_scale: float | Tensor
+) -> Tensor:
+    """info_nce_with_negatives over the rows of all processes. [B, D] each, numbers: [B, 3]; this process's."""
+    if distributed.world_size() == 1:
+        return info_nce_with_negatives(text, rejected, image, numbers, logit_scale)
+    first = dist.get_rank() * len(text)
+    gathered = (
+        distributed.gather(text),
+        distributed.gather(rejected),
+        distributed.gather(image),
+        torch.cat(distributed.parts(numbers)),
+    )
+    return info_nce_with_negatives(*gathered, logit_scale, slice(first, first + len(text)))
+
+
+def info_nce_of_several_of_all(
+    pair: Tensor, text: Tensor, said: Tensor, number: Tensor, logit_scale: float | Tensor
+) -> Tensor:
+    """info_nce_of_several over the rows of all processes. [B, D], [B, D], [B, S], [B]; this process's."""
+    if distributed.world_size() == 1:
+        return info_nce_of_several(pair, text, said, number, logit_scale)
+    first = dist.get_rank() * len(pair)
+    known = torch.cat(distributed.parts(said)), torch.cat(distributed.parts(number))
+    return info_nce_of_several(
+        distributed.gather(pair), distributed.gather(text), *known, logit_scale, slice(first, first + len(pair))
+    )
+
+
+@torch.no_grad()
+def hardness(a: Tensor, b: Tensor) -> dict[str, Tensor]:
+    """How hard a batch's negatives are: their mean cosine, and the mean over `a` of the nearest wrong row of `b`.
+
+    a, b: [B, D], this process's; row n of one belongs to row n of the other, all processes' other rows are negatives.
+    The mean of the results over the processes is that of the whole batch. Empty for a batch of one.
+    """
+    with torch.autocast(a.device.type, enabled=False):
+        a, b = F.normalize(a.float(), dim=-1), distributed.gather(F.normalize(b.float(), dim=-1))
+        if len(b) < 2:
+            return {}
+        first = dist.get_rank() * len(a) if distributed.world_size() > 1 else 0
+        total, hardest = a.new_zeros(()), a.new_zeros(())
+        for start in range(0, len(a), BLOCK):
+            cosine = a[start : start + BLOCK] @ b.T
+            rows = torch.arange(len(cosine), device=a.device)
+            own = rows + first + start
+            total += cosine.sum() - cosine[rows, own].sum()
+            cosine[rows, own] = -torch.inf
+            hardest += cosine.amax(1).sum()
+    return {"mean_negative": total / (len(a) * (len(b) - 1)), "hardest_negative": hardest / len(a)}

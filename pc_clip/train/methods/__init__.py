@@ -1,0 +1,39 @@
+"""What a run learns from, one file a method: `methods/NAME.py` is `--method NAME`.
+
+Such a file has a dataclass `Config`, whose options appear as `--NAME.option`, and a class `Method`, a
+torch module (a `BaseMethod` of _method.py, which has what they share) with
+
+    Method(clip, data, config)   config: the run's FinetuneConfig; its own options are config.NAME
+    forward(batch)           -> (loss, logs): a scalar, and numbers for the log
+    begin_epoch(epoch)       called before each epoch, when the weights are as they then are
+    loader(epoch, skip)      batches of one epoch, the same every time, without the first `skip`; batch.ids names
+                             what is in one
+    steps_per_epoch          how many batches that is
+    trainable()              the parameters that learn, by name
+    rate(name)               what train.lr is multiplied by for one of them
+    after_step()             called after each step of the optimizer
+    chosen_by, validate()    the figure by which the best epoch is kept, and a way to find it; "" for the last epoch
+    chosen_on                what that is found on, by content
+    state(), restore(state)  tensors by name: what the next step depends on besides weights and optimizer
+    notes                    lines for the log: what was counted, dropped, truncated
+
+The loop in training.py asks for nothing else.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from types import ModuleType
+
+from pc_clip.core.errors import check_choice
+
+
+def names() -> list[str]:
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
+
+
+def find(name: str) -> ModuleType:
+    """The module of a method. Raises UserError for an unknown one."""
+    check_choice("method", name, names())
+    return importlib.import_module(f"{__name__}.{name}")

@@ -1,0 +1,334 @@
+"""What changed between two images: CLIP4IDC (Guo et al. 2022, arXiv 2206.00629), in its two stages.
+
+retrieve adapts CLIP: a pair of images (models/pair_encoder.py) finds its sentence among others and is found by it.
+caption then trains a decoder to write the sentence, on an encoder that goes on learning. The epoch that does best on
+validation pairs is kept: by R@1, and by CIDEr.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import PartialState
+from torch import Tensor, nn
+
+from pc_clip.core import distributed
+from pc_clip.core.config.train import FinetuneConfig
+from pc_clip.core.errors import UserError, check_at_least, check_choice
+from pc_clip.data.change_table import NoSplit
+from pc_clip.data.dataset import Dataset, with_changes
+from pc_clip.data.images import Reader, plain
+from pc_clip.data.pair_features import Features
+from pc_clip.data.pairs import captions, distinct_sentences, embed_pairs, pair_rows, read_pairs
+from pc_clip.data.registry import READERS, held_out
+from pc_clip.data.training_data import load_dataset
+from pc_clip.metrics.captions import validation_cider
+from pc_clip.metrics.retrieval import recalls
+from pc_clip.models import lora
+from pc_clip.models.caption_decoder import Shape
+from pc_clip.models.change_model import PREFIX, ChangeClip, change_of, fresh
+from pc_clip.models.clip import Clip
+from pc_clip.models.vocabulary import END, PAD, Vocabulary
+from pc_clip.train import losses, samplers
+from pc_clip.train.methods._batches import Texts
+from pc_clip.train.methods._method import BaseMethod
+
+STAGES = ("retrieve", "caption")
+
+
+class Batch(NamedTuple):
+    """B pairs, each with one of its sentences. Of the pixels and what a frozen encoder saw, one is empty."""
+
+    ids: list[str]
+    before: Tensor  # [B, 3, H, W]
+    after: Tensor  # [B, 3, H, W]
+    seen: Tensor  # [B, S, V]
+    tokens: Tensor  # int64: [B, L] of CLIP's in stage retrieve, [B, N, L] of the decoder's vocabulary in stage caption
+    said: Tensor  # [B, T] int64: which sentences are said of both images, by any entry, filled up with -1
+    number: Tensor  # [B] int64: which one this is
+    seed: int  # of dropout
+
+
+class Method(BaseMethod):
+    """One step: symmetric InfoNCE between pairs and sentences, or the cross entropy of a sentence's words."""
+
+    def __init__(self, clip: Clip, data: Dataset, config: FinetuneConfig) -> None:
+        super().__init__(clip, config)
+        self.options = options = config.change
+        _check(config, data)
+        self.pairs, self.changes = pair_rows(data), data.changes
+        sentences = [text for change in data.changes for text in change.sentences]
+        self.each = np.array([len(change.sentences) for change in data.changes])
+        self.first = self.each.cumsum() - self.each
+        self.said = _rows(distinct_sentences(data.changes)[1])
+        if change_of(clip) is None:
+            made = fresh(clip, options.intra_layers, config.seed, bool(options.counterparts))
+            self.clip = clip = ChangeClip.of(clip, made.to(clip.device))
+        for name in ("intra_layers", "counterparts"):
+            asked, there = getattr(options, name), getattr(clip.change.encoder, name)
+            if asked not in (None, there):
+                raise UserError(f"{config.model.start} was trained with change.{name} {there}; leave it out here")
+        self.change = clip.change
+        if options.stage == "retrieve":
+            self._prepare_to_retrieve(sentences)
+        else:
+            self._prepare_to_write(sentences)
+        self.validation = self._validation(data)
+        self.reader = Reader(data, plain(clip.preprocess), config.data.workers)
+        if not options.freeze:
+            self.reader.start()  # while this is the only thread; batches are asked for by another
+        self.sampler = samplers.make(config, len(self.pairs), config.train.batch_size, self, "pairs")
+        self.notes += self.sampler.notes
+        self.features = None
+        if options.freeze:  # now, when nothing is left that could be refused
+            with PartialState().main_process_first():  # the others then find it in the cache
+                self.features = Features(clip, data, workers=config.data.workers)
+
+    def _prepare_to_retrieve(self, sentences: list[str]) -> None:
+        self.change.decoder = self.change.vocabulary = None  # what was written before this adaptation is no more
+        self.texts = Texts(self.clip, sentences)
+        self.sentence = self.texts.rows(sentences)
+        if self.texts.truncated:
+            self.notes.append(f"{self.texts.truncated} sentences longer than the context, cut")
+
+    def _prepare_to_write(self, sentences: list[str]) -> None:
+        options, distinct = self.options, list(dict.fromkeys(sentences))
+        row = {text: n for n, text in enumerate(distinct)}
+        self.sentence = np.array([row[text] for text in sentences], dtype=np.int64)
+        if self.change.decoder is None:
+            vocabulary = Vocabulary.of(self.clip.tokenizer, distinct)
+            shape = Shape(options.layers, options.heads, options.width, options.max_length)
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(self.config.seed + 1)
+                self.change.add_decoder(vocabulary, shape, options.dropout)
+            self.change.to(self.clip.device)
+        else:
+            self._take_over(distinct)
+        length = self.change.decoder.shape.max_length
+        self.written = self.change.vocabulary.encode(distinct, length)  # [U, L]
+        one_more = self.change.vocabulary.encode(distinct, length + 1)
+        if cut := int(((one_more != PAD).sum(1) > length).sum()):
+            self.notes.append(f"{cut} sentences longer than {length} pieces of words, cut")
+        self.notes.append(f"{len(self.change.vocabulary.pieces)} pieces of words in {len(distinct)} sentences")
+
+    def _take_over(self, sentences: list[str]) -> None:
+        """The decoder that the model came with; its sizes and its vocabulary stay."""
+        decoder, start = self.change.decoder, self.config.model.start
+        decoder.set_dropout(self.options.dropout)
+        sizes = ", ".join(f"{name} {value}" for name, value in vars(decoder.shape).items())
+        self.notes.append(f"the decoder of {start} learns on, as it is: {sizes}")
+        if lacking := sum(map(self.change.vocabulary.lacks, sentences)):
+            self.notes.append(f"{lacking} sentences have pieces of words that it does not know; these are left out")
+
+    def _validation(self, data: Dataset) -> Dataset | None:
+        """The pairs that the best epoch is chosen on."""
+        options = self.options
+        split = options.validation or held_out(data)
+        if split in (None, "none"):
+            self.notes.append("no validation pairs: the last epoch is kept")
+            return None
+        try:
+            found = load_dataset(replace(self.config.data, split=split, captions=None, mix=[]))
+        except NoSplit as error:
+            raise UserError(
+                f"{data.label} has no {split} beside it to choose the best epoch on. Name other pairs, "
+                "--change.validation with a split or a file, or --change.validation none to keep the last epoch"
+            ) from error
+        if found.fingerprint == data.fingerprint or _inside(found, data):
+            raise UserError(f"change.validation {split} is what is learnt from; name another split, or none")
+        if options.validate_on is not None:
+            check_at_least("change.validate_on", options.validate_on, 1)
+            if options.validate_on < len(found.changes):
+                rng = np.random.default_rng([self.config.seed, 7])
+                found = with_changes(found, np.sort(rng.permutation(len(found.changes))[: options.validate_on]))
+        _check_validation(options.stage, found)
+        self.notes += [f"{found.label}: {found.note}"] if found.note else []
+        self.chosen_by, self.chosen_on = "r1" if options.stage == "retrieve" else "cider", found.fingerprint
+        self.notes.append(
+            f"the best epoch is chosen by {self.chosen_by} on {len(found.changes)} pairs of {found.label}"
+        )
+        return found
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """What learns by this stage, and nothing that no loss of it reaches."""
+        new = {f"{PREFIX}{name}": p for name, p in self.change.named_parameters()}
+        if self.options.freeze:
+            return {name: p for name, p in new.items() if name.startswith(f"{PREFIX}decoder.")}
+        own = lora.trainable(self.clip, self.config.model.train)
+        if self.options.stage == "caption":
+            own = {n: p for n, p in own.items() if n.startswith("visual.") and n != "visual.proj"}
+        return own | new
+
+    def rate(self, name: str) -> float:
+        return 1.0 if name.startswith(PREFIX) else self.options.clip_rate
+
+    # -- the epoch -------------------------------------------------------------------------------------
+
+    def loader(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
+        """This process's part of each batch; which of a pair's sentences it has is drawn anew each epoch."""
+        rng = np.random.default_rng([self.config.seed, 2, epoch])
+        mine = []  # pairs and sentences of each batch
+        for chosen in self.sampler.batches(epoch, rng):
+            mine.append((chosen[self.share], self._drawn(chosen, rng)[self.share]))
+        mine = mine[skip:]
+        nothing = torch.empty(0)
+        if self.features is not None:
+            for n, (chosen, drawn) in enumerate(mine, start=skip):
+                yield self._batch(epoch, n, chosen, drawn, nothing, nothing, self.features[chosen])
+            return
+        with closing(read_pairs(self.reader, [self.pairs[chosen] for chosen, _ in mine])) as coming:
+            for n, ((chosen, drawn), (before, after)) in enumerate(zip(mine, coming), start=skip):
+                yield self._batch(epoch, n, chosen, drawn, before, after, nothing)
+
+    def _drawn(self, chosen: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Which sentences of its own each pair comes with; -1 where it has no more.  -> [B, N]"""
+        order = rng.random((len(chosen), self.each.max()))
+        order[np.arange(order.shape[1]) >= self.each[chosen][:, None]] = 2.0  # after all there are
+        drawn = order.argsort(axis=1)[:, : self.options.sentences]
+        return np.where(drawn < self.each[chosen][:, None], drawn, -1)
+
+    def _batch(
+        self, epoch: int, n: int, chosen: np.ndarray, drawn: np.ndarray, before: Tensor, after: Tensor, seen: Tensor
+    ) -> Batch:
+        number = self.sentence[self.first[chosen][:, None] + np.maximum(drawn, 0)]  # [B, N]
+        if self.options.stage == "retrieve":
+            tokens = self.texts.batch(number[:, 0])
+        else:
+            tokens = self.written[torch.from_numpy(number)]
+            tokens[torch.from_numpy(drawn < 0)] = PAD
+            tokens = tokens[:, :, : int((tokens != PAD).sum(-1).max())]
+        seed = np.random.default_rng([self.config.seed, 3, epoch, n, PartialState().process_index]).integers(2**62)
+        return Batch(
+            ids=[self.changes[pair].before for pair in chosen],
+            before=before,
+            after=after,
+            seen=seen,
+            tokens=tokens,
+            said=torch.from_numpy(self.said[chosen]),
+            number=torch.from_numpy(number[:, 0]),
+            seed=int(seed),
+        )
+
+    # -- the step --------------------------------------------------------------------------------------
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        seen = batch.seen if self.features is not None else self.change.encoder(batch.before, batch.after)
+        return self._find(batch, seen) if self.options.stage == "retrieve" else self._write(batch, seen)
+
+    def _find(self, batch: Batch, seen: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        pair = self.change.encoder.embed(seen).float()  # [B, D]
+        text = self.clip.encode_text(batch.tokens).float()  # [B, D]
+        scale = self.model.logit_scale.exp()
+        said = batch.said[:, :0] if self.options.false_negatives else batch.said
+        loss = losses.info_nce_of_several_of_all(pair, text, said, batch.number, scale)
+        return loss, {"temperature": 1 / scale.detach()} | losses.hardness(pair, text)
+
+    def _write(self, batch: Batch, seen: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        target = batch.tokens[:, :, 1:]
+        decoder = self.change.decoder.train()
+        with _seeded(batch.seed, seen.device) if self.options.dropout else nullcontext():
+            logits = decoder(batch.tokens[:, :, :-1], seen)  # [B, N, L - 1, words - END]
+        decoder.eval()
+        word = target != PAD
+        total = F.cross_entropy(
+            logits[word], target[word] - END, reduction="sum", label_smoothing=self.options.label_smoothing
+        )
+        right = (logits[word].argmax(-1) + END == target[word]).sum()
+        share = distributed.mean_over_all(right.float(), word.sum())
+        return distributed.mean_over_all(total, word.sum()), {"words_right": share}
+
+    # -- choosing --------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """R@1, the mean of both ways, or CIDEr of greedy sentences, on validation pairs."""
+        data, workers = self.validation, self.config.data.workers
+        if self.options.stage == "retrieve":
+            texts, belongs = distinct_sentences(data.changes)
+            pairs = embed_pairs(self.clip, data, workers=workers)  # [N, D]
+            sentences = self.clip.embed_texts(texts)  # [M, D]
+            with torch.autocast(self.clip.device.type, enabled=False):  # cosines in bf16 would tie
+                found = recalls(pairs, sentences, belongs)
+            return {"r1": (found["p2s_r1"] + found["s2p_r1"]) / 2} | found
+        said = [caption.text for caption in captions(self.clip, data, workers=workers)]
+        found = {"cider": validation_cider(said, [list(change.sentences) for change in data.changes])}
+        if data.judge:
+            found["right"] = float(np.mean([all(data.judge(n, text).values()) for n, text in enumerate(said)]))
+        return found
+
+
+def _rows(lists: list[list[int]]) -> np.ndarray:
+    """As a table, filled up with -1.  -> [N, longest] int64"""
+    table = np.full((len(lists), max(map(len, lists))), -1)
+    for row, found in zip(table, lists):
+        row[: len(found)] = found
+    return table
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Dropout by a seed of the step, so that a run that is continued drops what a straight one does."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def _check(config: FinetuneConfig, data: Dataset) -> None:
+    """What can be said before anything is computed."""
+    options = config.change
+    check_choice("change.stage", options.stage, STAGES)
+    if not data.changes:
+        raise UserError(
+            f"method change needs pairs of images with sentences, and {config.data.dataset} has none; take "
+            "example_changes, clevr_change, spot_the_diff, image_editing_request or changes (your own, as JSONL)"
+        )
+    if config.data.embeddings or config.data.min_crop != 1:
+        which = "data.embeddings" if config.data.embeddings else "data.min_crop"
+        raise UserError(f"method change reads both images whole, as they are; leave {which} out")
+    if config.train.blend != 1:
+        raise UserError("method change adds weights that have no start to be averaged with; leave train.blend out")
+    if config.sampler.kind != "random":
+        raise UserError("method change takes its pairs at random; leave sampler.kind out")
+    if not 0 <= options.clip_rate < float("inf"):
+        raise UserError(f"change.clip_rate is {options.clip_rate}; it is a share of train.lr, 0 or more")
+    for name in ("dropout", "label_smoothing"):
+        if not 0 <= getattr(options, name) < 1:
+            raise UserError(f"change.{name} is {getattr(options, name)}; it is a share, from 0 to below 1")
+    check_at_least("change.sentences", options.sentences, 1)
+    if options.stage == "retrieve" and options.sentences > 1:
+        raise UserError("change.sentences is for stage caption; in stage retrieve each pair comes with one sentence")
+    if options.stage == "retrieve" and options.freeze:
+        raise UserError(
+            "change.freeze keeps the encoder as it is, which stage retrieve is there to train; leave it out"
+        )
+    if options.stage == "caption" and not options.freeze and config.model.train not in ("both", "attention"):
+        raise UserError(
+            f"model.train {config.model.train} leaves the image tower as it is; stage caption takes both or attention, "
+            "or change.freeze true, which is quicker"
+        )
+
+
+def _inside(one: Dataset, other: Dataset) -> bool:
+    """Whether all pairs of a split are in another, which may list them in another way (Spot-the-Diff's reformat_)."""
+    if one.name != other.name or READERS[one.name].any_split:  # in files of one's own, names are of different folders
+        return False
+    pairs = ({(change.before, change.after) for change in data.changes} for data in (one, other))
+    return next(pairs) <= next(pairs)
+
+
+def _check_validation(stage: str, data: Dataset) -> None:
+    """Whether epochs can be told apart by these pairs, said before the first of them and not after it."""
+    sentences = len(distinct_sentences(data.changes)[0])
+    if len(data.changes) < 2 or (stage == "retrieve" and sentences < 2):
+        raise UserError(
+            f"{data.label} gives {len(data.changes)} pairs with {sentences} different sentences to choose an epoch by, "
+            "which takes two of each; raise change.validate_on, or set change.validation to another split or none"
+        )
+    if stage == "caption":
+        validation_cider(["a"], [["a"]])  # raises where it cannot be computed

@@ -1,0 +1,137 @@
+"""CLIP's own loss on captions: plain finetuning, the baseline of PC-CLIP; with `sampler.kind clusters` it is SimCLIP.
+
+SimCLIP: "An empirical study of CLIP fine-tuning with similarity clusters" (FITML 2024). What makes it one is which
+images come together in a batch (train/samplers.py); the loss is the same.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from contextlib import closing
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pc_clip.core.config.train import FinetuneConfig
+from pc_clip.core.errors import UserError
+from pc_clip.data.dataset import Dataset
+from pc_clip.data.overlap import likely_false
+from pc_clip.models import lora
+from pc_clip.models.clip import Clip
+from pc_clip.train import losses, samplers
+from pc_clip.train.methods import _embedded
+from pc_clip.train.methods._batches import Images, Texts
+from pc_clip.train.methods._method import BaseMethod
+
+
+class Batch(NamedTuple):
+    """B images, each with one of its captions."""
+
+    ids: list[str]
+    tokens: Tensor  # [B, L] int64
+    images: Tensor  # [B, D] embeddings, or [B, 3, H, W] pixels when the image tower learns
+    likely_false: Tensor  # scalar: the share of all processes' negatives that are likely none; NaN if it is not logged
+
+
+class Method(BaseMethod):
+    """One step of symmetric InfoNCE between captions and images. Each image comes once an epoch, unless in clusters."""
+
+    def __init__(self, clip: Clip, data: Dataset, config: FinetuneConfig) -> None:
+        super().__init__(clip, config)
+        temperature = config.contrastive.temperature
+        if temperature is not None and not temperature > 0:
+            raise UserError(
+                f"contrastive.temperature is {temperature}; it must be above 0, or null for the model's own"
+            )
+        if not data.captions:
+            raise UserError(
+                f"method contrastive needs captions, and {config.data.dataset} has none; "
+                "name a file of them with --data.captions"
+            )
+        self.images = Images(clip, data, config)
+        self.said, self.rows = self._match(data)
+        texts = [text for each in self.said for text in each]  # image by image
+        self.texts = Texts(clip, texts)
+        self.caption_rows = self.texts.rows(texts)
+        self.captions_each = np.array([len(each) for each in self.said])
+        self.first_caption = self.captions_each.cumsum() - self.captions_each
+        if self.texts.truncated:
+            self.notes.append(f"{self.texts.truncated} texts longer than the context, cut")
+        self.sampler = samplers.make(config, len(self.rows), config.train.batch_size, self, "images")
+        self.notes += self.sampler.notes
+
+    def _match(self, data: Dataset) -> tuple[list[tuple[str, ...]], np.ndarray]:
+        """Captions of those images that have some, and these images' rows, [N]. The others are counted in the notes."""
+        by_id, ids = dict(zip(data.ids, data.captions)), list(self.images.ids)
+        rows = [row for row, key in enumerate(ids) if key in by_id]
+        images, captions = self.config.data.embeddings or data.label, self.config.data.captions or data.label
+        if not rows:
+            raise UserError(
+                f"none of the {len(ids)} images of {images} has a caption in {captions}, "
+                f"which is about {data.ids[0]!r} and others"
+            )
+        lacking = [
+            (len(ids), f"images of {images} have no caption"),
+            (len(by_id), f"images of {captions} are not there"),
+        ]
+        self.notes += [f"{n - len(rows)} {what} and are left out" for n, what in lacking if n > len(rows)]
+        return [by_id[ids[row]] for row in rows], np.array(rows)
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        fixed = self.config.contrastive.temperature is not None
+        found = lora.trainable(self.clip, self.config.model.train)
+        return {n: p for n, p in found.items() if not (fixed and n.startswith("logit_"))}
+
+    def embeddings(self, similarity: str, now: bool) -> Tensor:
+        """What makes images similar: themselves, or the mean over their captions.  -> [N, D] float32, unit length"""
+        if similarity == "image":
+            return _embedded.of_images(self.images, self.rows, now, self.config)
+        all_rows = np.arange(len(self.texts.distinct))
+        z = _embedded.of_texts(self.texts, all_rows) if now else self.texts.embeddings()  # [U, D]
+        means = torch.zeros(len(self.rows), z.shape[1])
+        image_of = torch.from_numpy(np.repeat(np.arange(len(self.rows)), self.captions_each))
+        means.index_add_(0, image_of, z[torch.from_numpy(self.caption_rows)])
+        return nn.functional.normalize(means, dim=-1)
+
+    def learns(self, similarity: str) -> bool:
+        return similarity == "text" or self.images.learns
+
+    def alike(self, similarity: str) -> np.ndarray:
+        return np.arange(len(self.rows))
+
+    def loader(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
+        """This process's part of each batch; which of an image's captions it has is drawn anew each epoch."""
+        rng = np.random.default_rng([self.config.seed, 2, epoch])
+        waiting: deque[tuple[np.ndarray, np.ndarray, float]] = deque()  # for their images, which may be read ahead
+
+        def wanted() -> Iterator[np.ndarray]:
+            for n, chosen in enumerate(self.sampler.batches(epoch, rng)):
+                drawn = rng.integers(self.captions_each[chosen])
+                if n >= skip:
+                    likely = self._likely_false(chosen, drawn) if self.is_logged(epoch, n) else float("nan")
+                    waiting.append((chosen[self.share], drawn[self.share], likely))
+                    yield self.rows[chosen[self.share]]
+
+        with closing(self.images.batches(wanted(), epoch)) as coming:
+            for images in coming:
+                chosen, drawn, likely = waiting.popleft()
+                tokens = self.texts.batch(self.caption_rows[self.first_caption[chosen] + drawn])
+                ids = [self.images.ids[row] for row in self.rows[chosen]]
+                yield Batch(ids, tokens, images, torch.tensor(likely))
+
+    def _likely_false(self, chosen: np.ndarray, drawn: np.ndarray) -> float:
+        told = [self.said[n] for n in chosen]
+        return likely_false([texts[k] for texts, k in zip(told, drawn)], told)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        text = self.clip.encode_text(batch.tokens).float()  # [B, D]
+        image = self.images.encode(batch.images).float()  # [B, D]
+        fixed = self.config.contrastive.temperature
+        temperature = 1 / self.model.logit_scale.exp() if fixed is None else fixed
+        loss = losses.info_nce_of_all(text, image, temperature)
+        logs = {"temperature": torch.as_tensor(temperature).detach()}
+        logs |= {"likely_false_negatives": batch.likely_false} | losses.hardness(text, image)
+        return loss, logs

@@ -1,0 +1,237 @@
+"""PC-CLIP: the embedding of a difference sentence moves to the difference of the two images' embeddings.
+
+Finetuning CLIP to Reason about Pairwise Differences (arXiv 2409.09721, TMLR 2025). Three additions, all off
+unless asked for: an anchor that keeps ordinary captions where they were, mirror pairs, and a choice of pairs whose
+images are alike. Batches of similar sentences or similar differences come from the sampler (train/samplers.py).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from contextlib import closing
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from torch import Tensor, nn
+
+from pc_clip.core.config.train import FinetuneConfig, PairwiseConfig
+from pc_clip.core.distributed import process_slice
+from pc_clip.core.errors import UserError, check_at_least, check_choice
+from pc_clip.data import differences
+from pc_clip.data.dataset import Dataset
+from pc_clip.models import lora
+from pc_clip.models.clip import Clip
+from pc_clip.train import losses, samplers
+from pc_clip.train.methods import _embedded
+from pc_clip.train.methods._batches import Images, Texts, Tokens
+from pc_clip.train.methods._method import BaseMethod
+
+BLOCK = 8192  # pairs whose embeddings are held at a time
+
+
+class Batch(NamedTuple):
+    """B sentences, V of them distinct, about pairs of U images, and A captions of the anchor (A may be 0)."""
+
+    ids: list[str]
+    tokens: Tensor  # [V, L] int64
+    text: Tensor  # [B] int64, rows of tokens: a sentence that occurs twice is encoded once
+    images: Tensor  # [U, D] embeddings, or [U, 3, H, W] pixels when the image tower learns
+    first: Tensor  # [B] int64, rows of images
+    second: Tensor  # [B] int64
+    anchor_tokens: Tensor  # [A, L'] int64
+    anchor_start: Tensor  # [A, D] float32, where these captions were before training
+    identical: Tensor  # scalar: the share of all processes' negatives that say the very same sentence
+
+
+class Method(BaseMethod):
+    """One step: unit differences of unit image embeddings against unit text embeddings."""
+
+    def __init__(self, clip: Clip, data: Dataset, config: FinetuneConfig) -> None:
+        super().__init__(clip, config)
+        self.options: PairwiseConfig = config.pairwise
+        check_choice("pairwise.loss", self.options.loss, ("info_nce", "mse"))
+        check_at_least("pairwise.anchor_batch", self.options.anchor_batch, 1)
+        check_at_least("pairwise.anchor_captions", self.options.anchor_captions, 1)
+        if self.options.mirror and config.train.batch_size % 2:
+            raise UserError(f"train.batch_size {config.train.batch_size} is odd; mirror pairs come by twos")
+        check_choice("pairwise.keep_by", self.options.keep_by, ("random", "similar"))
+        if not 0 < self.options.keep <= 1:
+            raise UserError(f"pairwise.keep is {self.options.keep}; it is a share of the pairs, above 0 and at most 1")
+        self.anchor_share = (
+            process_slice("pairwise.anchor_batch", self.options.anchor_batch) if self.options.anchor else slice(0)
+        )
+        self.images = Images(clip, data, config)
+        self._read_differences(config.data.differences)
+        self._keep_some()
+        self._draw_anchor(data.captions or [])
+        # With mirror pairs a batch of B sentences is about B / 2 differences.
+        self.pairs_per_batch = config.train.batch_size // (2 if self.options.mirror else 1)
+        self.sampler = samplers.make(config, len(self.pairs), self.pairs_per_batch, self, "differences")
+        self.notes += self.sampler.notes
+
+    def _read_differences(self, path: str) -> None:
+        """Sentences as tokens, pairs as rows; those that cannot teach anything are dropped and counted."""
+        with PartialState().main_process_first():  # the others then find in the cache what is slow
+            found = differences.compiled(path, self.images.ids, self.clip.tokenizer, mirror=self.options.mirror)
+        usable = found.pairs[:, 0] != found.pairs[:, 1]
+        usable[usable] = ~self.images.equal(found.pairs[usable])  # a duplicate picture has no difference either
+        self._note((~usable).sum(), "pairs of equal images dropped")
+        if found.mirror is not None:
+            has_roles = found.mirror >= 0
+            self._note((usable & ~has_roles).sum(), "sentences dropped that do not name both images, so have no mirror")
+            usable &= has_roles
+        if not usable.any():
+            raise UserError(f"none of the {len(usable)} differences in {path} can be used: {'; '.join(self.notes)}")
+        self.pairs = found.pairs[usable]  # [N, 2]
+        self.text_rows = found.text[usable]  # [N], rows of texts
+        self.mirror_rows = None if found.mirror is None else found.mirror[usable]
+        self.texts = Tokens(self.clip, found.tokens)
+        said = [self.text_rows] if self.mirror_rows is None else [self.text_rows, self.mirror_rows]
+        self._note(self.texts.count_truncated(*said), "texts longer than the context, cut")
+
+    def _keep_some(self) -> None:
+        """The share of the pairs that was asked for: the hardest by their images, or a control of as many."""
+        if self.options.keep == 1:
+            return
+        kept = round(self.options.keep * len(self.pairs))
+        if self.options.keep_by == "random":
+            chosen = np.random.default_rng([self.config.seed, 5]).permutation(len(self.pairs))[:kept]
+        else:
+            closeness = self._closeness()
+            chosen = np.argsort(-closeness, kind="stable")[:kept]
+            self.notes.append(
+                f"cosine of a pair's images: {closeness.mean():.3f} in all, {closeness[chosen].mean():.3f} in these"
+            )
+        chosen.sort()
+        self.pairs, self.text_rows = self.pairs[chosen], self.text_rows[chosen]
+        self.mirror_rows = None if self.mirror_rows is None else self.mirror_rows[chosen]
+        self.notes.append(f"{kept} pairs kept, {self.options.keep_by}")
+
+    def _closeness(self) -> np.ndarray:
+        """Cosine of the two images of each pair, before training.  -> [N]"""
+        used, places = np.unique(self.pairs, return_inverse=True)
+        z = _embedded.of_images(self.images, used, False, self.config)
+        places = torch.from_numpy(places.reshape(self.pairs.shape))
+        blocks = places.split(BLOCK)
+        return np.concatenate([(z[some[:, 0]] * z[some[:, 1]]).sum(-1).numpy() for some in blocks])
+
+    def embeddings(self, similarity: str, now: bool) -> Tensor:
+        """What makes pairs similar: their sentences, or their images' differences.  -> [N, D] float32, unit length"""
+        if similarity == "text":
+            said, rows = np.unique(self.text_rows, return_inverse=True)
+            return _embedded.of_texts(self.texts, said)[torch.from_numpy(rows)]
+        used, places = np.unique(self.pairs, return_inverse=True)
+        z = _embedded.of_images(self.images, used, now, self.config)
+        places, found = torch.from_numpy(places.reshape(self.pairs.shape)), torch.empty(len(self.pairs), z.shape[1])
+        for n in range(0, len(places), BLOCK):
+            some = places[n : n + BLOCK]
+            found[n : n + BLOCK] = losses.unit_differences(z[some[:, 0]], z[some[:, 1]])
+        return found
+
+    def learns(self, similarity: str) -> bool:
+        return similarity == "text" or self.images.learns
+
+    def alike(self, similarity: str) -> np.ndarray:
+        """Pairs of which the same sentence is told, or whose two images are the same."""
+        if similarity == "text":
+            return self.text_rows
+        return np.unique(self.pairs, axis=0, return_inverse=True)[1].reshape(-1)
+
+    def _draw_anchor(self, captions: list[tuple[str, ...]]) -> None:
+        """Some captions and where their embeddings are now. Drawn by the run's seed."""
+        self.anchors: Texts | None = None
+        if not self.options.anchor:
+            return
+        distinct = list(dict.fromkeys(text for each in captions for text in each))
+        if not distinct:
+            raise UserError(f"pairwise.anchor needs captions, and {self.config.data.dataset} has none; set it to 0")
+        rng = np.random.default_rng([self.config.seed, 1])
+        chosen = rng.permutation(len(distinct))[: self.options.anchor_captions]
+        self.anchors = Texts(self.clip, [distinct[n] for n in chosen])
+        self.anchor_start = self.anchors.embeddings()  # [captions, D]
+
+    def _note(self, count: int, what: str) -> None:
+        if count:
+            self.notes.append(f"{count} {what}")
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        return {
+            n: p for n, p in lora.trainable(self.clip, self.config.model.train).items() if not n.startswith("logit_")
+        }
+
+    # -- the epoch -------------------------------------------------------------------------------------
+
+    def loader(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
+        """This process's part of each batch."""
+        rng = np.random.default_rng([self.config.seed, 2, epoch])
+        waiting: deque[tuple[np.ndarray, np.ndarray, np.ndarray, float]] = (
+            deque()
+        )  # for their images, which may be read ahead
+
+        def wanted() -> Iterator[np.ndarray]:
+            for n, chosen in enumerate(self.sampler.batches(epoch, rng)):
+                anchors = (
+                    rng.integers(len(self.anchors.distinct), size=self.options.anchor_batch)
+                    if self.anchors
+                    else np.empty(0, int)
+                )
+                if n < skip:
+                    continue
+                pairs, rows = self.pairs[chosen], self.text_rows[chosen]
+                if self.mirror_rows is not None:
+                    pairs = np.concatenate([pairs, pairs[:, ::-1]])
+                    rows = np.concatenate([rows, self.mirror_rows[chosen]])
+                anchors = anchors[self.anchor_share]
+                waiting.append((pairs[self.share], rows[self.share], anchors, _identical(rows)))
+                yield np.unique(pairs[self.share])
+
+        with closing(self.images.batches(wanted(), epoch)) as coming:
+            for images in coming:
+                yield self._batch(*waiting.popleft(), images)
+
+    def _batch(
+        self, pairs: np.ndarray, rows: np.ndarray, anchors: np.ndarray, identical: float, images: Tensor
+    ) -> Batch:
+        """images: of the images of these pairs, each once, in the order of their rows."""
+        index = np.unique(pairs, return_inverse=True)[1]
+        said, text = np.unique(rows, return_inverse=True)
+        index = torch.from_numpy(index.reshape(pairs.shape))
+        none = torch.empty(0, 0, dtype=torch.long)
+        return Batch(
+            ids=[f"{self.images.ids[i]}|{self.images.ids[j]}" for i, j in pairs.tolist()],
+            tokens=self.texts.batch(said),
+            text=torch.from_numpy(text),
+            images=images,
+            first=index[:, 0],
+            second=index[:, 1],
+            anchor_tokens=self.anchors.batch(anchors) if self.anchors else none,
+            anchor_start=self.anchor_start[torch.from_numpy(anchors)] if self.anchors else none.float(),
+            identical=torch.tensor(identical),
+        )
+
+    # -- the step --------------------------------------------------------------------------------------
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        text = self.clip.encode_text(batch.tokens)[batch.text]  # [B, D]
+        images = self.images.encode(batch.images)  # [U, D]
+        target = losses.unit_differences(images[batch.first], images[batch.second])  # [B, D]
+        if self.options.loss == "mse":
+            loss = losses.squared_distance(text, target)
+        else:
+            loss = losses.info_nce_of_all(text.float(), target.float(), self.options.temperature)
+        logs = {"difference_loss": loss.detach(), "identical_negatives": batch.identical}
+        logs |= losses.hardness(text, target)
+        if len(batch.anchor_tokens):
+            turned = losses.anchor(self.clip.encode_text(batch.anchor_tokens).float(), batch.anchor_start)
+            logs["anchor"] = turned.detach()
+            loss = loss + self.options.anchor * turned
+        return loss, logs
+
+
+def _identical(rows: np.ndarray) -> float:
+    """The share of pairs of different places whose rows are the same."""
+    n, counts = len(rows), np.unique(rows, return_counts=True)[1]
+    return float((counts * (counts - 1)).sum() / (n * (n - 1))) if n > 1 else 0.0

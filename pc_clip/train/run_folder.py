@@ -1,0 +1,140 @@
+"""A run's folder holds all that is needed to repeat it: config.yaml (resolved), environment.json (versions, commit,
+hashes of data and start), metrics.jsonl, state.safetensors (to continue) and model.safetensors.
+
+Here is whether a folder is this run's, another's or an unfinished one, and how it is begun and deleted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pc_clip.core.cli import dump
+from pc_clip.core.config.settings import identity
+from pc_clip.core.config.train import FinetuneConfig
+from pc_clip.core.errors import UserError
+from pc_clip.core.files import alone, write_json, write_text
+from pc_clip.core.paths import MODEL_FILE, STATE_FILE, checkpoint_file
+from pc_clip.data import differences
+from pc_clip.data.dataset import Dataset, digest
+from pc_clip.data.download import file_digest
+from pc_clip.data.embedding_shards import index_of
+from pc_clip.data.statements import files_of
+
+log = logging.getLogger(__name__)
+
+LOCK = ".lock"  # in the run's folder while it is trained
+
+
+def locked(run: Path) -> AbstractContextManager[None]:
+    """The folder for this process alone. Raises UserError while another has it."""
+    busy = (
+        f"another process is training {run}; let it finish or stop it, or choose another --name "
+        f"(on a file system without locks, if there surely is none, delete {run / LOCK})"
+    )
+    return alone(run / LOCK, busy)
+
+
+def already_done(run: Path, config: FinetuneConfig, learnt_from: dict[str, str]) -> bool:
+    """Whether this very run is finished. Raises UserError when the folder holds another, or an unfinished one."""
+    if config.overwrite and not config.resume:
+        return False
+    settings = run / "config.yaml"
+    if not settings.is_file():
+        for name in (MODEL_FILE, STATE_FILE):
+            if (run / name).exists():
+                raise UserError(f"{run} holds a {name} that no config describes; choose another --name")
+        if config.resume:
+            log.info("there is no run at %s to resume; it starts now", run)
+        return False
+    changed = _changes(yaml.safe_load(settings.read_text()), json.loads(json.dumps(identity(config))))
+    if changed:
+        raise UserError(
+            f"{run} holds a run with other settings ({', '.join(changed[:4])}). "
+            "Choose another --name, or --overwrite true to delete it."
+        )
+    before = json.loads((run / "environment.json").read_text())["data"]
+    if others := [name for name, value in learnt_from.items() if before.get(name, value) != value]:
+        raise UserError(
+            f"{run} learnt from other data: its {' and '.join(others)} have changed since. "
+            "Choose another --name, or --overwrite true to delete it."
+        )
+    if (run / MODEL_FILE).is_file():
+        log.info("%s is finished already; --overwrite true runs it again", run)
+        return True
+    if (run / STATE_FILE).is_file() and not config.resume:
+        raise UserError(f"{run} was interrupted. Continue it with --resume true, or --overwrite true to start again.")
+    return False
+
+
+def precision(run: Path, config: FinetuneConfig) -> str | None:
+    """What the run in a folder multiplies in, if it is to stay; on another kind of machine `auto` may mean another."""
+    settings = run / "config.yaml"
+    if (config.overwrite and not config.resume) or not settings.is_file():
+        return None
+    return yaml.safe_load(settings.read_text())["train"]["precision"]
+
+
+def check_validation(run: Path, chosen_on: str) -> None:
+    """The best epoch of a run is chosen on the same images before and after it was interrupted."""
+    before = json.loads((run / "environment.json").read_text()).get("validation", chosen_on)
+    if before != chosen_on:
+        raise UserError(
+            f"{run} chose its best epoch on other validation data, which have changed since. "
+            "Choose another --name, or --overwrite true to delete it."
+        )
+
+
+def _changes(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """Settings that differ among those of `new`, by dotted name."""
+    found = []
+    for key, now in new.items():
+        before = old.get(key)
+        if isinstance(now, dict):
+            found += _changes(before if isinstance(before, dict) else {}, now, f"{prefix}{key}.")
+        elif before != now:
+            found.append(f"{prefix}{key}: {before} there, {now} now")
+    return found
+
+
+def hashes(data: Dataset, config: FinetuneConfig) -> dict[str, str]:
+    """What a run learns from, by content."""
+    found = {"images": data.fingerprint, "captions": hashlib.sha256(repr(data.captions).encode()).hexdigest()[:16]}
+    if config.model.start:
+        found["start"] = file_digest(checkpoint_file(config.model.start), "sha256")[:16]
+    if config.data.embeddings:
+        path = index_of(config.data.embeddings)  # the index has the checksum of every shard
+        if path.is_file():  # an absent one is told of when it is read
+            found["embeddings"] = file_digest(path, "sha256")[:16]
+    if config.data.statements:
+        files = [path for given in config.data.statements for path in files_of(Path(given))]
+        found["statements"] = digest([file_digest(path, "sha256") for path in files])
+    elif data.statements:
+        found["statements"] = digest(data.statements)
+    if config.data.differences:
+        found["differences"] = file_digest(differences.find(config.data.differences), "sha256")[:16]
+    return found
+
+
+def delete(run: Path) -> None:
+    """Remove a run, in an order that leaves a sound run or none whenever it is killed. Its lock is held, and stays."""
+    for name in (MODEL_FILE, STATE_FILE, "config.yaml"):
+        (run / name).unlink(missing_ok=True)
+    for path in run.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != LOCK:
+            path.unlink()
+
+
+def begin(run: Path, config: FinetuneConfig, about: dict[str, Any]) -> None:
+    write_json(run / "environment.json", about)
+    settings = yaml.safe_load(dump(config)) | {"resume": False, "overwrite": False}
+    write_text(run / "config.yaml", yaml.safe_dump(settings, sort_keys=False))  # marks a run, so it comes last

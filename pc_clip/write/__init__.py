@@ -1,0 +1,1 @@
+"""Captions in, sentences out: tasks and writers."""

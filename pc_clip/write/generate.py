@@ -1,0 +1,233 @@
+"""Captions, classes or pictures in, sentences out: NAME.jsonl, and NAME.meta.json on how it was made.
+
+While it works, NAME.parts/ holds what is done (write/progress.py), so that it continues wherever it was
+stopped, with as many processes as it then has. Sentences that were rejected end in NAME.rejected.jsonl.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pc_clip.core.config.settings import DataConfig, identity, is_group
+from pc_clip.core.config.write import GenerateConfig
+from pc_clip.core.distributed import Processes
+from pc_clip.core.errors import UserError, check_at_least, check_choice
+from pc_clip.data import attributes, class_text
+from pc_clip.data.captions import read_captions
+from pc_clip.data.dataset import Dataset, Question
+from pc_clip.data.differences import Difference, choose_pairs, to_line
+from pc_clip.data.registry import READERS, open_dataset
+from pc_clip.write import prompts
+from pc_clip.write.captioned import generate_change
+from pc_clip.write.cleaning import clean
+from pc_clip.write.progress import Item
+from pc_clip.write.rank import generate_rank
+from pc_clip.write.work import (
+    MIN_OF_CLASSES,
+    WRITERS,
+    Work,
+    check_free,
+    draw_images,
+    job_seed,
+    least_characters,
+    write_all,
+)
+from pc_clip.write.writers import Job, Writer
+
+log = logging.getLogger(__name__)
+
+TASKS = ("pairs", "compare", "describe", "rewrite", "rank")
+EXAMPLE = GenerateConfig(
+    name="example", split="train", n_images=3000, n_pairs=20000, caption="longest"
+)  # configs/diffs_example.yaml, which a test compares
+
+
+def generate(config: GenerateConfig, processes: Processes | None = None) -> Path:
+    """Write the sentences; returns the finished file. Interrupted and called again, it continues.
+
+    processes: who shares the work; those of `accelerate launch` unless given. All of them call this alike.
+    Raises UserError when the file exists with other settings, for captions that cannot be used, and when
+    another process writes the same file.
+    """
+    check_choice("task", config.task, TASKS)
+    check_choice("writer", config.writer, (*WRITERS, "change"))
+    check_choice("caption", config.caption, ("random", "longest"))
+    check_at_least("seed", config.seed, 0)
+    for name in ("n_images", "n_pairs", "n_each", "min_characters"):
+        if (value := getattr(config, name)) is not None:
+            check_at_least(name, value, 1)
+    _check_no_unused(config)
+    config = dataclasses.replace(config, name=config.name or _name(config))
+    processes = processes or Processes.here()
+    if config.task == "rank":
+        return generate_rank(config, processes)
+    if config.writer == "change":
+        return generate_change(config, processes)
+    out = Path(config.out) / f"{config.name}.jsonl"
+    check_free(out, ".parquet")
+    work = _work(config)
+    settings = json.loads(json.dumps(_settings(config, work.made_from)))  # as a file of them reads
+    return write_all(config, work, out, settings, processes)
+
+
+def _check_no_unused(config: GenerateConfig) -> None:
+    """Raise UserError for a setting that this task and writer have no use for; the fields say which tasks use them."""
+    if config.writer == "change" and config.task != "pairs":
+        raise UserError(f"--writer change sees two pictures and writes for --task pairs; --task is {config.task}")
+    task = "change" if config.writer == "change" else config.task
+    usual = GenerateConfig()
+    for f in dataclasses.fields(config):
+        unused = task not in f.metadata.get("tasks", (task,)) or (f.name == "prompt" and config.writer == "rules")
+        beside = " with --captions" if f.name == "split" and config.captions and task != "rank" else ""
+        if (unused or beside) and (changed := _changed(f.name, getattr(config, f.name), getattr(usual, f.name))):
+            hint = "; for COCO's captions give --captions" if f.name == "dataset" else ""
+            where = f"--task {config.task} --writer {config.writer}{beside}"
+            raise UserError(f"--{changed} has no effect in {where}; leave it out{hint}")
+
+
+def _changed(name: str, value: Any, usual: Any) -> str:
+    """A setting's name if it is not as usual, of a group the first such within; otherwise empty."""
+    if dataclasses.is_dataclass(usual):
+        return next((f"{name}.{key}" for key, was in vars(usual).items() if getattr(value, key) != was), "")
+    return name if value != usual else ""
+
+
+def compare_classes(
+    writer: Writer, kind: str, data: Dataset, question: Question, pairs: list[tuple[str, str]], seed: int
+) -> list[str | None]:
+    """A sentence a pair of classes on how the first differs from the second; None where it was not usable.
+
+    kind: rules or transformers, what the writer is.
+    """
+    jobs = [_class_job(kind, data, question, a, b, job_seed(seed, n)) for n, (a, b) in enumerate(pairs)]
+    return [clean(raw, min_characters=MIN_OF_CLASSES)[0] for raw in writer.write(jobs)]
+
+
+def write_missing_example(data: DataConfig) -> None:
+    """The example's sentences, where a run on the example needs them and they are not there yet."""
+    path = Path(data.differences)
+    if data.dataset == "example" and path == Path(EXAMPLE.out) / f"{EXAMPLE.name}.jsonl" and not path.is_file():
+        log.info("%s is not there yet; writing it as generate_diffs.py does with no argument", path)
+        generate(EXAMPLE, Processes())  # alone, whoever waits for it
+
+
+# -- what goes in --------------------------------------------------------------------------------------
+
+
+def _work(config: GenerateConfig) -> Work:
+    if config.task == "rewrite":
+        if config.writer == "rules":
+            raise UserError("rules cannot rewrite captions; use --writer transformers or --writer server")
+        captions = _captions(config)
+        return Work(
+            lambda: [(i, str(k)) for i in draw_images(sorted(captions), config) for k in range(len(captions[i]))],
+            lambda key, k, n: Job(captions[key][int(k)], "", job_seed(config.seed, n)),
+            lambda row: json.dumps({"image": row["first"], "text": row["text"]}, ensure_ascii=False) + "\n",
+            "captions", {},
+        )  # fmt: skip
+    if config.task == "pairs":
+        captions = _captions(config)
+        if config.caption == "longest":
+            captions = {key: (max(texts, key=len),) for key, texts in captions.items()}
+
+        def pairs() -> list[Item]:
+            return choose_pairs(draw_images(sorted(captions), config), config.n_pairs, config.seed, config.both_orders)
+
+        return Work(pairs, lambda i, j, n: _job(captions, i, j, config.seed, n), _difference_line, "pairs", {})
+    data = open_dataset(config.dataset, config.root, config.split or next(iter(_splits(config.dataset)), None))
+    question = class_text.find_question(data, config.question)
+    made_from = {"classes": list(question.classes), "data": data.label, "fingerprint": data.fingerprint}
+    if config.task == "compare":
+        return Work(
+            lambda: choose_pairs(list(question.classes), config.n_pairs, config.seed, config.both_orders),
+            lambda a, b, n: _class_job(config.writer, data, question, a, b, job_seed(config.seed, n)),
+            _difference_line, "pairs of classes", made_from,
+        )  # fmt: skip
+    return Work(
+        lambda: [(name, str(k)) for name in question.classes for k in range(config.n_each)],
+        lambda name, _, n: _description_job(config, data, question, name, n),
+        lambda row: json.dumps({"class": row["first"], "text": row["text"]}, ensure_ascii=False) + "\n",
+        "descriptions", made_from,
+    )  # fmt: skip
+
+
+def _name(config: GenerateConfig) -> str:
+    if config.writer == "change":
+        return f"{config.dataset}_change"
+    if config.captions:
+        stem = Path(config.captions).stem
+        return stem if config.task == "pairs" else f"{stem}_{config.task}"
+    if config.task == "pairs":
+        return EXAMPLE.name
+    return "_".join(part for part in (config.dataset, config.question, config.task) if part)
+
+
+def _splits(dataset: str) -> tuple[str, ...]:
+    return READERS[dataset].splits if dataset in READERS else ()
+
+
+def _captions(config: GenerateConfig) -> dict[str, tuple[str, ...]]:
+    if config.captions:
+        return {key: captions for key, (_, captions) in read_captions(config.captions).items()}
+    data = open_dataset("example", split=config.split or "train")
+    return dict(zip(data.ids, data.captions))
+
+
+def _class_job(writer: str, data: Dataset, question: Question, a: str, b: str, seed: int) -> Job:
+    """Rules are told what sets the classes apart; a language model is told their names, and knows the rest."""
+    if writer == "rules":
+        return Job(*class_text.opposed(data, question, a, b, seed), seed)
+    return Job(class_text.phrase(question, a), class_text.phrase(question, b), seed)
+
+
+def _description_job(config: GenerateConfig, data: Dataset, question: Question, name: str, number: int) -> Job:
+    seed = job_seed(config.seed, number)
+    if config.writer == "rules":
+        return Job(class_text.described(data, question, name, seed), "", seed)
+    return Job(class_text.phrase(question, name), "", seed)
+
+
+def _difference_line(row: dict[str, Any]) -> str:
+    return to_line(Difference(row["first"], row["second"], row["text"]))
+
+
+def _job(captions: dict[str, tuple[str, ...]], i: str, j: str, seed: int, number: int) -> Job:
+    """One caption of each image, drawn for this pair."""
+    rng = np.random.default_rng([seed, 2, number])
+    first, second = (captions[key][int(rng.integers(len(captions[key])))] for key in (i, j))
+    return Job(first, second, int(rng.integers(2**31)))
+
+
+def _settings(config: GenerateConfig, made_from: dict[str, Any]) -> dict[str, Any]:
+    """Everything the sentences depend on, and nothing else; files by content, so that an edited one is another."""
+    used = {f.name for f in dataclasses.fields(config) if config.task in f.metadata.get("tasks", (config.task,))}
+    used -= {f.name for f in dataclasses.fields(config) if is_group(f)} - {config.writer}  # other writers' settings
+    found = {name: value for name, value in identity(config).items() if name in used - {"root", "prompt"}} | made_from
+    if config.writer == "rules":
+        del found["min_characters"]
+        if config.task in ("describe", "compare"):
+            words = [(attributes.FOLDER / f"{task}.yaml").read_bytes() for task in attributes.tasks_of(config.dataset)]
+            found["words"] = hashlib.sha256(b"".join(words)).hexdigest()
+        return found | _captions_by_content(config)
+    found["min_characters"] = least_characters(config)
+    found["asked"] = dataclasses.asdict(prompts.read(config.prompt or prompts.FOLDER / f"{config.task}.yaml"))
+    return found | _captions_by_content(config)
+
+
+def _captions_by_content(config: GenerateConfig) -> dict[str, str]:
+    if not config.captions:
+        return {}
+    return {"captions_sha256": hashlib.sha256(Path(config.captions).read_bytes()).hexdigest()}
+
+
+# -- writing -------------------------------------------------------------------------------------------
+
+
+# -- what comes out ------------------------------------------------------------------------------------

@@ -1,0 +1,78 @@
+"""Sentences by rule, from two captions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from pc_clip.data.differences import contrast
+from pc_clip.example.captions import OPENINGS, parse
+from pc_clip.example.world import COMPARATIVES
+from pc_clip.write.writers import Job, Writer
+
+# Rare facts are preferred, so that every kind of difference is written about as often: left to chance,
+# most sentences would be about shape and count and hardly any about the background.
+_PREFERENCE = {
+    "background": 3.0,
+    "size": 9.0,
+    "position": 3.0,
+    "texture": 2.0,
+    "colour": 1.0,
+    "shape": 1.0,
+    "count": 1.0,
+}
+_ORDER = {"size": ("small", "medium", "large"), "background": ("dark", "grey", "light"), "count": (1, 2, 3)}
+
+
+class RulesWriter(Writer):
+    """Compares two captions by rule.
+
+    Captions of the example are parsed, and one attribute that both mention and that differs is put into
+    words. Any other two captions are set against each other: "The first image shows a man on a moped,
+    while the second shows two cats."
+    """
+
+    needs_cleaning = False  # what it writes is as it is meant
+
+    def stream(self, jobs: Sequence[Job]) -> Iterator[tuple[int, str]]:
+        for n, job in enumerate(jobs):
+            yield n, self._write(job)
+
+    def _write(self, job: Job) -> str:
+        if not job.second:
+            return job.first  # a description by rule is found where the classes are known (data/class_text.py)
+        rng = np.random.default_rng(job.seed)
+        a, b = parse(job.first), parse(job.second)
+        kinds = [kind for kind in _PREFERENCE if kind in a and kind in b and a[kind] != b[kind]]
+        wording = 2 * int(rng.integers(2))  # of the first image first, as language models mostly write
+        if not kinds:
+            return contrast(_as_phrase(job.first), _as_phrase(job.second), wording)
+        weights = np.array([_PREFERENCE[kind] for kind in kinds])
+        kind = kinds[int(rng.choice(len(kinds), p=weights / weights.sum()))]
+        return contrast(*_phrases(kind, a[kind], b[kind]), wording)
+
+    def describe(self) -> dict[str, Any]:
+        return {"writer": "rules"}
+
+
+def _phrases(kind: str, a: str | int, b: str | int) -> tuple[str, str]:
+    if kind in _ORDER:
+        more, less = COMPARATIVES[kind]
+        return (more, less) if _ORDER[kind].index(a) > _ORDER[kind].index(b) else (less, more)
+    pattern = {"colour": "{} objects", "texture": "{} objects", "shape": "a {}", "position": "an object {}"}[kind]
+    return pattern.format(a), pattern.format(b)
+
+
+def _as_phrase(caption: str) -> str:
+    """A caption as it stands inside a sentence: no full stop, no capital at its start unless it has more of them.
+
+    A name loses its capital too; CLIP's tokenizer lowercases everything anyway.
+    """
+    caption = " ".join(caption.split()).rstrip(" .!")
+    for opening in filter(None, OPENINGS):
+        if caption.lower().startswith(opening):
+            caption = caption[len(opening) :]
+    first, *rest = caption.split(" ")
+    return " ".join([first.lower() if first.istitle() else first, *rest])
