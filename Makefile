@@ -51,11 +51,11 @@ test: $(READY)
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2
 
 photo: $(READY)
-	@$(RUN) examples/photographs.py $(DATA)
+	@$(RUN) -m examples.photographs $(DATA)
 	@$(RUN) -m pc_clip study configs/studies/photo.yaml --seeds 0 1 2
 
 llm: $(READY)
-	@$(RUN) examples/photographs.py $(DATA)
+	@$(RUN) -m examples.photographs $(DATA)
 	@$(RUN) generate_diffs.py --config configs/diffs_photo_llm.yaml
 	@$(RUN) -m pc_clip audit llm_diffs/photo_llm.jsonl
 

@@ -22,6 +22,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from pc_clip.core.config.train import PairwiseConfig
+
 from pc_clip.models.clip import Clip  # isort: skip  (before torch's data sets)
 
 import numpy as np
@@ -135,7 +137,7 @@ def _write_data(clip: Clip) -> FinetuneConfig:
     )
     config = FinetuneConfig(data=data, train=TrainConfig(batch_size=BATCH), device="cpu")
     config.model.name = "example"
-    config.pairwise = pairwise.Config()
+    config.pairwise = PairwiseConfig()
     return config
 
 

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from pc_clip.core.config.evaluate import DifferenceConfig
 from pc_clip.models import lora
 
 from pc_clip.models.clip import Clip  # isort: skip  (before torch's data sets)
@@ -157,7 +158,7 @@ def write_sentences(path: Path, data: Dataset, seed: int = 0) -> list[Difference
 
 
 def our_difference_classification(clip: Clip, data: Dataset) -> dict[str, float]:
-    (result,) = measure(clip, data, _settings("difference", differences=str(SENTENCES)))
+    (result,) = measure(clip, data, _settings("difference", difference=DifferenceConfig(sentences=str(SENTENCES))))
     return result["metrics"]
 
 

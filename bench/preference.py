@@ -27,7 +27,7 @@ from record import Figure, exit_if_missed, record
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from pc_clip.core.config.train import FinetuneConfig, TrainConfig
+from pc_clip.core.config.train import FinetuneConfig, PreferenceConfig, TrainConfig
 from pc_clip.core.errors import run_script
 from pc_clip.data.training_data import load_dataset
 from pc_clip.models.clip import Clip
@@ -71,7 +71,7 @@ def make_method() -> preference.Method:
     config = FinetuneConfig(method="preference", device="cpu")
     config.data.dataset, config.model.train = "example_relations", "text"
     config.train = TrainConfig(batch_size=BATCH, lr=LR, optimizer="adam", epochs=1)
-    config.preference = preference.Config(loss="dpo", beta=BETA)
+    config.preference = PreferenceConfig(loss="dpo", beta=BETA)
     clip = Clip.create("example")
     clip.choose_text_way(fast=True)
     method = preference.Method(clip, load_dataset(config.data), config)

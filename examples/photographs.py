@@ -1,7 +1,7 @@
-"""Prepare real photographs for the example's scripts: `python examples/photographs.py FOLDER`.
+"""Prepare real photographs for the example's scripts: `python -m examples.photographs FOLDER`.
 
 FOLDER is in COCO's layout: captions_*.json, here or in annotations/, and pictures. Builds the photo model
-(pc_clip.example.photo), then splits the photographs that are there into train, val and test: caption files
+(examples.photo_model), then splits the photographs that are there into train, val and test: caption files
 in data/photo/annotations that point at the pictures where they are. Where SugarCrepe's files lie beside
 FOLDER, the photographs they ask about are held out, so that every one of its rows is a test. VSR's statements
 are taken from beside FOLDER as well; data/photo/pictures leads to FOLDER: they ask about photographs without captions.
@@ -17,11 +17,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from examples import photo_model
 from pc_clip.core.errors import UserError, run_script
 from pc_clip.core.files import write_json
 from pc_clip.data.captions import read_coco_captions
 from pc_clip.data.statements import read_statements
-from pc_clip.example import photo
 
 OUT = Path("data/photo")
 TEST_SHARE, VAL_SHARE = 0.23, 0.11
@@ -94,8 +94,8 @@ def main() -> None:
     if not arguments.folder.is_dir():
         raise UserError(f"no folder {arguments.folder}; make photo DATA=FOLDER wants pictures and captions_*.json")
     prepare(arguments.folder, arguments.out, arguments.seed)
-    photo.build(arguments.out / "model", arguments.out / "wheels")
-    photo.build_llm(arguments.out / "llm", arguments.out / "wheels")
+    photo_model.build(arguments.out / "model", arguments.out / "wheels")
+    photo_model.build_llm(arguments.out / "llm", arguments.out / "wheels")
 
 
 if __name__ == "__main__":

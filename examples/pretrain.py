@@ -1,4 +1,4 @@
-"""Pretrain the tiny CLIPs of the example from scratch: `python examples/pretrain.py [--model example_vit]`.
+"""Pretrain the tiny CLIPs of the example from scratch: `python -m examples.pretrain [--model example_vit]`.
 
 An ordinary symmetric contrastive loss (CLIP, Radford et al. 2021) over rendered scenes and their captions,
 in open_clip's own model classes. Deterministic for a given torch build and one thread; about ten minutes on

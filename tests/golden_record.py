@@ -31,9 +31,7 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-import finetune
-import generate_diffs
-import run
+from pc_clip.interface import finetune, generate_diffs, run
 
 FOLDER = Path(__file__).parent / "golden"
 CONFIGS = ROOT / "configs"

@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 
 from pc_clip.core import environment
 from pc_clip.core.config.settings import ModelConfig
-from pc_clip.core.config.train import FinetuneConfig, TrainConfig
+from pc_clip.core.config.train import ContrastiveConfig, FinetuneConfig, PairwiseConfig, TrainConfig
 from pc_clip.core.errors import UserError
 from pc_clip.core.files import write_json
 from pc_clip.data import example_sets
@@ -25,7 +25,6 @@ from pc_clip.models.fast_text import FastText
 from pc_clip.models.parameters import TRAINABLE, image_tower_learns
 from pc_clip.train import loop
 from pc_clip.train.loop import finetune
-from pc_clip.train.methods import contrastive, pairwise
 
 import transformers  # isort: skip
 
@@ -283,7 +282,7 @@ def config(monkeypatch) -> FinetuneConfig:
     found = FinetuneConfig(name="a", out="runs", device="cpu", model=options_of("text_blocks"))
     found.data.split, found.data.differences = "train", "d.jsonl"
     found.train = TrainConfig(batch_size=8, steps=6, lr=1e-2, save_every=2, log_every=2, threads=1)
-    found.pairwise, found.contrastive = pairwise.Config(), contrastive.Config()
+    found.pairwise, found.contrastive = PairwiseConfig(), ContrastiveConfig()
     return found
 
 

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 from test_evals import FakeClip
 
-from pc_clip.core.config.evaluate import EvaluateConfig
+from pc_clip.core.config.evaluate import DifferenceConfig, EvaluateConfig
 from pc_clip.core.errors import UserError
 from pc_clip.data import attributes
 from pc_clip.data.dataset import Dataset, Question
@@ -94,7 +94,9 @@ def subject_of(data: Dataset, **config) -> Subject:
         texts[template.format(a="a smaller animal", b="a larger animal")] = [1.0, 0.0]
     z = np.tile([[1.0, 0.1], [0.5, 1.0], [-1.0, 0.1]], (4, 1))
     clip = FakeClip(texts | TOLD, z.tolist())
-    found = Subject(clip, lambda: clip, data, EvaluateConfig(**({"n_pairs": 20, "draws": 2} | config)))
+    found = Subject(
+        clip, lambda: clip, data, EvaluateConfig(difference=DifferenceConfig(**({"n_pairs": 20, "draws": 2} | config)))
+    )
     found.__dict__["z"] = found.__dict__["base_z"] = clip.z
     return found
 
@@ -143,12 +145,12 @@ def test_sentences_about_classes_are_asked_of_images_of_those_classes():
     (text, *_) = TOLD
     with open("told.jsonl", "w") as file:
         file.write(to_line(Difference("bear", "mouse", text)))
-    found = difference.evaluate(subject_of(zoo(("mouse", "bear", "cat")), differences="told.jsonl"))
+    found = difference.evaluate(subject_of(zoo(("mouse", "bear", "cat")), sentences="told.jsonl"))
     assert found.metrics == {"sign": 1.0, "two_way": 1.0, "mirrored": 1.0, "caption_subtraction": 1.0}
     assert found.n == 2 and found.details["classes"] == 2
     with open("told.jsonl", "w") as file:
         file.write(to_line(Difference("mouse", "bear", text)))
-    found = difference.evaluate(subject_of(zoo(), differences="told.jsonl"))
+    found = difference.evaluate(subject_of(zoo(), sentences="told.jsonl"))
     assert (found.metrics["sign"], found.metrics["caption_subtraction"]) == (0.0, 1.0)
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from pc_clip.core.config.evaluate import EvaluateConfig
+from pc_clip.core.config.evaluate import AverageConfig, DifferenceConfig, EvaluateConfig
 from pc_clip.core.errors import UserError
 from pc_clip.data.dataset import Dataset, Question
 from pc_clip.data.embeddings import CACHE
@@ -69,7 +69,7 @@ def subject(start, end, monkeypatch, z, target, validation_target=None, alphas=(
             split, questions=(question,),
         )  # fmt: skip
 
-    config = EvaluateConfig(alphas=list(alphas), **settings)
+    config = EvaluateConfig(**settings, average=AverageConfig(alphas=list(alphas)))
     found = Subject(end, lambda: start, data("test", target), config)
     held_out = Subject(end, lambda: start, data("val", validation_target or target), config)
     monkeypatch.setattr(Subject, "validation", lambda self: held_out)
@@ -187,7 +187,9 @@ def test_on_the_example_the_ends_are_the_two_models_and_differences_are_measured
     with torch.no_grad():
         for parameter in lora.trainable(clip, "text_blocks").values():
             parameter.mul_(0.5)
-    config = EvaluateConfig(alphas=[0.5], n_pairs=40, draws=1, checkpoint="x")
+    config = EvaluateConfig(
+        checkpoint="x", average=AverageConfig(alphas=[0.5]), difference=DifferenceConfig(n_pairs=40, draws=1)
+    )
     found = average.evaluate(Subject(clip, lambda: base, open_dataset("example", split="test"), config))
     assert {f"{p}_{m}" for p in ("average", "start", "end") for m in average.METRICS} == found.metrics.keys()
     assert found.metrics["start_zeroshot"] > found.metrics["end_zeroshot"]

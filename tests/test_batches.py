@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-import run
-from pc_clip.core.config.evaluate import EvaluateConfig
+from pc_clip.core.config.evaluate import BatchesConfig, EvaluateConfig
 from pc_clip.core.errors import UserError
 from pc_clip.data.dataset import Dataset
 from pc_clip.data.registry import open_dataset
 from pc_clip.evals import Subject, batches
 from pc_clip.evals.evaluate import measure
+from pc_clip.interface import run
 
 
 class Given:
@@ -35,7 +35,7 @@ def made(z, texts, each, size, seed=0):
     ids = [f"i{n}" for n in range(len(z))]
     data = Dataset("made", "test", ids, lambda row: Image.new("RGB", (8, 8)), "f", captions)
     known = {f"t{n}": list(map(float, text)) for n, text in enumerate(texts)}
-    subject = Subject(Given(known), lambda: None, data, EvaluateConfig(retrieval_batch=size, seed=seed))
+    subject = Subject(Given(known), lambda: None, data, EvaluateConfig(seed=seed, batches=BatchesConfig(size=size)))
     subject.__dict__["z"] = torch.as_tensor(z, dtype=torch.float32)
     return batches.evaluate(subject)
 
@@ -111,9 +111,9 @@ def test_a_model_that_tells_nothing_apart_has_the_middle_rank():
 
 
 def test_what_cannot_be_measured_is_said():
-    with pytest.raises(UserError, match="retrieval_batch is 1; it must be at least 2"):
+    with pytest.raises(UserError, match="batches.size is 1; it must be at least 2"):
         made(np.eye(4), np.eye(4), [1] * 4, 1)
-    with pytest.raises(UserError, match="made/test has 4 images, too few for one batch; --retrieval_batch is 5"):
+    with pytest.raises(UserError, match="made/test has 4 images, too few for one batch; --batches.size is 5"):
         made(np.eye(4), np.eye(4), [1] * 4, 5)
     with pytest.raises(UserError, match=r"an image without a caption \(i2\)"):
         made(np.eye(4), np.eye(3, 4), [1, 1, 0, 1], 2)
@@ -128,7 +128,7 @@ def test_it_is_measured_where_it_is_asked_for_by_name_alone(coco_folder, example
     assert "batches" not in {found["evaluation"] for found in every}
     command = ["--mode", "batches", "--dataset", "coco", "--root", str(coco_folder), "--model.name", "example"]
     for size in ("4", "6"):
-        run.main([*command, "--retrieval_batch", size])
+        run.main([*command, "--batches.size", size])
     results = [json.loads(path.read_text()) for path in sorted(Path("results").rglob("batches-*.json"))]
     assert [found["details"]["batch"] for found in results] == [4, 6]
     assert all(len(found["items"]["batch_t2i_mrr"]) == found["n"] == 12 for found in results)

@@ -16,7 +16,7 @@ from interrupting import interrupted_and_continued, stop_at
 from PIL import Image
 from safetensors.torch import load_file
 
-from pc_clip.core.config.train import FinetuneConfig, TrainConfig
+from pc_clip.core.config.train import ChangeConfig, FinetuneConfig, TrainConfig
 from pc_clip.core.errors import UserError
 from pc_clip.data import example_sets, pair_features
 from pc_clip.data.dataset import Dataset, with_changes
@@ -41,7 +41,7 @@ def config() -> FinetuneConfig:
     """Two epochs of three steps of the second stage, by a small decoder."""
     found = FinetuneConfig(name="a", method="change", out="runs", device="cpu")
     found.data.dataset, found.data.split, found.model.train = "example_changes", "train", "both"
-    found.change = change.Config("caption", width=16, heads=2, layers=1, clip_rate=0.1, validate_on=6)
+    found.change = ChangeConfig("caption", width=16, heads=2, layers=1, clip_rate=0.1, validate_on=6)
     found.train = TrainConfig(batch_size=8, epochs=2, max_steps_per_epoch=3, lr=1e-3, log_every=1, threads=1)
     return found
 
@@ -359,7 +359,7 @@ def test_sentences_are_learnt(config):
     config.train = TrainConfig(
         batch_size=6, steps=120, lr=5e-3, schedule="cosine", log_every=50, threads=1, optimizer="adamw"
     )
-    config.change = change.Config("caption", width=32, heads=2, layers=1, clip_rate=0.1, dropout=0.0, validation="none")
+    config.change = ChangeConfig("caption", width=32, heads=2, layers=1, clip_rate=0.1, dropout=0.0, validation="none")
     data = with_changes(open_dataset("example_changes", None, "train"), range(6))
     one = dataclasses.replace(
         data, changes=tuple(dataclasses.replace(c, sentences=c.sentences[:1]) for c in data.changes)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pc_clip.core.errors import UserError
 from pc_clip.models import loading
 from pc_clip.models.caption_decoder import Decoder, Shape
-from pc_clip.models.change_model import ChangeModel, Search, fresh
+from pc_clip.models.change_model import ChangeClip, ChangeModel, Search, fresh
 from pc_clip.models.clip import Clip, open_clip
 from pc_clip.models.pair_encoder import PairEncoder
 from pc_clip.models.vocabulary import END, PAD, SPECIAL, START, Vocabulary
@@ -330,7 +330,7 @@ def test_impossible_shapes(shape, message):
 @pytest.mark.parametrize("counterparts", [False, True])
 def test_a_saved_captioner_says_the_same(vit, pictures, tmp_path, counterparts):
     clip = Clip.create("example_vit")
-    clip.change = fresh(clip, 2, seed=0, counterparts=counterparts)
+    clip = ChangeClip.of(clip, fresh(clip, 2, seed=0, counterparts=counterparts))
     if counterparts:
         torch.nn.init.normal_(clip.change.encoder.counterpart)
     clip.change.add_decoder(Vocabulary.of(clip.tokenizer, TEXTS), Shape(1, 2, 8, 9))
@@ -354,7 +354,7 @@ def test_a_file_of_before_there_were_counterparts_has_none(vit):
 
 def test_a_checkpoint_whose_new_weights_do_not_fit_is_refused(tmp_path):
     clip = Clip.create("example_vit")
-    clip.change = fresh(clip, 2, seed=0)
+    clip = ChangeClip.of(clip, fresh(clip, 2, seed=0))
     clip.change.encoder.register_parameter("before", torch.nn.Parameter(torch.zeros(3)))
     loading.save_model(tmp_path / "model.safetensors", clip)
     with pytest.raises(

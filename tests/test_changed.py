@@ -9,12 +9,12 @@ import pytest
 from conftest import SHARED
 from PIL import Image
 
-import run
 from pc_clip.core.config.settings import DataConfig
 from pc_clip.core.errors import UserError
 from pc_clip.data.dataset import Change, Dataset
 from pc_clip.data.registry import READERS, held_out, open_dataset, state
 from pc_clip.data.training_data import load_dataset
+from pc_clip.interface import run
 
 REAL = SHARED / "spot_the_diff"
 real_data = pytest.mark.skipif(not REAL.is_dir(), reason="the real data are not part of the project")

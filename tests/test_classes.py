@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from test_evals import FakeClip
 
-from pc_clip.core.config.evaluate import EvaluateConfig
+from pc_clip.core.config.evaluate import EvaluateConfig, ExtendedConfig
 from pc_clip.core.config.settings import DataConfig
 from pc_clip.core.config.write import GenerateConfig
 from pc_clip.core.errors import UserError
@@ -18,7 +18,7 @@ from pc_clip.data.dataset import Dataset, Question
 from pc_clip.data.registry import open_dataset
 from pc_clip.data.training_data import load_dataset
 from pc_clip.evals import Subject, extended
-from pc_clip.write import generate, prompts
+from pc_clip.write import generate, prompts, work
 from pc_clip.write.rules import RulesWriter
 from pc_clip.write.writers import Writer
 
@@ -187,7 +187,7 @@ def test_descriptions_are_appended_or_averaged():
         texts[f"{owl} {told}"] = [0, 1]
     rows = [("emu", "tall"), ("emu", "taller"), ("owl", "round"), ("owl", "rounder")]
     Path("d.jsonl").write_text("".join(json.dumps({"class": c, "text": t}) + "\n" for c, t in rows))
-    found = extended.evaluate(subject(texts, EvaluateConfig(descriptions="d.jsonl")))
+    found = extended.evaluate(subject(texts, EvaluateConfig(extended=ExtendedConfig(descriptions="d.jsonl"))))
     assert found.metrics["extended_plain"] == 0.0
     assert found.metrics["extended_append"] == found.metrics["extended_average"] == 1.0
     assert found.metrics["gain_extended_append"] == 1.0 and found.n == 4
@@ -203,7 +203,7 @@ def test_a_class_without_a_description_keeps_its_prompt():
 def test_descriptions_of_other_classes_are_refused():
     Path("d.jsonl").write_text(json.dumps({"class": "owll", "text": "round"}) + "\n")
     with pytest.raises(UserError, match="describes 'owll', which is no class of made. Did you mean 'owl'"):
-        extended.evaluate(subject({}, EvaluateConfig(descriptions="d.jsonl")))
+        extended.evaluate(subject({}, EvaluateConfig(extended=ExtendedConfig(descriptions="d.jsonl"))))
 
 
 # -- captions in other words ---------------------------------------------------------------------------
@@ -220,7 +220,7 @@ class Shouter(Writer):
 
 
 def test_rewritten_captions_take_the_place_of_the_data_sets_own(coco_folder, monkeypatch):
-    monkeypatch.setattr(generate, "make_writer", lambda config: Shouter())
+    monkeypatch.setattr(work, "make_writer", lambda config: Shouter())
     own = str(coco_folder / "annotations" / "captions_val2017.json")
     path = generate.generate(GenerateConfig(name="louder", task="rewrite", writer="server", captions=own, n_images=5))
     found = read_captions(path)

@@ -14,11 +14,11 @@ import pytest
 import torch
 from clip_benchmark.metrics import zeroshot_classification, zeroshot_retrieval
 
-import run
 from pc_clip.data.embeddings import embed_images
 from pc_clip.data.registry import open_dataset
 from pc_clip.evals import zeroshot
 from pc_clip.example import scenes, world
+from pc_clip.interface import run
 from pc_clip.metrics import retrieval
 from pc_clip.models import export, loading, lora
 from pc_clip.models.clip import Clip, model_folder

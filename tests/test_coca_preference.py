@@ -11,12 +11,11 @@ from test_coca import build
 
 from pc_clip.core import environment
 from pc_clip.core.config.settings import ModelConfig
-from pc_clip.core.config.train import FinetuneConfig, TrainConfig
+from pc_clip.core.config.train import FinetuneConfig, PreferenceConfig, TrainConfig
 from pc_clip.core.errors import UserError
 from pc_clip.data import example_sets
 from pc_clip.models.clip import Clip
 from pc_clip.train.loop import finetune
-from pc_clip.train.methods import preference
 
 
 @pytest.fixture
@@ -28,7 +27,7 @@ def config(monkeypatch) -> FinetuneConfig:
     found = FinetuneConfig(name="a", method="preference", device="cpu", model=ModelConfig(name="local-dir:coca"))
     found.data.dataset = "example_relations"
     found.train = TrainConfig(batch_size=8, steps=3, lr=1e-2, log_every=1, threads=1)
-    found.preference = preference.Config(captioning=0.5, beta=1.0)
+    found.preference = PreferenceConfig(captioning=0.5, beta=1.0)
     return found
 
 

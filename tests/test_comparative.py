@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_evals import FakeClip, subject
 
-from pc_clip.core.config.evaluate import EvaluateConfig
+from pc_clip.core.config.evaluate import ComparativeConfig, EvaluateConfig
 from pc_clip.core.errors import UserError
 from pc_clip.data.dataset import Question
 from pc_clip.data.registry import open_dataset
@@ -108,7 +108,9 @@ def test_the_most_confused_pairs_are_counted_both_ways():
 
 def test_auto_finds_and_describes_the_confused_classes_of_the_example(small_example, example_clip):
     data = open_dataset("example", split="test")
-    config = EvaluateConfig(pairs="auto", n_comparisons=1, calibrate=["norm", "shuffled"])
+    config = EvaluateConfig(
+        comparative=ComparativeConfig(pairs="auto", n_comparisons=1, calibrate=["norm", "shuffled"])
+    )
     found = comparative.evaluate(Subject(example_clip, lambda: example_clip, data, config))
     assert any(about["comparisons"] for about in found.details.values())
     for about in found.details.values():
@@ -133,7 +135,7 @@ def test_auto_finds_and_describes_the_confused_classes_of_the_example(small_exam
     ],
 )
 def test_settings_that_make_no_sense(small_example, example_clip, setting, value, message):
-    config = EvaluateConfig(**({"pairs": "auto"} | {setting: value}))
+    config = EvaluateConfig(comparative=ComparativeConfig(**({"pairs": "auto"} | {setting: value})))
     data = open_dataset("example", split="test")
     with pytest.raises(UserError, match=message):
         comparative.evaluate(Subject(example_clip, lambda: example_clip, data, config))

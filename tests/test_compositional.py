@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from PIL import Image
 from statements_sample import COLOUR, about
 
-import run
 from pc_clip.core.config.evaluate import EvaluateConfig
 from pc_clip.core.errors import UserError
 from pc_clip.data.dataset import Statement
 from pc_clip.evals import _blind_baselines, compositional
+from pc_clip.interface import run
 
 TEXTS = {"red": COLOUR["red"], "blue": COLOUR["blue"], "any": [1.0, 1.0, 1.0], "none": [-1.0, -1.0, -1.0]}
 

@@ -11,7 +11,7 @@ import yaml
 from interrupting import interrupted_and_continued
 from safetensors.torch import load_file
 
-from pc_clip.core.config.train import FinetuneConfig, SamplerConfig, TrainConfig
+from pc_clip.core.config.train import ContrastiveConfig, FinetuneConfig, SamplerConfig, TrainConfig
 from pc_clip.core.errors import UserError
 from pc_clip.data.embeddings import embed_images
 from pc_clip.data.overlap import likely_false
@@ -32,7 +32,7 @@ def config(small_example) -> FinetuneConfig:
         batch_size=24, epochs=3, max_steps_per_epoch=4, lr=1e-3, optimizer="adamw", save_every=3, log_every=1, threads=1
     )
     found.sampler = SamplerConfig(kind="clusters", cluster_size=4)
-    found.contrastive = contrastive.Config()
+    found.contrastive = ContrastiveConfig()
     return found
 
 

@@ -19,8 +19,6 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-import finetune
-import run
 from pc_clip.core.config.settings import DataConfig
 from pc_clip.core.errors import UserError
 from pc_clip.data import example_sets, listing, registry
@@ -31,6 +29,7 @@ from pc_clip.data.training_data import load_dataset
 from pc_clip.data.webdataset import find_tars, open_tar
 from pc_clip.example import scenes, world
 from pc_clip.example.captions import parse
+from pc_clip.interface import finetune, run
 from pc_clip.models.torchvision_compat import torchvision
 
 DATA = Path(__file__).parents[1].parent / "shared" / "data" / "coco_mini"

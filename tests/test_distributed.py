@@ -32,13 +32,21 @@ from safetensors.torch import load_file, save_file
 import finetune as script
 from pc_clip.core import environment
 from pc_clip.core.cli import dump
-from pc_clip.core.config.train import FinetuneConfig, SamplerConfig, TrainConfig
+from pc_clip.core.config.train import (
+    ChangeConfig,
+    ContrastiveConfig,
+    FinetuneConfig,
+    PairwiseConfig,
+    PreferenceConfig,
+    SamplerConfig,
+    TrainConfig,
+)
 from pc_clip.core.errors import run_script
 from pc_clip.models import fast_text
 from pc_clip.models.clip import SCRATCH
 from pc_clip.train import methods
 from pc_clip.train.loop import finetune
-from pc_clip.train.methods import change, contrastive, pairwise, preference
+from pc_clip.train.methods import change, contrastive, pairwise
 
 forks = multiprocessing.get_context("fork")
 STEPS = 8
@@ -56,7 +64,7 @@ def config() -> FinetuneConfig:
     found = FinetuneConfig(name="a", out="runs", device="cpu")
     found.data.split, found.data.differences = "train", "d.jsonl"
     found.train = TrainConfig(batch_size=8, steps=STEPS, lr=1e-3, log_every=2, threads=1)
-    found.pairwise = pairwise.Config()
+    found.pairwise = PairwiseConfig()
     return found
 
 
@@ -143,7 +151,7 @@ def first_gradients(config: FinetuneConfig, name: str) -> list[dict[str, torch.T
 
 def image_and_text_towers(config: FinetuneConfig) -> None:
     config.method, config.model.train = "contrastive", "both"
-    config.contrastive = contrastive.Config()  # with the model's own temperature, which learns
+    config.contrastive = ContrastiveConfig()  # with the model's own temperature, which learns
 
 
 def clusters_of_similar_images(config: FinetuneConfig) -> None:
@@ -157,19 +165,19 @@ def squared_error(config: FinetuneConfig) -> None:
 
 
 def all_of_pairwise(config: FinetuneConfig) -> None:
-    config.pairwise = pairwise.Config(anchor=1.0, anchor_captions=40, anchor_batch=4, mirror=True)
+    config.pairwise = PairwiseConfig(anchor=1.0, anchor_captions=40, anchor_batch=4, mirror=True)
     config.model.train, config.train.recompute = "text", True
 
 
 def preferences_by(loss: str, config: FinetuneConfig) -> None:
     config.method, config.data.dataset, config.model.train = "preference", "example_relations", "both"
-    config.preference = preference.Config(loss)
+    config.preference = PreferenceConfig(loss)
 
 
 def changes(stage: str, config: FinetuneConfig) -> None:
     """Sentences of unequal lengths in both processes; those that hold for several pairs are none's negatives."""
     config.method, config.data.dataset, config.model.train = "change", "example_changes", "both"
-    config.change = change.Config(stage, width=16, heads=2, layers=1, dropout=0.0, clip_rate=1.0, validation="none")
+    config.change = ChangeConfig(stage, width=16, heads=2, layers=1, dropout=0.0, clip_rate=1.0, validation="none")
 
 
 CHANGES = [image_and_text_towers, clusters_of_similar_images, squared_error, all_of_pairwise]

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from pc_clip.core.config.evaluate import EvaluateConfig
+from pc_clip.core.config.evaluate import DifferenceConfig, EvaluateConfig, RankConfig
 from pc_clip.data import differences
 from pc_clip.data.dataset import Attribute, Dataset, Question
 from pc_clip.data.differences import Difference, swap_roles, to_line
@@ -29,7 +29,9 @@ class FakeClip:
 def subject(texts, z, config=None, base=True, **known) -> Subject:
     clip = FakeClip(texts, z)
     data = Dataset("made", "test", [str(n) for n in range(len(z))], lambda row: Image.new("RGB", (8, 8)), "f", **known)
-    found = Subject(clip, lambda: clip if base else None, data, config or EvaluateConfig(n_pairs=50))
+    found = Subject(
+        clip, lambda: clip if base else None, data, config or EvaluateConfig(difference=DifferenceConfig(n_pairs=50))
+    )
     found.__dict__["z"] = found.__dict__["base_z"] = clip.z
     return found
 
@@ -110,7 +112,9 @@ def test_a_model_that_knows_only_what_is_mentioned_first_fails_when_reversed():
 def test_a_scorer_that_says_the_same_of_every_sentence_is_at_chance():
     """Pairs come in random order, so leaning to one side cannot help."""
     texts = dict.fromkeys(sentences([1, 0, 0]), [1.0, 0, 0])
-    found = difference.evaluate(subject(texts, Z, EvaluateConfig(n_pairs=2000), attributes=(SIZE,)))
+    found = difference.evaluate(
+        subject(texts, Z, EvaluateConfig(difference=DifferenceConfig(n_pairs=2000)), attributes=(SIZE,))
+    )
     assert found.metrics["difference"] == pytest.approx(0.5, abs=0.05)
     assert found.metrics["two_way"] == 0.0
 
@@ -157,7 +161,9 @@ def test_sentences_of_a_file_sign_two_way_mirrored_and_recall(tmp_path):
         rows.append(to_line(Difference(str(2 * n), str(2 * n + 1), text)))
     z = np.concatenate([np.stack([np.ones(3) + e, np.ones(3) - e]) for e in np.eye(3)])
     (tmp_path / "d.jsonl").write_text("".join(rows))
-    found = difference.evaluate(subject(texts, z.tolist(), EvaluateConfig(differences="d.jsonl")))
+    found = difference.evaluate(
+        subject(texts, z.tolist(), EvaluateConfig(difference=DifferenceConfig(sentences="d.jsonl")))
+    )
     assert found.metrics == {"sign": 1.0, "difference_r1": 1.0, "two_way": 1.0, "mirrored": 1.0}
 
 
@@ -184,8 +190,8 @@ def test_known_attributes_are_ranked_and_drawn():
 def test_a_folder_is_ranked_by_a_phrase_and_by_a_phrase_against_another():
     texts = {"warm": [1.0, 0.0], "cold": [0.0, 1.0]}
     z = [[0.2, 1.0], [1.0, 0.9], [1.0, 0.1]]
-    alone = rank.evaluate(subject(texts, z, EvaluateConfig(attribute="warm")))
-    against = rank.evaluate(subject(texts, z, EvaluateConfig(attribute="warm", against="cold")))
+    alone = rank.evaluate(subject(texts, z, EvaluateConfig(rank=RankConfig(attribute="warm"))))
+    against = rank.evaluate(subject(texts, z, EvaluateConfig(rank=RankConfig(attribute="warm", against="cold"))))
     for found in (alone, against):
         assert [row["image"] for row in found.details["order"]] == ["2", "1", "0"]
     unit = np.array([1.0, 0.9]) / np.hypot(1.0, 0.9)

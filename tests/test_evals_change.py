@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from pc_clip.core.config.evaluate import EvaluateConfig
+from pc_clip.core.config.evaluate import CaptionConfig, EvaluateConfig
 from pc_clip.core.errors import UserError
 from pc_clip.data import example_sets
 from pc_clip.data import pairs as apply
@@ -243,7 +243,7 @@ def test_spice_is_refused_before_anything_is_decoded(monkeypatch):
     data = made([Change("a", "b", ("it moved",))])
     monkeypatch.setattr(apply, "captions", lambda *_, **__: pytest.fail("decoded"))
     with pytest.raises(UserError, match="SPICE"):
-        caption.evaluate(subject(FakeClip(truth(data)), data, spice=True))
+        caption.evaluate(subject(FakeClip(truth(data)), data, caption=CaptionConfig(spice=True)))
 
 
 def test_the_training_split_is_part_of_what_a_result_depends_on():

@@ -37,20 +37,20 @@ def meant(phrase: str, things: tuple[scenes.Thing, ...]) -> list[scenes.Thing]:
 @given(st.integers(0, 5000), st.sampled_from(["train", "val", "test"]))
 def test_a_statement_is_true_exactly_where_the_scene_says_so(index, split):
     things = relations.scene(split, index).things
-    for s in relations.statements(split, index, "i"):
-        subject, other = re.split(f" {s.kind}(?: |$)", s.text)
+    for s in relations.statements(split, index):
+        subject, other = re.split(f" {s.relation}(?: |$)", s.text)
         (a,) = meant(subject, things)  # one thing and no other
         b = next(thing for thing in things if thing is not a)
         assert not other or meant(other, things) == [b]
-        assert HOLDS[s.kind](a, b) == s.true, s
-        assert s.contradiction == s.text.replace(s.kind, relations.OPPOSITES[s.kind])
+        assert HOLDS[s.relation](a, b) == s.true, s
+        assert s.contradiction == s.text.replace(s.relation, relations.OPPOSITES[s.relation])
 
 
 def test_who_does_not_look_is_right_half_the_time():
     """Neither the relation nor the things named say whether a statement is true."""
     said = example_relations("val", 1000).statements
-    assert {s.category for s in said} == {"place", "position", "size"} and {s.kind for s in said} == set(HOLDS)
-    for of in (lambda s: s.kind, lambda s: s.text.split()[1], lambda s: s.text.split()[-1]):
+    assert {s.category for s in said} == {"place", "position", "size"} and {s.relation for s in said} == set(HOLDS)
+    for of in (lambda s: s.relation, lambda s: s.text.split()[1], lambda s: s.text.split()[-1]):
         for key, n in Counter(map(of, said)).items():
             true = np.mean([s.true for s in said if of(s) == key])
             assert abs(true - 0.5) < 4 * 0.5 / n**0.5, key

@@ -30,7 +30,7 @@ from safetensors import safe_open
 
 from pc_clip.core import environment, files
 from pc_clip.core.cli import dump
-from pc_clip.core.config.train import FinetuneConfig, TrainConfig
+from pc_clip.core.config.train import FinetuneConfig, PairwiseConfig, TrainConfig
 from pc_clip.core.errors import UserError
 from pc_clip.core.paths import STATE_FILE
 from pc_clip.data import example_sets
@@ -62,7 +62,7 @@ def make_config(split, steps=STEPS, **train) -> FinetuneConfig:
     found.data.split, found.data.differences = split, "d.jsonl"
     about = {"batch_size": 8, "lr": 1e-3, "save_every": SAVE_EVERY, "log_every": LOG_EVERY, "threads": 1}
     found.train = TrainConfig(steps=steps, **about | train)
-    found.pairwise = pairwise.Config(anchor=1.0, anchor_captions=40, anchor_batch=2, mirror=True)
+    found.pairwise = PairwiseConfig(anchor=1.0, anchor_captions=40, anchor_batch=2, mirror=True)
     return found
 
 

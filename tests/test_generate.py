@@ -21,7 +21,7 @@ from pc_clip.core.config.write import GenerateConfig
 from pc_clip.core.errors import UserError, run_script
 from pc_clip.data import differences
 from pc_clip.data.captions import read_captions
-from pc_clip.write import generate, progress
+from pc_clip.write import generate, progress, work
 from pc_clip.write.cleaning import Checked, clean
 from pc_clip.write.rules import RulesWriter
 
@@ -244,7 +244,7 @@ def test_half_a_character_is_replaced(config, monkeypatch):
 def test_with_all_sentences_there_the_writer_is_not_loaded_to_merge_them(config, tmp_path, monkeypatch):
     interrupt(monkeypatch, config, N_PAIRS)
     expected = whole(config, tmp_path)
-    monkeypatch.setattr(generate, "make_writer", None)
+    monkeypatch.setattr(work, "make_writer", None)
     path = generate.generate(config)
     assert path.read_bytes() == expected
     assert meta(path)["writer"] == {"writer": "rules"}
@@ -386,7 +386,7 @@ def test_the_file_beside_it_says_how_it_was_made(example, tmp_path):
 
 def test_rejected_sentences_are_counted_by_reason_and_kept_apart(config, monkeypatch):
     judged = {"```": (None, "code"), "": (None, "empty"), "Sure! A dog.": ("A dog.", "trimmed")}
-    monkeypatch.setattr(generate, "_judge", lambda *_: lambda raw, job: Checked(*judged.get(raw, (raw, "kept")), ()))
+    monkeypatch.setattr(work, "_judge", lambda *_: lambda raw, job: Checked(*judged.get(raw, (raw, "kept")), ()))
     odd = dict(zip((0, 11, 12, 60), ["```", "", "Sure! A dog.", "```"]))
     answer(monkeypatch, lambda n, text: odd.get(n, text))
     path = generate.generate(config)
@@ -482,7 +482,7 @@ def test_a_table_of_simclip_is_compared(tmp_path):
 def test_the_config_of_the_example_is_the_one_that_training_asks_for():
     parser = jsonargparse.ArgumentParser()
     path = ROOT / "configs" / "diffs_example.yaml"
-    assert configure(GenerateConfig, parser, [], default=path) == generate.EXAMPLE
+    assert configure(GenerateConfig, "generate_diffs.py", "", [], default=path) == generate.EXAMPLE
 
 
 def test_training_on_the_example_writes_its_sentences_once(tmp_path, monkeypatch):

@@ -11,17 +11,16 @@ import pytest
 import torch
 from PIL import Image
 
-import finetune
-import generate_diffs
 from pc_clip.core.config.write import ChangeWriterConfig, GenerateConfig
 from pc_clip.core.errors import UserError
 from pc_clip.data import differences
 from pc_clip.data.pairs import captions
 from pc_clip.data.registry import open_dataset
 from pc_clip.example.changes import TEMPLATES
+from pc_clip.interface import finetune, generate_diffs
 from pc_clip.models import loading
 from pc_clip.models.caption_decoder import Shape
-from pc_clip.models.change_model import fresh
+from pc_clip.models.change_model import ChangeClip, fresh
 from pc_clip.models.clip import Clip
 from pc_clip.models.vocabulary import Vocabulary
 from pc_clip.write import captioned, generate, work
@@ -34,7 +33,7 @@ TEXTS = ["the red star turned blue", "the green ring moved to the left", "a smal
 def untrained(seed: int = 0) -> Clip:
     """A captioner that says different things of different pairs, none of them sensible."""
     clip = Clip.create("example_vit")
-    clip.change = fresh(clip, 2, seed=seed)
+    clip = ChangeClip.of(clip, fresh(clip, 2, seed=seed))
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.default_generator.manual_seed(seed)
         clip.change.add_decoder(Vocabulary.of(clip.tokenizer, TEXTS), Shape(1, 2, 8, 9))
@@ -54,14 +53,13 @@ def runs(tmp_path_factory) -> Path:
     loading.save_model(folder / "other.safetensors", untrained(seed=1))
     clip.change.decoder = clip.change.vocabulary = None
     loading.save_model(folder / "retrieve.safetensors", clip)
-    clip.change = None
-    loading.save_model(folder / "plain.safetensors", clip)
+    loading.save_model(folder / "plain.safetensors", Clip.create("example_vit"))
     return folder
 
 
 @pytest.fixture
 def config(runs, small_example) -> GenerateConfig:
-    options = ChangeWriterConfig(loading=str(runs / "captioner.safetensors"), batch_size=10)
+    options = ChangeWriterConfig(checkpoint=str(runs / "captioner.safetensors"), batch_size=10)
     return GenerateConfig(name="said", writer="change", dataset="example_changes", change=options)
 
 
@@ -119,7 +117,7 @@ def test_all_that_is_said_of_a_pair_that_is_listed_twice_may_be_told(config, tmp
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"change": ChangeWriterConfig(told=True, loading="x")}, "leave change.checkpoint"),
+        ({"change": ChangeWriterConfig(told=True, checkpoint="x")}, "leave change.checkpoint"),
         ({"change": ChangeWriterConfig(told=True), "both_orders": True}, "pairs in its own order alone"),
         ({"change": ChangeWriterConfig(told=True), "dataset": "example"}, "says nothing of pairs of images"),
     ],
@@ -221,7 +219,7 @@ def test_it_is_the_checkpoints_content_that_counts(config, runs, tmp_path, monke
     path = generate.generate(config)
     copy = tmp_path / "moved.safetensors"
     copy.write_bytes((runs / "captioner.safetensors").read_bytes())
-    config.change = dataclasses.replace(config.change, loading=str(copy), batch_size=3)
+    config.change = dataclasses.replace(config.change, checkpoint=str(copy), batch_size=3)
     with monkeypatch.context() as patch:
         patch.setattr(ChangeWriter, "stream", lambda self, jobs: pytest.fail("it wrote again"))
         assert generate.generate(config) == path

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from pc_clip.core.config.evaluate import EvaluateConfig
+from pc_clip.core.config.evaluate import EvaluateConfig, GeometryConfig
 from pc_clip.data.dataset import Attribute, Dataset, Question
 from pc_clip.data.differences import contrast
 from pc_clip.data.registry import open_dataset
@@ -33,7 +33,7 @@ class FakeClip:
 def subject(texts, z, base=None, config=None, **known) -> Subject:
     """Images that lie at z, after finetuning and before."""
     data = Dataset("made", "test", [str(n) for n in range(len(z))], lambda row: Image.new("RGB", (8, 8)), "f", **known)
-    found = Subject(FakeClip(texts), lambda: base, data, config or EvaluateConfig(n_pairs=200))
+    found = Subject(FakeClip(texts), lambda: base, data, config or EvaluateConfig(geometry=GeometryConfig(n_pairs=200)))
     found.__dict__["z"] = found.__dict__["base_z"] = torch.as_tensor(np.array(z), dtype=torch.float32)
     return found
 
@@ -293,7 +293,9 @@ def test_on_the_example_images_and_texts_agree(small_example, example_clip):
         for parameter in lora.trainable(clip, "text_blocks").values():
             parameter.mul_(0.5)
     data = open_dataset("example", split="test")
-    found = geometry.evaluate(Subject(clip, lambda: example_clip, data, EvaluateConfig(n_pairs=100)))
+    found = geometry.evaluate(
+        Subject(clip, lambda: example_clip, data, EvaluateConfig(geometry=GeometryConfig(n_pairs=100)))
+    )
     assert found.metrics["base_difference_alignment_classes"] > 0.5
     assert found.metrics["base_difference_alignment_classes"] > found.metrics["difference_alignment_classes"]
     assert found.metrics["base_image_cosine"] == found.metrics["image_cosine"]  # the image tower is the same

@@ -59,7 +59,7 @@ def test_twenty_steps_end_with_the_same_weights(name, folder):
     golden = recorded("steps")
     was, now = golden["runs"][name], golden_record.twenty_steps(name)
     if golden["machine"] == golden_record.machine():
-        assert now == was
+        assert (now["losses"], now["hash"]) == (was["losses"], was["hash"])
     else:
         changed = differences(was["losses"], now["losses"], 1e-5) + differences(
             was["projections"], now["projections"], 1e-5

@@ -22,7 +22,7 @@ import pytest
 from pc_clip.core import environment
 from pc_clip.core.config.write import GenerateConfig
 from pc_clip.core.distributed import Processes
-from pc_clip.write import generate
+from pc_clip.write import generate, work
 from pc_clip.write.rules import RulesWriter
 
 forks = multiprocessing.get_context("fork")
@@ -38,7 +38,7 @@ class Greedy(RulesWriter):
 
 @pytest.fixture(autouse=True)
 def _greedy(monkeypatch):
-    monkeypatch.setattr(generate, "make_writer", lambda config, task=None: Greedy())
+    monkeypatch.setattr(work, "make_writer", lambda config, task=None: Greedy())
     monkeypatch.setattr(environment, "commit", lambda: None)  # two processes of git a run
 
 

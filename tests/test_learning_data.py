@@ -6,7 +6,6 @@ import os
 import shutil
 from pathlib import Path
 
-import jsonargparse
 import numpy as np
 import PIL
 import pytest
@@ -14,7 +13,6 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-import finetune
 from pc_clip.core.cli import configure
 from pc_clip.core.config.settings import DataConfig, EmbedConfig, MixConfig
 from pc_clip.core.config.train import FinetuneConfig
@@ -23,6 +21,7 @@ from pc_clip.data import example_sets, training_data
 from pc_clip.data.embeddings import embed
 from pc_clip.data.registry import open_dataset
 from pc_clip.data.training_data import load_dataset
+from pc_clip.interface import finetune
 
 SHADES = range(20, 140, 20)
 
@@ -208,7 +207,7 @@ def test_embeddings_go_with_neither(extra, said):
 def test_flags_and_yaml_both_say_what_is_mixed_in():
     Path("c.yaml").write_text("data:\n  mix:\n  - {dataset: mnist, n: 5}\n  - dataset: folder\n    n: 2\n    root: x\n")
     read = [
-        configure(FinetuneConfig, jsonargparse.ArgumentParser(), argv).data.mix
+        configure(FinetuneConfig, "finetune.py", "", argv).data.mix
         for argv in (["--config", "c.yaml"], ["--data.mix", '[{"dataset": "example", "n": 5}]'])
     ]
     assert read == [[MixConfig("mnist", 5), MixConfig("folder", 2, root="x")], [MixConfig("example", 5)]]

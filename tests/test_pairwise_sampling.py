@@ -8,7 +8,7 @@ import pytest
 import sample_differences
 import torch
 
-from pc_clip.core.config.train import FinetuneConfig, SamplerConfig, TrainConfig
+from pc_clip.core.config.train import FinetuneConfig, PairwiseConfig, SamplerConfig, TrainConfig
 from pc_clip.core.errors import UserError
 from pc_clip.data import differences
 from pc_clip.data.embeddings import embed_images
@@ -23,7 +23,7 @@ def config(small_example) -> FinetuneConfig:
     sample_differences.write(Path("d.jsonl"))
     found = FinetuneConfig(name="a", device="cpu", train=TrainConfig(batch_size=12, steps=6, lr=1e-3, threads=1))
     found.data.split, found.data.differences = "train", "d.jsonl"
-    found.pairwise = pairwise.Config()
+    found.pairwise = PairwiseConfig()
     return found
 
 
@@ -89,7 +89,7 @@ def test_the_pairs_whose_images_are_most_alike_are_kept(config, example_clip):
     data = load_dataset(config.data)
     z = torch.nn.functional.normalize(embed_images(example_clip, data).z, dim=-1)
     everything = make(config, example_clip).pairs
-    config.pairwise = pairwise.Config(keep=0.25, keep_by="similar")
+    config.pairwise = PairwiseConfig(keep=0.25, keep_by="similar")
     method = make(config, example_clip)
     alike = np.array([float(z[i] @ z[j]) for i, j in everything])
     hardest = everything[np.sort(np.argsort(-alike)[: len(everything) // 4])]
@@ -99,7 +99,7 @@ def test_the_pairs_whose_images_are_most_alike_are_kept(config, example_clip):
 
 
 def test_or_as_many_by_chance_which_the_seed_decides(config, example_clip):
-    config.pairwise = pairwise.Config(keep=0.25)
+    config.pairwise = PairwiseConfig(keep=0.25)
     kept = []
     for config.seed in (0, 0, 1):
         kept.append(make(config, example_clip).pairs.tolist())
@@ -117,6 +117,6 @@ def test_or_as_many_by_chance_which_the_seed_decides(config, example_clip):
     ],
 )
 def test_a_choice_that_means_nothing_is_said_in_words(config, example_clip, options, message):
-    config.pairwise = pairwise.Config(**options)
+    config.pairwise = PairwiseConfig(**options)
     with pytest.raises(UserError, match=message):
         make(config, example_clip)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from interrupting import interrupted_and_continued
 from safetensors.torch import load_file
 
-from pc_clip.core.config.train import FinetuneConfig, SamplerConfig, TrainConfig
+from pc_clip.core.config.train import FinetuneConfig, PreferenceConfig, SamplerConfig, TrainConfig
 from pc_clip.core.errors import UserError
 from pc_clip.data import example_sets
 from pc_clip.data.embeddings import Embeddings, save_embeddings
@@ -32,7 +32,7 @@ def config() -> FinetuneConfig:
     found = FinetuneConfig(name="a", method="preference", device="cpu")
     found.model.train, found.data.dataset = "text", "example_relations"
     found.train = TrainConfig(batch_size=16, steps=6, lr=1e-3, optimizer="adamw", save_every=2, log_every=1, threads=1)
-    found.preference = preference.Config()
+    found.preference = PreferenceConfig()
     return found
 
 
@@ -80,7 +80,7 @@ def test_dpo_begins_at_log_2_and_ipo_at_its_margin_squared(config, example_clip,
     """
     config.model.train, config.data.min_crop, config.train.precision = train, crop, precision
     for loss, beta, expected in (("dpo", 0.1, math.log(2)), ("ipo", 5.0, 0.1**2)):
-        config.preference = preference.Config(loss, beta)
+        config.preference = PreferenceConfig(loss, beta)
         method = make(config, example_clip)
         batch = next(method.loader(0))
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
@@ -104,7 +104,7 @@ def test_a_frozen_copy_stays_where_the_model_began(config):
 
 @pytest.mark.parametrize("options", [{"loss": "reward"}, {"loss": "contrastive"}, {"reference_free": True}])
 def test_what_needs_no_reference_has_none(config, example_clip, options):
-    config.preference = preference.Config(**options)
+    config.preference = PreferenceConfig(**options)
     method = make(config, example_clip)
     loss, logs = method(next(method.loader(0)))
     assert not len(method.reference) and method.frozen is None and "moved" not in logs
@@ -131,7 +131,7 @@ def test_each_loss_makes_what_holds_preferred(config, name):
     config.data.statements = table(
         *({"image": key, "preferred": f"{n} cats", "rejected": f"{n} dogs"} for n, key in enumerate(ids))
     )
-    config.preference, config.train.steps = preference.Config(**{"beta": 1.0} | VARIANTS[name]), 25
+    config.preference, config.train.steps = PreferenceConfig(**{"beta": 1.0} | VARIANTS[name]), 25
     config.train.lr = 3e-4
     found = [row["accuracy"] for row in rows(finetune(config))]
     assert np.mean(found[-4:]) > max(0.9, np.mean(found[:2])), found
@@ -292,7 +292,7 @@ def test_other_statements_are_other_data(config):
     ({"alpha": 2.0}, "preference.alpha means nothing for preference.loss dpo"),
 ])  # fmt: skip
 def test_settings_that_mean_nothing_are_refused(config, example_clip, options, said):
-    config.preference = preference.Config(**options)
+    config.preference = PreferenceConfig(**options)
     with pytest.raises(UserError, match=said):
         make(config, example_clip)
 

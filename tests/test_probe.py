@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from pc_clip.core.config.evaluate import EvaluateConfig
+from pc_clip.core.config.evaluate import EvaluateConfig, ProbeConfig
 from pc_clip.core.errors import UserError
 from pc_clip.data.dataset import Dataset, Question
 from pc_clip.data.registry import open_dataset
@@ -69,7 +69,7 @@ def run(monkeypatch):
     """Evaluate on made-up splits in place of the example's."""
 
     def evaluate(texts, train, test, **settings):
-        clip, model = FakeClip(texts), EvaluateConfig(**{"shots": [1, 4], "draws": 3, **settings})
+        clip, model = FakeClip(texts), EvaluateConfig(probe=ProbeConfig(**{"shots": [1, 4], "draws": 3, **settings}))
         monkeypatch.setattr(probe, "open_dataset", lambda *_, **__: train)
         found = probe.evaluate(Subject(clip, lambda: None, test, model))
         return SimpleNamespace(**vars(found), seen=clip.seen)
@@ -98,7 +98,9 @@ def test_the_probe_alone_does_not_see_the_prompts_and_the_sum_does(run):
     assert found.metrics["probe_1shot"] == found.metrics["probe_4shot"] == 1.0
     assert found.metrics["probe_1shot_with_text"] == 0.0
     unsure = FakeClip(WRONG, scale=0.01)
-    again = probe.evaluate(Subject(unsure, lambda: None, split("test", TEST), EvaluateConfig(shots=[1, 4], draws=3)))
+    again = probe.evaluate(
+        Subject(unsure, lambda: None, split("test", TEST), EvaluateConfig(probe=ProbeConfig(shots=[1, 4], draws=3)))
+    )
     assert again.metrics["probe_1shot_with_text"] == 1.0
 
 
@@ -174,7 +176,10 @@ def test_it_wants_a_train_split_that_is_not_reported_on_with_the_same_classes(ru
 
 def test_on_the_example_more_images_help_and_the_solver_always_converges(small_example, example_clip):
     subject = Subject(
-        example_clip, lambda: None, open_dataset("example", split="test"), EvaluateConfig(shots=[1, 8], draws=2)
+        example_clip,
+        lambda: None,
+        open_dataset("example", split="test"),
+        EvaluateConfig(probe=ProbeConfig(shots=[1, 8], draws=2)),
     )
     with warnings.catch_warnings():
         warnings.simplefilter("error")

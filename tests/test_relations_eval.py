@@ -14,12 +14,12 @@ from PIL import Image
 from sklearn.metrics import precision_recall_fscore_support
 from statements_sample import COLOUR, Sees, about
 
-import run
 from pc_clip.core.config.evaluate import EvaluateConfig
 from pc_clip.core.errors import UserError
 from pc_clip.data.dataset import Dataset, Statement
 from pc_clip.data.statements import read_statements
 from pc_clip.evals import _blind_baselines, relations
+from pc_clip.interface import run
 from pc_clip.metrics import intervals as _intervals
 from pc_clip.models.clip import Clip
 

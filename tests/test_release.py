@@ -11,14 +11,14 @@ import gdown
 import pytest
 import torch
 
-import finetune
-import run
 from pc_clip.core.errors import UserError
+from pc_clip.core.paths import configs_folder
 from pc_clip.data import differences
 from pc_clip.data.captions import read_coco_captions
 from pc_clip.data.embedding_shards import read_file, read_head
 from pc_clip.data.embeddings import embed_images
 from pc_clip.data.example_sets import example
+from pc_clip.interface import finetune, run
 from pc_clip.models.clip import Clip
 from pc_clip.models.loading import load_model
 from pc_clip.release import authors, safe_pickle
@@ -494,7 +494,7 @@ def test_training_goes_on_from_the_released_files_without_a_picture(example_clip
     released = ["--data.embeddings", "data/release/coco_embeddings.safetensors"]
     config = [
         "--config",
-        str(finetune.CONFIGS / "example.yaml"),
+        str(configs_folder() / "example.yaml"),
         *where,
         "--data.differences",
         "llm_diffs/coco_release.jsonl",

@@ -12,12 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-import run
 from pc_clip.core.config.evaluate import EvaluateConfig
 from pc_clip.core.errors import UserError
 from pc_clip.data.dataset import Dataset
 from pc_clip.data.registry import open_dataset
 from pc_clip.evals import Subject, retrieve
+from pc_clip.interface import run
 from pc_clip.metrics import intervals as _intervals
 from pc_clip.metrics import retrieval
 from pc_clip.report import report

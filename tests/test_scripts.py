@@ -12,15 +12,14 @@ import torch
 import yaml
 from test_writers import TEMPLATE, save_llama
 
-import finetune
-import generate_diffs
-import run
 from pc_clip.core.config.settings import DataConfig
 from pc_clip.core.config.write import GenerateConfig
 from pc_clip.core.errors import UserError
+from pc_clip.core.paths import configs_folder
 from pc_clip.data.differences import Difference, to_line
 from pc_clip.data.registry import open_dataset
-from pc_clip.write import generate
+from pc_clip.interface import finetune, generate_diffs, run
+from pc_clip.write import generate, work
 from pc_clip.write.cleaning import Checked
 
 ROOT = Path(__file__).parents[1]
@@ -39,7 +38,7 @@ def test_with_no_argument_each_runs_in_any_order_and_says_what_it_made(small_exa
     run.main([])
     assert "no finetuned example yet" in caplog.text
     finetune.main(
-        ["--train.steps", "3", "--data.dataset", "example", "--config", str(finetune.CONFIGS / "example.yaml")]
+        ["--train.steps", "3", "--data.dataset", "example", "--config", str(configs_folder() / "example.yaml")]
     )
     assert "is not there yet; writing it" in caplog.text
     assert Path("runs/example/model.safetensors").is_file()
@@ -116,9 +115,9 @@ def test_a_folder_of_images_is_ranked_into_a_csv_and_a_sheet(tmp_path):
             "rank",
             "--images",
             "mine",
-            "--attribute",
+            "--rank.attribute",
             "a large object",
-            "--against",
+            "--rank.against",
             "a small object",
         ]
     )
@@ -159,7 +158,7 @@ def test_every_config_shrunk_runs(path, small_example, monkeypatch, coco_folder)
                 "float32",
             ]
             monkeypatch.setattr(
-                generate, "check", lambda raw, _: Checked(raw, "kept", ())
+                work, "check", lambda raw, _: Checked(raw, "kept", ())
             )  # a random model writes nothing of use
         found = generate_diffs.main(["--config", str(path), *captions, *model, "--n_images", "10", "--n_pairs", "12"])
         assert len(found.read_text().splitlines()) == 12
@@ -212,7 +211,7 @@ def test_help_is_complete(name):
     assert found.returncode == 0
     expected = {
         "finetune.py": ["--train.lr", "--pairwise.mirror", "--model.train", "--resume", "accelerate launch"],
-        "run.py": ["--dataset", "--checkpoint", "--mode", "--attribute"],
+        "run.py": ["--dataset", "--checkpoint", "--mode", "--rank.attribute"],
         "generate_diffs.py": ["--writer", "--transformers.model", "--n_pairs"],
     }
     assert all(option in found.stdout for option in expected[name])
@@ -244,7 +243,7 @@ def test_differences_that_cannot_be_used(small_example):
         "--data.differences",
         "d.jsonl",
         "--config",
-        str(finetune.CONFIGS / "example.yaml"),
+        str(configs_folder() / "example.yaml"),
     ]
     assert "no differences at d.jsonl" in call(finetune.main, *start)
     Path("d.jsonl").write_text('{"first": "train-00001", "second": "train-00002", "text": "ok"}\n{"first": \n')

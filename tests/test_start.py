@@ -13,17 +13,17 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from pc_clip.core.config.train import FinetuneConfig, SamplerConfig, TrainConfig
+from pc_clip.core.config.train import ChangeConfig, FinetuneConfig, PairwiseConfig, SamplerConfig, TrainConfig
 from pc_clip.core.errors import UserError
 from pc_clip.data import pair_features
 from pc_clip.data.registry import open_dataset
 from pc_clip.models import loading
 from pc_clip.models.caption_decoder import Shape
-from pc_clip.models.change_model import fresh
+from pc_clip.models.change_model import ChangeClip, fresh
 from pc_clip.models.clip import Clip
 from pc_clip.models.vocabulary import PAD, Vocabulary
 from pc_clip.train.loop import finetune
-from pc_clip.train.methods import change, pairwise
+from pc_clip.train.methods import change
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +36,7 @@ def config() -> FinetuneConfig:
     """Two steps of method change by a small decoder."""
     found = FinetuneConfig(name="a", method="change", out="runs", device="cpu")
     found.data.dataset, found.data.split, found.model.train = "example_changes", "train", "both"
-    found.change = change.Config("caption", width=16, heads=2, layers=1, clip_rate=0.1, validation="none")
+    found.change = ChangeConfig("caption", width=16, heads=2, layers=1, clip_rate=0.1, validation="none")
     found.train = TrainConfig(batch_size=8, steps=2, lr=1e-3, log_every=1, threads=1)
     return found
 
@@ -44,7 +44,7 @@ def config() -> FinetuneConfig:
 def captioner(path: Path, texts: list[str], shape: Shape) -> str:
     """A checkpoint with a decoder that knows the words of some texts."""
     clip = Clip.create("example_vit")
-    clip.change = fresh(clip, None, seed=0)
+    clip = ChangeClip.of(clip, fresh(clip, None, seed=0))
     clip.change.add_decoder(Vocabulary.of(clip.tokenizer, texts), shape)
     loading.save_model(path, clip)
     return str(path)
@@ -61,7 +61,7 @@ def method(config: FinetuneConfig) -> change.Method:
 def test_averaging_is_with_the_checkpoint_that_the_run_began_with():
     sample_differences.write(Path("d.jsonl"))
     config = FinetuneConfig(name="first", out="runs", device="cpu")
-    config.data.split, config.data.differences, config.pairwise = "train", "d.jsonl", pairwise.Config()
+    config.data.split, config.data.differences, config.pairwise = "train", "d.jsonl", PairwiseConfig()
     config.train = TrainConfig(batch_size=8, steps=2, lr=1e-2, log_every=1, threads=1)
     config.model.start = str(finetune(config))
     for config.name, config.train.blend in (("whole", 1.0), ("half", 0.5)):

@@ -1,7 +1,6 @@
 """Studies: what runs, what is not run again, and what is written."""
 
 import json
-import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -9,12 +8,12 @@ import pandas as pd
 import pytest
 import yaml
 
+from pc_clip.core.config.train import METHODS
 from pc_clip.core.errors import UserError
 from pc_clip.report import study
 from pc_clip.report.study import Job, conduct
 from pc_clip.report.study_config import Study
 from pc_clip.report.study_table import COLUMNS
-from pc_clip.train import methods
 
 ROOT = Path(__file__).parents[1]
 SMALL = Study(
@@ -87,7 +86,7 @@ def test_a_study_goes_on_where_it_was_interrupted(calls):
 
 
 @pytest.fixture
-def main(calls, monkeypatch, tmp_path):
+def main(calls):
     """The command line, for a study of two runs and a baseline."""
     content = {
         "name": "small",
@@ -98,11 +97,9 @@ def main(calls, monkeypatch, tmp_path):
         "against": "base",
     }
     Path("small.yaml").write_text(yaml.safe_dump(content))
-    monkeypatch.setattr(study, "ROOT", tmp_path)
 
     def run(*arguments: str) -> None:
-        monkeypatch.setattr(sys, "argv", ["study", "small.yaml", *arguments])
-        study.main()
+        study.main(["small.yaml", *arguments])
 
     return run
 
@@ -163,7 +160,7 @@ def test_every_study_of_the_project_names_configs_that_exist(path):
     found = Study.read(path)
     for arguments in filter(None, found.variants.values()):
         config = ROOT / arguments[arguments.index("--config") + 1]
-        assert yaml.safe_load(config.read_text())["method"] in methods.names()
+        assert yaml.safe_load(config.read_text())["method"] in METHODS
     modes = {mode for words in found.evaluations for word in words for mode in str(word).split(",")}
     compares_with_the_start = modes & {"average", "change_retrieval"}  # start_* and subtraction_* are the base's
     blind = "caption" in modes and {"most_common_right", "shuffled_right"} <= set(found.metrics)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 
 from pc_clip.core import cache
-from pc_clip.core.config.train import FinetuneConfig, TrainConfig
+from pc_clip.core.config.train import ContrastiveConfig, FinetuneConfig, PairwiseConfig, TrainConfig
 from pc_clip.core.errors import UserError
 from pc_clip.data import differences, tokens
 from pc_clip.data.dataset import Dataset
@@ -300,7 +300,7 @@ def make(example_clip):
     def make(clip=example_clip, **settings) -> pairwise.Method:
         config = FinetuneConfig(device="cpu", train=TrainConfig(batch_size=16))
         config.data.differences, config.data.embeddings = "d.jsonl", "z.safetensors"
-        config.pairwise = pairwise.Config(**settings)
+        config.pairwise = PairwiseConfig(**settings)
         said = [(f"caption {n}", "a caption that all have") for n in range(9)]
         return pairwise.Method(clip, Dataset("some", "", IDS, None, "f", captions=said), config)
 
@@ -458,7 +458,7 @@ def learn_captions(clip, data: Dataset) -> contrastive.Method:
     """The method on the embeddings of all of IDS, whatever the data set has."""
     save_embeddings(Path("z.safetensors"), Embeddings(Z, IDS), {"image_tower": clip.image_tower_hash()})
     config = FinetuneConfig(device="cpu", train=TrainConfig(batch_size=3))
-    config.data.embeddings, config.contrastive = "z.safetensors", contrastive.Config()
+    config.data.embeddings, config.contrastive = "z.safetensors", ContrastiveConfig()
     return contrastive.Method(clip, data, config)
 
 

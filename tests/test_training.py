@@ -19,7 +19,7 @@ from interrupting import stop_at
 from safetensors.torch import load_file
 
 from pc_clip.core.cli import dump
-from pc_clip.core.config.train import FinetuneConfig, TrainConfig
+from pc_clip.core.config.train import ContrastiveConfig, FinetuneConfig, PairwiseConfig, TrainConfig
 from pc_clip.core.errors import UserError
 from pc_clip.data.differences import Difference, swap_roles, to_line
 from pc_clip.data.registry import open_dataset
@@ -28,7 +28,7 @@ from pc_clip.models import fast_text, lora
 from pc_clip.models.clip import Clip
 from pc_clip.train import methods, precision, run_folder
 from pc_clip.train.loop import finetune, learning_rate
-from pc_clip.train.methods import _batches, contrastive, pairwise
+from pc_clip.train.methods import _batches, pairwise
 
 
 @pytest.fixture
@@ -39,8 +39,8 @@ def config(small_example, tmp_path) -> FinetuneConfig:
     found.model.train = "text_blocks"
     found.data.split, found.data.differences = "train", "d.jsonl"
     found.train = TrainConfig(batch_size=16, steps=12, lr=1e-3, save_every=5, log_every=2, threads=1)
-    found.pairwise = pairwise.Config(anchor=1.0, anchor_captions=40, anchor_batch=4, mirror=True)
-    found.contrastive = contrastive.Config()
+    found.pairwise = PairwiseConfig(anchor=1.0, anchor_captions=40, anchor_batch=4, mirror=True)
+    found.contrastive = ContrastiveConfig()
     return found
 
 
@@ -139,7 +139,7 @@ def test_every_ablation_learns(config, option, monkeypatch):
             1.0,
         )  # at the model's own it is near its floor already
     else:
-        config.pairwise = pairwise.Config()
+        config.pairwise = PairwiseConfig()
     config.train.steps, config.train.lr = 40, 3e-3
     recomputed, original = [], fast_text.checkpoint
     monkeypatch.setattr(fast_text, "checkpoint", lambda *args, **how: recomputed.append(0) or original(*args, **how))
@@ -457,7 +457,7 @@ embedded.EXAMPLE_SIZES = {"train": 300, "val": 60, "test": 80}
 config = FinetuneConfig(name=sys.argv[1], out="runs", device="cpu")
 config.data.split, config.data.differences = "train", "d.jsonl"
 config.train = TrainConfig(batch_size=16, steps=4, lr=1e-3, threads=1)
-config.pairwise = pairwise.Config(anchor=1.0, anchor_captions=40, anchor_batch=4, mirror=True)
+config.pairwise = PairwiseConfig(anchor=1.0, anchor_captions=40, anchor_batch=4, mirror=True)
 finetune(config)
 """
 

@@ -1,5 +1,7 @@
 """What is measured, one file an evaluation: `evals/NAME.py` is `--mode NAME`.
 
+Its settings, if it has some, are a dataclass in core/config/evaluate.py, which also lists all evaluations.
+
 Such a file has
 
     applies(data, config)    whether data set and settings have what it needs
@@ -17,7 +19,6 @@ from __future__ import annotations
 
 import importlib
 import logging
-import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -31,7 +32,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from pc_clip.core.config.evaluate import EvaluateConfig
+from pc_clip.core.config.evaluate import EVALUATIONS, EvaluateConfig
 from pc_clip.core.errors import UserError, check_choice
 from pc_clip.data import attributes
 from pc_clip.data.dataset import Attribute, Dataset, subset
@@ -147,13 +148,9 @@ class Subject:
         return F.normalize(found.z, dim=-1)
 
 
-def names() -> list[str]:
-    return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
-
-
 def find(name: str) -> ModuleType:
     """The module of an evaluation. Raises UserError for an unknown one."""
-    check_choice("mode", name, names())
+    check_choice("mode", name, EVALUATIONS)
     return importlib.import_module(f"{__name__}.{name}")
 
 

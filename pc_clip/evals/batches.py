@@ -1,6 +1,6 @@
 """Retrieval among the images of a batch: R@1 and mean reciprocal rank, as training on batches sees it.
 
-Images are shuffled by seed and cut into disjoint batches of `--retrieval_batch`; those that fill no batch are left out
+Images are shuffled by seed and cut into disjoint batches of `--batches.size`; those that fill no batch are left out
 and counted. Each image comes with one caption, which has to find it among the batch's images (t2i), and which it has to
 find among the batch's captions (i2t): for the first, second, ... captions in turn, as many as every image has, and
 averaged. The smaller the batch, the easier: figures of two sizes are no more alike than R@1 and R@10. Ties get the
@@ -45,9 +45,9 @@ def evaluate(subject: Subject) -> Result:
     """
     data, config = subject.data, subject.config
     size, turns = config.batches.size, min(map(len, data.captions))
-    check_at_least("retrieval_batch", size, 2)
+    check_at_least("batches.size", size, 2)
     if len(data) < size:
-        raise UserError(f"{data.label} has {len(data)} images, too few for one batch; --retrieval_batch is {size}")
+        raise UserError(f"{data.label} has {len(data)} images, too few for one batch; --batches.size is {size}")
     if not turns:
         lacking = data.ids[[len(of) for of in data.captions].index(0)]
         raise UserError(f"{data.label} has an image without a caption ({lacking}); batches need one of each")

@@ -15,7 +15,7 @@ the prompt and shifts the scores of its class on every image alike. `calibrate` 
 What centred gains has to be held against plain_centred: ordinary zero-shot whose classes' mean scores are taken
 away. What any of them gains has to be more than shuffled does, or the sentences were not what helped.
 
-With `--pairs auto` nobody writes comparisons: the pairs of classes most often confused on validation images
+With `--comparative.pairs auto` nobody writes comparisons: the pairs of classes most often confused on validation images
 are found, and a writer says how they differ.
 """
 
@@ -48,7 +48,7 @@ FOLDER = package_data(Path(__file__).with_name("comparisons"))
 CALIBRATIONS = ("none", "norm", "offset", "centred", "shuffled")
 
 NEEDS = (
-    "a data set with classes, comparisons of them in evals/comparisons/ or --pairs auto, and a second split to "
+    "a data set with classes, comparisons of them in evals/comparisons/ or --comparative.pairs auto, and a second split to "
     "choose on"
 )
 
@@ -79,9 +79,9 @@ def evaluate(subject: Subject) -> Result:
     images, and no other class to choose from). gain_* is the figure less its plain counterpart, with an interval.
     """
     config = subject.config
-    check_choice("pairs", config.comparative.pairs, ("file", "auto"))
+    check_choice("comparative.pairs", config.comparative.pairs, ("file", "auto"))
     for calibration in config.comparative.calibrate:
-        check_choice("calibrate", calibration, CALIBRATIONS)
+        check_choice("comparative.calibrate", calibration, CALIBRATIONS)
     chosen = subject.validation()
     writer = functools.cache(
         lambda: make_writer(config.comparative, "compare")
@@ -235,7 +235,7 @@ def _auto(
 ) -> list[dict[str, str]]:
     """The classes most often confused on validation images, and what a writer says of how they differ, both ways."""
     config = held_out.config
-    check_at_least("n_comparisons", config.comparative.n_comparisons, 1)
+    check_at_least("comparative.n_comparisons", config.comparative.n_comparisons, 1)
     pairs = most_confused(prompts @ val.z.T, val.target, config.comparative.n_comparisons)
     both = [(question.classes[i], question.classes[j]) for a, b in pairs for i, j in ((a, b), (b, a))]
     texts = (

@@ -32,7 +32,7 @@ from pc_clip.models.clip import Clip
 
 CANDIDATES = 100  # of which one pair is a sentence's own, for difference_r1
 
-NEEDS = "a data set with graded attributes (example, awa2, cifar100, flowers102), or --differences FILE"
+NEEDS = "a data set with graded attributes (example, awa2, cifar100, flowers102), or --difference.sentences FILE"
 
 
 def applies(data: Dataset, config: EvaluateConfig) -> bool:
@@ -40,9 +40,9 @@ def applies(data: Dataset, config: EvaluateConfig) -> bool:
 
 
 def evaluate(subject: Subject) -> Result:
-    """With --differences the sentences of that file, about images or about classes; else the attributes' own."""
-    check_at_least("n_pairs", subject.config.difference.n_pairs, 1)
-    check_at_least("draws", subject.config.difference.draws, 1)
+    """With --difference.sentences the sentences of that file, about images or about classes; else the attributes' own."""
+    check_at_least("difference.n_pairs", subject.config.difference.n_pairs, 1)
+    check_at_least("difference.draws", subject.config.difference.draws, 1)
     if not subject.config.difference.sentences:
         return _of_attributes(subject)
     found = differences.read(subject.config.difference.sentences)

@@ -18,7 +18,7 @@ from PIL import Image
 
 from pc_clip import evals
 from pc_clip.core import environment
-from pc_clip.core.config.evaluate import EvaluateConfig
+from pc_clip.core.config.evaluate import EVALUATIONS, EvaluateConfig
 from pc_clip.core.config.settings import identity
 from pc_clip.core.environment import resolve_device
 from pc_clip.core.errors import UserError
@@ -55,10 +55,10 @@ def measure(clip: Clip, data: Dataset, config: EvaluateConfig) -> list[dict[str,
     clip = clip.remembering()
     subject = Subject(clip, _finder_of_base(clip) if config.checkpoint else (lambda: clip), data, config)
     wanted = _wanted(config)
-    modes = wanted or [mode for mode in evals.names() if _can_be_measured(mode, subject)]
+    modes = wanted or [mode for mode in sorted(EVALUATIONS) if _can_be_measured(mode, subject)]
     if not modes:
         raise UserError(
-            f"nothing can be measured on {data.label} with these settings; modes: {', '.join(evals.names())}"
+            f"nothing can be measured on {data.label} with these settings; modes: {', '.join(sorted(EVALUATIONS))}"
         )
     label = checkpoints.describe_checkpoint(config.checkpoint) if config.checkpoint else _label(clip)
     if data.note:

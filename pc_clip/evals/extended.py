@@ -21,7 +21,7 @@ from pc_clip.evals.zeroshot import class_embeddings, score, templates_of
 from pc_clip.metrics import intervals as _intervals
 from pc_clip.models.clip import Clip
 
-NEEDS = "a data set with classes, and --descriptions FILE (generate_diffs.py --task describe writes one)"
+NEEDS = "a data set with classes, and --extended.descriptions FILE (generate_diffs.py --task describe writes one)"
 
 
 def applies(data: Dataset, config: EvaluateConfig) -> bool:

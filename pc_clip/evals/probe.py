@@ -57,8 +57,8 @@ def evaluate(subject: Subject) -> Result:
     any is never the probe's answer. Raises UserError where there is nothing to learn from.
     """
     config, shots = subject.config, sorted(set(subject.config.probe.shots))
-    check_at_least("shots", min(shots, default=0), 1)
-    check_at_least("draws", config.probe.draws, 1)
+    check_at_least("probe.shots", min(shots, default=0), 1)
+    check_at_least("probe.draws", config.probe.draws, 1)
     train = training_split(subject)
     asked = matched(train, subject.data)
     drawn = [

@@ -1,7 +1,7 @@
 """Put images in order by an attribute given in words, and say how right the order is.
 
 The score of an image is its cosine to the attribute's embedding, or to the difference of the embeddings of
-two opposite phrases. With `--images FOLDER --attribute "..."` any folder is ranked; nothing is known of it,
+two opposite phrases. With `--images FOLDER --rank.attribute "..."` any folder is ranked; nothing is known of it,
 so only the order and a contact sheet come out.
 """
 
@@ -26,7 +26,9 @@ SHOWN = 24  # images on a contact sheet, evenly spaced along the order
 SHEETS = 12  # contact sheets at most; --tasks chooses whose
 SAMPLE = 20_000  # pairs an interval is computed from
 
-NEEDS = "a data set with graded attributes (example, awa2, cifar100, flowers102), or --attribute with --images FOLDER"
+NEEDS = (
+    "a data set with graded attributes (example, awa2, cifar100, flowers102), or --rank.attribute with --images FOLDER"
+)
 
 
 def applies(data: Dataset, config: EvaluateConfig) -> bool:

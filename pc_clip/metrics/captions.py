@@ -53,7 +53,7 @@ def find_tools(spice: bool = False) -> Tools:
     _scorer("bleu.bleu_scorer", "BleuScorer")
     tools = Tools(find_java(), spice)
     if spice and tools.java is None:
-        raise UserError(f"SPICE is a Java program, and no Java runs here. Leave --spice out, or {HOW_TO_GET}")
+        raise UserError(f"SPICE is a Java program, and no Java runs here. Leave --caption.spice out, or {HOW_TO_GET}")
     if spice:
         programs.spice(tools.java, ["a dog runs"], [["a dog runs"]])
     if tools.java is None:

@@ -146,7 +146,7 @@ def spice(java: Java, hypotheses: Sequence[str], references: Sequence[Sequence[s
     missing = [name for name in _SPICE_NEEDS if not jar(_SPICE).with_name("lib").joinpath(name).is_file()]
     if missing:
         raise UserError(
-            f"SPICE needs {' and '.join(missing)}; fetch them once with: {_FETCH_SPICE}, or leave --spice out"
+            f"SPICE needs {' and '.join(missing)}; fetch them once with: {_FETCH_SPICE}, or leave --caption.spice out"
         )
     told = [{"image_id": n, "test": said, "refs": list(of)} for n, (said, of) in enumerate(zip(hypotheses, references))]
     with tempfile.TemporaryDirectory() as folder:
@@ -158,7 +158,7 @@ def spice(java: Java, hypotheses: Sequence[str], references: Sequence[Sequence[s
         except (RuntimeError, OSError, ValueError) as error:
             raise UserError(
                 f"SPICE did not run with Java {java.version} ({error}). It was written for Java 8: put that one on the "
-                "PATH, or leave --spice out"
+                "PATH, or leave --caption.spice out"
             ) from error
     return [float(scores[n]) if isinstance(scores[n], (int, float)) else float("nan") for n in range(len(told))]
 

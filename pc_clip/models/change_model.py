@@ -106,4 +106,4 @@ class ChangeClip(Clip):
 
 def change_of(clip: Clip) -> ChangeModel | None:
     """The change model of a CLIP model; most have none."""
-    return clip.change if isinstance(clip, ChangeClip) else None
+    return getattr(clip, "change", None)

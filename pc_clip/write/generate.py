@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from pc_clip.core.config.settings import DataConfig, identity, is_group
+from pc_clip.core.config.settings import DataConfig, LoaderConfig, identity, is_group
 from pc_clip.core.config.write import GenerateConfig
 from pc_clip.core.distributed import Processes
 from pc_clip.core.errors import UserError, check_at_least, check_choice
@@ -95,7 +95,8 @@ def _check_no_unused(config: GenerateConfig) -> None:
 def _changed(name: str, value: Any, usual: Any) -> str:
     """A setting's name if it is not as usual, of a group the first such within; otherwise empty."""
     if dataclasses.is_dataclass(usual):
-        return next((f"{name}.{key}" for key, was in vars(usual).items() if getattr(value, key) != was), "")
+        own = sorted(vars(usual).items(), key=lambda item: item[0] in LoaderConfig.__dataclass_fields__)  # those last
+        return next((f"{name}.{key}" for key, was in own if getattr(value, key) != was), "")
     return name if value != usual else ""
 
 

@@ -1,7 +1,7 @@
 """What a run learns from, one file a method: `methods/NAME.py` is `--method NAME`.
 
-Such a file has a dataclass `Config`, whose options appear as `--NAME.option`, and a class `Method`, a
-torch module (a `BaseMethod` of _method.py, which has what they share) with
+Its settings are a dataclass in core/config/train.py, where METHODS lists it; they appear as `--NAME.setting`. The file
+has a class `Method`, a torch module (a `BaseMethod` of _method.py, which has what they share) with
 
     Method(clip, data, config)   config: the run's FinetuneConfig; its own options are config.NAME
     forward(batch)           -> (loss, logs): a scalar, and numbers for the log
@@ -23,17 +23,13 @@ The loop in training.py asks for nothing else.
 from __future__ import annotations
 
 import importlib
-import pkgutil
 from types import ModuleType
 
+from pc_clip.core.config.train import METHODS
 from pc_clip.core.errors import check_choice
-
-
-def names() -> list[str]:
-    return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
 
 
 def find(name: str) -> ModuleType:
     """The module of a method. Raises UserError for an unknown one."""
-    check_choice("method", name, names())
+    check_choice("method", name, METHODS)
     return importlib.import_module(f"{__name__}.{name}")
