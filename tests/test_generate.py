@@ -12,7 +12,6 @@ import threading
 import time
 from pathlib import Path
 
-import jsonargparse
 import pytest
 
 from pc_clip.core.cli import configure
@@ -480,7 +479,6 @@ def test_a_table_of_simclip_is_compared(tmp_path):
 
 
 def test_the_config_of_the_example_is_the_one_that_training_asks_for():
-    parser = jsonargparse.ArgumentParser()
     path = ROOT / "configs" / "diffs_example.yaml"
     assert configure(GenerateConfig, "generate_diffs.py", "", [], default=path) == generate.EXAMPLE
 
