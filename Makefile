@@ -5,7 +5,7 @@ RUN    := $(VENV)/bin/python
 READY  := $(VENV)/.ready
 DATA   ?= data/coco
 
-.PHONY: quickstart reproduce simclip clip_po change test photo llm clean help
+.PHONY: quickstart reproduce simclip clip_po change lint check test photo llm clean help
 
 help:
 	@echo "make quickstart   write differences, finetune, evaluate on the embedded example; print one table"
@@ -13,7 +13,8 @@ help:
 	@echo "make simclip      batches of similar examples against random ones, and hard pairs; an hour or more on two cores"
 	@echo "make clip_po      preference tuning against plain finetuning with the same negatives; an hour on two cores"
 	@echo "make change       what changed between two scenes: adapted, then captioned (CLIP4IDC); three hours on two cores"
-	@echo "make test         the whole test suite"
+	@echo "make check        ruff, the layers of imports, the fast tests"
+	@echo "make test         the same and the slow tests"
 	@echo "make photo DATA=folder   the same scripts on photographs with human captions (COCO's layout)"
 	@echo "make llm DATA=folder     a small language model writes 600 differences of those photographs; an audit"
 	@echo "make clean        remove runs and results (not data, not .venv)"
@@ -45,10 +46,16 @@ clip_po: $(READY)
 	@$(RUN) -m pc_clip study configs/studies/clip_po.yaml --seeds 0 1 2
 	@$(RUN) -m pc_clip study configs/studies/clip_po_text.yaml --seeds 0
 
-test: $(READY)
+lint: $(READY)
 	@$(RUN) -m ruff check .
 	@$(RUN) -m ruff format --check --quiet .
+	@$(VENV)/bin/lint-imports
+
+test: lint
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2
+
+check: lint
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 -m "not slow"
 
 photo: $(READY)
 	@$(RUN) -m examples.photographs $(DATA)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""See pc_clip/interface/finetune.py; python finetune.py --help lists the settings."""
+"""python finetune.py --help says what it does; pc_clip/interface/finetune.py is the program."""
 
 from pc_clip.interface.finetune import command
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""See pc_clip/interface/generate_diffs.py; python generate_diffs.py --help lists the settings."""
+"""python generate_diffs.py --help says what it does; pc_clip/interface/generate_diffs.py is the program."""
 
 from pc_clip.interface.generate_diffs import command
 

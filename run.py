@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""See pc_clip/interface/run.py; python run.py --help lists the settings."""
+"""python run.py --help says what it does; pc_clip/interface/run.py is the program."""
 
 from pc_clip.interface.run import command
 

@@ -3,8 +3,8 @@
     python bench/evaluation.py
 
 A first checkpoint has filled the cache of image embeddings; a second one has the same image tower and another text
-tower, as finetuning makes it. Ours is `pc_clip.evals.evaluate.measure`, which is run.py from where the model is built and
-the data set open: the hash of the weights, the cached embeddings, the texts, the intervals, the result on the disk.
+tower, as finetuning makes it. Ours is `pc_clip.evals.evaluate.measure`, which is run.py from where the model is built
+and the data set open: the hash of the weights, the cached embeddings, the texts, the intervals, the result on the disk.
 The reference (`bench/reference.py`) gets the same pixels, decoded and transformed beforehand, and takes turns with
 ours. Weights and images are random, made by seed in a temporary folder; what both find is compared.
 """

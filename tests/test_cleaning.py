@@ -118,7 +118,7 @@ def test_newlines_become_spaces():
 
 
 # -- every rule by its name, with a real example -------------------------------------------------------
-# Those about COCO's captions were written by Gemma 3 270M, a base model, with the prompt of pc_clip/write/prompts/pairs.yaml
+# Those about COCO's captions were written by Gemma 3 270M, a base model, with the prompt of write/prompts/pairs.yaml
 # with and without its worked examples; the others are the forms in which chat models answer.
 
 REAL_TRIMS = {

@@ -1,4 +1,4 @@
-"""The comparisons shipped in pc_clip/evals/comparisons/: each names classes that exist, and says what their names do not."""
+"""The written comparisons of pc_clip/evals/comparisons name classes that exist, both ways, and say something."""
 
 import re
 from pathlib import Path

@@ -172,8 +172,8 @@ def test_a_negative_seed_is_refused_by_evaluations_too():
 
 
 def test_lists_are_written_with_commas_and_a_prompt_keeps_its_own():
-    found = evaluate("--tasks", "size,count", "--probe.shots", "1,4", "--comparative.calibrate", "none", "--average.alphas", "[0.5]",
-                 "--templates", "a photo of a {}, a bird")  # fmt: skip
+    found = evaluate("--tasks", "size,count", "--probe.shots", "1,4", "--comparative.calibrate", "none",
+                 "--average.alphas", "[0.5]", "--templates", "a photo of a {}, a bird")  # fmt: skip
     assert (found.tasks, found.probe.shots, found.comparative.calibrate) == (["size", "count"], [1, 4], ["none"])
     assert found.average.alphas == [0.5]
     assert found.templates == ["a photo of a {}, a bird"]

@@ -18,5 +18,5 @@ def seed_of(seed: int, name: str, *numbers: int) -> int:
 
 
 def stream(seed: int, name: str, *numbers: int) -> np.random.Generator:
-    """A numpy generator of its own for one kind of choice: `stream(seed, "anchor")`, `stream(seed, "batches", epoch)`."""
+    """A numpy generator for one kind of choice: `stream(seed, "anchor")`, `stream(seed, "batches", epoch)`."""
     return np.random.default_rng(seed_of(seed, name, *numbers))

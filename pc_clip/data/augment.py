@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from pc_clip.core.errors import UserError
+from pc_clip.core.random import stream
 from pc_clip.models.clip import Clip
 from pc_clip.models.torchvision_compat import torchvision
 
@@ -20,7 +21,6 @@ InterpolationMode = torchvision.transforms.InterpolationMode
 
 ASPECTS = (3 / 4, 4 / 3)  # width over height, of a crop
 TRIES = 10
-STREAM = 6  # sets these draws apart from others of the same seed
 FIT = (torchvision.transforms.Resize, torchvision.transforms.CenterCrop, ResizeKeepRatio, CenterCropOrPad)
 
 
@@ -54,7 +54,7 @@ class RandomCrop:
 
     def __call__(self, image: Image.Image, row: int, epoch: int) -> Tensor:
         """[3, H, W] float32"""
-        rng = np.random.default_rng([self.seed, STREAM, epoch, row])
+        rng = stream(self.seed, "crop", epoch, row)
         image = image.convert("RGB")
         top, left, height, width = crop_box(image.height, image.width, self.share, rng)
         resize = torchvision.transforms.functional.resized_crop

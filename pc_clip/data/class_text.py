@@ -15,6 +15,7 @@ import numpy as np
 import yaml
 
 from pc_clip.core.errors import UserError, nearest
+from pc_clip.core.random import stream
 from pc_clip.data import attributes
 from pc_clip.data.dataset import Dataset, Question
 
@@ -44,7 +45,7 @@ def opposed(data: Dataset, question: Question, a: str, b: str, seed: int) -> tup
     if any("::" in attribute for attribute in question.graded):
         return _by_family(question, a, b)
     words = _words_of(data)
-    rng = np.random.default_rng(seed)
+    rng = stream(seed, "class text")
     apart = [
         (abs(question.graded[name][a] - question.graded[name][b]), rng.random(), name)
         for name in words
@@ -62,7 +63,7 @@ def described(data: Dataset, question: Question, name: str, seed: int) -> str:
 
     Raises UserError where nothing is known of it.
     """
-    rng = np.random.default_rng(seed)
+    rng = stream(seed, "class text")
     if question.graded:
         parts = _strongest(data, question, name, rng)
         return f"{_capital(phrase(question, name))}: {', '.join(parts)}." if parts else _capital(phrase(question, name))

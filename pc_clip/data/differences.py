@@ -21,6 +21,7 @@ import numpy as np
 
 from pc_clip.core import cache
 from pc_clip.core.errors import UserError
+from pc_clip.core.random import stream
 from pc_clip.data import tokens
 
 
@@ -99,7 +100,7 @@ def choose_pairs(ids: list[str], n_pairs: int | None, seed: int, both_orders: bo
     """
     n = len(ids)
     total = n * (n - 1) // 2
-    rng = np.random.default_rng(seed)
+    rng = stream(seed, "pairs")
     if (n_pairs or total) > MOST_PAIRS:
         raise UserError(f"{n} images make {total:,} pairs, too many to hold; set --n_images, or --n_pairs")
     if n_pairs is None:

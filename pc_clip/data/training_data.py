@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from pc_clip.core import cache
 from pc_clip.core.errors import UserError, check_at_least, check_choice
+from pc_clip.core.random import stream
 from pc_clip.data.captions import read_captions
 from pc_clip.data.dataset import Dataset, digest, subset
 from pc_clip.data.images import broken_images
@@ -24,8 +25,6 @@ from pc_clip.data.webdataset import has_captions, unopened
 
 if TYPE_CHECKING:
     from pc_clip.core.config.settings import DataConfig, MixConfig
-
-STREAM = 5  # sets the draws of what is mixed in apart from others of the same seed
 
 
 def load_dataset(data: DataConfig, seed: int = 0) -> Dataset:
@@ -95,7 +94,7 @@ def _mixed(main: Dataset, data: DataConfig, missing: str, seed: int) -> Dataset:
     parts, own, places = [main], _place(main, data.root), set()
     for number, entry in enumerate(data.mix):
         entry = _mix_config(entry)
-        drawn = _drawn(entry, missing, np.random.default_rng([seed, STREAM, number]))
+        drawn = _drawn(entry, missing, stream(seed, "mix", number))
         place = _place(drawn, entry.root)
         if place == own:
             raise UserError(f"data.mix names {drawn.label}, which is learnt from already; name another split or set")

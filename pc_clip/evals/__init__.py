@@ -34,6 +34,7 @@ from torch import Tensor
 
 from pc_clip.core.config.evaluate import EVALUATIONS, EvaluateConfig
 from pc_clip.core.errors import UserError, check_choice
+from pc_clip.core.random import stream
 from pc_clip.data import attributes
 from pc_clip.data.dataset import Attribute, Dataset, subset
 from pc_clip.data.embeddings import embed_images
@@ -139,7 +140,7 @@ class Subject:
             raise UserError(f"{self.data.name} has no split to choose on besides {whole}; --split test may leave one")
         data = self.open(split)
         if len(data) > CHOSEN_ON:  # choosing among a few settings needs no more, and a train split may be large
-            rng = np.random.default_rng([self.config.seed, len(data)])
+            rng = stream(self.config.seed, "validation images")
             data = subset(data, np.sort(rng.choice(len(data), CHOSEN_ON, replace=False)))
         return Subject(self.clip, self.find_base, data, self.config)
 

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from pc_clip.core.config.evaluate import EvaluateConfig
 from pc_clip.core.errors import UserError
+from pc_clip.core.random import stream
 from pc_clip.data.dataset import Dataset, Statement
 from pc_clip.data.statements import read_statements
 from pc_clip.data.views import located
@@ -176,7 +177,7 @@ def tell_texts_apart(gap: Tensor, photograph: np.ndarray, seed: int) -> np.ndarr
     gap: [M, D], the text's embedding less its contradiction's. Half of them, drawn by seed, are turned round for
     learning, so that there are two labels; there is no intercept. None where there are too few photographs.
     """
-    turned = np.random.default_rng(seed).permutation(len(gap)) % 2 == 0
+    turned = stream(seed, "turned").permutation(len(gap)) % 2 == 0
     side = np.where(turned, -1.0, 1.0)
     said = _cross_validated(gap.numpy() * side[:, None], ~turned, photograph, seed, intercept=False)
     return None if said is None else said * side

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pc_clip.core.config.evaluate import EvaluateConfig
 from pc_clip.core.errors import UserError, check_at_least
+from pc_clip.core.random import stream
 from pc_clip.data.dataset import Dataset
 from pc_clip.evals import Result, Subject
 from pc_clip.metrics import intervals as _intervals
@@ -74,7 +75,7 @@ def evaluate(subject: Subject) -> Result:
 
 def disjoint(images: int, size: int, seed: int) -> np.ndarray:
     """Images in random order, cut into batches; those that fill none are left out.  -> [batches, size] int64"""
-    order = np.random.default_rng(seed).permutation(images)
+    order = stream(seed, "retrieval batches").permutation(images)
     return order[: images - images % size].reshape(-1, size)
 
 

@@ -19,6 +19,7 @@ import torch
 
 from pc_clip.core.config.evaluate import EvaluateConfig
 from pc_clip.core.errors import UserError
+from pc_clip.core.random import stream
 from pc_clip.data import pairs as apply
 from pc_clip.data.change_table import NoSplit
 from pc_clip.data.dataset import Dataset
@@ -136,10 +137,10 @@ def _say(subject: Subject, train: Sequence[str]) -> list[str]:
 
 
 def _written(subject: Subject, data: Dataset, attention: bool = False) -> list[apply.Caption]:
-    config = subject.config
+    config, options = subject.config, subject.config.caption
     return apply.captions(
-        subject.clip, data, beams=config.caption.beams, length_penalty=config.caption.length_penalty, batch_size=config.batch_size,
-        workers=config.workers, attention=attention,
+        subject.clip, data, beams=options.beams, length_penalty=options.length_penalty,
+        batch_size=config.batch_size, workers=config.workers, attention=attention,
     )  # fmt: skip
 
 
@@ -152,7 +153,7 @@ def _without_looking(said: Sequence[str], train: Sequence[str], seed: int) -> di
     """Sentences by those who look at no pair."""
     found = {"most_common": [caption_scores.most_frequent(train)] * len(said)} if train else {}
     if len(said) > 1:
-        ring = np.random.default_rng(seed).permutation(len(said))  # drawn, because a file may have kinds take turns
+        ring = stream(seed, "shuffled").permutation(len(said))  # drawn, because a file may have kinds take turns
         other = np.empty_like(ring)
         other[ring] = np.roll(ring, 1)  # the one before in the ring: no pair gets its own
         found["shuffled"] = [said[row] for row in other]
@@ -250,7 +251,7 @@ def _details(subject: Subject, said: Sequence[str], scores: Scores, tools: Tools
 def _shown(subject: Subject, said: Sequence[str]) -> list[Shown]:
     """Some pairs of each kind, drawn by seed, with what was said of them and where the decoder looked."""
     data = subject.data
-    rows = draw_rows([change.kind for change in data.changes], SHOWN, np.random.default_rng(subject.config.seed))
+    rows = draw_rows([change.kind for change in data.changes], SHOWN, stream(subject.config.seed, "sheet"))
     few = dataclasses.replace(data, changes=tuple(data.changes[row] for row in rows), judge=None)
     looks: list[apply.Caption | None] = [None] * len(rows)
     if subject.clip.change.decoder is not None:

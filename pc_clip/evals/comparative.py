@@ -48,8 +48,8 @@ FOLDER = package_data(Path(__file__).with_name("comparisons"))
 CALIBRATIONS = ("none", "norm", "offset", "centred", "shuffled")
 
 NEEDS = (
-    "a data set with classes, comparisons of them in evals/comparisons/ or --comparative.pairs auto, and a second split to "
-    "choose on"
+    "a data set with classes, comparisons of them in evals/comparisons/ or --comparative.pairs auto, and a second "
+    "split to choose on"
 )
 
 

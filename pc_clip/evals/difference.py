@@ -22,6 +22,7 @@ from torch import Tensor
 
 from pc_clip.core.config.evaluate import EvaluateConfig
 from pc_clip.core.errors import UserError, check_at_least
+from pc_clip.core.random import seed_of, stream
 from pc_clip.data import attributes, differences
 from pc_clip.data.dataset import Attribute, Dataset, Question
 from pc_clip.data.differences import UNSEEN, Difference, contrast, swap_roles
@@ -40,7 +41,7 @@ def applies(data: Dataset, config: EvaluateConfig) -> bool:
 
 
 def evaluate(subject: Subject) -> Result:
-    """With --difference.sentences the sentences of that file, about images or about classes; else the attributes' own."""
+    """With --difference.sentences that file's, about images or about classes; else the attributes' own."""
     check_at_least("difference.n_pairs", subject.config.difference.n_pairs, 1)
     check_at_least("difference.draws", subject.config.difference.draws, 1)
     if not subject.config.difference.sentences:
@@ -70,7 +71,7 @@ def draw_claims(attribute: Attribute, n: int, seed: int) -> Claims:
 
     Raises UserError when no two images differ in it.
     """
-    rng = np.random.default_rng(seed)
+    rng = stream(seed, "claims")
     pairs = draw_pairs(attribute, n, rng)
     up = attribute.value[pairs[:, 0]] > attribute.value[pairs[:, 1]]
     wording = 2 * rng.integers(2, size=len(pairs))  # even wordings tell of the first image first, odd ones do not
@@ -144,7 +145,7 @@ def ask(subject: Subject) -> list[Asked]:
     n, draws = subject.config.difference.n_pairs, range(subject.config.difference.draws)
     found = []
     for k, attribute in enumerate(subject.attributes):
-        drawn = [draw_claims(attribute, n, subject.config.seed + 1000 * k + 100_000 * d) for d in draws]
+        drawn = [draw_claims(attribute, n, seed_of(subject.config.seed, "draw", k, d)) for d in draws]
         claims = Claims(
             np.concatenate([c.pairs for c in drawn]),
             np.concatenate([c.up for c in drawn]),
@@ -272,7 +273,7 @@ def _of_classes(subject: Subject, found: list[Difference], question: Question) -
         raise UserError(
             f"{subject.data.label} shows no {absent[0]}, which {subject.config.difference.sentences} speaks of"
         )
-    rng = np.random.default_rng(subject.config.seed)
+    rng = stream(subject.config.seed, "images of classes")
     sentence = np.tile(np.arange(len(found)), subject.config.difference.draws)
     pairs = np.array([[rng.choice(of_class[k]) for k in classes[n]] for n in sentence])
     draw = np.repeat(np.arange(subject.config.difference.draws), len(found))

@@ -44,6 +44,7 @@ from torch import Tensor
 
 from pc_clip.core.config.evaluate import EvaluateConfig
 from pc_clip.core.errors import UserError
+from pc_clip.core.random import stream
 from pc_clip.data import attributes
 from pc_clip.data.dataset import Attribute, Dataset, Question
 from pc_clip.data.differences import contrast
@@ -113,7 +114,7 @@ def measure(subject: Subject, clip: Clip, z: Tensor) -> tuple[dict[str, float], 
 def clear_pairs(attribute: Attribute, n: int, seed: int) -> np.ndarray:
     """Up to n random pairs of images that differ clearly, the one with more first; none where no two do.  -> [P, 2]"""
     try:
-        pairs = draw_pairs(attribute, n, np.random.default_rng(seed))
+        pairs = draw_pairs(attribute, n, stream(seed, "pairs"))
     except UserError:
         return np.empty((0, 2), dtype=np.int64)
     first_has_more = attribute.value[pairs[:, 0]] > attribute.value[pairs[:, 1]]
@@ -150,7 +151,7 @@ def alignment_of_classes(z: Tensor, question: Question, prompts: Tensor, n: int,
     if not len(a):
         return None
     if len(a) > n:
-        kept = np.random.default_rng(seed).choice(len(a), n, replace=False)
+        kept = stream(seed, "alignment").choice(len(a), n, replace=False)
         a, b = a[kept], b[kept]
     pairs = np.stack([a, b], axis=1)
     return float((pair_differences(prompts, pairs) * pair_differences(means, pairs)).sum(-1).mean())
@@ -223,7 +224,7 @@ def analogies(z: Tensor, p: Question, q: Question, prompts: Tensor, n: int, seed
 def _quadruples(enough: np.ndarray, n: int, seed: int) -> tuple[np.ndarray, ...]:
     """a != b and c != d whose four cells are all large enough. enough: [P, Q] bool  -> four of [<= n]"""
     shape = (enough.shape[0],) * 2 + (enough.shape[1],) * 2
-    rng, total = np.random.default_rng(seed), int(np.prod(shape, dtype=np.int64))
+    rng, total = stream(seed, "analogies"), int(np.prod(shape, dtype=np.int64))
     every = np.arange(total) if total <= TUPLES else np.unique(rng.integers(total, size=TUPLES))
     a, b, c, d = np.unravel_index(every, shape)
     good = (a != b) & (c != d) & enough[a, c] & enough[a, d] & enough[b, c] & enough[b, d]
@@ -238,7 +239,7 @@ def _quadruples(enough: np.ndarray, n: int, seed: int) -> tuple[np.ndarray, ...]
 
 def _gap(clip: Clip, z: Tensor, data: Dataset, prompts: list[Tensor], seed: int) -> dict[str, float]:
     """Modality gap and mean cosines."""
-    rng = np.random.default_rng(seed)
+    rng = stream(seed, "gap")
     rows = np.sort(rng.permutation(len(z))[:MOST])
     found = {} if len(rows) < 2 else {"image_cosine": mean_cosine(z[rows])}
     if data.captions:
@@ -298,7 +299,7 @@ def map_of_images(subject: Subject, views: list[View]) -> Picture:
     views, or the map would show nothing else. Of many classes the most frequent have a colour and a prompt.
     """
     question = subject.data.questions[0]
-    drawn = np.sort(np.random.default_rng(subject.config.seed).permutation(len(question.rows))[:ON_MAP])
+    drawn = np.sort(stream(subject.config.seed, "map").permutation(len(question.rows))[:ON_MAP])
     rows, target = torch.from_numpy(question.rows[drawn]), question.target[drawn]
     shown = _most_common(target, len(question.classes))
     prompts = [class_embeddings(view.clip, question, templates_of(question, subject.config)) for view in views]

@@ -25,6 +25,7 @@ from sklearn.model_selection import GridSearchCV, StratifiedKFold
 
 from pc_clip.core.config.evaluate import EvaluateConfig
 from pc_clip.core.errors import UserError, check_at_least
+from pc_clip.core.random import stream
 from pc_clip.data.dataset import Dataset, Question, subset
 from pc_clip.data.registry import READERS, open_dataset
 from pc_clip.evals import Curve, Result, Subject, mean, zeroshot
@@ -105,7 +106,7 @@ def draw_shots(question: Question, k: int, draws: int, seed: int) -> list[list[n
     """
     found = []
     for draw in range(draws):
-        rng = np.random.default_rng([seed, draw])
+        rng = stream(seed, "shots", draw)
         of_class = [question.rows[question.target == c] for c in range(len(question.classes))]
         found.append([rng.permutation(rows)[:k] for rows in of_class])
     return found

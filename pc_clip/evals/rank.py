@@ -7,12 +7,16 @@ so only the order and a contact sheet come out.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
+import pandas as pd
 from scipy.stats import spearmanr
 from torch import Tensor
 
 from pc_clip.core.config.evaluate import EvaluateConfig
 from pc_clip.core.errors import UserError
+from pc_clip.core.random import stream
 from pc_clip.data import attributes
 from pc_clip.data.dataset import Attribute, Dataset
 from pc_clip.data.differences import contrast
@@ -86,7 +90,7 @@ def _scores(subject: Subject, attribute: Attribute) -> dict[str, np.ndarray]:
     """What each way of ranking scores the images.  [N] each"""
 
     def of(phrase: str, against: str | None) -> np.ndarray:
-        return (subject.z @ direction(subject.clip, phrase, against)).numpy()
+        return scores_of(subject.clip, subject.z, phrase, against)
 
     (told, opposite), (told_last, opposite_last) = (
         (contrast(attribute.more, attribute.less, w), contrast(attribute.less, attribute.more, w)) for w in (0, 1)
@@ -104,7 +108,7 @@ def _scores(subject: Subject, attribute: Attribute) -> dict[str, np.ndarray]:
 
 def _sample(scores: list[np.ndarray], attribute: Attribute, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """A sample of clear pairs [P, 2], and how right each of K scores puts them: 1, 0, or a half for a tie.  [P, K]"""
-    pairs = draw_pairs(attribute, SAMPLE, np.random.default_rng(seed))
+    pairs = draw_pairs(attribute, SAMPLE, stream(seed, "pairs"))
     up = np.sign(attribute.value[pairs[:, 0]] - attribute.value[pairs[:, 1]])
     right = [0.5 + 0.5 * up * np.sign(score[pairs[:, 0]] - score[pairs[:, 1]]) for score in scores]
     return np.stack(right, axis=1), pairs
@@ -118,17 +122,26 @@ def _interval(groups: list[list[tuple[np.ndarray, np.ndarray]]]) -> list[tuple[f
     return _intervals.of_pairs(right, pairs, weight)
 
 
-def _in_words(subject: Subject) -> Result:
-    config = subject.config
-    score = (subject.z @ direction(subject.clip, config.rank.attribute, config.rank.against)).numpy()
+def scores_of(clip: Clip, z: Tensor, phrase: str, against: str | None = None) -> np.ndarray:
+    """Cosines of images with a phrase, or their products with a phrase minus its opposite. z: [N, D] unit.  -> [N]"""
+    return (z @ direction(clip, phrase, against)).numpy()
+
+
+def order_of(ids: Sequence[str], score: np.ndarray) -> pd.DataFrame:
+    """Images in the order of their scores, the highest first: rank (from 1), image, score."""
     order = np.argsort(-score, kind="stable")
-    title = f"least to most: {config.rank.attribute}" + (
-        f" (against {config.rank.against})" if config.rank.against else ""
-    )
-    ranked = [{"image": subject.data.ids[row], "score": float(score[row])} for row in order]
-    details = {"attribute": config.rank.attribute, "against": config.rank.against, "order": ranked}
+    ranks = np.arange(1, len(order) + 1)
+    return pd.DataFrame({"rank": ranks, "image": [ids[row] for row in order], "score": score[order].astype(float)})
+
+
+def _in_words(subject: Subject) -> Result:
+    options = subject.config.rank
+    score = scores_of(subject.clip, subject.z, options.attribute, options.against)
+    title = f"least to most: {options.attribute}" + (f" (against {options.against})" if options.against else "")
+    ranked = order_of(subject.data.ids, score)[["image", "score"]].to_dict("records")
+    details = {"attribute": options.attribute, "against": options.against, "order": ranked}
     return Result(
-        {"images": float(len(order))}, len(order), details, {"ranked.png": _sheet(subject.data, score, title)}
+        {"images": float(len(score))}, len(score), details, {"ranked.png": _sheet(subject.data, score, title)}
     )
 
 

@@ -12,6 +12,7 @@ import torch
 
 from pc_clip.core.config.evaluate import EvaluateConfig
 from pc_clip.core.errors import UserError
+from pc_clip.core.random import stream
 from pc_clip.data.dataset import Dataset
 from pc_clip.evals import Result, Subject
 from pc_clip.metrics.intervals import DRAWS
@@ -71,7 +72,7 @@ def _intervals(
     A figure is a ratio of two sums over the drawn images, hits by queries. What they are searched in stays as it is.
     """
     hit, asked = np.stack(list(hits.values()), axis=1), np.stack(list(queries.values()), axis=1)  # [N, K]
-    rng, share = np.random.default_rng(seed), np.full(len(hit), 1 / len(hit))
+    rng, share = stream(seed, "bootstrap"), np.full(len(hit), 1 / len(hit))
     drawn = (rng.multinomial(len(hit), share).astype(np.float64) for _ in range(DRAWS))
     low, high = np.quantile([(times @ hit) / (times @ asked) for times in drawn], [0.025, 0.975], axis=0)
     return {name: (float(a), float(b)) for name, a, b in zip(hits, low, high)}

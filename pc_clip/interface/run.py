@@ -33,24 +33,35 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Read the settings, evaluate, print the tables; returns the results."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     argv = list(sys.argv[1:] if argv is None else argv)
+    config = settings(argv)
+    checkpoints = [config.checkpoint] if argv else _example_checkpoints()
+    found = [result for each in checkpoints for result in results(dataclasses.replace(config, checkpoint=each))]
+
+    from pc_clip.report.report import show
+
+    show(found)
+    return found
+
+
+def settings(argv: Sequence[str]) -> EvaluateConfig:
+    """Settings from a command line. Raises UserError for what does not fit, and for a checkpoint that is not there."""
     modes = [mode.strip() for mode in peek(argv, "mode", None, "").split(",") if mode.strip()]
     for mode in modes:
         check_choice("mode", mode, EVALUATIONS)
-    listed = "\n".join(f"    {name:<18}{line}" for name, line in EVALUATIONS.items())
-    description = __doc__.format(modes=listed)
+    description = __doc__.format(modes="\n".join(f"    {name:<18}{line}" for name, line in EVALUATIONS.items()))
     if modes:
         description = f"Settings of --mode {','.join(modes)}; run.py --help lists those that all evaluations share."
     config = configure(EvaluateConfig, "run.py", description, argv, shown=modes or ["model"], only=bool(modes))
     if config.checkpoint:
         checkpoint_file(config.checkpoint)
+    return config
 
+
+def results(config: EvaluateConfig) -> list[dict[str, Any]]:
+    """The results of a model, computed or found in results/."""
     from pc_clip.evals.evaluate import evaluate
-    from pc_clip.report.report import show
 
-    checkpoints = [config.checkpoint] if argv else _example_checkpoints()
-    results = [result for each in checkpoints for result in evaluate(dataclasses.replace(config, checkpoint=each))]
-    show(results)
-    return results
+    return evaluate(config)
 
 
 def _example_checkpoints() -> list[str | None]:

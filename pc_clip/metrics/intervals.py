@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import numpy as np
 
+from pc_clip.core.random import stream
+
 DRAWS = 1000
 
 
 def of_mean(values: np.ndarray, seed: int, draws: int = DRAWS) -> tuple[float, float]:
     """The bootstrap interval of a mean over independent items. values: [M], one figure an item."""
     values = np.asarray(values, dtype=np.float64)
-    rng, share = np.random.default_rng(seed), np.full(len(values), 1 / len(values))
+    rng, share = stream(seed, "bootstrap"), np.full(len(values), 1 / len(values))
     means = [rng.multinomial(len(values), share) @ values / len(values) for _ in range(draws)]
     low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
@@ -30,7 +32,7 @@ def redrawn_sums(values: np.ndarray, group: np.ndarray, seed: int, draws: int = 
     """
     groups, place = np.unique(group, return_inverse=True)
     sums = _sums(np.asarray(values, dtype=np.float64), place.reshape(-1), len(groups))  # [G, K]
-    rng, share = np.random.default_rng(seed), np.full(len(groups), 1 / len(groups))
+    rng, share = stream(seed, "bootstrap"), np.full(len(groups), 1 / len(groups))
     return np.stack([rng.multinomial(len(groups), share) @ sums for _ in range(draws)])
 
 

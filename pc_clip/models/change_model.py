@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pc_clip.core.errors import UserError
+from pc_clip.core.random import seed_of
 from pc_clip.models.caption_decoder import Decoder, Found, Shape
 from pc_clip.models.clip import Clip
 from pc_clip.models.pair_encoder import PairEncoder
@@ -81,7 +82,7 @@ class ChangeModel(nn.Module):
 def fresh(clip: Clip, intra_layers: int | None, seed: int, counterparts: bool = False) -> ChangeModel:
     """A new one, its weights drawn by seed; torch's own generator stays as it is."""
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+        torch.default_generator.manual_seed(seed_of(seed, "pair encoder"))
         return ChangeModel(clip, intra_layers, counterparts)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pc_clip.core.errors import UserError, nearest
+from pc_clip.core.random import seed_of
 from pc_clip.models import torchvision_compat  # noqa: F401  (before open_clip)
 from pc_clip.models.fast_text import FastText
 
@@ -97,7 +98,9 @@ class Clip:
             )
         try:
             with _quiet_open_clip(), torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(seed)  # of the CPU alone: torch.manual_seed takes the GPUs' along
+                torch.default_generator.manual_seed(
+                    seed_of(seed, "weights")
+                )  # of the CPU alone: torch.manual_seed takes the GPUs' along
                 model = open_clip.create_model(
                     name,
                     pretrained if load_weights and not beside else None,
@@ -173,7 +176,7 @@ class Clip:
         return self._encode_text_plainly(tokens)
 
     def _encode_text_plainly(self, tokens: Tensor) -> Tensor:
-        """With open_clip's own modules: the reference for pc_clip.models.fast_text, and the way for all other towers."""
+        """With open_clip's own modules: the reference for fast_text.py, and the way for all other towers."""
         text = self._causal_tower
         if text is None:
             return self.model.encode_text(tokens)

@@ -5,8 +5,8 @@ to put layers in the place of others, and of these CLIP's towers never call some
 attention pool of a ResNet read the weights of their layers and multiply by themselves, so the adapters there would do
 nothing. peft's special layer for nn.MultiheadAttention (as of 0.21.2) counts that of out_proj twice, and adds and
 subtracts at the weights in each step, whose rounding errors stay. A parametrized weight is right for who reads it and
-for who calls its layer, pc_clip.models.fast_text included, and takes one more product of thin matrices a step. What it does
-not save is the memory of the weights' gradients while they are computed; Adam's moments it does.
+for who calls its layer, fast_text.py included, and takes one more product of thin matrices a step. What it does not
+save is the memory of the weights' gradients while they are computed; Adam's moments it does.
 
 At the end `merge` leaves the sums under the weights' own names.
 """
@@ -22,6 +22,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
 from pc_clip.core.errors import UserError, check_at_least, check_choice
+from pc_clip.core.random import seed_of
 from pc_clip.models import torchvision_compat  # noqa: F401  (before peft, which imports transformers)
 from pc_clip.models.parameters import TRAINABLE, parameters_of
 
@@ -83,11 +84,14 @@ def weights_to_adapt(model: nn.Module, train: str, name: str) -> list[str]:
 def add(model: nn.Module, names: list[str], rank: int, alpha: float | None, seed: int) -> None:
     """Put adapters on weights, in place. Outputs stay what they are until the adapters learn.
 
-    alpha: what adapters add is multiplied by alpha / rank; None for 1. No weight may have one already. torch's global generators are left as they were.
+    alpha: what adapters add is multiplied by alpha / rank; None for 1. No weight may have one already. torch's global
+    generators are left as they were.
     """
     alpha = rank if alpha is None else alpha
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # of the CPU alone: torch.manual_seed takes the GPUs' along
+        torch.default_generator.manual_seed(
+            seed_of(seed, "adapters")
+        )  # of the CPU alone: torch.manual_seed takes the GPUs' along
         for name in names:
             owner, short = _owner(model, name)
             adapter = Adapter(getattr(owner, short), rank, alpha)

@@ -24,6 +24,7 @@ import pandas as pd
 from scipy import stats
 
 from pc_clip.core.errors import UserError
+from pc_clip.core.random import stream
 from pc_clip.report.study_config import Study, label
 from pc_clip.report.study_table import Measured, aligned
 
@@ -48,7 +49,7 @@ def compare(study: Study, measured: Sequence[Measured], seed: int = 0) -> pd.Dat
             continue
         _check_as_many(study.against, items, dataset, metric)
         trained = {variant: study.variants[variant] is not None for variant in items}
-        point, low, high, p = differences(items, study.against, trained, np.random.default_rng(seed))
+        point, low, high, p = differences(items, study.against, trained, stream(seed, "bootstrap"))
         others = [variant for variant in items if variant != study.against]
         figures = zip(others, point, low, high, p, holm(p))
         rows += [(v, dataset, metric, d, a, b, len(items[v]), q, kept) for v, d, a, b, q, kept in figures]

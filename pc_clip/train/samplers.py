@@ -22,6 +22,7 @@ from torch import Tensor
 
 from pc_clip.core.config.train import FinetuneConfig, SamplerConfig
 from pc_clip.core.errors import UserError, check_at_least, check_choice
+from pc_clip.core.random import stream
 from pc_clip.train import clusters, neighbours
 
 CLUSTER_SIZE = 16  # k where nobody says otherwise: that of the authors' README
@@ -152,7 +153,7 @@ class Clusters:
         self.epoch, self.plan = epoch, plan
 
     def _plan(self, z: Tensor, index: neighbours.Index, epoch: int) -> np.ndarray:
-        options, rng = self.options, np.random.default_rng([self.seed, 4, epoch])
+        options, rng = self.options, stream(self.seed, "clusters", epoch)
         made = clusters.plan(
             z,
             self.batch_size,

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from pc_clip.core import environment
 from pc_clip.core.errors import UserError, check_at_least
 from pc_clip.core.files import write_json, write_text
+from pc_clip.core.random import stream
 from pc_clip.data.captions import read_captions
 from pc_clip.data.differences import Difference, read, swap_roles
 from pc_clip.data.registry import open_dataset
@@ -302,7 +303,7 @@ def _in_common(a: Sequence[set[str]], b: Sequence[set[str]]) -> float:
 def _sample(
     differences: list[Difference], told: dict[str, tuple[str, ...]], seed: int, number: int
 ) -> list[dict[str, Any]]:
-    rng = np.random.default_rng(seed)
+    rng = stream(seed, "sample")
     rows = sorted(rng.choice(len(differences), min(number, len(differences)), replace=False).tolist())
     found = []
     for row in rows:

@@ -15,12 +15,12 @@ from torch import Tensor
 from pc_clip.core.config.write import GenerateConfig
 from pc_clip.core.errors import UserError
 from pc_clip.core.files import write_text
+from pc_clip.core.random import stream
 from pc_clip.data.dataset import Dataset
 from pc_clip.data.embeddings import embed_images
 from pc_clip.data.views import views
 from pc_clip.models.clip import Clip
 
-QUERIES, CROPS = 11, 12  # streams of random numbers, apart from each other and from other tasks'
 KEPT = (0.40, 0.75)  # the share of its area that a crop keeps: something is really gone
 ASPECT = (3 / 4, 4 / 3)  # of a crop, relative to its picture's
 BLOCK = 256  # queries compared with all images at once
@@ -79,7 +79,7 @@ def draw_queries(data: Dataset, n: int | None, which: str, seed: int) -> list[Qu
         raise UserError(f"{data.label} has no captions to rank its images by; name a file of them with --captions")
     if n is not None and n > len(known):
         raise UserError(f"rank.n_queries is {n}, but only {len(known)} images of {data.label} have captions")
-    rng = np.random.default_rng([seed, QUERIES])
+    rng = stream(seed, "queries")
     order, drawn = rng.permutation(known).tolist(), rng.random(len(known))
     found: dict[tuple[str, ...], Query] = {}
     for row, draw in zip(order, drawn):
@@ -135,7 +135,7 @@ def crops(data: Dataset, query: Query, wholes: Sequence[int], n: int, seed: int)
 
     Every other one is mirrored, by chance, unless the caption or the image's own speak of left or right.
     """
-    rng = np.random.default_rng([seed, CROPS, query.row])
+    rng = stream(seed, "crops", query.row)
     found: dict[str, tuple[str, int, float]] = {}
     while len(found) < n:
         row = wholes[len(found) % len(wholes)]

@@ -20,6 +20,7 @@ from pc_clip.core.config.write import GenerateConfig
 from pc_clip.core.distributed import Processes
 from pc_clip.core.environment import resolve_device
 from pc_clip.core.errors import UserError, check_at_least, check_choice
+from pc_clip.core.random import stream
 from pc_clip.data.dataset import Dataset
 from pc_clip.data.differences import Difference, choose_pairs, to_line
 from pc_clip.data.training_data import load_dataset
@@ -71,7 +72,7 @@ def pairs(data: Dataset, config: GenerateConfig) -> list[Item]:
     if config.n_pairs is not None:
         if config.n_pairs > len(found):
             raise UserError(f"{config.n_pairs} pairs were asked for, but {data.label} has {len(found)}; ask for fewer")
-        rng = np.random.default_rng(config.seed)
+        rng = stream(config.seed, "pairs")
         found = [found[n] for n in np.sort(rng.choice(len(found), config.n_pairs, replace=False))]
     if config.both_orders:  # of which a data set may list some itself
         found = list(dict.fromkeys(p for pair in found for p in (pair, pair[::-1])))

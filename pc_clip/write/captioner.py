@@ -4,44 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pc_clip.core.config.write import ChangeWriterConfig
+from pc_clip.core.random import stream
 from pc_clip.write.writers import Job, Writer
 
 if TYPE_CHECKING:
     from pc_clip.data.dataset import Dataset
     from pc_clip.models.clip import Clip
-
-
-@dataclass
-class ChangeWriterConfig:
-    """A captioner of changes, trained by finetune.py --method change with stage caption.
-
-    Args:
-        checkpoint: Its run's folder, or a .safetensors file.
-        beams: Sentences kept open while one is looked for; 1 takes the likeliest word each time.
-        length_penalty: Beams are compared by log-likelihood / length ** length_penalty.
-        missing: What pictures mean that the files of a data set name and that are absent, error or skip.
-        batch_size: Pairs looked at together.
-        workers: Processes that read images.
-        device: Where it runs, cpu or cuda; empty for the GPU if there is one.
-        told: Write what the data set itself says of its changes, one sentence of each drawn by seed; no captioner is
-            needed then. What people wrote of CLEVR-Change, say, can be learnt from so.
-    """
-
-    checkpoint: str = ""
-    told: bool = False
-    beams: int = 1
-    length_penalty: float = 1.0
-    missing: str = "error"
-    batch_size: int = 128
-    workers: int = 0
-    device: str = ""
 
 
 class ToldWriter(Writer):
@@ -59,7 +34,7 @@ class ToldWriter(Writer):
         self.said = {}
         for pair, of in told.items():
             first, _ = of[0]
-            self.said[pair] = of[np.random.default_rng([seed, first]).integers(len(of))][1]
+            self.said[pair] = of[stream(seed, "told", first).integers(len(of))][1]
 
     def stream(self, jobs: Sequence[Job]) -> Iterator[tuple[int, str]]:
         yield from enumerate(self.said[job.first, job.second] for job in jobs)

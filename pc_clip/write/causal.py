@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from jinja2 import TemplateError
 from safetensors import SafetensorError
 from torch import Tensor
 
+from pc_clip.core.config.write import LanguageModelConfig
 from pc_clip.core.errors import UserError, check_at_least, check_choice
 from pc_clip.write import prompts
 from pc_clip.write.prompts import Prompt
@@ -25,35 +25,6 @@ from pc_clip.write.writers import Job, Writer
 
 WORTH_CACHING = 16  # tokens; a shorter common beginning is computed each time
 BATCHES_SORTED = 16  # so many batches of prompts are sorted by length together
-
-
-@dataclass
-class LanguageModelConfig:
-    """A causal language model of the transformers library.
-
-    Args:
-        model: Name on the Hugging Face hub, or a folder.
-        gguf_file: File inside `model` when the weights are in GGUF format.
-        dtype: float32, bfloat16 or float16.
-        quantize: 4bit or 8bit by bitsandbytes, on a GPU; empty for neither.
-        batch_size: Prompts generated together.
-        max_new_tokens: The longest answer.
-        temperature: 0 for the most likely answer; above it, answers are drawn, each by a seed of its own.
-        top_p: Draw among the most likely tokens that make up this share.
-        share_prefix: Compute what all prompts begin with once.
-        device: Where the model runs; empty for the GPU if there is one.
-    """
-
-    model: str = "meta-llama/Llama-2-13b-chat-hf"
-    gguf_file: str | None = None
-    dtype: str = "bfloat16"
-    quantize: str = ""
-    batch_size: int = 32
-    max_new_tokens: int = 80
-    temperature: float = 0.0
-    top_p: float = 1.0
-    share_prefix: bool = True
-    device: str = ""
 
 
 class LanguageModelWriter(Writer):

@@ -13,12 +13,11 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from pc_clip.core.config.settings import DataConfig, LoaderConfig, identity, is_group
 from pc_clip.core.config.write import GenerateConfig
 from pc_clip.core.distributed import Processes
 from pc_clip.core.errors import UserError, check_at_least, check_choice
+from pc_clip.core.random import stream
 from pc_clip.data import attributes, class_text
 from pc_clip.data.captions import read_captions
 from pc_clip.data.dataset import Dataset, Question
@@ -201,7 +200,7 @@ def _difference_line(row: dict[str, Any]) -> str:
 
 def _job(captions: dict[str, tuple[str, ...]], i: str, j: str, seed: int, number: int) -> Job:
     """One caption of each image, drawn for this pair."""
-    rng = np.random.default_rng([seed, 2, number])
+    rng = stream(seed, "captions", number)
     first, second = (captions[key][int(rng.integers(len(captions[key])))] for key in (i, j))
     return Job(first, second, int(rng.integers(2**31)))
 

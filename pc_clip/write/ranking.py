@@ -11,14 +11,12 @@ import re
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
-import numpy as np
-
+from pc_clip.core.random import stream
 from pc_clip.data.overlap import content_words
 from pc_clip.write.candidates import Candidate, Query
 from pc_clip.write.cleaning import Checked, stem
 from pc_clip.write.writers import Job
 
-PAIRS, SHUFFLE = 13, 14  # streams of random numbers
 # True of what is called otherwise ("three objects" of three stars, "one star" of a star): their absence says nothing.
 _GENERAL = frozenset({stem(word) for word in ("object", "shape", "thing", "item", "one")})
 _BETWEEN = r"(?:\s*(?:,|;|>|->|→)\s*(?:and\s+)?|\s+(?:and\s+|then\s+)?)"
@@ -66,7 +64,7 @@ def places_by_words(caption: str, texts: Sequence[str]) -> list[int]:
 
 def shuffled(n: int, seed: int, query: Query) -> list[int]:
     """In which order n descriptions are shown, so that the likeliest one does not always come first."""
-    return np.random.default_rng([seed, SHUFFLE, query.row]).permutation(n).tolist()
+    return stream(seed, "shuffle", query.row).permutation(n).tolist()
 
 
 def numbered(texts: Sequence[str]) -> str:
@@ -152,5 +150,5 @@ def draw_pairs(found: Sequence[Pair], n: int | None, seed: int, query: Query) ->
     """At most n of a query's pairs, in their order."""
     if n is None or len(found) <= n:
         return list(found)
-    rng = np.random.default_rng([seed, PAIRS, query.row])
+    rng = stream(seed, "pairs of candidates", query.row)
     return [found[k] for k in sorted(rng.choice(len(found), n, replace=False))]

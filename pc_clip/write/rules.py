@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from pc_clip.core.random import stream
 from pc_clip.data.differences import contrast
 from pc_clip.example.captions import OPENINGS, parse
 from pc_clip.example.world import COMPARATIVES
@@ -43,7 +44,7 @@ class RulesWriter(Writer):
     def _write(self, job: Job) -> str:
         if not job.second:
             return job.first  # a description by rule is found where the classes are known (data/class_text.py)
-        rng = np.random.default_rng(job.seed)
+        rng = stream(job.seed, "rules")
         a, b = parse(job.first), parse(job.second)
         kinds = [kind for kind in _PREFERENCE if kind in a and kind in b and a[kind] != b[kind]]
         wording = 2 * int(rng.integers(2))  # of the first image first, as language models mostly write

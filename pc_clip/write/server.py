@@ -15,67 +15,26 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
-import numpy as np
 from PIL import Image
 
+from pc_clip.core.config.write import ServerConfig
 from pc_clip.core.errors import UserError, check_at_least
+from pc_clip.core.random import stream
 from pc_clip.write.prompts import Prompt
 from pc_clip.write.server_client import PLAIN, Fatal, failure_of, request_id
 from pc_clip.write.server_session import Session
 from pc_clip.write.writers import Job, Writer
 
-__all__ = ["ServerConfig", "ServerWriter", "request_id"]
+__all__ = ["ServerWriter", "request_id"]
 
 log = logging.getLogger(__name__)
 
 LONGEST_WAIT = 30.0  # seconds between two tries, however often one failed
 LONGEST_SIDE = 1024  # pixels of a picture that is sent; vision-language models make larger ones smaller themselves
 _RENAMED = re.compile(r"(max_tokens|temperature|top_p|seed|stop)=\w*")
-
-
-@dataclass
-class ServerConfig:
-    """A language model behind one or several OpenAI-compatible servers.
-
-    Args:
-        url: Where the servers are, separated by commas, each with its path (http://localhost:8000/v1). All must have
-            the model; each gets as many requests as it answers.
-        model: The model's name there; empty for the only one that is served.
-        chat: Whether the model is asked through its chat template; false for a base model, which gets worked examples
-            through the completions endpoint.
-        system_role: Whether the system prompt is a message of its own; false puts it before the question, for chat
-            templates without that role. A server that says that there is none is understood without this.
-        concurrency: Requests under way at once, for each URL.
-        timeout: Seconds a request may take.
-        patience: Seconds for which a job that fails is tried again. What is finished by then stays.
-        api_key_env: The environment variable that holds the key, which goes to every URL; local servers mostly need
-            none.
-        max_tokens: The longest answer.
-        temperature: 0 for the most likely answer; above it, answers are drawn, by each job's seed where the server
-            keeps to seeds.
-        top_p: Draw from the likeliest tokens that make up this share.
-        stop: Strings that end an answer; empty for none, and for the end of the line where chat is false.
-        rename: Fields of a request under other names, for servers that want them so: max_tokens=max_completion_tokens;
-            seed= leaves seed out.
-    """
-
-    url: list[str] = field(default_factory=lambda: ["http://localhost:8000/v1"])
-    model: str = ""
-    chat: bool = True
-    system_role: bool = True
-    concurrency: int = 32
-    timeout: float = 60.0
-    patience: float = 300.0
-    api_key_env: str = "OPENAI_API_KEY"
-    max_tokens: int = 100
-    temperature: float = 0.0
-    top_p: float = 1.0
-    stop: list[str] = field(default_factory=list)
-    rename: list[str] = field(default_factory=list)
 
 
 class ServerWriter(Writer):
@@ -226,7 +185,7 @@ class ServerWriter(Writer):
     def wait(self, seed: int, tries: int) -> float:
         """Seconds before the next try: doubled each time, less up to a half by chance, so that jobs spread out."""
         longest = min(LONGEST_WAIT, self.first_wait * 2 ** min(tries - 1, 20))
-        return longest * (1 - 0.5 * np.random.default_rng([seed & 0xFFFFFFFF, tries]).random())
+        return longest * (1 - 0.5 * stream(seed, "wait", tries).random())
 
     def models(self, url: str, timeout: float) -> list[str]:
         """The names of the models a server lists. Raises openai.APIError when it cannot be asked."""

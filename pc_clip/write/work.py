@@ -23,6 +23,7 @@ from pc_clip.core.config.write import GenerateConfig
 from pc_clip.core.distributed import Processes
 from pc_clip.core.errors import UserError, check_choice
 from pc_clip.core.files import write_json
+from pc_clip.core.random import seed_of, stream
 from pc_clip.write import prompts
 from pc_clip.write.causal import LanguageModelWriter
 from pc_clip.write.cleaning import MIN_CHARACTERS, Checked, Given, check
@@ -143,7 +144,7 @@ def _judge(config: GenerateConfig, writer: Writer) -> Callable[[str, Job], Check
 
 
 def job_seed(seed: int, number: int) -> int:
-    return int(np.random.default_rng([seed, 3, number]).integers(2**31))
+    return seed_of(seed, "job", number) % 2**31  # what servers take
 
 
 def draw_images(ids: list[str], config: GenerateConfig, what: str = "images have captions") -> list[str]:
@@ -151,7 +152,7 @@ def draw_images(ids: list[str], config: GenerateConfig, what: str = "images have
         return ids
     if config.n_images > len(ids):
         raise UserError(f"n_images is {config.n_images}, but only {len(ids)} {what}")
-    rng = np.random.default_rng([config.seed, 1])
+    rng = stream(config.seed, "images")
     return [ids[n] for n in sorted(rng.choice(len(ids), config.n_images, replace=False))]
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from pc_clip.core import distributed
 from pc_clip.core.config.train import FinetuneConfig
 from pc_clip.core.errors import UserError, check_at_least, check_choice
+from pc_clip.core.random import seed_of, stream
 from pc_clip.data.change_table import NoSplit
 from pc_clip.data.dataset import Dataset, with_changes
 from pc_clip.data.images import Reader, plain
@@ -105,7 +106,7 @@ class Method(BaseMethod):
             vocabulary = Vocabulary.of(self.clip.tokenizer, distinct)
             shape = Shape(options.layers, options.heads, options.width, options.max_length)
             with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(self.config.seed + 1)
+                torch.default_generator.manual_seed(seed_of(self.config.seed, "decoder"))
                 self.change.add_decoder(vocabulary, shape, options.dropout)
             self.change.to(self.clip.device)
         else:
@@ -145,7 +146,7 @@ class Method(BaseMethod):
         if options.validate_on is not None:
             check_at_least("change.validate_on", options.validate_on, 1)
             if options.validate_on < len(found.changes):
-                rng = np.random.default_rng([self.config.seed, 7])
+                rng = stream(self.config.seed, "validation pairs")
                 found = with_changes(found, np.sort(rng.permutation(len(found.changes))[: options.validate_on]))
         _check_validation(options.stage, found)
         self.notes += [f"{found.label}: {found.note}"] if found.note else []
@@ -172,7 +173,7 @@ class Method(BaseMethod):
 
     def loader(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
         """This process's part of each batch; which of a pair's sentences it has is drawn anew each epoch."""
-        rng = np.random.default_rng([self.config.seed, 2, epoch])
+        rng = stream(self.config.seed, "batches", epoch)
         mine = []  # pairs and sentences of each batch
         for chosen in self.sampler.batches(epoch, rng):
             mine.append((chosen[self.share], self._drawn(chosen, rng)[self.share]))
@@ -203,7 +204,7 @@ class Method(BaseMethod):
             tokens = self.written[torch.from_numpy(number)]
             tokens[torch.from_numpy(drawn < 0)] = PAD
             tokens = tokens[:, :, : int((tokens != PAD).sum(-1).max())]
-        seed = np.random.default_rng([self.config.seed, 3, epoch, n, PartialState().process_index]).integers(2**62)
+        seed = seed_of(self.config.seed, "dropout", epoch, n, PartialState().process_index)
         return Batch(
             ids=[self.changes[pair].before for pair in chosen],
             before=before,

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from pc_clip.core.config.train import FinetuneConfig
 from pc_clip.core.errors import UserError
+from pc_clip.core.random import stream
 from pc_clip.data.dataset import Dataset
 from pc_clip.data.overlap import likely_false
 from pc_clip.models import lora
@@ -104,7 +105,7 @@ class Method(BaseMethod):
 
     def loader(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
         """This process's part of each batch; which of an image's captions it has is drawn anew each epoch."""
-        rng = np.random.default_rng([self.config.seed, 2, epoch])
+        rng = stream(self.config.seed, "batches", epoch)
         waiting: deque[tuple[np.ndarray, np.ndarray, float]] = deque()  # for their images, which may be read ahead
 
         def wanted() -> Iterator[np.ndarray]:

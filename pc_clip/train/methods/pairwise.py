@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from pc_clip.core.config.train import FinetuneConfig, PairwiseConfig
 from pc_clip.core.distributed import process_slice
 from pc_clip.core.errors import UserError, check_at_least, check_choice
+from pc_clip.core.random import stream
 from pc_clip.data import differences
 from pc_clip.data.dataset import Dataset
 from pc_clip.models import lora
@@ -98,7 +99,7 @@ class Method(BaseMethod):
             return
         kept = round(self.options.keep * len(self.pairs))
         if self.options.keep_by == "random":
-            chosen = np.random.default_rng([self.config.seed, 5]).permutation(len(self.pairs))[:kept]
+            chosen = stream(self.config.seed, "keep").permutation(len(self.pairs))[:kept]
         else:
             closeness = self._closeness()
             chosen = np.argsort(-closeness, kind="stable")[:kept]
@@ -148,7 +149,7 @@ class Method(BaseMethod):
         distinct = list(dict.fromkeys(text for each in captions for text in each))
         if not distinct:
             raise UserError(f"pairwise.anchor needs captions, and {self.config.data.dataset} has none; set it to 0")
-        rng = np.random.default_rng([self.config.seed, 1])
+        rng = stream(self.config.seed, "anchor")
         chosen = rng.permutation(len(distinct))[: self.options.anchor_captions]
         self.anchors = Texts(self.clip, [distinct[n] for n in chosen])
         self.anchor_start = self.anchors.embeddings()  # [captions, D]
@@ -166,7 +167,7 @@ class Method(BaseMethod):
 
     def loader(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
         """This process's part of each batch."""
-        rng = np.random.default_rng([self.config.seed, 2, epoch])
+        rng = stream(self.config.seed, "batches", epoch)
         waiting: deque[tuple[np.ndarray, np.ndarray, np.ndarray, float]] = (
             deque()
         )  # for their images, which may be read ahead

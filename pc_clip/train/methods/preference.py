@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from pc_clip.core.config.train import FinetuneConfig, PreferenceConfig
 from pc_clip.core.errors import UserError, check_choice
+from pc_clip.core.random import stream
 from pc_clip.data.dataset import Dataset, Statement
 from pc_clip.data.statements import read_statements
 from pc_clip.data.views import located, match
@@ -171,7 +172,7 @@ class Method(BaseMethod):
 
     def loader(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
         """This process's part of each batch."""
-        rng = np.random.default_rng([self.config.seed, 2, epoch])
+        rng = stream(self.config.seed, "batches", epoch)
         waiting: deque[np.ndarray] = deque()  # for their images, which may be read ahead
 
         def wanted() -> Iterator[np.ndarray]:

@@ -1,0 +1,296 @@
+"""The Python API, as `import pc_clip` has it: what the three scripts do, and a model in the hand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from pc_clip.core.environment import resolve_device
+from pc_clip.core.errors import UserError
+from pc_clip.core.files import write_text
+from pc_clip.data.dataset import Dataset, Question, read_image
+from pc_clip.data.differences import read
+from pc_clip.data.embeddings import embed_images
+from pc_clip.data.encoding import Options, encode
+from pc_clip.data.registry import open_dataset
+from pc_clip.evals import comparative, difference, rank, zeroshot
+from pc_clip.interface import finetune as finetune_script
+from pc_clip.interface import generate_diffs, run
+from pc_clip.models import loading
+from pc_clip.models.clip import Clip
+from pc_clip.report.report import long_table
+
+Images = str | Path | Sequence[str | Path | Image.Image]
+
+
+def load(name_or_checkpoint: str | Path, pretrained: str | None = None, device: str | None = None) -> Model:
+    """Load a CLIP model to use.
+
+    Args:
+        name_or_checkpoint: A run's folder, a .safetensors or .pt file; or open_clip's name of an architecture,
+            "local-dir:FOLDER", or "example" for the model that comes with the package.
+        pretrained: One of open_clip's tags for that architecture, or a file of weights.
+        device: "cpu" or "cuda"; the GPU if there is one unless given.
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        UserError: For an unknown name, weights that cannot be had, or a file that does not fit.
+
+    Example:
+        >>> import pc_clip
+        >>> model = pc_clip.load("example")
+        >>> model.embed_texts(["a large red circle", "a small blue square"]).shape
+        torch.Size([2, 128])
+    """
+    device = resolve_device(device or "")
+    if Path(name_or_checkpoint).exists():
+        return Model(loading.load_model(name_or_checkpoint, None, pretrained, device=device))
+    return Model(Clip.create(str(name_or_checkpoint), pretrained, device=device))
+
+
+class Model:
+    """A CLIP model with what PC-CLIP's evaluations do, on your own images and texts.
+
+    Images are a folder, or a sequence of paths and PIL images. Embeddings of a folder are kept in data/cache. All
+    embeddings are float32 on the CPU, with length 1.
+
+    Args:
+        clip: The model, its transform and its tokenizer.
+    """
+
+    def __init__(self, clip: Clip) -> None:
+        self.clip = clip
+
+    def embed_images(self, images: Images, batch_size: int = 128, workers: int = 0) -> Tensor:
+        """Embed images.
+
+        Args:
+            images: A folder, or paths and PIL images.
+            batch_size: Images encoded together.
+            workers: Processes that decode them.
+
+        Returns:
+            [N, D] unit embeddings.
+
+        Raises:
+            UserError: For an image that cannot be read, with its path.
+
+        Example:
+            >>> from PIL import Image
+            >>> model = pc_clip.load("example")
+            >>> model.embed_images([Image.new("RGB", (64, 64), "red"), Image.new("RGB", (64, 64), "blue")]).shape
+            torch.Size([2, 128])
+        """
+        if isinstance(images, str | Path):
+            data = open_dataset("folder", images)
+            return F.normalize(embed_images(self.clip, data, batch_size=batch_size, workers=workers).z, dim=-1)
+        return F.normalize(encode(self.clip, _dataset(images), Options(batch_size, workers)).z, dim=-1)
+
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """Embed texts.
+
+        Args:
+            texts: N texts; a longer one than the context length is cut.
+
+        Returns:
+            [N, D] unit embeddings.
+
+        Example:
+            >>> z = pc_clip.load("example").embed_texts(["a red circle", "a red circle"])
+            >>> bool((z[0] == z[1]).all())
+            True
+        """
+        return self.clip.embed_texts(texts)
+
+    def rank(self, images: Images, sentence: str, against: str | None = None) -> pd.DataFrame:
+        """Put images in the order of a sentence or phrase, as `run.py --mode rank --images` does.
+
+        Args:
+            images: A folder, or paths and PIL images.
+            sentence: What the images are compared with.
+            against: Its opposite; scores are then cosines with the difference of the two embeddings.
+
+        Returns:
+            A row an image, the best first: `rank` from 1, `image` (its path, or its place among the images), `score`.
+
+        Example:
+            >>> red, blue = (Image.new("RGB", (64, 64), colour) for colour in ("red", "blue"))
+            >>> model = pc_clip.load("example")
+            >>> model.rank([red, blue], "a red object", against="a blue object").image.tolist()
+            ['0', '1']
+        """
+        z = self.embed_images(images)
+        return rank.order_of(_ids(images), rank.scores_of(self.clip, z, sentence, against))
+
+    def difference(self, first: Images, second: Images, texts: Sequence[str]) -> Tensor:
+        """Score sentences on how an image differs from another one.
+
+        Args:
+            first: P images.
+            second: P images, each to be compared with the one at the same place of `first`.
+            texts: T sentences, such as "The first image shows a larger dog than the second."
+
+        Returns:
+            [P, T] cosines of each sentence with the unit difference of the two embeddings, first minus second.
+
+        Raises:
+            UserError: Where there are not as many first as second images.
+
+        Example:
+            >>> scores = pc_clip.load("example").difference([red], [blue], ["a red object", "a blue object"])
+            >>> scores.shape, bool(scores[0, 0] > scores[0, 1])
+            (torch.Size([1, 2]), True)
+        """
+        a, b = self.embed_images(first), self.embed_images(second)
+        if len(a) != len(b):
+            raise UserError(f"there are {len(a)} first images and {len(b)} second ones; give as many of each")
+        pairs = np.stack([np.arange(len(a)), len(a) + np.arange(len(a))], axis=1)
+        return difference.pair_differences(torch.cat([a, b]), pairs) @ self.embed_texts(texts).T
+
+    def zeroshot(
+        self,
+        images: Images,
+        classes: Sequence[str],
+        comparisons: Sequence[Mapping[str, str]] | None = None,
+        templates: Sequence[str] = ("This is a photo of a {}.",),
+        alpha: float = 0.5,
+    ) -> pd.DataFrame:
+        """Classify images by prompts.
+
+        Args:
+            images: A folder, or paths and PIL images.
+            classes: C names.
+            comparisons: What is known of how two classes differ, for PC-CLIP's comparative prompting: `class_a`,
+                `class_b`, and `text`, which says how a differs from b.
+            templates: Prompts with {} for the class; the mean of their embeddings stands for it.
+            alpha: With comparisons, the weight of the ordinary prompt.
+
+        Returns:
+            A row an image, a column a class: the softmax of the cosines times the model's logit scale.
+
+        Example:
+            >>> found = pc_clip.load("example").zeroshot([red, blue], ["red", "blue"], templates=["a {} object"])
+            >>> found.idxmax(axis=1).tolist()
+            ['red', 'blue']
+        """
+        question = Question("yours", tuple(classes), np.empty(0, int), np.empty(0, int), tuple(templates))
+        z = self.embed_images(images)
+        prompts = zeroshot.class_embeddings(self.clip, question, templates)
+        if comparisons:
+            known, _ = comparative.corrections(self.clip, question, prompts, list(comparisons), "norm", z.mean(0))
+            prompts = F.normalize(alpha * prompts + (1 - alpha) * known, dim=-1)
+        scale = self.clip.model.logit_scale.detach().exp().cpu()
+        return pd.DataFrame((scale * z @ prompts.T).softmax(-1).numpy(), index=_ids(images), columns=list(classes))
+
+
+def finetune(config: str | Path | None = None, **settings: Any) -> Path:
+    """Finetune a model, as finetune.py does.
+
+    Args:
+        config: A YAML file of settings, or the name of a recipe such as "pc_clip_coco.yaml"; the embedded example's
+            unless given.
+        settings: Any settings again; groups as dictionaries.
+
+    Returns:
+        The run's folder, which `load` and `evaluate` take.
+
+    Raises:
+        UserError: For a setting that is unknown or does not fit, with the nearest known one.
+
+    Example:
+        >>> pc_clip.finetune(name="mine", train={"steps": 2, "batch_size": 4})
+        step 2/2  loss ...
+        the model is in runs/mine; evaluate it: python run.py --dataset example --checkpoint runs/mine
+        PosixPath('runs/mine')
+    """
+    return finetune_script.main(_flags(config, settings))
+
+
+def evaluate(
+    checkpoint: str | Path | None = None, dataset: str = "example", modes: Sequence[str] = (), **settings: Any
+) -> pd.DataFrame:
+    """Evaluate a model, as run.py does: results are kept in results/ and not computed again.
+
+    Args:
+        checkpoint: A run's folder or a file; None for the pretrained model that `model` names.
+        dataset: A name that `python -m pc_clip datasets` lists.
+        modes: Evaluations; all that the data set allows unless given.
+        settings: Any settings of run.py; those of an evaluation as a dictionary under its name.
+
+    Returns:
+        A row a figure: model, evaluation, dataset, about, metric, value (a fraction), n.
+
+    Example:
+        >>> figures = pc_clip.evaluate(dataset="example", modes=["zeroshot"], split="val")
+        >>> figures.metric.tolist()[:3]
+        ['zeroshot', 'zeroshot_colour', 'top5_colour']
+    """
+    known = {"dataset": dataset, "mode": ",".join(modes), "checkpoint": checkpoint and str(checkpoint)}
+    argv = _flags(None, {name: value for name, value in known.items() if value} | settings)
+    return long_table(run.results(run.settings(argv)))
+
+
+def write_differences(captions: str | Path | Mapping[str, Sequence[str]], **settings: Any) -> pd.DataFrame:
+    """Write how images differ, from their captions, as generate_diffs.py does.
+
+    Args:
+        captions: A COCO captions JSON or a SimCLIP TSV; or image -> its captions.
+        settings: Any settings of generate_diffs.py: name, n_pairs, writer, ...
+
+    Returns:
+        A row a sentence: first, second, text. They are kept in llm_diffs/NAME.jsonl.
+
+    Example:
+        >>> found = pc_clip.write_differences({"a.jpg": ["a dog on a sofa"], "b.jpg": ["two cats"]}, name="pets")
+        >>> found.text[0]
+        'In the first image one sees a dog on a sofa, in the second image two cats.'
+    """
+    if isinstance(captions, Mapping):
+        captions = _written(captions, Path(settings.get("out", "llm_diffs")) / f"{settings.get('name', 'mine')}.json")
+    path = generate_diffs.main(_flags(None, {"captions": str(captions)} | settings))
+    return pd.DataFrame([(d.first, d.second, d.text) for d in read(path)], columns=["first", "second", "text"])
+
+
+def _flags(config: str | Path | None, settings: Mapping[str, Any], prefix: str = "--") -> list[str]:
+    """Settings as a command line has them, so that they are checked in one place."""
+    argv = ["--config", str(config)] if config else []
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            argv += _flags(None, value, f"{prefix}{name}.")
+        else:
+            argv += [prefix + name, value if isinstance(value, str) else json.dumps(value)]
+    return argv
+
+
+def _written(captions: Mapping[str, Sequence[str]], path: Path) -> Path:
+    """Captions as a file in COCO's layout."""
+    images = [{"id": name, "file_name": name} for name in captions]
+    annotations = [{"image_id": name, "caption": text} for name, texts in captions.items() for text in texts]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps({"images": images, "annotations": annotations}, ensure_ascii=False))
+    return path
+
+
+def _ids(images: Images) -> list[str]:
+    if isinstance(images, str | Path):
+        return open_dataset("folder", images).ids
+    return [str(n) if isinstance(image, Image.Image) else str(image) for n, image in enumerate(images)]
+
+
+def _dataset(images: Sequence[str | Path | Image.Image]) -> Dataset:
+    def image_at(row: int) -> Image.Image:
+        image = images[row]
+        return image.convert("RGB") if isinstance(image, Image.Image) else read_image(Path(image))
+
+    return Dataset("images", "", _ids(images), image_at, "")

@@ -1,0 +1,54 @@
+"""The Python API: every example of its docstrings runs and gives what stands there."""
+
+import doctest
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import pc_clip
+from pc_clip.core.errors import UserError
+from pc_clip.interface import api
+
+RED, BLUE = (Image.new("RGB", (64, 64), colour) for colour in ("red", "blue"))
+
+
+def test_examples_in_docstrings(small_example):
+    known = {"pc_clip": pc_clip, "Image": Image, "red": RED, "blue": BLUE}
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
+    tests = [test for test in doctest.DocTestFinder().find(api, extraglobs=known) if test.examples]
+    assert len(tests) == 9  # every public function and method
+    for test in tests:
+        assert runner.run(test).failed == 0, test.name
+
+
+def test_a_folder_and_its_paths_are_embedded_alike(tmp_path):
+    (tmp_path / "mine").mkdir()
+    for name, image in (("a.png", RED), ("b.png", BLUE)):
+        image.save(tmp_path / "mine" / name)
+    model = pc_clip.load("example")
+    one_by_one = model.embed_images(sorted((tmp_path / "mine").glob("*.png")))
+    assert torch.allclose(model.embed_images(tmp_path / "mine"), one_by_one, atol=1e-6)
+    assert model.rank(tmp_path / "mine", "a red object", "a blue object").image.tolist() == ["a.png", "b.png"]
+
+
+def test_comparisons_move_the_prompts_they_speak_of():
+    model = pc_clip.load("example")
+    comparisons = [{"class_a": "red", "class_b": "blue", "text": "the first is warmer"}]
+    plain = model.zeroshot([RED, BLUE], ["red", "blue"])
+    known = model.zeroshot([RED, BLUE], ["red", "blue"], comparisons)
+    assert np.allclose(plain.sum(axis=1), 1)
+    assert not np.allclose(plain, known)
+    assert np.allclose(plain, model.zeroshot([RED, BLUE], ["red", "blue"], comparisons, alpha=1.0), atol=1e-6)
+
+
+def test_what_does_not_fit_is_said_as_on_the_command_line():
+    with pytest.raises(UserError, match="no setting train.step. Did you mean 'train.steps'"):
+        pc_clip.finetune(train={"step": 3})
+    with pytest.raises(UserError, match="1 first images and 2 second ones"):
+        pc_clip.load("example").difference([RED], [RED, BLUE], ["a"])
+    with pytest.raises(UserError, match="mode is 'everything'"):
+        pc_clip.evaluate(modes=["everything"])
+    with pytest.raises(AttributeError, match="no attribute 'training'"):
+        pc_clip.training  # noqa: B018

@@ -1,0 +1,59 @@
+"""The command line answers at once: settings are read and checked before torch is imported."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+HEAVY = ("torch", "open_clip", "transformers", "accelerate", "pandas", "sklearn")
+PROGRAM = """
+import sys
+from pc_clip.core.errors import run_script
+from pc_clip.interface import {module}
+sys.argv[1:] = {argv}
+try:
+    run_script({module}.main)
+finally:
+    print(sorted(set({heavy}) & set(sys.modules)), file=sys.stderr)
+"""
+
+
+def call(module: str, *argv: str) -> subprocess.CompletedProcess:
+    code = PROGRAM.format(module=module, argv=list(argv), heavy=HEAVY)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "120"}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("module", "argv", "code", "said"),
+    [
+        ("run", ["--help"], 0, "python run.py --dataset cifar100 --checkpoint ckpt.pt"),
+        ("finetune", ["--help"], 0, "--pairwise.anchor"),
+        ("generate_diffs", ["--help"], 0, "--server.url"),
+        ("run", ["--chekpoint", "x"], 2, "no setting chekpoint. Did you mean 'checkpoint'"),
+        ("run", ["--mode", "zeroshott"], 2, "mode is 'zeroshott'. Did you mean 'zeroshot'"),
+        ("run", ["--checkpoint", "absent.pt"], 2, "no checkpoint at absent.pt"),
+        ("finetune", ["--config", "absent.yaml"], 2, "no config at absent.yaml"),
+        ("finetune", ["--train.lr", "fast"], 2, "train.lr"),
+        ("finetune", ["--method", "dreaming"], 2, "method is 'dreaming'"),
+        ("generate_diffs", ["--n_pair", "3"], 2, "Did you mean 'n_pairs'"),
+    ],
+)
+def test_help_and_mistakes_import_nothing_heavy(module, argv, code, said):
+    found = call(module, *argv)
+    assert found.returncode == code, found.stderr
+    assert said in found.stdout + found.stderr
+    assert found.stderr.splitlines()[-1] == "[]"
+
+
+def test_help_of_run_shows_the_settings_of_the_mode_it_is_asked_about():
+    short, mode, every = (
+        call("run", *argv).stdout for argv in (["--help"], ["--mode", "caption", "--help"], ["--help-all"])
+    )
+    assert "--caption.beams" not in short and "--seed" in short
+    assert "--caption.beams" in mode and "--seed" not in mode and "--probe.shots" not in mode
+    assert all(flag in every for flag in ("--caption.beams", "--seed", "--probe.shots", "--comparative.server.url"))
+    assert len(short.splitlines()) < 120
