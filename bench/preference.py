@@ -31,8 +31,8 @@ from pc_clip.core.config.train import FinetuneConfig, PreferenceConfig, TrainCon
 from pc_clip.core.errors import run_script
 from pc_clip.data.training_data import load_dataset
 from pc_clip.models.clip import Clip
-from pc_clip.train.loop import make_optimizer
 from pc_clip.train.methods import preference
+from pc_clip.train.optim import make_optimizer
 
 BATCH, BETA, LR = 128, 1.0, 1e-4
 STEPS, ROUNDS = 5, 7  # steps a turn, and turns

@@ -33,8 +33,7 @@ from pc_clip.core.config.train import TrainConfig
 from pc_clip.core.errors import run_script
 from pc_clip.models.fast_text import FastText
 from pc_clip.train import losses
-from pc_clip.train.loop import make_optimizer
-from pc_clip.train.memory import return_freed_memory
+from pc_clip.train.optim import make_optimizer
 
 import open_clip  # isort: skip
 
@@ -269,8 +268,6 @@ def _send_peak(pipe, name: str, kind: str, n: int, threads: int) -> None:
     torch.set_num_threads(threads)
     model, recompute = tower(name), "recompute" in kind
     step = published(model) if kind == "published" else ours(model, bf16=True, recompute=recompute)
-    if recompute:
-        return_freed_memory()  # as training does
 
     def two_steps() -> None:
         for seed in range(2):

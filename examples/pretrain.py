@@ -29,7 +29,7 @@ from pc_clip.example.world import captions, scene
 from pc_clip.models import torchvision_compat  # noqa: F401  (before open_clip)
 from pc_clip.models.clip import Clip, model_folder
 from pc_clip.models.pair_encoder import run_block
-from pc_clip.train.precision import multiplies_bf16
+from pc_clip.train.optim import multiplies_bf16
 
 from open_clip.transformer import VisionTransformer  # isort: skip
 

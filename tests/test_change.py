@@ -26,7 +26,7 @@ from pc_clip.models import loading
 from pc_clip.models.change_model import PREFIX
 from pc_clip.models.clip import Clip
 from pc_clip.models.vocabulary import END, PAD
-from pc_clip.train import loop, losses
+from pc_clip.train import loop, losses, optim
 from pc_clip.train.loop import finetune
 from pc_clip.train.methods import change
 
@@ -431,9 +431,9 @@ def test_a_run_goes_on_with_the_encoder_of_its_start(config):
 
 def test_warm_up_as_a_share_of_all_steps():
     train = TrainConfig(lr=1.0, schedule="cosine", warmup_share=0.1)
-    found = [loop.learning_rate(train, step, 10, 100) for step in range(100)]
+    found = [optim.learning_rate(train, step, 10, 100) for step in range(100)]
     assert found[:10] == pytest.approx(np.arange(1, 11) / 10)
     assert found == [
-        loop.learning_rate(dataclasses.replace(train, warmup_share=0.0, warmup_steps=10), s, 10, 100)
+        optim.learning_rate(dataclasses.replace(train, warmup_share=0.0, warmup_steps=10), s, 10, 100)
         for s in range(100)
     ]

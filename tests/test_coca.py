@@ -15,8 +15,8 @@ from pc_clip.data import example_sets
 from pc_clip.data.registry import open_dataset
 from pc_clip.models import lora
 from pc_clip.models.clip import SCRATCH, Clip
-from pc_clip.train.methods import _coca, preference
-from pc_clip.train.methods._batches import Images, Texts
+from pc_clip.train.methods import coca, preference
+from pc_clip.train.methods.base import Images, Texts
 
 VISION = {"image_size": 32, "patch_size": 16, "width": 16, "layers": 1, "head_width": 8}
 VISION |= {"attentional_pool": True, "attn_pooler_heads": 2, "attn_pooler_queries": 6, "output_tokens": True}
@@ -68,7 +68,7 @@ def token_by_token(clip: Clip, image: torch.Tensor, tokens: list[int]) -> float:
 @torch.no_grad()
 def test_the_log_likelihood_is_that_of_its_tokens_one_by_one(clip):
     images, tokens = pixels(len(CAPTIONS)), clip.tokenize(CAPTIONS)
-    found = _coca.caption_log_likelihood(clip.model, images, tokens)
+    found = coca.caption_log_likelihood(clip.model, images, tokens)
     rows = [row[: row.index(49407) + 1] for row in tokens.tolist()]
     expected = [token_by_token(clip, image, row) for image, row in zip(images, rows)]
     assert found.shape == (4,) and found.dtype == torch.float32
@@ -88,32 +88,32 @@ def test_the_token_whose_number_is_that_of_padding_counts(clip):
     upto = token_by_token(clip, images[0], tokens[0, : place + 1].tolist())
     assert upto - rest == pytest.approx(log_softmax(logits, -1)[0].item(), abs=1e-4)
     whole = token_by_token(clip, images[0], tokens[0, : int(tokens.argmax(-1)) + 1].tolist())
-    assert _coca.caption_log_likelihood(clip.model, images, tokens).item() == pytest.approx(whole, abs=1e-3)
+    assert coca.caption_log_likelihood(clip.model, images, tokens).item() == pytest.approx(whole, abs=1e-3)
 
 
 @torch.no_grad()
 def test_padding_and_company_do_not_matter(clip):
     images, tokens = pixels(len(CAPTIONS)), clip.tokenize(CAPTIONS)
     assert tokens.shape[1] == 12
-    together = _coca.caption_log_likelihood(clip.model, images, tokens)
+    together = coca.caption_log_likelihood(clip.model, images, tokens)
     for n, row in enumerate(tokens):
         end = int(row.argmax())
         for length in (end + 1, end + 2, 12):
-            alone = _coca.caption_log_likelihood(clip.model, images[n : n + 1], row[None, :length])
+            alone = coca.caption_log_likelihood(clip.model, images[n : n + 1], row[None, :length])
             assert alone.item() == pytest.approx(together[n].item(), abs=1e-3)
 
 
 @torch.no_grad()
 def test_image_tokens_stand_for_pixels(clip):
     images, tokens = pixels(len(CAPTIONS)), clip.tokenize(CAPTIONS)
-    z, image_tokens = _coca.encode_image(clip.model, images)
+    z, image_tokens = coca.encode_image(clip.model, images)
     assert torch.equal(z, clip.model.encode_image(images, normalize=False))
     assert torch.equal(
-        _coca.caption_log_likelihood(clip.model, image_tokens, tokens),
-        _coca.caption_log_likelihood(clip.model, images, tokens),
+        coca.caption_log_likelihood(clip.model, image_tokens, tokens),
+        coca.caption_log_likelihood(clip.model, images, tokens),
     )
-    other = _coca.caption_log_likelihood(clip.model, image_tokens.flip(0), tokens)
-    assert not torch.allclose(other, _coca.caption_log_likelihood(clip.model, images, tokens), atol=1e-2)
+    other = coca.caption_log_likelihood(clip.model, image_tokens.flip(0), tokens)
+    assert not torch.allclose(other, coca.caption_log_likelihood(clip.model, images, tokens), atol=1e-2)
 
 
 def test_gradients_reach_decoder_and_text_tower_and_not_an_image_without_them(clip):
@@ -122,7 +122,7 @@ def test_gradients_reach_decoder_and_text_tower_and_not_an_image_without_them(cl
     for p in learn.values():
         p.requires_grad_(True)
     images, tokens = pixels(len(CAPTIONS)), clip.tokenize(CAPTIONS)
-    _coca.caption_log_likelihood(clip.model, images, tokens).sum().backward()
+    coca.caption_log_likelihood(clip.model, images, tokens).sum().backward()
     without = {name for name, p in learn.items() if p.grad is None or not p.grad.any()}
     # The class token and what makes an embedding of it have no part in the likelihood.
     assert without == {"text.cls_emb", "text.ln_final.weight", "text.ln_final.bias", "text.text_projection"}
@@ -140,18 +140,18 @@ def test_a_batch_of_preferences_is_encoded_as_its_parts(clip):
     assert torch.equal(text, clip.model.encode_text(tokens, normalize=False))
     assert torch.equal(image, clip.model.encode_image(images, normalize=False))
     each = {
-        (i, t): _coca.caption_log_likelihood(clip.model, images[[i]], tokens[[t]]) for i in range(2) for t in range(3)
+        (i, t): coca.caption_log_likelihood(clip.model, images[[i]], tokens[[t]]) for i in range(2) for t in range(3)
     }
     expected = torch.cat([each[0, 0] - each[0, 1], each[1, 2] - each[0, 2], each[1, 1] - each[1, 0]])
     assert torch.allclose(likelier, expected, atol=1e-3)
 
 
 def test_a_model_that_is_no_coca_is_refused(example_clip, clip, tmp_path):
-    _coca.check(clip)
+    coca.check(clip)
     with pytest.raises(UserError, match=r"example is no CoCa model.*preference\.captioning 0"):
-        _coca.check(example_clip)
+        coca.check(example_clip)
     with pytest.raises(UserError, match=r"the text tower of local-dir.* is not causal"):
-        _coca.check(build(tmp_path / "both-ways", no_causal_mask=True))
+        coca.check(build(tmp_path / "both-ways", no_causal_mask=True))
 
 
 # -- many, with their images ---------------------------------------------------------------------------
@@ -159,18 +159,18 @@ def test_a_model_that_is_no_coca_is_refused(example_clip, clip, tmp_path):
 
 def test_all_pairs_are_scored_as_each_alone(clip, monkeypatch):
     monkeypatch.setattr(example_sets, "EXAMPLE_SIZES", {"train": 9, "val": 2, "test": 2})
-    monkeypatch.setattr(_coca, "IMAGES", 2)
-    monkeypatch.setattr(_coca, "CAPTIONS", 3)
+    monkeypatch.setattr(coca, "IMAGES", 2)
+    monkeypatch.setattr(coca, "CAPTIONS", 3)
     data = open_dataset("example", split="train")
     images, texts = Images(clip, data, FinetuneConfig(device="cpu"), pixels=True), Texts(clip, CAPTIONS)
     assert images.z is None and not images.learns
     image = np.array([8, 0, 3, 3, 8, 5, 0, 3, 3, 3])
     text = np.array([1, 0, 2, 3, 1, 0, 3, 2, 0, 1])
-    found = _coca.log_likelihoods_of_all(clip, images, texts, image, text)
+    found = coca.log_likelihoods_of_all(clip, images, texts, image, text)
     with torch.no_grad():
         for n, (i, t) in enumerate(zip(image, text)):
             picture = clip.preprocess(data.load(int(i)))[None]
-            alone = _coca.caption_log_likelihood(clip.model, picture, clip.tokenize([CAPTIONS[t]]))
+            alone = coca.caption_log_likelihood(clip.model, picture, clip.tokenize([CAPTIONS[t]]))
             assert found[n].item() == pytest.approx(alone.item(), abs=1e-3)
     assert found[0] == found[4] and found[2] == found[7]
 

@@ -49,7 +49,7 @@ from pc_clip.data.encoding import PIECE, Options
 from pc_clip.data.registry import open_dataset
 from pc_clip.data.webdataset import unopened
 from pc_clip.models.clip import Clip
-from pc_clip.train.methods._batches import Images
+from pc_clip.train.methods.base import Images
 
 forks = multiprocessing.get_context("fork")
 MADE_BY = {"image_tower": "t", "fingerprint": "f"}

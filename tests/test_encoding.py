@@ -24,7 +24,7 @@ from pc_clip.data.example_sets import example
 from pc_clip.data.images import Reader, broken_images
 from pc_clip.data.registry import open_dataset
 from pc_clip.models.clip import Clip
-from pc_clip.train.methods._batches import Images
+from pc_clip.train.methods.base import Images
 
 
 class Model(nn.Module):

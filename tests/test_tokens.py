@@ -24,7 +24,7 @@ from pc_clip.data.differences import Difference, contrast, swap_roles, to_line
 from pc_clip.data.embeddings import Embeddings, save_embeddings
 from pc_clip.models.clip import Clip
 from pc_clip.train.methods import contrastive, pairwise
-from pc_clip.train.methods._batches import Texts, _equal_rows
+from pc_clip.train.methods.base import Texts, _equal_rows
 
 TEXTS = ["a dog", "two cats on a sofa", "a dog", "", "¿qué? 12 — ok", "word " * 90]
 

@@ -27,8 +27,9 @@ from pc_clip.data.training_data import load_dataset
 from pc_clip.models import fast_text, lora
 from pc_clip.models.clip import Clip
 from pc_clip.train import methods, precision, run_folder
-from pc_clip.train.loop import finetune, learning_rate
-from pc_clip.train.methods import _batches, pairwise
+from pc_clip.train.loop import finetune
+from pc_clip.train.methods import base, pairwise
+from pc_clip.train.optim import learning_rate
 
 
 @pytest.fixture
@@ -400,8 +401,8 @@ def test_an_epoch_can_be_joined_later_without_making_what_came_before(config, me
             assert [batch.ids for batch in later] == [batch.ids for batch in whole[skip:]]
             for one, other in zip(later, whole[skip:]):
                 assert all(torch.equal(a, b) for a, b in zip(one[1:], other[1:]))
-    made, original = [], _batches._take
-    monkeypatch.setattr(_batches, "_take", lambda z, rows: made.append(0) or original(z, rows))
+    made, original = [], base._take
+    monkeypatch.setattr(base, "_take", lambda z, rows: made.append(0) or original(z, rows))
     assert len(list(islice(found.loader(0, 4), 1))) == len(made) == 1
 
 

@@ -8,7 +8,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing, nullcontext
 from copy import copy
 from dataclasses import replace
@@ -18,15 +18,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.tracking import get_available_trackers
 from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from pc_clip.core import environment
-from pc_clip.core.config.train import FinetuneConfig, TrainConfig
+from pc_clip.core.config.train import FinetuneConfig
 from pc_clip.core.environment import resolve_device
-from pc_clip.core.errors import UserError, check_at_least, check_choice
+from pc_clip.core.errors import UserError, check_at_least
 from pc_clip.core.files import write_text
 from pc_clip.core.paths import MODEL_FILE, STATE_FILE, checkpoint_file
 from pc_clip.core.prefetch import ahead
@@ -34,10 +33,9 @@ from pc_clip.data.dataset import Dataset
 from pc_clip.data.training_data import load_dataset
 from pc_clip.models import loading, lora
 from pc_clip.models.clip import Clip, blend
-from pc_clip.train import methods, precision, run_folder, state
-from pc_clip.train.best import Best
-from pc_clip.train.compensated import CompensatedAdam
-from pc_clip.train.memory import return_freed_memory
+from pc_clip.train import methods, run_folder, state
+from pc_clip.train.optim import check_settings, learning_rate, make_optimizer, resolve_precision
+from pc_clip.train.state import BestCheckpoint
 
 log = logging.getLogger(__name__)
 
@@ -55,13 +53,13 @@ def finetune(config: FinetuneConfig) -> Path:
     if train.steps is not None:
         check_at_least("train.steps", train.steps, 1)
     resolve_device(config.device)
-    _check_choices(train)
+    check_settings(train)
     _check_start(config, run)
     lora.check(config.model.lora_rank, config.model.lora_alpha)
     process = PartialState(cpu=config.device == "cpu", **PATIENCE.to_kwargs())
     config = copy(config)  # not replace, which would lose the options of the method
     asked = (run_folder.precision(run, config) if train.precision == "auto" else None) or train.precision
-    config.train = replace(train, precision=precision.settle(asked, process.device))
+    config.train = replace(train, precision=resolve_precision(asked, process.device))
     data = load_dataset(config.data, config.seed)  # before the model, whose weights may take long to fetch
     with run_folder.locked(run) if process.is_main_process else nullcontext():  # it alone writes into the folder
         return _run(config, run, data)
@@ -73,8 +71,6 @@ def _run(config: FinetuneConfig, run: Path, data: Dataset) -> Path:
         return run
     if train.threads:
         torch.set_num_threads(train.threads)
-    if train.recompute:
-        return_freed_memory()
     accelerator = Accelerator(
         mixed_precision=train.precision,
         cpu=config.device == "cpu",
@@ -137,7 +133,7 @@ def _loop(accelerator: Accelerator, method: nn.Module, config: FinetuneConfig, r
     total = train.steps or train.epochs * per_epoch
     done, memory = state.load_state(run, parameters, optimizer) if config.resume else (0, {})
     method.restore(memory)
-    best = Best(run, done, parameters, method.chosen_by) if method.chosen_by else None
+    best = BestCheckpoint(run, done, parameters, method.chosen_by) if method.chosen_by else None
     model, optimizer = accelerator.prepare(method, optimizer)
     metrics = _Metrics(run / "metrics.jsonl", done, accelerator) if main else None
 
@@ -244,78 +240,12 @@ def batches(method: nn.Module, done: int, total: int) -> Iterator[tuple[int, Any
                 return
 
 
-def make_optimizer(
-    train: TrainConfig, parameters: list[nn.Parameter], rates: Sequence[float] | None = None
-) -> torch.optim.Optimizer:
-    """Adam or AdamW with torch's fused step. Weight decay spares vectors: gains, biases.
-
-    rates: for each parameter what its learning rate is multiplied by, kept in its group as "rate"; 1 unless given.
-    Raises UserError for weights that are not float32.
-    """
-    check_choice("train.optimizer", train.optimizer, ("adam", "adamw"))
-    if other := {str(p.dtype).removeprefix("torch.") for p in parameters if p.dtype != torch.float32}:
-        raise UserError(f"weights that learn must be float32, found {', '.join(sorted(other))}; {_WHY_FLOAT32}")
-    kinds: dict[tuple[bool, float], list[nn.Parameter]] = {}
-    for p, rate in zip(parameters, rates or [1.0] * len(parameters)):
-        kinds.setdefault((p.ndim <= 1, rate), []).append(p)
-    groups = [
-        {"params": kinds[kind], "weight_decay": 0.0 if kind[0] else train.weight_decay, "rate": kind[1]}
-        for kind in sorted(kinds, key=lambda kind: (kind[0], -kind[1]))
-    ]
-    how = {"lr": train.lr, "betas": tuple(train.betas), "eps": train.eps}
-    if train.compensated:
-        return CompensatedAdam(groups, decoupled=train.optimizer == "adamw", **how)
-    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[train.optimizer]
-    return kind(groups, fused=True, **how)
-
-
-HALF = ("bfloat16", "pure_bf16", "bf16_weights", "bf16-true", "float16", "fp16", "pure_fp16", "16-true")
-_WHY_FLOAT32 = (
-    "at small learning rates most steps are lost in anything shorter. Use train.precision bf16, which multiplies in "
-    "bf16 and keeps the weights in float32."
-)
-
-
-def _check_choices(train: TrainConfig) -> None:
-    if train.precision in HALF:
-        raise UserError(f"train.precision {train.precision} would keep the weights in half precision; {_WHY_FLOAT32}")
-    check_choice("train.precision", train.precision, precision.CHOICES)
-    check_choice("train.optimizer", train.optimizer, ("adam", "adamw"))
-    check_choice("train.schedule", train.schedule, ("constant", "exponential", "cosine"))
-    if not 0 <= train.warmup_share < 1 or (train.warmup_share and train.warmup_steps):
-        raise UserError(
-            f"train.warmup_share is {train.warmup_share:g}; a share of all steps, from 0 to below 1, in the place "
-            "of train.warmup_steps"
-        )
-    if len(train.betas) != 2 or not all(0 <= beta < 1 for beta in train.betas):
-        raise UserError(f"train.betas is {train.betas}; it takes two numbers from 0 up to, but not, 1")
-    installed = [str(tracker) for tracker in get_available_trackers()]
-    if train.tracker and train.tracker not in installed:
-        raise UserError(
-            f"tracker {train.tracker!r} is not installed (found: {', '.join(installed) or 'none'}); pip install it"
-        )
-
-
 def _check_start(config: FinetuneConfig, run: Path) -> None:
     start = config.model.start
     if start and config.model.pretrained:
         raise UserError("model.start and model.pretrained both say which weights to begin with; leave one out")
     if start and checkpoint_file(start).resolve().is_relative_to(run.resolve()):
         raise UserError(f"model.start {start} lies in the run that would take its place; choose another --name")
-
-
-def learning_rate(train: TrainConfig, step: int, steps_per_epoch: int, total: int) -> float:
-    """The rate of step `step` (from 0): linear warm-up, then the schedule."""
-    check_choice("train.schedule", train.schedule, ("constant", "exponential", "cosine"))
-    warmup = train.warmup_steps or round(train.warmup_share * total)
-    if step < warmup:
-        return train.lr * (step + 1) / warmup
-    if train.schedule == "exponential":
-        return train.lr * train.decay ** (step // steps_per_epoch)
-    if train.schedule == "cosine":
-        progress = (step - warmup) / max(1, total - warmup)
-        return train.lr * 0.5 * (1 + math.cos(math.pi * progress))
-    return train.lr
 
 
 def pinned(numbered: Iterator[tuple[int, Any]], device: torch.device) -> Iterator[tuple[int, Any]]:

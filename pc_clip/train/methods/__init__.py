@@ -1,11 +1,14 @@
 """What a run learns from, one file a method: `methods/NAME.py` is `--method NAME`.
 
 Its settings are a dataclass in core/config/train.py, where METHODS lists it; they appear as `--NAME.setting`. The file
-has a class `Method`, a torch module (a `BaseMethod` of _method.py, which has what they share) with
+has a class `Method`, a torch module (a `BaseMethod` of base.py, which has what they share) with
 
     Method(clip, data, config)   config: the run's FinetuneConfig; its own options are config.NAME
     forward(batch)           -> (loss, logs): a scalar, and numbers for the log
     begin_epoch(epoch)       called before each epoch, when the weights are as they then are
+    draw(chosen, rng, epoch, n), image_rows(part), batch(part, images)
+                             what is in batch n of an epoch: this process's part of the chosen examples, the images
+                             that it needs, and the batch itself; BaseMethod.loader calls them
     loader(epoch, skip)      batches of one epoch, the same every time, without the first `skip`; batch.ids names
                              what is in one
     steps_per_epoch          how many batches that is

@@ -37,8 +37,7 @@ from pc_clip.models.change_model import PREFIX, ChangeClip, change_of, fresh
 from pc_clip.models.clip import Clip
 from pc_clip.models.vocabulary import END, PAD, Vocabulary
 from pc_clip.train import losses, samplers
-from pc_clip.train.methods._batches import Texts
-from pc_clip.train.methods._method import BaseMethod
+from pc_clip.train.methods.base import BaseMethod, Texts
 
 STAGES = ("retrieve", "caption")
 

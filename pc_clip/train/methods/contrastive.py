@@ -6,9 +6,6 @@ images come together in a batch (train/samplers.py); the loss is the same.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator
-from contextlib import closing
 from typing import NamedTuple
 
 import numpy as np
@@ -17,15 +14,12 @@ from torch import Tensor, nn
 
 from pc_clip.core.config.train import FinetuneConfig
 from pc_clip.core.errors import UserError
-from pc_clip.core.random import stream
 from pc_clip.data.dataset import Dataset
 from pc_clip.data.overlap import likely_false
 from pc_clip.models import lora
 from pc_clip.models.clip import Clip
 from pc_clip.train import losses, samplers
-from pc_clip.train.methods import _embedded
-from pc_clip.train.methods._batches import Images, Texts
-from pc_clip.train.methods._method import BaseMethod
+from pc_clip.train.methods.base import BaseMethod, Images, Texts, embed_rows_of_images, embed_rows_of_texts
 
 
 class Batch(NamedTuple):
@@ -35,6 +29,14 @@ class Batch(NamedTuple):
     tokens: Tensor  # [B, L] int64
     images: Tensor  # [B, D] embeddings, or [B, 3, H, W] pixels when the image tower learns
     likely_false: Tensor  # scalar: the share of all processes' negatives that are likely none; NaN if it is not logged
+
+
+class Part(NamedTuple):
+    """What is drawn for a batch. examples: [B]; captions: [B], which of its captions each comes with."""
+
+    examples: np.ndarray
+    captions: np.ndarray
+    likely_false: float
 
 
 class Method(BaseMethod):
@@ -89,9 +91,9 @@ class Method(BaseMethod):
     def embeddings(self, similarity: str, now: bool) -> Tensor:
         """What makes images similar: themselves, or the mean over their captions.  -> [N, D] float32, unit length"""
         if similarity == "image":
-            return _embedded.of_images(self.images, self.rows, now, self.config)
+            return embed_rows_of_images(self.images, self.rows, now, self.config)
         all_rows = np.arange(len(self.texts.distinct))
-        z = _embedded.of_texts(self.texts, all_rows) if now else self.texts.embeddings()  # [U, D]
+        z = embed_rows_of_texts(self.texts, all_rows) if now else self.texts.embeddings()  # [U, D]
         means = torch.zeros(len(self.rows), z.shape[1])
         image_of = torch.from_numpy(np.repeat(np.arange(len(self.rows)), self.captions_each))
         means.index_add_(0, image_of, z[torch.from_numpy(self.caption_rows)])
@@ -103,25 +105,19 @@ class Method(BaseMethod):
     def alike(self, similarity: str) -> np.ndarray:
         return np.arange(len(self.rows))
 
-    def loader(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
-        """This process's part of each batch; which of an image's captions it has is drawn anew each epoch."""
-        rng = stream(self.config.seed, "batches", epoch)
-        waiting: deque[tuple[np.ndarray, np.ndarray, float]] = deque()  # for their images, which may be read ahead
+    def draw(self, chosen: np.ndarray, rng: np.random.Generator, epoch: int, n: int) -> Part:
+        """Which of an image's captions it has is drawn anew each epoch."""
+        captions = rng.integers(self.captions_each[chosen])
+        likely = self._likely_false(chosen, captions) if self.is_logged(epoch, n) else float("nan")
+        return Part(chosen[self.share], captions[self.share], likely)
 
-        def wanted() -> Iterator[np.ndarray]:
-            for n, chosen in enumerate(self.sampler.batches(epoch, rng)):
-                drawn = rng.integers(self.captions_each[chosen])
-                if n >= skip:
-                    likely = self._likely_false(chosen, drawn) if self.is_logged(epoch, n) else float("nan")
-                    waiting.append((chosen[self.share], drawn[self.share], likely))
-                    yield self.rows[chosen[self.share]]
+    def image_rows(self, part: Part) -> np.ndarray:
+        return self.rows[part.examples]
 
-        with closing(self.images.batches(wanted(), epoch)) as coming:
-            for images in coming:
-                chosen, drawn, likely = waiting.popleft()
-                tokens = self.texts.batch(self.caption_rows[self.first_caption[chosen] + drawn])
-                ids = [self.images.ids[row] for row in self.rows[chosen]]
-                yield Batch(ids, tokens, images, torch.tensor(likely))
+    def batch(self, part: Part, images: Tensor) -> Batch:
+        tokens = self.texts.batch(self.caption_rows[self.first_caption[part.examples] + part.captions])
+        ids = [self.images.ids[row] for row in self.rows[part.examples]]
+        return Batch(ids, tokens, images, torch.tensor(part.likely_false))
 
     def _likely_false(self, chosen: np.ndarray, drawn: np.ndarray) -> float:
         told = [self.said[n] for n in chosen]

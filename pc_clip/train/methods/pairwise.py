@@ -7,9 +7,6 @@ images are alike. Batches of similar sentences or similar differences come from 
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator
-from contextlib import closing
 from typing import NamedTuple
 
 import numpy as np
@@ -26,9 +23,7 @@ from pc_clip.data.dataset import Dataset
 from pc_clip.models import lora
 from pc_clip.models.clip import Clip
 from pc_clip.train import losses, samplers
-from pc_clip.train.methods import _embedded
-from pc_clip.train.methods._batches import Images, Texts, Tokens
-from pc_clip.train.methods._method import BaseMethod
+from pc_clip.train.methods.base import BaseMethod, Images, Texts, Tokens, embed_rows_of_images, embed_rows_of_texts
 
 BLOCK = 8192  # pairs whose embeddings are held at a time
 
@@ -45,6 +40,15 @@ class Batch(NamedTuple):
     anchor_tokens: Tensor  # [A, L'] int64
     anchor_start: Tensor  # [A, D] float32, where these captions were before training
     identical: Tensor  # scalar: the share of all processes' negatives that say the very same sentence
+
+
+class Part(NamedTuple):
+    """What is drawn for a batch. pairs: [B, 2] rows of images; text: [B] rows of texts; anchors: [A]."""
+
+    pairs: np.ndarray
+    text: np.ndarray
+    anchors: np.ndarray
+    identical: float
 
 
 class Method(BaseMethod):
@@ -114,7 +118,7 @@ class Method(BaseMethod):
     def _closeness(self) -> np.ndarray:
         """Cosine of the two images of each pair, before training.  -> [N]"""
         used, places = np.unique(self.pairs, return_inverse=True)
-        z = _embedded.of_images(self.images, used, False, self.config)
+        z = embed_rows_of_images(self.images, used, False, self.config)
         places = torch.from_numpy(places.reshape(self.pairs.shape))
         blocks = places.split(BLOCK)
         return np.concatenate([(z[some[:, 0]] * z[some[:, 1]]).sum(-1).numpy() for some in blocks])
@@ -123,9 +127,9 @@ class Method(BaseMethod):
         """What makes pairs similar: their sentences, or their images' differences.  -> [N, D] float32, unit length"""
         if similarity == "text":
             said, rows = np.unique(self.text_rows, return_inverse=True)
-            return _embedded.of_texts(self.texts, said)[torch.from_numpy(rows)]
+            return embed_rows_of_texts(self.texts, said)[torch.from_numpy(rows)]
         used, places = np.unique(self.pairs, return_inverse=True)
-        z = _embedded.of_images(self.images, used, now, self.config)
+        z = embed_rows_of_images(self.images, used, now, self.config)
         places, found = torch.from_numpy(places.reshape(self.pairs.shape)), torch.empty(len(self.pairs), z.shape[1])
         for n in range(0, len(places), BLOCK):
             some = places[n : n + BLOCK]
@@ -165,52 +169,34 @@ class Method(BaseMethod):
 
     # -- the epoch -------------------------------------------------------------------------------------
 
-    def loader(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
-        """This process's part of each batch."""
-        rng = stream(self.config.seed, "batches", epoch)
-        waiting: deque[tuple[np.ndarray, np.ndarray, np.ndarray, float]] = (
-            deque()
-        )  # for their images, which may be read ahead
+    def draw(self, chosen: np.ndarray, rng: np.random.Generator, epoch: int, n: int) -> Part:
+        anchors = np.empty(0, int)
+        if self.anchors:
+            anchors = rng.integers(len(self.anchors.distinct), size=self.options.anchor_batch)
+        pairs, rows = self.pairs[chosen], self.text_rows[chosen]
+        if self.mirror_rows is not None:
+            pairs = np.concatenate([pairs, pairs[:, ::-1]])
+            rows = np.concatenate([rows, self.mirror_rows[chosen]])
+        return Part(pairs[self.share], rows[self.share], anchors[self.anchor_share], _identical(rows))
 
-        def wanted() -> Iterator[np.ndarray]:
-            for n, chosen in enumerate(self.sampler.batches(epoch, rng)):
-                anchors = (
-                    rng.integers(len(self.anchors.distinct), size=self.options.anchor_batch)
-                    if self.anchors
-                    else np.empty(0, int)
-                )
-                if n < skip:
-                    continue
-                pairs, rows = self.pairs[chosen], self.text_rows[chosen]
-                if self.mirror_rows is not None:
-                    pairs = np.concatenate([pairs, pairs[:, ::-1]])
-                    rows = np.concatenate([rows, self.mirror_rows[chosen]])
-                anchors = anchors[self.anchor_share]
-                waiting.append((pairs[self.share], rows[self.share], anchors, _identical(rows)))
-                yield np.unique(pairs[self.share])
+    def image_rows(self, part: Part) -> np.ndarray:
+        return np.unique(part.pairs)
 
-        with closing(self.images.batches(wanted(), epoch)) as coming:
-            for images in coming:
-                yield self._batch(*waiting.popleft(), images)
-
-    def _batch(
-        self, pairs: np.ndarray, rows: np.ndarray, anchors: np.ndarray, identical: float, images: Tensor
-    ) -> Batch:
-        """images: of the images of these pairs, each once, in the order of their rows."""
-        index = np.unique(pairs, return_inverse=True)[1]
-        said, text = np.unique(rows, return_inverse=True)
-        index = torch.from_numpy(index.reshape(pairs.shape))
+    def batch(self, part: Part, images: Tensor) -> Batch:
+        index = np.unique(part.pairs, return_inverse=True)[1]
+        distinct, text = np.unique(part.text, return_inverse=True)
+        index = torch.from_numpy(index.reshape(part.pairs.shape))
         none = torch.empty(0, 0, dtype=torch.long)
         return Batch(
-            ids=[f"{self.images.ids[i]}|{self.images.ids[j]}" for i, j in pairs.tolist()],
-            tokens=self.texts.batch(said),
+            ids=[f"{self.images.ids[i]}|{self.images.ids[j]}" for i, j in part.pairs.tolist()],
+            tokens=self.texts.batch(distinct),
             text=torch.from_numpy(text),
             images=images,
             first=index[:, 0],
             second=index[:, 1],
-            anchor_tokens=self.anchors.batch(anchors) if self.anchors else none,
-            anchor_start=self.anchor_start[torch.from_numpy(anchors)] if self.anchors else none.float(),
-            identical=torch.tensor(identical),
+            anchor_tokens=self.anchors.batch(part.anchors) if self.anchors else none,
+            anchor_start=self.anchor_start[torch.from_numpy(part.anchors)] if self.anchors else none.float(),
+            identical=torch.tensor(part.identical),
         )
 
     # -- the step --------------------------------------------------------------------------------------

@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections import deque
-from collections.abc import Iterator
-from contextlib import closing
 from typing import NamedTuple
 
 import numpy as np
@@ -20,17 +17,15 @@ from torch import Tensor, nn
 
 from pc_clip.core.config.train import FinetuneConfig, PreferenceConfig
 from pc_clip.core.errors import UserError, check_choice
-from pc_clip.core.random import stream
 from pc_clip.data.dataset import Dataset, Statement
 from pc_clip.data.statements import read_statements
 from pc_clip.data.views import located, match
 from pc_clip.models import lora
 from pc_clip.models.clip import Clip
 from pc_clip.train import losses, samplers
-from pc_clip.train.methods import _coca, _embedded
-from pc_clip.train.methods._batches import Images, Texts
-from pc_clip.train.methods._coca import CoCa
-from pc_clip.train.methods._method import BaseMethod
+from pc_clip.train.methods import coca
+from pc_clip.train.methods.base import BaseMethod, Images, Texts, embed_rows_of_images, embed_rows_of_texts
+from pc_clip.train.methods.coca import CoCa
 
 BLOCK = 65_536  # preferences whose embeddings are held at a time
 LOSSES = ("dpo", "ipo", "reward", "contrastive")
@@ -59,7 +54,7 @@ class Method(BaseMethod):
         self.options: PreferenceConfig = config.preference
         _check(self.options)
         if self.options.captioning:
-            _coca.check(clip)
+            coca.check(clip)
         statements = self._read(data)
         self.texts = Texts(clip, [text for s in statements for text in (s.preferred, s.rejected)])
         self.preferred = self.texts.rows([s.preferred for s in statements])  # [N]
@@ -141,7 +136,7 @@ class Method(BaseMethod):
         if self.options.captioning:
             precision = self.config.train.precision
             rows = np.concatenate(image), np.concatenate(text)
-            found = _coca.log_likelihoods_of_all(self.clip, self.images, self.texts, *rows, precision)
+            found = coca.log_likelihoods_of_all(self.clip, self.images, self.texts, *rows, precision)
             preferred, rejected = found.chunk(2)
             self.reference += self.options.captioning * (preferred - rejected)
 
@@ -156,9 +151,9 @@ class Method(BaseMethod):
         rows = self.preferred if similarity == "text" else self.image
         used, places = np.unique(rows, return_inverse=True)
         found = (
-            _embedded.of_texts(self.texts, used)
+            embed_rows_of_texts(self.texts, used)
             if similarity == "text"
-            else _embedded.of_images(self.images, used, now, self.config)
+            else embed_rows_of_images(self.images, used, now, self.config)
         )
         return found[torch.from_numpy(places)]
 
@@ -170,23 +165,13 @@ class Method(BaseMethod):
 
     # -- the epoch -------------------------------------------------------------------------------------
 
-    def loader(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
-        """This process's part of each batch."""
-        rng = stream(self.config.seed, "batches", epoch)
-        waiting: deque[np.ndarray] = deque()  # for their images, which may be read ahead
+    def draw(self, chosen: np.ndarray, rng: np.random.Generator, epoch: int, n: int) -> np.ndarray:
+        return chosen[self.share]
 
-        def wanted() -> Iterator[np.ndarray]:
-            for n, chosen in enumerate(self.sampler.batches(epoch, rng)):
-                if n >= skip:
-                    waiting.append(chosen[self.share])
-                    yield np.unique([self.image[waiting[-1]], self.instead[waiting[-1]]])
+    def image_rows(self, chosen: np.ndarray) -> np.ndarray:
+        return np.unique([self.image[chosen], self.instead[chosen]])
 
-        with closing(self.images.batches(wanted(), epoch)) as coming:
-            for images in coming:
-                yield self._batch(waiting.popleft(), images)
-
-    def _batch(self, chosen: np.ndarray, images: Tensor) -> Batch:
-        """images: of the images of these preferences, each once, in the order of their rows."""
+    def batch(self, chosen: np.ndarray, images: Tensor) -> Batch:
         said, text = np.unique([self.preferred[chosen], self.rejected[chosen]], return_inverse=True)
         _, image = np.unique([self.image[chosen], self.instead[chosen]], return_inverse=True)
         text, image = (torch.from_numpy(rows.reshape(2, -1)) for rows in (text, image))
@@ -244,10 +229,10 @@ def encode_captioning(model: CoCa, batch: Batch) -> tuple[Tensor, Tensor, Tensor
 
     Each text and each image goes through its tower once.  -> [V, D], [U, D], [B], all float32
     """
-    text, vectors = _coca.encode_text(model, batch.tokens)
-    image, image_tokens = _coca.encode_image(model, batch.images)
+    text, vectors = coca.encode_text(model, batch.tokens)
+    image, image_tokens = coca.encode_image(model, batch.images)
     preferred, rejected = (
-        _coca.log_likelihood(model, image_tokens[there], batch.tokens[said], vectors[said])
+        coca.log_likelihood(model, image_tokens[there], batch.tokens[said], vectors[said])
         for there, said in ((batch.image, batch.preferred), (batch.instead, batch.rejected))
     )
     return text.float(), image.float(), preferred - rejected
@@ -268,7 +253,7 @@ def log_odds_of_all(
     precision = config.train.precision
     z_text = texts.embeddings(precision)  # [U, D]
     used, places = np.unique(image, return_inverse=True)
-    z_image = _embedded.of_images(images, used, precision == "bf16", config)  # those of the cache are exact
+    z_image = embed_rows_of_images(images, used, precision == "bf16", config)  # those of the cache are exact
     places = places.reshape(2, -1)
     found = torch.empty(len(text[0]))
     for start in range(0, len(found), BLOCK):

@@ -8,8 +8,8 @@ from torch import nn
 
 from pc_clip.core.config.train import TrainConfig
 from pc_clip.core.errors import UserError
-from pc_clip.train.compensated import CHUNK, CompensatedAdam, add_compensated
-from pc_clip.train.loop import _check_choices, make_optimizer
+from pc_clip.train import optim
+from pc_clip.train.optim import CHUNK, CompensatedAdam, add_compensated, check_settings, make_optimizer
 
 RATE = 5e-9  # the paper's after seven of its twenty epochs
 
@@ -94,6 +94,29 @@ def test_weights_in_half_precision_are_refused_and_told_why():
     with pytest.raises(UserError, match=r"must be float32, found bfloat16; at small learning rates .* train.precision"):
         make_optimizer(TrainConfig(), [nn.Parameter(torch.ones(2, 2, dtype=torch.bfloat16))])
     with pytest.raises(UserError, match="pure_bf16 would keep the weights in half precision.*bf16, which multiplies"):
-        _check_choices(TrainConfig(precision="pure_bf16"))
+        check_settings(TrainConfig(precision="pure_bf16"))
     with pytest.raises(UserError, match="precision"):
-        _check_choices(TrainConfig(precision="fp8"))
+        check_settings(TrainConfig(precision="fp8"))
+
+
+def test_auto_is_bf16_where_the_processor_multiplies_in_it(monkeypatch, caplog):
+    cases = [
+        ({"avx512_bf16": True}, "auto", "bf16"),
+        ({"bf16": True, "architecture": "aarch64"}, "auto", "bf16"),
+        ({"avx2": True, "avx512_bf16": False}, "auto", "no"),
+        ({}, "bf16", "bf16"),
+        ({"avx512_bf16": True}, "no", "no"),
+    ]
+    for capabilities, asked, expected in cases:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda capabilities=capabilities: capabilities)
+        assert optim.resolve_precision(asked, torch.device("cpu")) == expected, (capabilities, asked)
+    assert caplog.text.count("no instructions for it") == 1  # of bf16 that was asked for by name
+
+
+def test_learning_rates():
+    train = TrainConfig(lr=1.0, schedule="cosine", warmup_share=0.1)
+    rates = [optim.learning_rate(train, step, 10, 100) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.1 * n for n in range(1, 11)])
+    assert rates[55] == pytest.approx(0.5)
+    decayed = [optim.learning_rate(TrainConfig(lr=1.0, decay=0.5), step, 2, 6) for step in range(6)]
+    assert decayed == [1, 1, 0.5, 0.5, 0.25, 0.25]

@@ -1,26 +1,137 @@
-"""What methods share: texts as tokens, this process's part of a batch, images as pixels or embeddings."""
+"""What methods share: texts as tokens, images as pixels or embeddings, the loader, the state of a run."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast, gather
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from pc_clip.core import cache
 from pc_clip.core.config.train import FinetuneConfig
+from pc_clip.core.distributed import process_slice
 from pc_clip.core.errors import UserError
+from pc_clip.core.random import stream
 from pc_clip.data import tokens
 from pc_clip.data.augment import RandomCrop
-from pc_clip.data.dataset import Dataset
+from pc_clip.data.dataset import Dataset, subset
 from pc_clip.data.embedding_shards import Rows
 from pc_clip.data.embeddings import embed_images, load_embeddings
+from pc_clip.data.encoding import Options, encode
 from pc_clip.data.images import Reader, Transform, plain
-from pc_clip.models.clip import Clip, hash_tensors
+from pc_clip.models.clip import SCRATCH, Clip, hash_tensors
 from pc_clip.models.parameters import image_tower_learns
+from pc_clip.train.samplers import Sampler
+
+LARGEST_LOGIT_SCALE = torch.tensor(100.0).log().item()
+TEXTS_PER_BATCH = 256
+ROWS_AT_ONCE = 1 << 16  # rows of embeddings that all processes hold at a time
+
+
+class BaseMethod(nn.Module):
+    """A method without its batches and its loss; methods/__init__.py says what those are."""
+
+    sampler: Sampler  # made by the method, which knows what its examples are
+    images: Images
+
+    def __init__(self, clip: Clip, config: FinetuneConfig) -> None:
+        super().__init__()
+        self.model, self.clip, self.config = clip.model, clip, config
+        self.share = process_slice("train.batch_size", config.train.batch_size)
+        self.notes: list[str] = []
+        self.settling = 0.0  # seconds that the beginnings of epochs have taken
+        # Statistics of BatchNorm are learnt from scratch only: a finetuned model keeps those it has.
+        self.train(config.model.pretrained == SCRATCH)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.sampler.steps_per_epoch
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Called before each epoch, when all steps before it are done."""
+        begun = time.perf_counter()
+        if self.training and PartialState().num_processes > 1:  # else each process embeds by statistics of its own
+            for value in self.model.buffers():
+                broadcast(value)
+        self.sampler.begin(epoch)
+        self.settling += time.perf_counter() - begun
+
+    def is_logged(self, epoch: int, n: int) -> bool:
+        """Whether the log has a line of the n-th step of an epoch; what is only for the log need not be found else."""
+        train, step = self.config.train, epoch * self.steps_per_epoch + n + 1
+        return step % train.log_every == 0 or step == (train.steps or train.epochs * self.steps_per_epoch)
+
+    chosen_on = ""  # what `validate` looks at, by content
+    chosen_by = ""  # the figure of `validate` by which the best epoch is chosen; empty for the last epoch
+
+    def validate(self) -> dict[str, float]:
+        """Figures on images that are not learnt from, after an epoch; asked for where `chosen_by` names one of them."""
+        return {}
+
+    def rate(self, name: str) -> float:
+        """What train.lr is multiplied by for a parameter of `trainable`."""
+        return 1.0
+
+    def after_step(self) -> None:
+        """Called after each step of the optimizer. CLIP keeps its logit scale at 100 or below (Radford et al. 2021)."""
+        scale = getattr(self.model, "logit_scale", None)
+        if scale is not None and scale.requires_grad:
+            with torch.no_grad():
+                scale.clamp_(max=LARGEST_LOGIT_SCALE)
+
+    # -- the loader ------------------------------------------------------------------------------------
+
+    def loader(self, epoch: int, skip: int = 0) -> Iterator[Any]:
+        """This process's part of each batch of an epoch, without the first `skip`. Images are read ahead.
+
+        `draw` makes all random choices of a batch, for skipped ones too; `image_rows` are the images that a part needs,
+        in the order in which `batch` then gets them.
+        """
+        rng = stream(self.config.seed, "batches", epoch)
+        parts: deque[Any] = deque()  # waiting for their images
+
+        def wanted() -> Iterator[np.ndarray]:
+            for n, chosen in enumerate(self.sampler.batches(epoch, rng)):
+                part = self.draw(chosen, rng, epoch, n)
+                if n >= skip:
+                    parts.append(part)
+                    yield self.image_rows(part)
+
+        with closing(self.images.batches(wanted(), epoch)) as coming:
+            for images in coming:
+                yield self.batch(parts.popleft(), images)
+
+    # -- what the next step depends on besides weights and optimizer ----------------------------------------
+
+    def state(self) -> dict[str, Tensor]:
+        """What the next step depends on besides weights and optimizer."""
+        found = {f"sampler.{name}": value for name, value in self.sampler.state().items()}
+        if self.training:
+            found |= {f"buffer.{name}": value for name, value in self.model.named_buffers()}
+        return found
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Put back what `state` gave."""
+        of = {
+            kind: {name.removeprefix(kind): v for name, v in state.items() if name.startswith(kind)}
+            for kind in ("sampler.", "buffer.")
+        }
+        if of["sampler."]:
+            self.sampler.restore(of["sampler."])
+        for name, value in self.model.named_buffers():
+            if name in of["buffer."]:
+                value.copy_(of["buffer."][name])
+
+
+# -- texts and images ---------------------------------------------------------------------------------------
 
 
 class Tokens:
@@ -178,3 +289,56 @@ def _equal_rows(z: Tensor | Rows, pairs: np.ndarray, block: int = 8192, coordina
         first, second = (nn.functional.normalize(_take(z, pairs[some, k]), dim=-1) for k in (0, 1))
         equal[some] = ~((first - second).norm(dim=-1) > 1e-6).numpy()
     return equal
+
+
+# -- embeddings by all processes together --------------------------------------------------------------------
+
+
+def embed_rows_of_texts(texts: Tokens, rows: np.ndarray) -> Tensor:
+    """Unit embeddings of some texts of a table.  -> [R, D] float32, on the CPU"""
+
+    @torch.no_grad()
+    def compute(places: np.ndarray) -> Tensor:
+        z = torch.empty(len(places), texts.clip.embed_dim)
+        mine = rows[places]
+        order = np.argsort((texts.tokens[mine] != 0).sum(1), kind="stable")  # like lengths together: less padding
+        for start in range(0, len(mine), TEXTS_PER_BATCH):
+            some = order[start : start + TEXTS_PER_BATCH]
+            found = texts.clip.encode_text(texts.batch(mine[some]).to(texts.clip.device))
+            z[torch.from_numpy(some)] = nn.functional.normalize(found.float(), dim=-1).cpu()
+        return z
+
+    return compute_distributed(len(rows), compute, "embedding texts")
+
+
+def embed_rows_of_images(images: Images, rows: np.ndarray, now: bool, config: FinetuneConfig) -> Tensor:
+    """Unit embeddings of some images: cached ones, or where the tower learns and `now`, fresh.  -> [R, D] float32"""
+    if images.z is not None:
+        z = images.z.whole() if isinstance(images.z, Rows) else images.z
+        return nn.functional.normalize(z[torch.from_numpy(rows)].float(), dim=-1)
+    if not now:
+        with PartialState().main_process_first():  # the others then find them in the cache
+            z = embed_images(images.clip, images.data, workers=config.data.workers).z
+        return nn.functional.normalize(z[torch.from_numpy(rows)].float(), dim=-1)
+
+    def compute(some: np.ndarray) -> Tensor:
+        options = Options(workers=config.data.workers, precision=config.train.precision)
+        found = encode(images.clip, subset(images.data, rows[some]), options).z
+        return nn.functional.normalize(found.float(), dim=-1)
+
+    return compute_distributed(len(rows), compute, "embedding images")
+
+
+def compute_distributed(n: int, compute: Callable[[np.ndarray], Tensor], what: str) -> Tensor:
+    """Rows 0 to n - 1 by `compute`, each process its part; every process has them all.  -> [n, D] on the CPU"""
+    state = PartialState()
+    found, starts = torch.empty(0), range(0, n, ROWS_AT_ONCE)
+    for start in tqdm(starts, what, leave=False, disable=None if len(starts) > 1 and state.is_main_process else True):
+        block = np.arange(start, min(start + ROWS_AT_ONCE, n))
+        each = -(-len(block) // state.num_processes)
+        mine = np.resize(block[state.process_index * each : (state.process_index + 1) * each], each)
+        z = compute(mine)
+        z = z if state.num_processes == 1 else gather(z.to(state.device))[: len(block)].cpu()
+        found = found if len(found) else torch.empty(n, z.shape[1])  # filled: what torch.cat makes is there twice
+        found[start : start + len(block)] = z
+    return found

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from pc_clip.core.errors import UserError
 from pc_clip.models.clip import Clip
-from pc_clip.train.methods import _embedded
-from pc_clip.train.methods._batches import Images, Texts
+from pc_clip.train.methods.base import Images, Texts, compute_distributed
 
 from open_clip.coca_model import CoCa  # isort: skip  (after torchvision_compat)
 
@@ -89,7 +88,7 @@ def log_likelihoods_of_all(
         with torch.autocast(clip.device.type, torch.bfloat16, enabled=precision == "bf16"):
             return _of_pairs(clip, images, texts, pairs[some])
 
-    return _embedded._together(len(pairs), compute, "captions given images")[torch.from_numpy(places.reshape(-1)), 0]
+    return compute_distributed(len(pairs), compute, "captions given images")[torch.from_numpy(places.reshape(-1)), 0]
 
 
 def _of_pairs(clip: Clip, images: Images, texts: Texts, pairs: np.ndarray) -> Tensor:
