@@ -26,7 +26,7 @@ from pc_clip.data.registry import open_dataset
 from pc_clip.data.training_data import load_dataset
 from pc_clip.models import fast_text, lora
 from pc_clip.models.clip import Clip
-from pc_clip.train import methods, precision, run_folder
+from pc_clip.train import methods, optim, run_folder
 from pc_clip.train.loop import finetune
 from pc_clip.train.methods import base, pairwise
 from pc_clip.train.optim import learning_rate
@@ -232,14 +232,14 @@ def test_a_run_of_an_earlier_version_can_be_continued(config, monkeypatch):
 @pytest.mark.parametrize("quick, kept", [(True, "bf16"), (False, "no")])
 def test_a_run_keeps_what_was_settled(config, monkeypatch, quick, kept):
     """So that it is continued as it began, and known again, on a machine of another kind."""
-    monkeypatch.setattr(precision, "multiplies_bf16", lambda device: quick)
+    monkeypatch.setattr(optim, "multiplies_bf16", lambda device: quick)
     config.train.precision, config.train.steps = "auto", 6
     with pytest.MonkeyPatch.context() as context:
         stop_at(context, 3)
         with pytest.raises(KeyboardInterrupt):
             finetune(config)
     assert config.train.precision == "auto"
-    monkeypatch.setattr(precision, "multiplies_bf16", lambda device: not quick)
+    monkeypatch.setattr(optim, "multiplies_bf16", lambda device: not quick)
     config.resume = True
     run = finetune(config)
     config.resume = False
