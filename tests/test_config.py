@@ -104,6 +104,12 @@ def test_a_setting_that_moved_names_its_new_place(tmp_path):
         evaluate("--config", "c.yaml")
 
 
+def test_settings_of_training_are_none_of_an_evaluation():
+    for flag in ("--model.start", "--model.train", "--model.lora_rank"):
+        with pytest.raises(UserError, match=f"no setting {flag[2:]}"):
+            evaluate(flag, "1")
+
+
 def test_flags_cannot_be_abbreviated():
     with pytest.raises(UserError, match="no setting train.step. Did you mean 'train.steps'"):
         finetune("--train.step", "3")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from pc_clip.core.config.settings import LoaderConfig, ModelConfig, runtime
+from pc_clip.core.config.settings import LoaderConfig, PretrainedConfig, runtime
 from pc_clip.core.config.write import LanguageModelConfig, ServerConfig
 
 ALPHAS = tuple(n / 10 for n in range(11))
@@ -212,7 +212,7 @@ class EvaluateConfig(LoaderConfig):
     out: str = runtime("results")
     again: bool = runtime(False)
     threads: int = runtime(0)
-    model: ModelConfig = field(default_factory=ModelConfig, metadata={"identity": False})
+    model: PretrainedConfig = field(default_factory=PretrainedConfig, metadata={"identity": False})
     difference: DifferenceConfig = field(default_factory=DifferenceConfig, metadata={"identity": False})
     rank: RankConfig = field(default_factory=RankConfig, metadata={"identity": False})
     comparative: ComparativeConfig = field(default_factory=ComparativeConfig, metadata={"identity": False})

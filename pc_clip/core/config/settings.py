@@ -30,32 +30,18 @@ def identity(config: Any) -> dict[str, Any]:
 
 
 @dataclass
-class ModelConfig:
-    """The model a run starts from.
+class PretrainedConfig:
+    """A model as it was published.
 
     Args:
         name: open_clip's name of the architecture, "example" or "example_vit" for the embedded models, or
             local-dir:FOLDER; empty for the embedded ones on the example, and PC-CLIP's (ViT-L-14,
             datacomp_xl_s13b_b90k) on anything else.
-        pretrained: One of open_clip's tags for it, a file of weights, or scratch for weights drawn by the run's seed.
-        start: A checkpoint to start from in place of these weights: a run's folder, a .safetensors or .pt file. It says
-            itself which model it is of; training alone reads this.
-        train: Which parameters learn: text_blocks, text, all_text_but_embeddings or both; attention for what makes
-            queries, keys and values in both towers (A-CLIP), text_attention for that in the text tower alone.
-        lora_rank: Train adapters of this rank on the weights that `train` names, in place of these weights; 0 for none.
-            Needs the package peft. When training is done they are added to the weights.
-        lora_alpha: What adapters add is multiplied by lora_alpha / lora_rank; null for 1, peft's own default.
-        fast_text: Encode texts without padding (pc_clip/fast_text.py) where the text tower allows it; the results are
-            the same but for rounding.
+        pretrained: One of open_clip's tags for it, a file of weights, or scratch for weights drawn by the seed.
     """
 
     name: str = ""
     pretrained: str | None = None
-    start: str = ""
-    train: str = "text_blocks"
-    lora_rank: int = 0
-    lora_alpha: float | None = None
-    fast_text: bool = True
 
     def source(self, dataset: str) -> tuple[str, str | None]:
         """The architecture and the weights a model is made of, when it is used on `dataset`."""
@@ -66,6 +52,29 @@ class ModelConfig:
         if dataset == "example_changes":
             return "example_vit", self.pretrained
         return "ViT-L-14", self.pretrained or "datacomp_xl_s13b_b90k"
+
+
+@dataclass
+class ModelConfig(PretrainedConfig):
+    """The model a run starts from, and what of it learns.
+
+    Args:
+        start: A checkpoint to start from instead of published weights: a run's folder, a .safetensors or .pt file. It
+            names its architecture itself.
+        train: Which parameters learn: text_blocks, text, all_text_but_embeddings or both; attention for the query,
+            key and value projections of both towers (A-CLIP), text_attention for those of the text tower alone.
+        lora_rank: Train LoRA adapters of this rank on the weights that `train` names instead of the weights; 0 for
+            none. Needs the package peft. When training is done they are added to the weights.
+        lora_alpha: What adapters add is multiplied by lora_alpha / lora_rank; null for 1, peft's own default.
+        fast_text: Encode texts without padding (models/fast_text.py) where the text tower allows it; the results are
+            the same but for rounding.
+    """
+
+    start: str = ""
+    train: str = "text_blocks"
+    lora_rank: int = 0
+    lora_alpha: float | None = None
+    fast_text: bool = True
 
 
 @dataclass
@@ -168,5 +177,5 @@ class EmbedConfig:
     verify: bool = runtime(False)
     cache: str = runtime("")
     device: str = runtime("")
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: PretrainedConfig = field(default_factory=PretrainedConfig)
     data: DataConfig = field(default_factory=DataConfig)

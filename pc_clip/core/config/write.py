@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from pc_clip.core.config.settings import LoaderConfig, ModelConfig, runtime
+from pc_clip.core.config.settings import LoaderConfig, PretrainedConfig, runtime
 
 
 def of_tasks(default: Any, *tasks: str) -> Any:
@@ -176,7 +176,7 @@ class GenerateConfig:
     out: str = runtime("llm_diffs")
     overwrite: bool = runtime(False)
     rank: RankDataConfig = field(default_factory=RankDataConfig, metadata={"tasks": ("rank",)})
-    model: ModelConfig = field(default_factory=ModelConfig, metadata={"tasks": ("rank",)})
+    model: PretrainedConfig = field(default_factory=PretrainedConfig, metadata={"tasks": ("rank",)})
     transformers: LanguageModelConfig = field(default_factory=LanguageModelConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
     change: ChangeWriterConfig = field(default_factory=ChangeWriterConfig, metadata={"tasks": ("change",)})
