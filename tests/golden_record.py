@@ -31,12 +31,16 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
+from pc_clip.data import example_sets
 from pc_clip.interface import finetune, generate_diffs, run
 
 FOLDER = Path(__file__).parent / "golden"
 CONFIGS = ROOT / "configs"
 STEPS = 20
-RELATIONS = "relations,zeroshot,probe,geometry"  # without average: nine image towers over 3,000 images
+SIZES = {"train": 1200, "val": 300, "test": 400}  # scenes: a fifth of the example, so that all takes two minutes
+PAIRS = {"train": 400, "val": 100, "test": 200}
+RELATIONS = "relations,zeroshot,probe,geometry"  # without average, which makes nine image towers
+FEW = ("--n_images", "1000", "--n_pairs", "4000")
 RUNS = {  # name -> flags; 20 steps each, every loss logged
     "pairwise": ["--config", "example.yaml"],
     "pairwise_paper_loss": ["--config", "example_pc.yaml"],
@@ -71,6 +75,7 @@ def train(name: str, *flags: str) -> Path:
 def twenty_steps(name: str) -> dict[str, Any]:
     """First losses, and the final weights as a hash and as four projections on fixed directions."""
     begun = time.perf_counter()
+    write_example()
     folder = train(name, *RUNS[name], "--train.steps", str(STEPS), "--train.log_every", "1")
     print(f"{name}: {time.perf_counter() - begun:.0f} s", flush=True)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -98,7 +103,7 @@ def figures(argv: list[str]) -> dict[str, dict[str, float]]:
 def written() -> dict[str, list[str]]:
     """The first 50 lines of each task that rules can write."""
     tasks = {
-        "pairs": ["--name", "pairs", "--config", str(CONFIGS / "diffs_example.yaml")],
+        "pairs": ["--name", "pairs", "--config", str(CONFIGS / "diffs_example.yaml"), *FEW],
         "compare": [
             "--name",
             "compare",
@@ -129,10 +134,15 @@ def written() -> dict[str, list[str]]:
     return lines | {"rank": pd.read_parquet(ranked).head(50).astype(str).to_csv(index=False).splitlines()}
 
 
+def write_example() -> None:
+    """The sentences that training on the example reads."""
+    generate_diffs.main(["--config", str(CONFIGS / "diffs_example.yaml"), *FEW])
+
+
 def mirror() -> dict[str, Any]:
-    """One quickstart run of pc_anchor_mirror, seed 0, and all figures of it."""
-    generate_diffs.main([])
-    return figures(["--checkpoint", str(train("pc_anchor_mirror", "--config", "example.yaml"))])
+    """A quarter of a quickstart run of pc_anchor_mirror, seed 0, and all figures of it."""
+    write_example()
+    return figures(["--checkpoint", str(train("pc_anchor_mirror", "--config", "example.yaml", "--train.steps", "200"))])
 
 
 RECIPES: dict[str, Callable[[], Any]] = {
@@ -153,9 +163,18 @@ NEEDS_RUN = {"figures_relations": "preference", "figures_changes": "change_capti
 def record(name: str) -> Any:
     """Compute one recipe in the working folder."""
     torch.set_num_threads(1)
+    sizes = example_sets.EXAMPLE_SIZES, example_sets.CHANGES_SIZES
+    example_sets.EXAMPLE_SIZES, example_sets.CHANGES_SIZES = SIZES, PAIRS
+    try:
+        return _record(name)
+    finally:
+        example_sets.EXAMPLE_SIZES, example_sets.CHANGES_SIZES = sizes
+
+
+def _record(name: str) -> Any:
     if (needed := NEEDS_RUN.get(name)) and not (Path("runs") / needed).exists():
         twenty_steps(needed)
-    return RECIPES[name]()
+    return twenty_steps(name) if name in RUNS else RECIPES[name]()
 
 
 def main() -> None:
