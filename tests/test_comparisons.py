@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pc_clip.data.classnames import class_names
+from pc_clip.data.class_text import class_names
 from pc_clip.data.differences import swap_roles
 from pc_clip.data.registry import READERS, open_dataset
 from pc_clip.evals import comparative

@@ -18,15 +18,15 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
+
 from PIL import Image
 from scipy.io import savemat
 
 from pc_clip.core.errors import UserError
-from pc_clip.data import hash_split, listing
-from pc_clip.data.archives import Archive
-from pc_clip.data.awa2 import read_predicates
-from pc_clip.data.classnames import class_names
-from pc_clip.data.registry import ARCHIVES, READERS, download, held_out, open_dataset, state
+from pc_clip.data import hash_split, registry as listing
+from pc_clip.data.class_text import class_names
+from pc_clip.data.registry import READERS, download, held_out, open_dataset, state
 from pc_clip.models.torchvision_compat import torchvision
 
 SPLIT_BY_US = ("eurosat", "sun397", "awa2")

@@ -21,7 +21,7 @@ from PIL import Image
 
 from pc_clip.core.config.settings import DataConfig
 from pc_clip.core.errors import UserError
-from pc_clip.data import example_sets, listing, registry
+from pc_clip.data import example_sets, registry
 from pc_clip.data.captions import read_captions, read_coco_captions, read_simclip_tsv
 from pc_clip.data.dataset import BrokenImage, read_image
 from pc_clip.data.registry import open_dataset
@@ -77,7 +77,7 @@ def test_a_data_set_that_is_not_there_says_where_it_was_looked_for_and_what_to_f
 
 def listed(capsys):
     """What `python -m pc_clip datasets` says of each set: its line, and the text below it."""
-    listing.main([])
+    registry.main([])
     blocks, name = {}, ""
     for line in capsys.readouterr().out.splitlines()[1:]:
         name = name if line.startswith(" ") else line.split()[0]
@@ -108,7 +108,7 @@ def test_the_list_says_which_are_found_and_what_to_fetch(tmp_path, capsys):
 
 
 def test_the_columns_of_the_list_stand_below_one_another(capsys):
-    listing.main([])
+    registry.main([])
     lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith(" ")]
     for title, cells in (("looked for in", [r.root or "(embedded)" for r in registry.READERS.values()]),
                          ("size", [r.size for r in registry.READERS.values()])):  # fmt: skip
@@ -119,7 +119,7 @@ def test_the_columns_of_the_list_stand_below_one_another(capsys):
 
 def test_a_root_without_a_data_set_to_download_is_an_error():
     with pytest.raises(UserError, match="--root goes with --download"):
-        listing.main(["--root", "somewhere"])
+        registry.main(["--root", "somewhere"])
 
 
 @pytest.mark.parametrize(
