@@ -208,7 +208,7 @@ def test_what_is_there_twice_or_has_no_words_is_left_out_and_counted(tmp_path):
             "spot_the_diff",
             "train.json",
             [{"img_id": 1, "sentences": "x"}],
-            "entry 1: sentences must be a list of texts",
+            "entry 1: sentences must be a list",
         ),
         ("changes", "train.jsonl", '\n{"before": "a.png"}', "line 2: wanted .*found"),
         ("changes", "train.jsonl", "{\n", "line 1 is not JSON"),

@@ -1,4 +1,4 @@
-"""Readers of labelled sets, on miniature trees in each set's own layout, whole and damaged; WebDatasets; class names."""
+"""Readers of labelled sets, on miniature trees in each set's own layout, whole and damaged; WebDatasets."""
 
 import hashlib
 import io
@@ -269,9 +269,7 @@ def test_without_one_of_its_files_a_set_is_incomplete_and_says_which(name, tmp_p
 def test_images_that_are_listed_but_absent_are_counted_and_the_first_is_named(name, tmp_path, monkeypatch):
     path = tree(name, tmp_path, monkeypatch)
     path.unlink()
-    with pytest.raises(
-        UserError, match=rf"1 of the 3 images that {name} lists are absent, first {re.escape(str(path))}"
-    ):
+    with pytest.raises(UserError, match=rf"1 of the 3 images that {name} lists are absent, first .*{path.name}"):
         open_dataset(name, tmp_path)
 
 
@@ -371,18 +369,15 @@ def test_a_class_of_sun397_or_eurosat_without_images_is_an_error(tmp_path):
 def test_flowers_and_food_have_their_official_splits(tmp_path, monkeypatch):
     folder = flowers102_tree(tmp_path, monkeypatch)
     data = open_dataset("flowers102", tmp_path)
-    assert data.ids == [f"jpg/image_{n:05}.jpg" for n in (5, 1, 3)] and data.questions[0].target.tolist() == [
-        2,
-        76,
-        101,
-    ]
+    assert data.ids == [f"jpg/image_{n:05}.jpg" for n in (5, 1, 3)]
+    assert data.questions[0].target.tolist() == [2, 76, 101]
     (folder / "setid.mat").write_bytes(b"damaged")
     with pytest.raises(UserError, match=r"flowers102 at .* is damaged"):
         open_dataset("flowers102", tmp_path)
     food101_tree(tmp_path)
     data = open_dataset("food101", tmp_path)
     assert {key: data.questions[0].classes[k] for key, k in zip(data.ids, data.questions[0].target)} == {
-        "images/pizza/2.jpg": "pizza", "images/cup_cakes/1.jpg": "cup cakes", "images/cup_cakes/9.jpg": "cup cakes",
+        "images/pizza/2.jpg": "pizza", "images/cup_cakes/1.jpg": "cupcakes", "images/cup_cakes/9.jpg": "cupcakes",
     }  # fmt: skip
 
 

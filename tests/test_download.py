@@ -1,10 +1,10 @@
 """Archives from a server of this machine: fetched once, checked, unpacked, opened."""
 
 import functools
-import hashlib
 import http.server
 import shutil
 import threading
+from pathlib import Path
 
 import pytest
 from test_dataset_layouts import awa2_tree
@@ -27,13 +27,13 @@ def address(tmp_path):
 def test_a_set_is_downloaded_once_unpacked_and_opened(tmp_path, address, monkeypatch, capsys):
     awa2_tree(tmp_path / "made")
     packed = shutil.make_archive(str(tmp_path / "served" / "a"), "zip", tmp_path / "made")
-    right = "md5:" + hashlib.md5(open(packed, "rb").read()).hexdigest()
+    right = "md5:" + download.file_digest(Path(packed), "md5")
     for known_hash, root in ((f"md5:{'0' * 32}", "wrong"), (right, "data/awa2")):
         monkeypatch.setitem(download.ARCHIVES, "awa2", [(address, "Animals_with_Attributes2", known_hash)])
         if root == "wrong":
             with pytest.raises(UserError, match=r"a\.zip was not fetched: .*hash.* wget -c -P wrong http"):
                 main(["--download", "awa2", "--root", root])
-            assert state("awa2", root) == "incomplete: no " + state("awa2", root).partition("no ")[2]
+            assert state("awa2", root).startswith("incomplete")
     main(["--download", "awa2"])
     assert capsys.readouterr().out.endswith("awa2 is in data/awa2\n") and len(open_dataset("awa2", split="all")) == 12
     monkeypatch.setitem(download.ARCHIVES, "awa2", [("http://nowhere", "Animals_with_Attributes2", None)])

@@ -64,7 +64,7 @@ def test_opposites_contradict_each_other_and_a_negated_relation_loses_its_not():
 
 def test_categories_are_vsrs():
     names = {"left of": "Projective", "on": "Topological", "far away from": "Proximity", "facing": "Orientation",
-             "at the edge of": "Adjacency", "into": "Directional", "enclosed by": "Unallocated", "hugging": "other"}  # fmt: skip
+             "at the edge of": "Adjacency", "into": "Directional", "hugging": "other"}  # fmt: skip
     assert {relation: category(relation) for relation in names} == names
 
 

@@ -87,9 +87,7 @@ def read_coco_captions(path: Path) -> Captions:
         if (key := image_id(key)) is None or not isinstance(name, str) or not name:
             raise UserError(f"{path}: entry {n} of images needs an id and a file_name: {str(image)[:80]}")
         if key in entries:
-            raise UserError(
-                f"{path}: two images have the id {key}, {entries[key][0]} and {name}; make the ids distinct"
-            )
+            raise UserError(f"{path}: two images have the id {key}, {entries[key][0]} and {name}; mend one")
         entries[key] = (name, [])
     left_out: Counter[str] = Counter()
     for n, annotation in enumerate(lists[1]):
@@ -97,9 +95,7 @@ def read_coco_captions(path: Path) -> Captions:
         if (key := image_id(key)) is None or not isinstance(text, str):
             is_other = not any(isinstance(a, dict) and "caption" in a for a in lists[1])
             hint = " (COCO's instances file? captions_*.json is wanted)" if is_other else ""
-            raise UserError(
-                f"{path}: entry {n} of annotations needs image_id and caption: {str(annotation)[:80]}{hint}"
-            )
+            raise UserError(f"{path}: entry {n} of annotations lacks image_id or caption: {str(annotation)[:80]}{hint}")
         if key not in entries:
             left_out["annotations are of images that it does not list"] += 1
         elif text := _spaced(text):

@@ -79,9 +79,7 @@ def open_clevr_change(folder: Path, split: str, missing: str = "error") -> Datas
     for kind, names in _json(folder / "type_mapping.json", dict).items():
         for name in names:
             if kinds.setdefault(Path(name).stem, kind) != kind:
-                raise UserError(
-                    f"{folder / 'type_mapping.json'}: {name} is of kind {kinds[Path(name).stem]} and {kind}"
-                )
+                raise UserError(f"{folder / 'type_mapping.json'}: {name} is {kinds[Path(name).stem]} and {kind}")
     captions = {which: _json(folder / file, dict) for which, file in CLEVR.items()}
     splits = _json(path, dict)
     if not isinstance(splits.get(split), list) or not all(type(n) is int for n in splits[split]):

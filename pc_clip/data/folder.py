@@ -66,12 +66,11 @@ def _folders(root: Path) -> list[Path]:
 
 
 def _unwrapped(root: Path) -> Path:
-    """The one folder in `root` that holds folders alone, where there is nothing else; else `root`."""
+    """The one folder in `root` that holds folders, where there are no images beside it; else `root`."""
     inner = _folders(root)
     if len(inner) != 1 or inner[0].name.lower() in SPLITS or not _folders(inner[0]):
         return root
-    is_image = [p.suffix.lower() in image_suffixes() for folder in (root, inner[0]) for p in folder.iterdir()]
-    return root if any(is_image) else inner[0]
+    return root if any(path.suffix.lower() in image_suffixes() for path in root.iterdir()) else inner[0]
 
 
 def _split_folder(root: Path, split: str) -> Path:
