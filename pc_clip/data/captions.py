@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pc_clip.core.errors import UserError
-from pc_clip.data.dataset import Dataset, digest, first_file, read_file
+from pc_clip.data.dataset import Dataset, digest, first_file, read_file, read_text
 
 log = logging.getLogger(__name__)
 
@@ -48,10 +48,7 @@ def read_captions(path: str | Path) -> Captions:
 def _text(path: Path) -> str:
     if not path.is_file():
         raise UserError(f"no captions file at {path}. COCO's are in annotations_trainval2017.zip of cocodataset.org.")
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is no UTF-8 text ({error}); write it again as UTF-8") from error
+    return read_text(path)
 
 
 def _spaced(text: str) -> str:

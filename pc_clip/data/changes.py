@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pc_clip.core.errors import UserError
-from pc_clip.data.dataset import Change, Dataset, digest, first_file, read_file
+from pc_clip.data.dataset import Change, Dataset, digest, first_file, read_file, read_text
 
 SPLITS = ("train", "val", "valid", "test")
 JOINED = "reformat_"  # before the name of a split, as in the names of the files that CLIP4IDC makes of these
@@ -152,17 +152,10 @@ def _find(root: Path, folders: tuple[str, ...], names: tuple[str, ...]) -> Path:
     return path
 
 
-def _text(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is no UTF-8 text ({error.reason} at byte {error.start})") from error
-
-
 def _json(path: Path, kind: type) -> Any:
     """The content of a file, a list or a dict as `kind` says, that is not empty."""
     try:
-        content = json.loads(_text(path))
+        content = json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is not JSON ({error}); fetch it again, it may have been cut short") from error
     if not isinstance(content, kind) or not content:
@@ -181,7 +174,7 @@ def _entries(path: Path, keys: tuple[str, ...]) -> Entries:
 
 def _lines(path: Path) -> Entries:
     """The JSON of each line that is not blank."""
-    text = _text(path).replace("\r\n", "\n").replace("\r", "\n")
+    text = read_text(path).replace("\r\n", "\n").replace("\r", "\n")
     for n, line in enumerate(text.split("\n"), 1):  # splitlines splits at U+2028 too
         if line.strip():
             try:

@@ -235,6 +235,14 @@ def _in_8_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(((values - low) / step).astype(np.uint8))
 
 
+def read_text(path: Path, content: bytes | None = None) -> str:
+    """The UTF-8 text of a file, or of bytes known by that name, without a byte order mark."""
+    try:
+        return (path.read_bytes() if content is None else content).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no UTF-8 text ({error.reason} at byte {error.start})") from error
+
+
 def unreadable(path: str | Path, error: OSError) -> UserError:
     """What to say where the system does not let a file or folder be read: nothing is known of its content."""
     return UserError(f"{path} cannot be read ({error.strerror or error}); mend that and run the same command again")

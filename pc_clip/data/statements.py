@@ -17,6 +17,7 @@ for VSR and ARO relation or attributes. Other columns are left alone. The names 
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ from typing import Any
 
 from pc_clip.core.errors import UserError
 from pc_clip.data import relations
-from pc_clip.data.dataset import Statement
+from pc_clip.data.dataset import Statement, read_text
 
 IMAGE_COLUMNS = ("image", "filename", "image_path", "image_id")
 BOX_COLUMNS = ("bbox_x", "bbox_y", "bbox_w", "bbox_h")
@@ -41,7 +42,9 @@ def read_statements(paths: Sequence[str | Path], seed: int = 0) -> list[Statemen
     statements = []
     for file in (file for path in paths for file in files_of(Path(path))):
         before = len(statements)
-        statements += [_statement(_Row(where, row), file.stem, seed) for where, row in _rows(file)]
+        statements += [
+            _statement(_Row(where, row), file.stem, seed) for where, row in READERS[file.suffix.lower()](file)
+        ]
         if len(statements) == before:
             raise UserError(f"{file} holds no rows; remove it, or write it again")
     return statements
@@ -198,17 +201,10 @@ FORMS: dict[tuple[str, ...], Callable[[_Row, str, int], Statement]] = {
 # -- the rows of a file ----------------------------------------------------------------------------------
 
 
-def _rows(path: Path) -> Rows:
-    try:
-        yield from READERS[path.suffix.lower()](path)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is no UTF-8 text ({error}); write it again as UTF-8") from None
-
-
 def _json(path: Path) -> Rows:
     """A list of rows, or an object of them, as SugarCrepe writes them."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        content = json.loads(read_text(path))
     except json.JSONDecodeError as error:
         lines = " (for a JSON in each line, the name must end in .jsonl)" if error.msg == "Extra data" else ""
         raise UserError(f"{path} is not JSON: {error}{lines}; it may have been cut short") from None
@@ -221,34 +217,33 @@ def _json(path: Path) -> Rows:
 
 
 def _json_lines(path: Path) -> Rows:
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    yield f"{path} line {number}", json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise UserError(
-                        f"{path} line {number} is not JSON ({error.msg}), found {line.strip()[:60]!r}"
-                    ) from None
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if line.strip():
+            try:
+                yield f"{path} line {number}", json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(
+                    f"{path} line {number} is not JSON ({error.msg}), found {line.strip()[:60]!r}"
+                ) from None
 
 
 def _table(path: Path) -> Rows:
     """CSV or TSV, the columns named in the first line; a field in quotes may hold line breaks."""
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
-        try:
-            names = reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
-            if len(set(names)) < len(names):
-                raise UserError(f"{path}: a column is there twice among {', '.join(names)}; rename one")
-            for row in reader:
-                if None in row or None in row.values():
-                    raise UserError(
-                        f"{path} line {reader.line_num}: it does not have the {len(names)} fields that the first line "
-                        "names; put quotes around a field that holds what separates fields"
-                    )
-                yield f"{path} line {reader.line_num}", row
-        except csv.Error as error:
-            raise UserError(f"{path} line {reader.line_num}: {error}; is a quote not closed?") from None
+    text = io.StringIO(read_text(path), newline="")
+    reader = csv.DictReader(text, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
+    try:
+        names = reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
+        if len(set(names)) < len(names):
+            raise UserError(f"{path}: a column is there twice among {', '.join(names)}; rename one")
+        for row in reader:
+            if None in row or None in row.values():
+                raise UserError(
+                    f"{path} line {reader.line_num}: it does not have the {len(names)} fields that the first line "
+                    "names; put quotes around a field that holds what separates fields"
+                )
+            yield f"{path} line {reader.line_num}", row
+    except csv.Error as error:
+        raise UserError(f"{path} line {reader.line_num}: {error}; is a quote not closed?") from None
 
 
 def _parquet(path: Path) -> Rows:

@@ -1,10 +1,10 @@
 """The images that statements are about: images of a data set, or boxes of them.
 
 A view is the name of an image, or of a part of it: ID@box=L,T,R,B, pixels of the original picture, integers; right and
-bottom are outside. What reaches beyond the picture is cut off at its border. (Pillow's own crop, and so ARO's
-code, fills it with black.) An image is named by the data set's own id, else by the same without ending, else by its number:
-COCO's "139", "000000000139.jpg" and "COCO_val2014_000000000139.jpg" are one photograph. A folder in a name and one
-in an id must be the same: "cat/001.jpg" is never "dog/001.jpg".
+bottom are outside. What reaches beyond the picture is cut off at its border. (Pillow's own crop, and so ARO's code,
+fills it with black.) An image is named by the data set's own id, else by the same without ending, else by its number:
+COCO's "139", "000000000139.jpg" and "COCO_val2014_000000000139.jpg" are one photograph. A folder in a name and one in
+an id must be the same: "cat/001.jpg" is never "dog/001.jpg".
 """
 
 from __future__ import annotations

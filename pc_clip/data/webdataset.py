@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 from pc_clip.core.errors import UserError, check_choice
-from pc_clip.data.dataset import Dataset, Question, decode_image, digest, stat, unreadable
+from pc_clip.data.dataset import Dataset, Question, decode_image, digest, read_text, stat, unreadable
 
 log = logging.getLogger(__name__)
 
@@ -153,7 +153,7 @@ def _read_members(
                     raise UserError(f"{shard} has two members {member.name}; write the tar again with each name once")
                 members[key][ending] = member
                 if ending == beside:
-                    texts[key] = _decoded(tar.extractfile(member).read(), f"{shard}: {member.name}")
+                    texts[key] = read_text(shard / member.name, tar.extractfile(member).read())
             tar.fileobj.seek(tar.offset)
             end = tar.fileobj.read(2 * tarfile.BLOCKSIZE)
             if len(end) < tarfile.BLOCKSIZE or any(end):  # tarfile takes anything there for the end
@@ -186,7 +186,7 @@ def _question(root: Path, samples: list[Sample]) -> Question:
     path = root / "classnames.txt"
     if not path.is_file():
         raise UserError(f"no class names at {path}: a line a class, in the order of the labels")
-    classes = [line.strip() for line in _text(path).splitlines()]
+    classes = [line.strip() for line in read_text(path).splitlines()]
     if "" in classes or not classes:
         raise UserError(f"{path} line {classes.index('') + 1 if classes else 1} is blank; each line names a class")
     for sample in samples:
@@ -200,7 +200,7 @@ def _question(root: Path, samples: list[Sample]) -> Question:
 def _templates(root: Path) -> tuple[str, ...]:
     """The set's own prompts, with {} where the file has {c}; none where there is no file."""
     path = root / "zeroshot_classification_templates.txt"
-    lines = [line.strip().replace("{c}", "{}") for line in _text(path).splitlines()] if path.is_file() else []
+    lines = [line.strip().replace("{c}", "{}") for line in read_text(path).splitlines()] if path.is_file() else []
     for n, line in enumerate(lines, 1):
         if line and (line.count("{}") != 1 or re.search(r"[{}]", line.replace("{}", ""))):
             raise UserError(f"{path} line {n}: a prompt needs {{c}} once, for the class, and no other braces")
@@ -214,7 +214,7 @@ def has_captions(root: Path) -> bool:
 
 def _kind(root: Path) -> str:
     path = root / "dataset_type.txt"
-    kind = _text(path).strip().lower() if path.is_file() else "classification"
+    kind = read_text(path).strip().lower() if path.is_file() else "classification"
     check_choice(str(path), kind, ("classification", "retrieval"))
     return kind
 
@@ -231,21 +231,10 @@ def _shards(root: Path, split: str) -> list[Path]:
         splits = sorted({path.parent.name for path in root.glob("*/*.tar")})
         raise UserError(f"{root} has no split {split!r}; splits found there: {', '.join(splits) or 'none'}")
     counted = folder / "nshards.txt"
-    if counted.is_file() and _text(counted).strip() != str(len(shards)):
-        raise UserError(f"{folder} has {len(shards)} tar files, and {counted} says {_text(counted).strip()[:20]!r}")
+    if counted.is_file() and read_text(counted).strip() != str(len(shards)):
+        raise UserError(f"{folder} has {len(shards)} tar files, and {counted} says {read_text(counted).strip()[:20]!r}")
     return shards
 
 
 def _in_order(shards: Iterable[Path]) -> list[Path]:
     return sorted(shards, key=lambda path: (len(path.name), path.name))  # 2.tar before 10.tar
-
-
-def _text(path: Path) -> str:
-    return _decoded(path.read_bytes(), str(path))
-
-
-def _decoded(content: bytes, name: str) -> str:
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{name} is no UTF-8 text ({error}); write it again as UTF-8") from error
