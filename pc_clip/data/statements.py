@@ -222,9 +222,7 @@ def _json_lines(path: Path) -> Rows:
             try:
                 yield f"{path} line {number}", json.loads(line)
             except json.JSONDecodeError as error:
-                raise UserError(
-                    f"{path} line {number} is not JSON ({error.msg}), found {line.strip()[:60]!r}"
-                ) from None
+                raise UserError(f"{path} line {number} is not JSON ({error.msg}): {line.strip()[:60]!r}") from None
 
 
 def _table(path: Path) -> Rows:
