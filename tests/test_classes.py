@@ -19,7 +19,6 @@ from pc_clip.data.registry import open_dataset
 from pc_clip.data.training_data import load_dataset
 from pc_clip.evals import Subject, extended
 from pc_clip.write import generate, prompts, work
-from pc_clip.write.rules import RulesWriter
 from pc_clip.write.writers import Writer
 
 
@@ -89,18 +88,6 @@ def test_every_task_has_a_prompt(task):
     assert ("an owl" in asked) == (task in ("pairs", "compare"))
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [("[", "is no prompt"), ("system: x", "is no prompt .*instruction"), ("{system: x, instruction: y}", "no {first}")],
-)
-def test_a_broken_prompt_is_refused(content, message):
-    Path("p.yaml").write_text(content)
-    with pytest.raises(UserError, match=message):
-        prompts.read("p.yaml")
-    with pytest.raises(UserError, match="no prompt at nowhere.yaml; in configs/prompts: compare.yaml"):
-        prompts.read("nowhere.yaml")
-
-
 # -- writing -------------------------------------------------------------------------------------------
 
 
@@ -123,13 +110,6 @@ def test_comparisons_of_the_example_are_sentences_about_its_classes(small_exampl
     assert json.loads(path.with_suffix(".meta.json").read_text())["settings"]["task"] == "compare"
 
 
-def test_another_prompt_is_other_settings(small_example):
-    config = GenerateConfig(task="compare", question="size")
-    generate.generate(config)
-    with pytest.raises(UserError, match="written with other settings"):
-        generate.generate(GenerateConfig(name="example_size_compare", task="compare", question="count"))
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -142,17 +122,6 @@ def test_another_prompt_is_other_settings(small_example):
 def test_tasks_that_cannot_be_done(small_example, settings, message):
     with pytest.raises(UserError, match=message):
         generate.generate(GenerateConfig(**settings))
-
-
-def test_sentences_that_cannot_be_used_are_none():
-    class Silent(RulesWriter):
-        def write(self, jobs):
-            return ["" for _ in jobs]
-
-    data = made()
-    assert generate.compare_classes(Silent(), "rules", data, data.questions[0], [("emu", "owl")], 0) == [None]
-    told = generate.compare_classes(RulesWriter(), "rules", data, data.questions[0], [("emu", "owl")], 0)
-    assert "an emu" in told[0] and "an owl" in told[0]
 
 
 @pytest.mark.parametrize(
@@ -191,13 +160,6 @@ def test_descriptions_are_appended_or_averaged():
     assert found.metrics["extended_plain"] == 0.0
     assert found.metrics["extended_append"] == found.metrics["extended_average"] == 1.0
     assert found.metrics["gain_extended_append"] == 1.0 and found.n == 4
-
-
-def test_a_class_without_a_description_keeps_its_prompt():
-    question = made().questions[0]
-    told = {"emu": ["tall", "grey"]}
-    assert extended.appended(question, ("a {}",), told) == [["a emu. tall", "a emu. grey"], ["a owl"]]
-    assert extended.added(question, ("a {}",), told) == [["a emu", "tall", "grey"], ["a owl"]]
 
 
 def test_descriptions_of_other_classes_are_refused():

@@ -1,6 +1,5 @@
 """What a run learns from: data sets mixed together, and pictures that do not decode."""
 
-import gzip
 import logging
 import os
 import shutil
@@ -49,7 +48,7 @@ def mnist(root="data/mnist", n=40):
         for name, array in (("images-idx3", images), ("labels-idx1", labels)):
             shape = b"".join(k.to_bytes(4, "big") for k in array.shape)
             content = bytes((0, 0, 8, array.ndim)) + shape + array.tobytes()
-            (folder / f"{part}-{name}-ubyte.gz").write_bytes(gzip.compress(content))
+            (folder / f"{part}-{name}-ubyte").write_bytes(content)
 
 
 def red(data, row):

@@ -12,7 +12,7 @@ USE = """
 from pathlib import Path
 import pc_clip
 assert Path(pc_clip.__file__).is_relative_to(Path("installed").resolve()), pc_clip.__file__
-from pc_clip.data import attributes, classnames
+from pc_clip.data import attributes, class_text
 from pc_clip.evals import comparative
 from pc_clip.write import prompts
 from pc_clip.core.paths import configs_folder

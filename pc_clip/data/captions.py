@@ -1,74 +1,118 @@
-"""Images with captions: COCO's layout, and SimCLIP's table."""
+"""Images with captions: COCO's JSON, SimCLIP's table, and the JSON lines that `--task rewrite` writes."""
 
 from __future__ import annotations
 
 import csv
+import io
 import json
+import logging
 import os
+import re
+from collections import Counter
 from functools import partial
 from pathlib import Path
-
-from PIL import Image
+from typing import Any
 
 from pc_clip.core.errors import UserError
-from pc_clip.data.dataset import Dataset, digest, first_file, read_image
+from pc_clip.data.dataset import Dataset, digest, first_file, read_file, read_text
+
+log = logging.getLogger(__name__)
 
 TABLES = (".tsv", ".csv", ".txt")  # endings of tables in any case; columns are apart by tabs whatever the ending
 
 
-def read_coco_captions(path: Path) -> dict[str, tuple[str, tuple[str, ...]]]:
-    """A COCO captions file: image id -> (file name, its captions). Images without a caption are left out.
+class Captions(dict[str, tuple[str, tuple[str, ...]]]):
+    """Image id -> (file name, its captions, at least one). note: what was left out, counted by reason."""
 
-    Raises UserError when the file is missing, is not JSON, or holds no captions.
-    """
+    def __init__(self, path: Path, entries: dict[str, tuple[str, list[str]]], left_out: Counter[str]) -> None:
+        super().__init__({key: (file, tuple(texts)) for key, (file, texts) in entries.items() if texts})
+        if without := len(entries) - len(self):
+            left_out[f"of {len(entries)} images have no caption"] += without
+        counts = "; ".join(f"{count} {reason}" for reason, count in left_out.items())
+        self.note = f"{path.name}: {counts}; left out" if counts else ""
+        if not self:
+            raise UserError(f"{path} holds no captions ({counts or 'it is empty'})")
+
+
+def read_captions(path: str | Path) -> Captions:
+    """Captions by image id from any of the formats, told apart by the file's ending. What is left out is logged."""
+    path = Path(path)
+    table = path.suffix.lower() in TABLES
+    read = read_rewritten if path.suffix == ".jsonl" else read_simclip_tsv if table else read_coco_captions
+    captions = read(path)
+    if captions.note:
+        log.warning("%s", captions.note)
+    return captions
+
+
+def _text(path: Path) -> str:
     if not path.is_file():
         raise UserError(f"no captions file at {path}. COCO's are in annotations_trainval2017.zip of cocodataset.org.")
+    return read_text(path)
+
+
+def _spaced(text: str) -> str:
+    """With single spaces. JSON may hold half a surrogate pair, which cannot be written again."""
+    return " ".join(text.encode("utf-8", "replace").decode().split())
+
+
+# -- the formats -----------------------------------------------------------------------------------------
+
+
+def image_id(value: object) -> str | None:
+    """One form of an id: 3, 3.0, "3" and "000000000003" are "3". None for what is no id."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str) or value == "":
+        return None
+    if isinstance(value, float):
+        return str(int(value)) if value.is_integer() else None
+    text = str(value)
+    return str(int(text)) if text.isascii() and text.isdecimal() else text
+
+
+def read_coco_captions(path: Path) -> Captions:
+    """A COCO captions file. Raises UserError that names the entry which is not what it should be."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        content = json.loads(_text(path))
+    except json.JSONDecodeError as error:
         raise UserError(f"{path} is not JSON ({error}); fetch it again, it may have been cut short") from error
-    if (
-        not isinstance(content, dict)
-        or not isinstance(content.get("images"), list)
-        or not isinstance(content.get("annotations"), list)
-    ):
+    lists = [content.get(kind) for kind in ("images", "annotations")] if isinstance(content, dict) else [None]
+    if not all(isinstance(each, list) for each in lists):
         raise UserError(f'{path} is no COCO captions file: it needs the lists "images" and "annotations"')
-    captions: dict[str, list[str]] = {}
-    try:
-        for annotation in content["annotations"]:
-            caption = annotation["caption"].encode("utf-8", "replace").decode()  # JSON may hold half a surrogate pair
-            key, text = annotation["image_id"], " ".join(caption.split())
-            if text:
-                captions.setdefault(str(key), []).append(text)
-        files = {str(image["id"]): image["file_name"] for image in content["images"]}
-    except (KeyError, TypeError, AttributeError):
-        raise _bad_entry(content, path) from None
-    found = {key: (file, tuple(captions[key])) for key, file in files.items() if key in captions}
-    if not found:
-        raise UserError(f"{path} holds no captions: {len(files)} images, {len(content['annotations'])} annotations")
-    return found
+    entries: dict[str, tuple[str, list[str]]] = {}
+    for n, image in enumerate(lists[0]):
+        key, name = _fields(image, "id", "file_name")
+        if (key := image_id(key)) is None or not isinstance(name, str) or not name:
+            raise UserError(f"{path}: entry {n} of images needs an id and a file_name: {str(image)[:80]}")
+        if key in entries:
+            raise UserError(f"{path}: two images have the id {key}, {entries[key][0]} and {name}; mend one")
+        entries[key] = (name, [])
+    left_out: Counter[str] = Counter()
+    for n, annotation in enumerate(lists[1]):
+        key, text = _fields(annotation, "image_id", "caption")
+        if (key := image_id(key)) is None or not isinstance(text, str):
+            is_other = not any(isinstance(a, dict) and "caption" in a for a in lists[1])
+            hint = " (COCO's instances file? captions_*.json is wanted)" if is_other else ""
+            raise UserError(f"{path}: entry {n} of annotations lacks image_id or caption: {str(annotation)[:80]}{hint}")
+        if key not in entries:
+            left_out["annotations are of images that it does not list"] += 1
+        elif text := _spaced(text):
+            entries[key][1].append(text)
+        else:
+            left_out["captions are empty"] += 1
+    return Captions(path, entries, left_out)
 
 
-def _bad_entry(content: dict, path: Path) -> UserError:
-    """Names the first entry of a captions file that is not what it should be."""
-    for kind, key in (("annotations", "image_id"), ("images", "id"), ("images", "file_name")):
-        for n, entry in enumerate(content[kind]):
-            if not isinstance(entry, dict) or key not in entry:
-                return UserError(f"{path}: entry {n} of {kind} has no {key}: {str(entry)[:80]}")
-    return UserError(f"{path} has annotations without captions (COCO's instances file? captions_*.json is wanted)")
+def _fields(entry: Any, *names: str) -> list[Any]:
+    return [entry.get(name) if isinstance(entry, dict) else None for name in names]
 
 
-def read_simclip_tsv(path: Path) -> dict[str, tuple[str, tuple[str, ...]]]:
-    """SimCLIP's table, `image caption1 caption2 ...`, tab-separated: image id -> (file name, its captions).
+def read_simclip_tsv(path: Path) -> Captions:
+    """SimCLIP's table, `image caption1 caption2 ...`, tab-separated. The id is the column `id`, else the file's name.
 
-    The id is the column `id` where there is one, else the file's name. A missing caption is left out, never "nan".
-    Fields are taken as they stand, or without the quotes that pandas and csv put around them.
-    Raises UserError when the file or its columns are missing, for a row that does not fit, or without any captions.
+    An empty caption and "nan" are none. Raises UserError for absent columns and for a row that does not fit.
     """
-    if not path.is_file():
-        raise UserError(f"no captions file at {path}; give --captions a tab-separated file")
-    (_, head), *rows = _fields(path)
-    columns = [n for n, name in enumerate(head) if name.startswith("caption")]
+    (_, head), *rows = _rows(path)
+    columns = [n for n, name in enumerate(head) if re.fullmatch(r"caption\d*", name)]
     if "image" not in head or not columns:
         apart = " (one column: separate them by tabs)" if len(head) == 1 else ""
         raise UserError(
@@ -76,75 +120,72 @@ def read_simclip_tsv(path: Path) -> dict[str, tuple[str, tuple[str, ...]]]:
         )
     image = head.index("image")
     named = head.index("id") if "id" in head else image
-    found = {}
+    entries: dict[str, tuple[str, list[str]]] = {}
     for line, row in rows:
         if any(field.strip() for field in row[len(head) :]):
             raise UserError(f"{path}, line {line}: {len(row)} fields, but the first line names {len(head)} columns")
         row += [""] * (len(head) - len(row))
         if not row[image].strip():
             raise UserError(f"{path}, line {line}: no image is named, in {' '.join(row).strip()[:80]!r}")
-        texts = tuple(" ".join(row[n].split()) for n in columns if row[n].strip())
         key = row[named] or row[image]
-        if key in found:
+        if key in entries:
             raise UserError(f"{path}, line {line}: a second row for {key!r}; put all captions of an image into one row")
-        if texts:
-            found[key] = (row[image], texts)
-    if not found:
-        raise UserError(f"{path} holds no captions: {len(rows)} rows, all without one")
-    return found
+        texts = [_spaced(row[n]) for n in columns]
+        entries[key] = (row[image], [text for text in texts if text and text.lower() != "nan"])
+    return Captions(path, entries, Counter())
 
 
-def _fields(path: Path) -> list[tuple[int, list[str]]]:
-    """The rows of a table that hold anything, the head first, each with the number of its line, from 1.
+def _rows(path: Path) -> list[tuple[int, list[str]]]:
+    """The rows that hold anything, the head first, with the line each ends in.
 
-    Quotes are read as characters: SimCLIP's tables have captions with a lone one, which would swallow the lines after.
+    Fields in quotes are read as pandas writes them, line breaks and all. SimCLIP's own tables have captions with a lone
+    quote, which would swallow the rows after it, tabs too: where that happens, quotes are read as characters.
     """
+    text = _text(path)
+    rows = _csv(text, csv.QUOTE_MINIMAL)
+    if rows is None or any("\t" in field and "\n" in field for _, row in rows for field in row):
+        rows = _csv(text, csv.QUOTE_NONE)
+        quoted = re.compile(r'"(?:[^"]|"")*"')
+        rows = rows and [
+            (n, [f[1:-1].replace('""', '"') if quoted.fullmatch(f) else f for f in row]) for n, row in rows
+        ]
+        if lone := next((n for n, row in rows or [] if len(row) == 1 < len(rows[0][1])), None):
+            raise UserError(f"{path}, line {lone}: one field only; is a quote before it not closed?")
+    if not rows:
+        raise UserError(f"{path} is no tab-separated table: it is empty, or holds bytes that are no text")
+    return rows
+
+
+def _csv(text: str, quoting: int) -> list[tuple[int, list[str]]] | None:
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter="\t", quoting=quoting, strict=True)
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            lines = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-            found = [(lines.line_num, [_unquoted(field) for field in row]) for row in lines if any(map(str.strip, row))]
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is no tab-separated UTF-8 table: {error}") from error
-    if not found:
-        raise UserError(f"{path} is no tab-separated UTF-8 table: it is empty")
-    return found
+        return [(reader.line_num, row) for row in reader if any(map(str.strip, row))]
+    except csv.Error:
+        return None
 
 
-def _unquoted(field: str) -> str:
-    """A field that a writer of CSV put into quotes, as it was; any other as it is.
-
-    Such a field begins and ends with a quote, and those within are doubled.
-    """
-    if len(field) < 2 or not field[0] == field[-1] == '"' or '"' in field[1:-1].replace('""', ""):
-        return field
-    return field[1:-1].replace('""', '"')
-
-
-def read_rewritten(path: Path) -> dict[str, tuple[str, tuple[str, ...]]]:
-    """Captions that generate_diffs.py --task rewrite wrote, a JSON a line with image and text; no file names.
-
-    Raises UserError for a line that is none.
-    """
-    if not path.is_file():
-        raise UserError(f"no captions file at {path}; generate_diffs.py --task rewrite writes one")
-    captions: dict[str, list[str]] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+def read_rewritten(path: Path) -> Captions:
+    """Captions that generate_diffs.py --task rewrite wrote, a JSON a line with image and text; no file names."""
+    entries: dict[str, tuple[str, list[str]]] = {}
+    left_out: Counter[str] = Counter()
+    for number, line in enumerate(_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
         try:
-            row = json.loads(line)
-            captions.setdefault(str(row["image"]), []).append(row["text"])
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise UserError(f"{path}, line {number}: wanted JSON with image and text, found {line[:80]!r}") from error
-    if not captions:
-        raise UserError(f"{path} holds no captions")
-    return {key: ("", tuple(texts)) for key, texts in captions.items()}
+            key, text = _fields(json.loads(line), "image", "text")
+        except json.JSONDecodeError:
+            key = text = None
+        if not isinstance(text, str) or isinstance(key, bool) or not isinstance(key, int | str):
+            raise UserError(f"{path}, line {number}: wanted JSON with image and text, found {line[:80]!r}")
+        texts = entries.setdefault(str(key), ("", []))[1]
+        if text := _spaced(text):
+            texts.append(text)
+        else:
+            left_out["captions are empty"] += 1
+    return Captions(path, entries, left_out)
 
 
-def read_captions(path: str | Path) -> dict[str, tuple[str, tuple[str, ...]]]:
-    """Captions by image id from any of the formats, told apart by the file's ending."""
-    path = Path(path)
-    if path.suffix == ".jsonl":
-        return read_rewritten(path)
-    return read_simclip_tsv(path) if path.suffix.lower() in TABLES else read_coco_captions(path)
+# -- the data sets ---------------------------------------------------------------------------------------
 
 
 def open_coco(root: Path, split: str, missing: str = "error") -> Dataset:
@@ -153,16 +194,13 @@ def open_coco(root: Path, split: str, missing: str = "error") -> Dataset:
     missing: an absent picture is an "error", or its image is left out ("skip"), or kept until it is looked at
     ("keep", for embeddings that were made elsewhere).
     """
-    candidates = [folder / f"captions_{split}.json" for folder in (root / "annotations", root)]
-    path = next((p for p in candidates if p.is_file()), None)
+    folders = (root / "annotations", root)
+    path = next((p for folder in folders if (p := folder / f"captions_{split}.json").is_file()), None)
     if path is None:
-        present = sorted(
-            p.stem.removeprefix("captions_") for f in (root / "annotations", root) for p in f.glob("captions_*.json")
-        )
+        present = sorted(p.stem.removeprefix("captions_") for f in folders for p in f.glob("captions_*.json"))
         raise UserError(f"{root} has no captions_{split}.json; splits found there: {', '.join(present) or 'none'}")
-    return _with_pictures(
-        "coco", split, path, read_coco_captions(path), root, missing, f"Get {split}.zip of cocodataset.org"
-    )
+    get = f"Get {split}.zip of cocodataset.org"
+    return _with_pictures("coco", split, split, path, read_coco_captions(path), root, split, missing, get)
 
 
 def open_tsv(root: Path, split: str, missing: str = "error") -> Dataset:
@@ -184,7 +222,8 @@ def open_tsv(root: Path, split: str, missing: str = "error") -> Dataset:
     label = path.stem
     if first is None or first.resolve() != path.resolve():
         label += f"-{digest(str(path.resolve()))[:6]}"
-    return _with_pictures("tsv", label, path, read_simclip_tsv(path), root, missing, "Put them there", split, path.stem)
+    captions = read_simclip_tsv(path)
+    return _with_pictures("tsv", label, split, path, captions, root, path.stem, missing, "Put them there")
 
 
 def is_table(path: Path) -> bool:
@@ -198,39 +237,31 @@ def _named(root: Path, name: str) -> list[Path]:
 
 
 def _with_pictures(
-    name: str, split: str, path: Path, entries: dict[str, tuple[str, tuple[str, ...]]], root: Path, missing: str,
-    get: str, part: str = "", inner: str = "",
-) -> Dataset:  # fmt: skip
+    name: str, split: str, part: str, path: Path, captions: Captions, root: Path, inner: str, missing: str, get: str
+) -> Dataset:
     """A data set of captions by image id, and of pictures that are looked for below `root`.
 
-    path: the file that has the captions. missing: an absent picture is an "error", or its image is left out ("skip"),
-    or kept until it is looked at ("keep"). get: how the pictures are had, for the error. part: as it was asked for,
-    where that is not `split`. inner: the folder below `root` where they are looked for first, where it is not `split`.
+    path: the file of the captions. inner: the folder below `root` where pictures are looked for first. get: how they
+    are had, for the error.
     """
-    inner = inner or split
     folders = [str(folder) for folder in (root / inner, root / "images" / inner, root / "images", root)]
-    files = {key: first_file(os.path.join(folder, file) for folder in folders) for key, (file, _) in entries.items()}
-    absent = [entries[key][0] for key, file in files.items() if file is None]
+    files = {key: first_file(os.path.join(folder, file) for folder in folders) for key, (file, _) in captions.items()}
+    absent = [captions[key][0] for key, file in files.items() if file is None]
     if absent and missing != "keep" and (missing == "error" or len(absent) == len(files)):
         raise UserError(
             f"{len(absent)} of the {len(files)} pictures in {path} are not in {root / inner}, first {absent[0]}. "
-            f"{get}, or use only those that are there with --data.missing skip."
+            f"{get}, or use only those that are there with --data.missing skip (--missing for run.py)."
         )
-    kept = [key for key, file in files.items() if file is not None or missing == "keep"]
-    places = [files[key] or (os.path.join(folders[0], entries[key][0]),) for key in kept]
+    ids = [key for key, file in files.items() if file is not None or missing == "keep"]
+    places = [files[key] or (os.path.join(folders[0], captions[key][0]),) for key in ids]
+    note = f"{len(absent)} pictures named in {path.name} are absent{'' if missing == 'keep' else ' and left out'}"
     return Dataset(
         name=name,
         split=split,
-        ids=kept,
-        load=partial(_read_place, [place[0] for place in places]),  # says which one is absent
-        fingerprint=digest(*[(key, *place[1:]) for key, place in zip(kept, places)]),
-        captions=[entries[key][1] for key in kept],
-        note=f"{len(absent)} pictures named in {path.name} are absent{'' if missing == 'keep' else ' and left out'}"
-        if absent
-        else "",
-        part=part or split,
+        ids=ids,
+        load=partial(read_file, [place[0] for place in places]),  # says which one is absent
+        fingerprint=digest(*[(key, *place[1:]) for key, place in zip(ids, places)]),
+        captions=[captions[key][1] for key in ids],
+        note="; ".join(filter(None, (captions.note, note if absent else ""))),
+        part=part,
     )
-
-
-def _read_place(places: list[str], row: int) -> Image.Image:
-    return read_image(Path(places[row]))

@@ -1,7 +1,8 @@
-"""What is known of the classes of a data set, as phrases: what the writers compare and describe.
+"""Names of classes, and phrases about them that writers compare and describe.
 
-A class is named as its prompt names it. The rules writer needs more to say anything: what the data set's own
-files grade the classes by (awa2, cub), or the captions of their images (the example).
+`classnames/NAME.yaml` has the names people say for the classes of a data set, and its own list of prompts. The rules
+writer needs more to say anything: grades of the classes in the data set's files (awa2, cub), or captions of their
+images (the example).
 """
 
 from __future__ import annotations
@@ -9,23 +10,59 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import yaml
 
 from pc_clip.core.errors import UserError, nearest
+from pc_clip.core.paths import package_data
 from pc_clip.core.random import stream
 from pc_clip.data import attributes
 from pc_clip.data.dataset import Dataset, Question
 
+FOLDER = package_data(Path(__file__).with_name("classnames"))
 _OPENING = re.compile(r"^this is an? (?:photo|picture|image) of ", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class ClassNames:
+    """source: where the names come from and what we changed. several: prompts with {} for the class.
+
+    said: the set's own name (a folder or a label) -> the name people say.
+    """
+
+    path: Path
+    source: str
+    several: tuple[str, ...]
+    said: dict[str, str]
+
+    def say(self, own: Iterable[str]) -> tuple[str, ...]:
+        """The names people say, in the order of the set's own. Raises UserError for one the file lacks."""
+        own = list(own)
+        if unknown := [name for name in own if name not in self.said]:
+            raise UserError(
+                f"{self.path} has no name for {unknown[0]!r} ({len(unknown)} of {len(own)} classes). "
+                "Is this the right data set? If so, add a line for each."
+            )
+        return tuple(self.said[name] for name in own)
+
+
+@cache
+def class_names(name: str) -> ClassNames:
+    """The class names of a data set."""
+    path = FOLDER / f"{name}.yaml"
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return ClassNames(path, content["source"], tuple(content["templates"]), content["classes"])
 
 
 def phrase(question: Question, name: str) -> str:
     """A class as its prompt names it: "a grizzly bear", "an apple", "an object on the left"."""
-    found = _OPENING.sub("", question.templates[0].replace("{}", name)).rstrip(".")
-    return re.sub(r"^a(?= [aeiou])", "an", found)
+    text = _OPENING.sub("", question.templates[0].replace("{}", name)).rstrip(".")
+    return re.sub(r"^a(?= [aeiou])", "an", text)
 
 
 def find_question(data: Dataset, name: str | None) -> Question:
@@ -44,18 +81,14 @@ def opposed(data: Dataset, question: Question, a: str, b: str, seed: int) -> tup
     """Two phrases that set class a against class b, from what the data set's files say of them; else their names."""
     if any("::" in attribute for attribute in question.graded):
         return _by_family(question, a, b)
-    words = _words_of(data)
+    words = _graded_phrases(data)
     rng = stream(seed, "class text")
-    apart = [
-        (abs(question.graded[name][a] - question.graded[name][b]), rng.random(), name)
-        for name in words
-        if name in question.graded
-    ]
-    if not apart or max(apart)[0] == 0:
+    gaps = {name: question.graded[name][a] - question.graded[name][b] for name in words if name in question.graded}
+    if not any(gaps.values()):
         return phrase(question, a), phrase(question, b)
-    name = max(apart)[2]
+    name = max(gaps, key=lambda name: (abs(gaps[name]), rng.random(), name))
     high, low = words[name]
-    return (high, low) if question.graded[name][a] > question.graded[name][b] else (low, high)
+    return (high, low) if gaps[name] > 0 else (low, high)
 
 
 def described(data: Dataset, question: Question, name: str, seed: int) -> str:
@@ -65,8 +98,10 @@ def described(data: Dataset, question: Question, name: str, seed: int) -> str:
     """
     rng = stream(seed, "class text")
     if question.graded:
-        parts = _strongest(data, question, name, rng)
-        return f"{_capital(phrase(question, name))}: {', '.join(parts)}." if parts else _capital(phrase(question, name))
+        whole = phrase(question, name)
+        whole = whole[:1].upper() + whole[1:]
+        parts = _most_pronounced(data, question, name, rng)
+        return f"{whole}: {', '.join(parts)}." if parts else whole
     if data.captions:
         rows = question.rows[question.target == question.classes.index(name)]
         if not len(rows):
@@ -80,19 +115,15 @@ def described(data: Dataset, question: Question, name: str, seed: int) -> str:
     )
 
 
-# -- grades in words -----------------------------------------------------------------------------------
-
-
-def _words_of(data: Dataset) -> dict[str, tuple[str, str]]:
+def _graded_phrases(data: Dataset) -> dict[str, tuple[str, str]]:
     """Graded attribute -> what shows much of it, and what little, from data/attributes/."""
-    found = {}
+    phrases = {}
     for task in attributes.tasks_of(data.name):
-        for about in yaml.safe_load((attributes.FOLDER / f"{task}.yaml").read_text(encoding="utf-8"))[
-            "attributes"
-        ].values():
+        content = yaml.safe_load((attributes.FOLDER / f"{task}.yaml").read_text(encoding="utf-8"))
+        for about in content["attributes"].values():
             if "graded" in about and "minus" not in about:
-                found[about["graded"]] = (about["high"], about["low"])
-    return found
+                phrases[about["graded"]] = (about["high"], about["low"])
+    return phrases
 
 
 def _by_family(question: Question, a: str, b: str) -> tuple[str, str]:
@@ -112,28 +143,19 @@ def _in_words(family: str, value: str) -> str:
     return f"a bird of {value} {part}" if part in ("size", "shape") else f"a bird with {value} {part}"
 
 
-def _strongest(data: Dataset, question: Question, name: str, rng: np.random.Generator, n: int = 5) -> list[str]:
-    """Up to n phrases of what is most pronounced in a class; equal ones are drawn."""
-    words = _words_of(data)
+def _most_pronounced(data: Dataset, question: Question, name: str, rng: np.random.Generator, n: int = 5) -> list[str]:
+    """Up to n phrases of what is most pronounced in a class, one a family; equal ones are drawn."""
+    words = _graded_phrases(data)
     graded = [
         (of_class[name], rng.random(), attribute)
         for attribute, of_class in question.graded.items()
-        if "::" in attribute or attribute in words
+        if of_class[name] > 0 and ("::" in attribute or attribute in words)
     ]
-    found, seen = [], set()
-    for amount, _, attribute in sorted(graded, reverse=True):
+    parts: dict[str, str] = {}
+    for _, _, attribute in sorted(graded, reverse=True):
         family, _, value = attribute.partition("::")
-        if amount > 0 and family not in seen and len(found) < n:
-            seen.add(family)
-            found.append(_in_words(family, value) if value else words[attribute][0])
-    return found
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
-
-
-# -- descriptions in files -----------------------------------------------------------------------------
+        parts.setdefault(family, _in_words(family, value) if value else words[attribute][0])
+    return list(parts.values())[:n]
 
 
 def read_descriptions(path: str | Path) -> dict[str, list[str]]:
@@ -144,13 +166,13 @@ def read_descriptions(path: str | Path) -> dict[str, list[str]]:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no descriptions at {path}; generate_diffs.py --task describe writes them")
-    found: dict[str, list[str]] = {}
+    descriptions: dict[str, list[str]] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
             row = json.loads(line)
-            found.setdefault(row["class"], []).append(row["text"])
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            descriptions.setdefault(row["class"], []).append(row["text"])
+        except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}, line {number}: wanted JSON with class and text, found {line[:80]!r}") from error
-    if not found:
+    if not descriptions:
         raise UserError(f"{path} is empty; generate_diffs.py --task describe --overwrite true writes it again")
-    return found
+    return descriptions

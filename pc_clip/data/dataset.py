@@ -8,7 +8,7 @@ import io
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from stat import S_ISREG
 from typing import NamedTuple
@@ -18,7 +18,7 @@ from PIL import Image, UnidentifiedImageError
 
 from pc_clip.core.errors import UserError
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
+UNREADABLE = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # that Pillow knows, but opens by other programs alone
 PHOTO_TEMPLATE = ("This is a photo of a {}.",)
 
 
@@ -161,15 +161,12 @@ def subset(data: Dataset, rows: np.ndarray) -> Dataset:
         captions=[data.captions[row] for row in rows] if data.captions else None,
         questions=tuple(map(of, data.questions)),
         attributes=tuple(dataclasses.replace(a, value=a.value[rows]) for a in data.attributes),
-        statements=_about(data.statements, kept),
+        statements=tuple(
+            s for s in data.statements if {i.split("@")[0] for i in (s.image, s.instead or s.image)} <= kept
+        ),
         changes=tuple(data.changes[n] for n in changes),
         judge=data.judge and partial(_judge_row, data.judge, changes),
     )
-
-
-def _about(statements: tuple[Statement, ...], kept: set[str]) -> tuple[Statement, ...]:
-    images = ({image.split("@")[0] for image in (s.image, s.instead or s.image)} for s in statements)
-    return tuple(s for s, about in zip(statements, images) if about <= kept)
 
 
 def with_changes(data: Dataset, rows: Sequence[int]) -> Dataset:
@@ -190,10 +187,17 @@ def _load_row(load: Callable[[int], Image.Image], rows: np.ndarray, place: int) 
 # -- for readers --------------------------------------------------------------------------------------
 
 
-def read_image(path: Path) -> Image.Image:
+@cache
+def image_suffixes() -> frozenset[str]:
+    """The endings of files that Pillow reads here, in small letters."""
+    known = Image.registered_extensions().items()
+    return frozenset(ending for ending, kind in known if kind in Image.OPEN and kind not in UNREADABLE)
+
+
+def read_image(path: str | Path) -> Image.Image:
     """An RGB image. Raises UserError that names the path: BrokenImage where the fault is in the file's content."""
     try:
-        content = path.read_bytes()  # first, so that a fault of the disk is not taken for one of the picture
+        content = Path(path).read_bytes()  # first, so that a fault of the disk is not taken for one of the picture
     except FileNotFoundError as error:
         raise UserError(f"no image at {path}") from error
     except OSError as error:
@@ -205,7 +209,7 @@ def decode_image(content: bytes, name: str) -> Image.Image:
     """An RGB image from a file's bytes, or BrokenImage with the name it is known by."""
     try:
         with Image.open(io.BytesIO(content)) as image:
-            return image.convert("RGB")
+            return (_in_8_bits(image) if image.mode[0] in "IF" else image).convert("RGB")
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         if "out of memory" in str(error):  # so Pillow reports what its decoders did not get
             raise MemoryError(f"decoding {name}") from error
@@ -215,7 +219,31 @@ def decode_image(content: bytes, name: str) -> Image.Image:
         raise BrokenImage(f"{name} cannot be read as an image ({what}); replace or remove it") from error
 
 
-def unreadable(path: Path, error: OSError) -> UserError:
+def _in_8_bits(image: Image.Image) -> Image.Image:
+    """Grey values of more than 8 bits, scaled: Pillow's own conversion cuts them off at 255.
+
+    The upper byte of 16 bits; numbers from 0 to 1 are shares of white; any others go from their least to their most.
+    """
+    values = np.asarray(image).astype(np.float64)
+    if not np.isfinite(values).all():
+        raise SyntaxError("it has values that are no numbers")
+    least, most = values.min(), values.max()
+    if image.mode == "F":
+        low, step = (0, 1 / 255) if least >= 0 and most <= 1 else (least, (most - least) / 255 or 1)
+    else:
+        low, step = (0, 256) if least >= 0 and most < 65536 else (least, (most - least) / 255)
+    return Image.fromarray(((values - low) / step).astype(np.uint8))
+
+
+def read_text(path: Path, content: bytes | None = None) -> str:
+    """The UTF-8 text of a file, or of bytes known by that name, without a byte order mark."""
+    try:
+        return (path.read_bytes() if content is None else content).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no UTF-8 text ({error.reason} at byte {error.start})") from error
+
+
+def unreadable(path: str | Path, error: OSError) -> UserError:
     """What to say where the system does not let a file or folder be read: nothing is known of its content."""
     return UserError(f"{path} cannot be read ({error.strerror or error}); mend that and run the same command again")
 
@@ -226,48 +254,29 @@ class FoundFile(NamedTuple):
     modified: int  # ns
 
 
-def first_file(places: Iterable[str]) -> FoundFile | None:
-    """The first file that is there. With strings, because large sets ask for some 120,000 of them."""
+def first_file(places: Iterable[str | Path]) -> FoundFile | None:
+    """The first file that is there."""
     for path in places:
         try:
-            found = os.stat(path)
+            status = os.stat(path)
         except PermissionError:
             raise
         except (OSError, ValueError):  # ValueError: a name with a zero byte
             continue
-        if S_ISREG(found.st_mode):
-            return FoundFile(path, found.st_size, found.st_mtime_ns)
+        if S_ISREG(status.st_mode):
+            return FoundFile(str(path), status.st_size, status.st_mtime_ns)
     return None
 
 
-def read_file(files: list[Path], row: int) -> Image.Image:
+def read_file(files: Sequence[str | Path], row: int) -> Image.Image:
+    """At module level, because worker processes get it pickled."""
     return read_image(files[row])
 
 
-def is_image_file(path: Path, root: Path) -> bool:
-    hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
-    return path.suffix.lower() in IMAGE_SUFFIXES and not hidden and path.is_file()
-
-
 def stat(path: Path) -> tuple[int, int]:
-    stat = path.stat()
-    return stat.st_size, stat.st_mtime_ns
-
-
-def stat_images(files: Sequence[Path], listed_in: Path) -> list[tuple[int, int]]:
-    """Size and time of each image. Raises UserError that counts those absent, where a file lists them."""
-    found, absent = [], []
-    for path in files:
-        try:
-            found.append(stat(path))
-        except (FileNotFoundError, NotADirectoryError):
-            absent.append(path)
-    if absent:
-        raise UserError(
-            f"{len(absent)} of the {len(files)} images that {listed_in} lists are absent, first {absent[0]}; "
-            "unpack the archive again"
-        )
-    return found
+    """Size and time of change (ns) of a file."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
 
 
 def digest(*parts: object) -> str:

@@ -6,14 +6,14 @@ import hashlib
 from collections.abc import Sequence
 
 SEED = 0
+SHARES = {"train": ("train-90pct", "nine tenths"), "test": ("test-10pct", "a tenth")}
 
 
 def split_rows(ids: Sequence[str], part: str, seed: int = SEED) -> list[int]:
     """The rows of one part of a 90/10 split, in their order: part is "train", "test" or "all".
 
-    Images are ordered by the SHA-256 of "{seed} {id}", and the first tenth of them (rounded, at least one) is
-    test. No random generator is asked, so nothing depends on the version of a library, on the order in which
-    a file system lists files, or on how many images come before.
+    Images are ordered by the SHA-256 of "{seed} {id}", and the first tenth of them (rounded, at least one) is test. So
+    nothing depends on the version of a random generator or on the order in which a file system lists files.
     """
     if part == "all":
         return list(range(len(ids)))
@@ -24,12 +24,11 @@ def split_rows(ids: Sequence[str], part: str, seed: int = SEED) -> list[int]:
 
 def split_label(part: str, seed: int = SEED) -> str:
     """How results name a part of such a split."""
-    return {"train": f"train-90pct-seed{seed}", "test": f"test-10pct-seed{seed}"}.get(part, part)
+    return f"{SHARES[part][0]}-seed{seed}" if part in SHARES else part
 
 
 def split_note(part: str, seed: int = SEED) -> str:
     """What is to be known about it, in words; nothing for all the images."""
-    if part == "all":
+    if part not in SHARES:
         return ""
-    share = {"train": "nine tenths", "test": "a tenth"}[part]
-    return f"{part} is {share} of the images, drawn by us with seed {seed}: not the images of anyone else's split"
+    return f"{part} is {SHARES[part][1]} of the images, drawn by us with seed {seed}: not anyone else's split"

@@ -1,186 +1,99 @@
 """Every data set behind one table: `open_dataset(name, ...)`. `python -m pc_clip datasets` lists them.
 
-Nothing is downloaded unless it is asked for: `python -m pc_clip datasets --download NAME`.
+What there is to know of each but its reader stands in datasets.yaml. Nothing is downloaded unless it is asked for:
+`python -m pc_clip datasets --download NAME`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import argparse
+import textwrap
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import yaml
+
 from pc_clip.core.errors import UserError, check_choice, nearest
-from pc_clip.data import archives
-from pc_clip.data.archives import ARCHIVES
-from pc_clip.data.awa2 import LAYOUT as AWA2
-from pc_clip.data.awa2 import open_awa2
-from pc_clip.data.captions import is_table, open_coco, open_tsv, read_captions, read_coco_captions, read_simclip_tsv
+from pc_clip.data import download as archives
+from pc_clip.data.attribute_sets import open_awa2, open_cub
+from pc_clip.data.captions import is_table, open_coco, open_tsv
 from pc_clip.data.changes import (
-    IMAGE_EDITING_REQUEST,
-    SPOT_THE_DIFF,
     is_lines,
+    open_clevr_change,
     open_image_editing_request,
     open_lines,
     open_spot_the_diff,
 )
-from pc_clip.data.classification import (
-    LAYOUTS,
-    open_cifar,
-    open_eurosat,
-    open_flowers102,
-    open_food101,
-    open_mnist,
-    open_sun397,
-)
-from pc_clip.data.classnames import ClassNames, class_names
-from pc_clip.data.clevr_change import LAYOUT as CLEVR_CHANGE
-from pc_clip.data.clevr_change import open_clevr_change
-from pc_clip.data.cub import LAYOUT as CUB
-from pc_clip.data.cub import open_cub
-from pc_clip.data.dataset import Attribute, Dataset, Question, read_image
+from pc_clip.data.classification import KINDS, download_classified, open_classified
+from pc_clip.data.dataset import Dataset
 from pc_clip.data.example_sets import open_changes, open_example, open_relations
 from pc_clip.data.folder import open_folder
-from pc_clip.data.layout import NO_FILES, Layout
-from pc_clip.data.webdataset import LAYOUT as SHARDS
 from pc_clip.data.webdataset import open_webdataset
-
-__all__ = [
-    "ARCHIVES", "READERS", "Attribute", "ClassNames", "Dataset", "Question", "Reader", "class_names", "download",
-    "held_out", "open_dataset", "read_captions", "read_coco_captions", "read_image", "read_simclip_tsv",
-]  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Reader:
-    """How a data set is opened, and what a user has to fetch for it.
+    """How a data set is opened, and what a user has to fetch for it. The fields of datasets.yaml are explained there.
 
-    root: where it is looked for unless told otherwise; None: it needs no files. splits: the last is the default of
-    an evaluation, the first of training. any_split: whether others may be named, since the files decide. may_miss:
-    whether pictures may be absent that a file lists; `open` then takes `missing` as well. is_table: whether a split is
-    the path of a file, which may name pictures anywhere, so that nothing need be at `root`.
+    open: takes the folder of its files and a split. any_split: whether others than `splits` may be named, since the
+    files decide. may_miss: whether pictures may be absent that a file lists; `open` then takes `missing` as well.
+    is_table: whether a split is the path of a file, which may name pictures anywhere, so that nothing has to be at
+    `root`. root: None for a set that needs no files.
     """
 
     open: Callable[[Path, str], Dataset]
-    root: str | None
-    splits: tuple[str, ...]
-    fetch: str
-    size: str
-    licence: str
-    layout: Layout = NO_FILES
     any_split: bool = False
     may_miss: bool = False
     is_table: Callable[[Path], bool] | None = None
+    root: str | None = None
+    splits: tuple[str, ...] = ()
+    fetch: str = "Nothing to fetch."
+    size: str = "yours"
+    licence: str = "yours"
+    inner: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
+
+    def folder(self, root: Path) -> Path:
+        """The first of the inner folders that exists; otherwise `root` itself."""
+        return next((root / inner for inner in self.inner if (root / inner).is_dir()), root)
+
+    def lacking(self, root: Path) -> list[str]:
+        """Those of the files that are not there, as datasets.yaml has them."""
+        folder = self.folder(root)
+        return [file for file in self.files if not any(any(folder.glob(name)) for name in file.split("|"))]
 
 
-def _command(name: str, of: str, makes: str) -> str:
-    return f"Fetch it: python -m pc_clip datasets --download {name} (or unpack {of} there; it makes {makes})."
+def _reader(name: str, opener: Callable, any_split=False, may_miss=False, is_table=None) -> Reader:
+    about = {key: tuple(value) if isinstance(value, list) else value for key, value in _ABOUT.get(name, {}).items()}
+    if archive := about.pop("archive", None):
+        about["fetch"] = f"Fetch it: python -m pc_clip datasets --download {name} (or unpack {archive})."
+    if not about:
+        about = {"splits": ("train", "val", "test"), "size": "none", "licence": "MIT, as this project"}
+    return Reader(opener, any_split, may_miss, is_table, **about)
 
 
+_ABOUT = yaml.safe_load(Path(__file__).with_name("datasets.yaml").read_text(encoding="utf-8"))
 READERS: dict[str, Reader] = {
-    "example": Reader(
-        open_example, None, ("train", "val", "test"), "Nothing to fetch.", "none", "MIT, as this project",
-    ),
-    "example_relations": Reader(
-        open_relations, None, ("train", "val", "test"), "Nothing to fetch.", "none", "MIT, as this project",
-    ),
-    "example_changes": Reader(
-        open_changes, None, ("train", "val", "test"), "Nothing to fetch.", "none", "MIT, as this project",
-    ),
-    "coco": Reader(
-        open_coco, "data/coco", ("train2017", "val2017"),
-        _command("coco", "train2017.zip, val2017.zip and annotations_trainval2017.zip of cocodataset.org",
-                 "train2017/, val2017/ and annotations/"),
-        "20 GB", "pictures: Flickr's terms; captions: CC BY 4.0",
-        Layout((), ("annotations/captions_*.json|captions_*.json",)), any_split=True, may_miss=True,
-    ),
-    "tsv": Reader(
-        open_tsv, "data/tsv", ("train", "test"),
-        "Put SPLIT.tsv there (columns image, caption1, caption2, ...), and the pictures there, in SPLIT/ or images/.",
-        "yours", "yours", any_split=True, may_miss=True, is_table=is_table,
-    ),
-    "folder": Reader(open_folder, "data/images", (), "Put images there, in a folder a class.", "yours", "yours"),
-    "webdataset": Reader(
-        open_webdataset, "data/webdataset", ("train", "test"),
-        "Put a WebDataset of CLIP_benchmark's layout there: classnames.txt and SPLIT/0.tar, 1.tar, ...",
-        "yours", "yours", SHARDS, any_split=True,
-    ),
-    "cifar10": Reader(
-        partial(open_cifar, "CIFAR10"), "data/cifar10", ("train", "test"),
-        _command("cifar10", "cifar-10-python.tar.gz of www.cs.toronto.edu/~kriz", "cifar-10-batches-py/"),
-        "170 MB", "not stated", LAYOUTS["cifar10"],
-    ),
-    "cifar100": Reader(
-        partial(open_cifar, "CIFAR100"), "data/cifar100", ("train", "test"),
-        _command("cifar100", "cifar-100-python.tar.gz of www.cs.toronto.edu/~kriz", "cifar-100-python/"),
-        "169 MB", "not stated", LAYOUTS["cifar100"],
-    ),
-    "mnist": Reader(
-        open_mnist, "data/mnist", ("train", "test"),
-        "Fetch it: python -m pc_clip datasets --download mnist (or put its four *-ubyte.gz there, in MNIST/raw/).",
-        "12 MB", "CC BY-SA 3.0", LAYOUTS["mnist"],
-    ),
-    "eurosat": Reader(
-        open_eurosat, "data/eurosat", ("train", "test"),
-        _command("eurosat", "EuroSAT.zip, the RGB version, of github.com/phelber/EuroSAT", "2750/"),
-        "94 MB", "MIT", LAYOUTS["eurosat"],
-    ),
-    "sun397": Reader(
-        open_sun397, "data/sun397", ("train", "test"),
-        _command("sun397", "SUN397.tar.gz of vision.princeton.edu/projects/2010/SUN", "SUN397/"),
-        "39 GB", "not stated", LAYOUTS["sun397"],
-    ),
-    "flowers102": Reader(
-        open_flowers102, "data/flowers102", ("train", "val", "test"),
-        _command("flowers102", "102flowers.tgz of www.robots.ox.ac.uk/~vgg/data/flowers/102, with imagelabels.mat and "
-                 "setid.mat beside it, in flowers-102/", "flowers-102/jpg/"),
-        "345 MB", "not stated", LAYOUTS["flowers102"],
-    ),
-    "food101": Reader(
-        open_food101, "data/food101", ("train", "test"),
-        _command("food101", "food-101.tar.gz of data.vision.ee.ethz.ch/cvl", "food-101/"),
-        "5.0 GB", "see license_agreement.txt in the archive", LAYOUTS["food101"],
-    ),
-    "cub": Reader(
-        open_cub, "data/cub", ("train", "test"),
-        _command("cub", "CUB_200_2011.tgz of data.caltech.edu/records/65de6-vp158",
-                 "CUB_200_2011/ and attributes.txt"),
-        "1.2 GB", "see its record at data.caltech.edu", CUB,
-    ),
-    "awa2": Reader(
-        open_awa2, "data/awa2", ("train", "all", "test"),
-        _command("awa2", "AwA2-data.zip of cvml.ista.ac.at/AwA2", "Animals_with_Attributes2/"),
-        "13 GB", "each picture its own: see cvml.ista.ac.at/AwA2", AWA2,
-    ),
-    "clevr_change": Reader(
-        open_clevr_change, "data/clevr_change", ("train", "val", "test"),
-        "Fetch clevr_change.tar.gz by the link in README.md of github.com/Seth-Park/RobustChangeCaptioning and "
-        "unpack it there; it makes data/.",
-        "not stated", "not stated", CLEVR_CHANGE, may_miss=True,
-    ),
-    "spot_the_diff": Reader(
-        open_spot_the_diff, "data/spot_the_diff",
-        ("train", "val", "reformat_train", "reformat_val", "reformat_test", "test"),
-        "Fetch train.json, val.json and test.json of data/annotations of github.com/harsh19/spot-the-diff, and "
-        "resized_images by the link in its data/get_images.txt, and put them there.",
-        "not stated", "not stated", SPOT_THE_DIFF, may_miss=True,
-    ),
-    "image_editing_request": Reader(
-        open_image_editing_request, "data/image_editing_request", ("train", "val", "valid", "test"),
-        "Fetch train.json, valid.json and test.json of data of github.com/airsplay/VisualRelationships, and the "
-        "pictures by the link in its README.md, and put them there, the pictures in images/.",
-        "not stated", "not stated", IMAGE_EDITING_REQUEST, may_miss=True,
-    ),
-    "changes": Reader(
-        open_lines, "data/changes", ("train", "val", "test"),
-        'Put SPLIT.jsonl there, a line {"before": path, "after": path, "sentences": [...]} for each change, with paths '
-        "that are whole or begin in its own folder.",
-        "yours", "yours", any_split=True, may_miss=True, is_table=is_lines,
-    ),
-}  # fmt: skip
+    "example": _reader("example", open_example),
+    "example_relations": _reader("example_relations", open_relations),
+    "example_changes": _reader("example_changes", open_changes),
+    "coco": _reader("coco", open_coco, any_split=True, may_miss=True),
+    "tsv": _reader("tsv", open_tsv, any_split=True, may_miss=True, is_table=is_table),
+    "folder": _reader("folder", open_folder),
+    "webdataset": _reader("webdataset", open_webdataset, any_split=True),
+    **{name: _reader(name, partial(open_classified, name)) for name in KINDS},
+    "cub": _reader("cub", open_cub),
+    "awa2": _reader("awa2", open_awa2),
+    "clevr_change": _reader("clevr_change", open_clevr_change, may_miss=True),
+    "spot_the_diff": _reader("spot_the_diff", open_spot_the_diff, may_miss=True),
+    "image_editing_request": _reader("image_editing_request", open_image_editing_request, may_miss=True),
+    "changes": _reader("changes", open_lines, any_split=True, may_miss=True, is_table=is_lines),
+}
 
 
-def _reader(name: str) -> Reader:
+def _known(name: str) -> Reader:
     if name not in READERS:
         raise UserError(f"unknown data set {name!r}. {nearest(name, READERS)}")
     return READERS[name]
@@ -195,17 +108,24 @@ def open_dataset(
     Raises UserError for an unknown name or split and for a data set that is not there, with what to fetch.
     """
     check_choice("missing", missing, ("error", "skip", "keep"))
-    reader = _reader(name)
+    reader = _known(name)
     split = split or (reader.splits[-1] if reader.splits else "")
     if reader.splits and split not in reader.splits and not reader.any_split:
         raise UserError(f"{name} has no split {split!r}. {nearest(split, reader.splits)}")
     folder = Path(root or reader.root or ".")
     lone = reader.is_table is not None and root is None and reader.is_table(Path(split))
-    if reader.root is not None and not folder.is_dir() and not lone:
-        raise UserError(f"{name} is not at {folder}. {reader.fetch} Then name the folder with --root (--data.root).")
-    reader.layout.require(name, folder, reader.fetch)
+    if reader.root is not None and not lone:
+        _require(name, reader, folder)
     opener = partial(reader.open, missing=missing) if reader.may_miss else reader.open
-    return opener(folder, split)
+    return opener(reader.folder(folder), split)
+
+
+def _require(name: str, reader: Reader, folder: Path) -> None:
+    lacking = reader.lacking(folder)
+    if not folder.is_dir() or (lacking and len(lacking) == len(reader.files)):
+        raise UserError(f"{name} is not at {folder}. {reader.fetch} Then name the folder with --root (--data.root).")
+    if lacking:
+        raise UserError(f"{name} at {reader.folder(folder)} is incomplete: no {', '.join(lacking)}. {reader.fetch}")
 
 
 def held_out(data: Dataset) -> str | None:
@@ -224,35 +144,59 @@ def beside(data: Dataset, split: str) -> str | None:
     reader, part = READERS.get(data.name), data.part or data.split
     if reader is None or (reader.is_table and reader.is_table(Path(part))):
         return None
-    found = f"{part.rpartition('_')[0]}_{split}".lstrip("_")
-    return found if found in reader.splits and (reader.any_split or part in reader.splits) else None
+    sibling = f"{part.rpartition('_')[0]}_{split}".lstrip("_")
+    return sibling if sibling in reader.splits and (reader.any_split or part in reader.splits) else None
 
 
 def state(name: str, root: str | Path | None = None) -> str:
     """Whether a data set is there: "found", "not found", or "incomplete" with what is absent."""
-    reader = _reader(name)
+    reader = _known(name)
     if reader.root is None:
         return "found"
     folder = Path(root or reader.root)
+    lacking = reader.lacking(folder)
     if not folder.is_dir():
         return "not found"
-    missing = reader.layout.missing(folder)
-    return f"incomplete: no {', '.join(missing)}" if missing else "found"
+    return f"incomplete: no {', '.join(lacking)}" if lacking else "found"
 
 
 def download(name: str, root: str | Path | None = None) -> Path:
     """Fetch what a data set lacks, and unpack it; the folder it is in. What is there already is not fetched again.
 
-    Raises UserError for a set that cannot be fetched by us, for a failed or damaged download, and where an
-    incomplete copy is in the way.
+    Raises UserError for a set that cannot be fetched by us, and for a failed or damaged download.
     """
-    reader = _reader(name)
-    if name not in ARCHIVES:
-        raise UserError(f"{name} cannot be downloaded. {reader.fetch} Known: {', '.join(sorted(ARCHIVES))}.")
+    reader = _known(name)
+    if name not in archives.ARCHIVES and name not in KINDS:
+        raise UserError(f"{name} cannot be downloaded. {reader.fetch}")
     folder = Path(root or reader.root)
-    if name != "coco" and folder.is_dir() and not reader.layout.missing(folder):
-        return folder  # perhaps laid out in another way than our archives do it
-    for archive in ARCHIVES[name]:
-        archives.bring(archive, folder)
-    reader.layout.require(name, folder, "What was fetched is not all; move it away and run the same command again.")
+    if name == "coco" or not folder.is_dir() or reader.lacking(folder):  # captions of coco may be there alone
+        folder.mkdir(parents=True, exist_ok=True)
+        (download_classified if name in KINDS else archives.fetch)(name, folder)
+    _require(name, reader, folder)
     return folder
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """List the data sets: found or not, where they are looked for, what to fetch; or download one."""
+    parser = argparse.ArgumentParser(prog="python -m pc_clip datasets", description=main.__doc__)
+    parser.add_argument("--download", metavar="NAME", help="Fetch this data set and unpack it.")
+    parser.add_argument("--root", metavar="FOLDER", help="Where to, unless it is where the list says.")
+    arguments = parser.parse_args(argv)
+    if arguments.download:
+        print(f"{arguments.download} is in {download(arguments.download, arguments.root)}")
+    elif arguments.root:
+        raise UserError("--root goes with --download NAME; to read a data set from there, give it to run.py")
+    else:
+        print(table())
+
+
+def table() -> str:
+    """A line a data set, and below it what is absent, how it is fetched, and its licence."""
+    lines = [f"{'name':<22}{'state':<12}{'looked for in':<27}size"]
+    wrap = textwrap.TextWrapper(110, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False)
+    for name, reader in READERS.items():
+        status, _, absent = state(name).partition(": ")
+        lines.append(f"{name:<22}{status:<12}{reader.root or '(embedded)':<27}{reader.size}")
+        for text in (absent, reader.fetch if status != "found" else "", f"licence: {reader.licence}"):
+            lines += wrap.wrap(text)
+    return "\n".join(lines)

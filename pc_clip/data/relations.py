@@ -1,15 +1,4 @@
-"""Spatial relations in sentences, and what contradicts each.
-
-Names and categories are those of VSR (Liu, Emerson and Collier, Visual Spatial Reasoning, TACL 2023; the categories as
-in analysis_scripts/rel_meta_category_dict.txt of github.com/cambridgeltl/visual-spatial-reasoning). That list has
-"among" in two categories, of which Topological is taken here, and lacks "congruent", which is Unallocated here. The
-opposites are written for this project.
-
-An opposite cannot hold of the same two things at the same place together with the relation itself, both as seen from
-the same side; what is merely different ("near" beside "on") is none. Both may well be false: a thing above another is
-neither left nor right of it. A relation that has no such word in English is negated: "not touching", "does not
-contain".
-"""
+"""Spatial relations in sentences, and what contradicts each. The table of them is relations.yaml."""
 
 from __future__ import annotations
 
@@ -17,6 +6,9 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import sha256
+from pathlib import Path
+
+import yaml
 
 from pc_clip.core.errors import UserError
 
@@ -36,90 +28,10 @@ class Relation:
         return f"does not {self.verb}" if self.verb else f"not {name}"
 
 
-_FAR = ("far from", "far away from")
-_LOW = ("below", "beneath", "under")
-
 RELATIONS: dict[str, Relation] = {
-    "adjacent to": Relation("Adjacency", _FAR),
-    "ahead of": Relation("Adjacency", ("behind",)),
-    "against": Relation("Adjacency", ("away from",)),
-    "alongside": Relation("Adjacency", _FAR),
-    "at the back of": Relation("Adjacency", ("at the front of",)),
-    "at the edge of": Relation("Adjacency", ("in the middle of",)),
-    "at the left side of": Relation("Adjacency", ("at the right side of",)),
-    "at the right side of": Relation("Adjacency", ("at the left side of",)),
-    "at the side of": Relation("Adjacency", _FAR),
-    "attached to": Relation("Adjacency", ("detached from",)),
-    "across": Relation("Directional"),
-    "across from": Relation("Directional"),
-    "along": Relation("Directional"),
-    "around": Relation("Directional"),
-    "away from": Relation("Directional", ("close to", "near")),
-    "deep down": Relation("Directional"),
-    "down": Relation("Directional", ("up",)),
-    "down from": Relation("Directional", ("up from",)),
-    "from": Relation("Directional"),
-    "into": Relation("Directional", ("out of",)),
-    "off": Relation("Directional", ("on",)),
-    "past": Relation("Directional"),
-    "through": Relation("Directional"),
-    "to": Relation("Directional"),
-    "toward": Relation("Directional"),  # what stands away from a thing may well go toward it
-    "up": Relation("Directional", ("down",)),
-    "facing": Relation("Orientation", ("facing away from",)),
-    "facing away from": Relation("Orientation", ("facing",)),
-    "parallel to": Relation("Orientation", ("perpendicular to",)),
-    "perpendicular to": Relation("Orientation", ("parallel to",)),
-    "above": Relation("Projective", _LOW),
-    "behind": Relation("Projective", ("in front of",)),
-    "below": Relation("Projective", ("above", "on top of")),
-    "beneath": Relation("Projective", ("above", "on top of")),
-    "beside": Relation("Projective", _FAR),
-    "in front of": Relation("Projective", ("behind",)),
-    "in the middle of": Relation("Projective", ("at the edge of",)),
-    "left of": Relation("Projective", ("right of",)),
-    "on top of": Relation("Projective", _LOW),
-    "over": Relation("Projective", _LOW),
-    "right of": Relation("Projective", ("left of",)),
-    "under": Relation("Projective", ("above", "on top of")),
-    "by": Relation("Proximity", _FAR),
-    "close to": Relation("Proximity", _FAR),
-    "far away from": Relation("Proximity", ("close to", "near")),
-    "far from": Relation("Proximity", ("close to", "near")),
-    "near": Relation("Proximity", _FAR),
-    "among": Relation("Topological"),
-    "at": Relation("Topological", ("away from", *_FAR)),
-    "between": Relation("Topological"),
-    "connected to": Relation("Topological", ("detached from",)),
-    "consists of": Relation("Topological", verb="consist of"),
-    "contains": Relation("Topological", verb="contain"),
-    "detached from": Relation("Topological", ("attached to", "connected to")),
-    "has as a part": Relation("Topological", verb="have as a part"),
-    "in": Relation("Topological", ("outside", "out of")),
-    "inside": Relation("Topological", ("outside",)),
-    "on": Relation("Topological", ("off",)),
-    "out of": Relation("Topological", ("in", "inside")),
-    "outside": Relation("Topological", ("inside", "within")),
-    "part of": Relation("Topological"),
-    "surrounding": Relation("Topological"),
-    "touching": Relation("Topological"),
-    "with": Relation("Topological", ("without",)),
-    "within": Relation("Topological", ("outside",)),
-    "after": Relation("Unallocated", ("before",)),
-    "beyond": Relation("Unallocated"),
-    "congruent": Relation("Unallocated"),
-    "enclosed by": Relation("Unallocated", ("outside",)),
-    "next to": Relation("Unallocated", _FAR),
-    "opposite to": Relation("Unallocated"),
-    # Not of VSR: opposites of its own that it has no name for, and sizes.
-    "at the front of": Relation("Adjacency", ("at the back of",)),
-    "before": Relation("Unallocated", ("after",)),
-    "left side of": Relation("Projective", ("right side of",)),
-    "right side of": Relation("Projective", ("left side of",)),
-    "up from": Relation("Directional", ("down from",)),
-    "without": Relation("Topological", ("with",)),
-    "larger than": Relation("Size", ("smaller than",)),
-    "smaller than": Relation("Size", ("larger than",)),
+    name: Relation(category, verb=about) if isinstance(about, str) else Relation(category, tuple(about))
+    for category, relations in yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8")).items()
+    for name, about in relations.items()
 }
 
 # Found only behind "is", "are" and the like: elsewhere they mostly mean something else ("about to eat").

@@ -17,6 +17,7 @@ for VSR and ARO relation or attributes. Other columns are left alone. The names 
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -24,11 +25,12 @@ from typing import Any
 
 from pc_clip.core.errors import UserError
 from pc_clip.data import relations
-from pc_clip.data.dataset import Statement
+from pc_clip.data.dataset import Statement, read_text
 
 IMAGE_COLUMNS = ("image", "filename", "image_path", "image_id")
 BOX_COLUMNS = ("bbox_x", "bbox_y", "bbox_w", "bbox_h")
 LABELS = {"1": True, "1.0": True, "true": True, "0": False, "0.0": False, "false": False}
+Rows = Iterator[tuple[str, Any]]  # where each stands, and its columns
 
 
 def read_statements(paths: Sequence[str | Path], seed: int = 0) -> list[Statement]:
@@ -37,13 +39,15 @@ def read_statements(paths: Sequence[str | Path], seed: int = 0) -> list[Statemen
     seed: for the contradictions that are drawn. Rows that are there twice are kept. Raises UserError with file and
     line for a row that is none of the above, and for a file or folder without any.
     """
-    found = []
+    statements = []
     for file in (file for path in paths for file in files_of(Path(path))):
-        before = len(found)
-        found += [_statement(row, file.stem, seed) for row in READERS[file.suffix.lower()](file)]
-        if len(found) == before:
+        before = len(statements)
+        statements += [
+            _statement(_Row(where, row), file.stem, seed) for where, row in READERS[file.suffix.lower()](file)
+        ]
+        if len(statements) == before:
             raise UserError(f"{file} holds no rows; remove it, or write it again")
-    return found
+    return statements
 
 
 def label_of(paths: Sequence[str | Path]) -> str:
@@ -53,6 +57,7 @@ def label_of(paths: Sequence[str | Path]) -> str:
 
 
 def files_of(path: Path) -> list[Path]:
+    """The files of statements that a path stands for: itself, or those in a folder."""
     if path.is_dir():
         inside = sorted(p for p in path.iterdir() if p.suffix.lower() in READERS and not p.name.startswith("."))
         files = [p for p in inside if p.is_file()]
@@ -66,17 +71,16 @@ def files_of(path: Path) -> list[Path]:
     return [path]
 
 
-# -- what a row says -----------------------------------------------------------------------------------
+# -- what a row says -------------------------------------------------------------------------------------
 
 
 class _Row:
     """A row of a file, and where it stands there. A column that holds nothing (null) counts as none."""
 
-    def __init__(self, where: str, values: dict[str, Any]) -> None:
+    def __init__(self, where: str, values: Any) -> None:
+        if not isinstance(values, dict):
+            raise UserError(f"{where}: a row must be an object with columns, found {str(values)[:60]!r}")
         self.where, self.values = where, {name: value for name, value in values.items() if value is not None}
-
-    def __contains__(self, column: str) -> bool:
-        return column in self.values
 
     def wrong(self, what: str) -> UserError:
         return UserError(f"{self.where}: {what}")
@@ -84,49 +88,49 @@ class _Row:
     def text(self, column: str) -> str:
         """Words with single spaces. Raises UserError for anything else, and for none."""
         value = self.values[column]
-        if not isinstance(value, str):
-            raise self.wrong(f"{column} must be a text, found {str(value)[:60]!r}")
-        if not value.strip():
-            raise self.wrong(f"{column} is empty; fill it in or remove the row")
+        if not isinstance(value, str) or not value.strip():
+            raise self.wrong(f"{column} must be a text with a word in it, found {str(value)[:60]!r}")
         return " ".join(value.split())
 
     def optional(self, column: str, default: str) -> str:
         return self.text(column) if self.values.get(column, "") != "" else default
 
-    def name(self, column: str) -> str:
-        """The name of an image; a number too, as COCO's ids are in some files."""
+    def image(self, *columns: str) -> str:
+        """The name of an image, of the first of the columns that is there; a number too, as COCO's ids are."""
+        column = next(column for column in columns or IMAGE_COLUMNS if column in self.values)
         value = self.values[column]
-        if isinstance(value, int) and not isinstance(value, bool):
+        if type(value) is int:
             return str(value)
         if not isinstance(value, str) or not value.strip():
             raise self.wrong(f"{column} must name an image, found {str(value)[:60]!r}")
         return value.strip()
 
-    def image(self) -> str:
-        return self.name(next(column for column in IMAGE_COLUMNS if column in self))
-
     def label(self) -> bool:
-        found = LABELS.get(str(self.values["label"]).strip().lower())
-        if found is None:
+        label = LABELS.get(str(self.values["label"]).strip().lower())
+        if label is None:
             raise self.wrong(f"label must be 0 or 1 (false or true), found {str(self.values['label'])[:60]!r}")
-        return found
+        return label
 
-    def integer(self, column: str) -> int:
+    def box(self) -> str:
+        """ARO's box as the end of a view's name; empty where the row has none."""
+        if not any(column in self.values for column in BOX_COLUMNS):
+            return ""
         try:
-            number = float(self.values[column])
-            if number == int(number):
-                return int(number)
-        except (TypeError, ValueError, OverflowError):
-            pass
-        raise self.wrong(f"{column} must be a whole number of pixels, found {str(self.values[column])[:60]!r}")
+            x, y, width, height = numbers = [float(self.values[column]) for column in BOX_COLUMNS]
+            if width <= 0 or height <= 0 or not all(map(float.is_integer, numbers)):
+                raise ValueError
+        except (KeyError, TypeError, ValueError):
+            given = {column: self.values.get(column) for column in BOX_COLUMNS}
+            raise self.wrong(f"a box needs {', '.join(BOX_COLUMNS)}, whole pixels, not empty; found {given}") from None
+        return f"@box={x:.0f},{y:.0f},{x + width:.0f},{y + height:.0f}"
 
 
 def _statement(row: _Row, stem: str, seed: int) -> Statement:
     for columns, read in FORMS.items():
-        if all(column in row for column in columns) and (_names_images(columns) or _names_images(row.values)):
+        if all(column in row.values for column in columns) and (_names_images(columns) or _names_images(row.values)):
             return read(row, stem, seed)
     needs = "; or ".join(", ".join(columns if _names_images(columns) else ("image", *columns)) for columns in FORMS)
-    raise row.wrong(f"found {', '.join(row.values) or 'nothing'}; a row needs {needs}")
+    raise row.wrong(f"found {', '.join(map(str, row.values)) or 'nothing'}; a row needs {needs}")
 
 
 def _names_images(columns: Iterable[str]) -> bool:
@@ -155,7 +159,7 @@ def _labelled(row: _Row, stem: str, seed: int) -> Statement:
     relation = row.optional("relation", "").lower() or relations.find_relation(text)
     if relation is None:
         raise row.wrong(
-            f"{text[:80]!r} is about no relation known in data/relations.py; give it in a column relation, or what "
+            f"{text[:80]!r} is about no relation known in data/relations.yaml; give it in a column relation, or what "
             "contradicts it in a column negative_caption"
         )
     try:
@@ -168,34 +172,20 @@ def _labelled(row: _Row, stem: str, seed: int) -> Statement:
 def _aro(row: _Row, stem: str, seed: int) -> Statement:
     """ARO names its attributes as a list of the two that are exchanged."""
     kind, category = row.optional("relation_name", ""), "aro_relation"
-    if "attributes" in row:
+    if "attributes" in row.values:
         attributes = row.values["attributes"]
         if not isinstance(attributes, list) or not all(isinstance(each, str) for each in attributes):
             raise row.wrong(f"attributes must be a list of texts, found {str(attributes)[:60]!r}")
         kind, category = " / ".join(attributes), "aro_attribution"
-    image = row.image() + _box(row)
-    return _pair(
-        row, image, row.text("true_caption"), row.text("false_caption"), kind or stem, category if kind else ""
-    )
-
-
-def _box(row: _Row) -> str:
-    there = [column for column in BOX_COLUMNS if column in row]
-    if not there:
-        return ""
-    if len(there) < len(BOX_COLUMNS):
-        raise row.wrong(f"a box needs {', '.join(BOX_COLUMNS)}, found only {', '.join(there)}")
-    x, y, width, height = map(row.integer, BOX_COLUMNS)
-    if width <= 0 or height <= 0:
-        raise row.wrong(f"the box is empty: bbox_w is {width} and bbox_h is {height}")
-    return f"@box={x},{y},{x + width},{y + height}"
+    texts = row.text("true_caption"), row.text("false_caption")
+    return _pair(row, row.image() + row.box(), *texts, kind or stem, category if kind else "")
 
 
 def _ranking(row: _Row, stem: str, seed: int) -> Statement:
-    text, image, instead = row.text("caption"), row.name("preferred_image"), row.name("rejected_image")
-    if image == instead:
+    text, image, other = row.text("caption"), row.image("preferred_image"), row.image("rejected_image")
+    if image == other:
         raise row.wrong(f"preferred_image and rejected_image are both {image!r}; remove the row")
-    return Statement(image, text, text, True, row.optional("kind", stem), row.optional("category", ""), instead)
+    return Statement(image, text, text, True, row.optional("kind", stem), row.optional("category", ""), other)
 
 
 # By the columns that a row must have, beside one that names its image; the first that fits.
@@ -208,108 +198,68 @@ FORMS: dict[tuple[str, ...], Callable[[_Row, str, int], Statement]] = {
 }
 
 
-# -- the rows of a file --------------------------------------------------------------------------------
+# -- the rows of a file ----------------------------------------------------------------------------------
 
 
-def _no_text(path: Path, error: Exception) -> UserError:
-    return UserError(f"{path} is no UTF-8 text ({error}); write it again as UTF-8")
-
-
-def _json(path: Path) -> Iterator[_Row]:
+def _json(path: Path) -> Rows:
     """A list of rows, or an object of them, as SugarCrepe writes them."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise _no_text(path, error) from None
+        content = json.loads(read_text(path))
     except json.JSONDecodeError as error:
         lines = " (for a JSON in each line, the name must end in .jsonl)" if error.msg == "Extra data" else ""
         raise UserError(f"{path} is not JSON: {error}{lines}; it may have been cut short") from None
     if isinstance(content, list):
-        entries = [(str(n), row) for n, row in enumerate(content)]
-    elif isinstance(content, dict) and all(isinstance(row, dict) for row in content.values()):
-        entries = list(content.items())
-    else:
+        content = dict(enumerate(content))
+    elif not isinstance(content, dict) or not all(isinstance(row, dict) for row in content.values()):
         raise UserError(f"{path} must be a list of rows or an object of rows, found {str(content)[:60]!r}")
-    for key, row in entries:
-        yield _object(f"{path} entry {key}", row)
+    for key, row in content.items():
+        yield f"{path} entry {key}", row
 
 
-def _json_lines(path: Path) -> Iterator[_Row]:
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    where = f"{path} line {number}"
-                    try:
-                        row = json.loads(line)
-                    except json.JSONDecodeError as error:
-                        raise UserError(f"{where} is not JSON ({error.msg}), found {line.strip()[:60]!r}") from None
-                    yield _object(where, row)
-    except UnicodeDecodeError as error:
-        raise _no_text(path, error) from None
+def _json_lines(path: Path) -> Rows:
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if line.strip():
+            try:
+                yield f"{path} line {number}", json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(f"{path} line {number} is not JSON ({error.msg}): {line.strip()[:60]!r}") from None
 
 
-def _object(where: str, row: Any) -> _Row:
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: a row must be an object with columns, found {str(row)[:60]!r}")
-    return _Row(where, row)
-
-
-def _table(path: Path) -> Iterator[_Row]:
+def _table(path: Path) -> Rows:
     """CSV or TSV, the columns named in the first line; a field in quotes may hold line breaks."""
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    head: list[str] | None = None
-    line = 1
+    text = io.StringIO(read_text(path), newline="")
+    reader = csv.DictReader(text, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, delimiter=delimiter, strict=True)
-            for fields in reader:
-                where, line = f"{path} line {line}", reader.line_num + 1
-                if not fields:
-                    continue
-                if head is None:
-                    head = _head(where, fields)
-                elif len(fields) != len(head):
-                    raise UserError(
-                        f"{where}: {len(fields)} fields, but the first line names {len(head)} columns; put quotes "
-                        "around a field that holds what separates fields"
-                    )
-                else:
-                    yield _Row(where, dict(zip(head, fields)))
+        names = reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
+        if len(set(names)) < len(names):
+            raise UserError(f"{path}: a column is there twice among {', '.join(names)}; rename one")
+        for row in reader:
+            if None in row or None in row.values():
+                raise UserError(
+                    f"{path} line {reader.line_num}: it does not have the {len(names)} fields that the first line "
+                    "names; put quotes around a field that holds what separates fields"
+                )
+            yield f"{path} line {reader.line_num}", row
     except csv.Error as error:
-        raise UserError(f"{path} line {line}: {error}; is a quote not closed?") from None
-    except UnicodeDecodeError as error:
-        raise _no_text(path, error) from None
+        raise UserError(f"{path} line {reader.line_num}: {error}; is a quote not closed?") from None
 
 
-def _head(where: str, fields: list[str]) -> list[str]:
-    names = [field.strip() for field in fields]
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise UserError(f"{where}: the column {min(twice)!r} is there twice; rename one")
-    return names
-
-
-def _parquet(path: Path) -> Iterator[_Row]:
+def _parquet(path: Path) -> Rows:
     """Only the columns that are known: a file may hold pictures as well."""
-    try:
-        from pyarrow import ArrowException, parquet
-    except ImportError:
-        raise UserError(f"to read {path}, pyarrow is needed: pip install -r requirements.txt") from None
+    from pyarrow import ArrowException, parquet
+
     known = {*IMAGE_COLUMNS, *BOX_COLUMNS, "kind", "category", "relation", "relation_name", "attributes"}
     known.update(column for columns in FORMS for column in columns)
     try:
-        with parquet.ParquetFile(path) as file:
-            columns = [name for name in file.schema_arrow.names if name in known]
-            start = 1
-            for batch in file.iter_batches(columns=columns):
-                for number, row in enumerate(batch.to_pylist(), start):
-                    yield _Row(f"{path} row {number}", row)
-                start += batch.num_rows
+        columns = [name for name in parquet.read_schema(path).names if name in known]
+        rows = parquet.read_table(path, columns=columns).to_pylist()
     except (ArrowException, OSError) as error:
         raise UserError(f"{path} cannot be read as Parquet ({str(error).splitlines()[0]}); write it again") from None
+    for number, row in enumerate(rows, 1):
+        yield f"{path} row {number}", row
 
 
-READERS: dict[str, Callable[[Path], Iterator[_Row]]] = {
+READERS: dict[str, Callable[[Path], Rows]] = {
     ".json": _json,
     ".jsonl": _json_lines,
     ".csv": _table,

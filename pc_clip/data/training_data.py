@@ -21,6 +21,7 @@ from pc_clip.data.captions import read_captions
 from pc_clip.data.dataset import Dataset, digest, subset
 from pc_clip.data.images import broken_images
 from pc_clip.data.registry import READERS, open_dataset
+from pc_clip.data.views import ImageIds
 from pc_clip.data.webdataset import has_captions, unopened
 
 if TYPE_CHECKING:
@@ -71,11 +72,18 @@ def _about(data: Dataset, path: str | None) -> Dataset:
 
 def _with_captions(data: Dataset, path: str) -> Dataset:
     """The images that a file has captions of, with those captions."""
-    captions = read_captions(path)
-    rows = np.array([row for row, key in enumerate(data.ids) if key in captions], dtype=np.int64)
-    if not len(rows):
+    captions, ids = read_captions(path), ImageIds(data.ids, data.label)
+    texts: dict[int, tuple[str, ...]] = {}
+    for key, (_, of_key) in captions.items():
+        if (row := ids.find(key)) is not None:
+            texts[row] = texts.get(row, ()) + of_key
+    if not texts:
         raise UserError(f"{path} has captions of {len(captions)} images, none of which is in {data.label}")
-    return dataclasses.replace(subset(data, rows), captions=[captions[data.ids[row]][1] for row in rows])
+    rows = np.array(sorted(texts), dtype=np.int64)
+    absent = sum(ids.find(key) is None for key in captions)
+    note = f"{absent} images of {Path(path).name} are not in {data.label}" if absent else ""
+    data = _note(_note(subset(data, rows), captions.note), note)
+    return dataclasses.replace(data, captions=[texts[row] for row in rows.tolist()])
 
 
 def _note(data: Dataset, said: str) -> Dataset:

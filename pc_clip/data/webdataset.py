@@ -6,7 +6,8 @@ ROOT/dataset_type.txt                           classification (or absent), or r
 ROOT/SPLIT/0.tar, 1.tar, ...                    members KEY.jpg, .jpeg, .png or .webp, and KEY.cls or KEY.txt
 ROOT/SPLIT/nshards.txt                          how many shards there are (may be absent: then all of them)
 
-To be embedded (`python -m pc_clip embeddings`) images alone will do, and tar files that lie in ROOT itself.
+To be embedded (`python -m pc_clip embeddings`) images alone will do, and tar files that lie in ROOT itself. The package
+webdataset reads tar files from front to back; an index of offsets lets images be read in any order.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import logging
 import re
 import tarfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -23,58 +24,41 @@ import numpy as np
 from PIL import Image
 
 from pc_clip.core.errors import UserError, check_choice
-from pc_clip.data.dataset import Dataset, Question, decode_image, digest, stat, unreadable
-from pc_clip.data.layout import Layout
+from pc_clip.data.dataset import Dataset, Question, decode_image, digest, read_text, stat, unreadable
 
 log = logging.getLogger(__name__)
 
-LAYOUT = Layout((), ("*/*.tar",))
 IMAGES = ("webp", "png", "jpg", "jpeg")  # in the order in which CLIP_benchmark looks for them
-END = 2 * tarfile.BLOCKSIZE + tarfile.RECORDSIZE  # bytes of zeros that a tar file ends with, at most
+MEMBER = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)")  # key and ending, which begins at a name's first dot
 
 
-class Place(NamedTuple):
-    """Where the bytes of a member are."""
+class Sample(NamedTuple):
+    """Where the bytes of an image are, and the text of the .cls or .txt beside it."""
 
     shard: Path
     name: str
     offset: int
     size: int
-
-
-class Members(NamedTuple):
-    """What a tar file holds. places: key -> ending -> where; texts: by key; images: names of all that end as one."""
-
-    places: dict[str, dict[str, Place]]
-    texts: dict[str, str]
-    images: list[str]
-
-
-class Sample(NamedTuple):
-    """An image, and what stands beside it: the text of its .cls or .txt."""
-
-    image: Place
     text: str
 
 
 def open_webdataset(root: Path, split: str) -> Dataset:
     """One split: a question by class for classification, captions for retrieval."""
-    kind = _kind(root)
+    retrieval = has_captions(root)
     shards = _shards(root, split)
-    beside = "txt" if kind == "retrieval" else "cls"
-    samples = [sample for shard in shards for sample in read_shard(shard, beside)]
+    samples = [sample for shard in shards for sample in read_shard(shard, "txt" if retrieval else "cls")]
     if not samples:
         raise UserError(f"the shards in {root / split} hold no images")
     captions = None
-    if kind == "retrieval":
+    if retrieval:
         captions = [tuple(" ".join(t.split()) for t in sample.text.splitlines() if t.strip()) for sample in samples]
         if () in captions:
-            raise UserError(f"{_name(samples[captions.index(())].image)} has no caption")
+            raise UserError(f"{_place(samples[captions.index(())])} has no caption")
     return Dataset(
         name="webdataset",
         split=f"{root.resolve().name}-{split}",
         ids=_ids(samples),
-        load=partial(_load, [sample.image for sample in samples]),
+        load=partial(_load, samples),
         fingerprint=fingerprint(root, shards),
         captions=captions,
         questions=() if captions else (_question(root, samples),),
@@ -98,26 +82,18 @@ def find_tars(root: Path, split: str | None) -> tuple[str, list[Path]]:
     loose = _in_order(root.glob("*.tar"))
     if loose and not split:
         return root.resolve().name, loose
-    split = split or "train"
-    if loose and not any((root / split).glob("*.tar")):
-        raise UserError(f"{root} has no split {split!r}; its tar files lie in {root} itself: --data.split null")
-    return f"{root.resolve().name}-{split}", _shards(root, split)
+    return f"{root.resolve().name}-{split or 'train'}", _shards(root, split or "train")
 
 
 def open_tar(shard: Path) -> Dataset:
     """The images of one tar file, whatever stands beside them. Raises UserError as `read_shard` does."""
     samples = read_shard(shard, None)
-    return Dataset(
-        name="webdataset",
-        split=shard.stem,
-        ids=_ids(samples),
-        load=partial(_load, [sample.image for sample in samples]),
-        fingerprint=digest(shard.name, *stat(shard)),
-    )
+    load = partial(_load, samples)
+    return Dataset("webdataset", shard.stem, _ids(samples), load, digest(shard.name, *stat(shard)))
 
 
 def unopened(root: Path, split: str | None) -> Dataset:
-    """What can be said of a WebDataset without opening a tar file, for those who have its embeddings already.
+    """A WebDataset of which no tar file is opened, for those who have its embeddings already.
 
     The files are listed, and their sizes and times looked at. Raises UserError as `find_tars` does.
     """
@@ -130,7 +106,7 @@ def _not_opened(row: int) -> Image.Image:
 
 
 def _ids(samples: list[Sample]) -> list[str]:
-    return [f"{place.shard.stem}/{place.name}" for place, _ in samples]
+    return [f"{sample.shard.stem}/{sample.name}" for sample in samples]
 
 
 def read_shard(shard: Path, beside: str | None) -> list[Sample]:
@@ -140,114 +116,95 @@ def read_shard(shard: Path, beside: str | None) -> list[Sample]:
     the layout does not know are counted in the log. Raises UserError for a tar file that does not end where it must,
     and for an image without its text or the other way round.
     """
-    places, texts, images = _read_members(shard, beside)
+    members, texts, images = _read_members(shard, beside)
     samples = []
-    for key, endings in places.items():
-        image = next((endings[e] for e in IMAGES if e in endings), None)
+    for key, endings in members.items():
+        image = next((endings[ending] for ending in IMAGES if ending in endings), None)
         if image is None and beside not in endings:
             continue
-        if beside is None:
-            samples.append(Sample(image, ""))
-            continue
-        if image is None or beside not in endings:
+        if beside and (image is None or beside not in endings):
             lacks = f"{key}.{beside}" if image else f"the image of {key} ({', '.join(IMAGES)})"
             raise UserError(f"{shard} lacks {lacks}; it has {key}.{next(iter(endings))}")
-        samples.append(Sample(image, texts[key]))
-    _say_what_is_left(shard, images, samples)
+        samples.append(Sample(shard, image.name, image.offset_data, image.size, texts.get(key, "")))
+    if passed := sorted(set(images) - {sample.name for sample in samples}):
+        log.warning(
+            "%s: %d images are passed over, first %s. A WebDataset has one image a key, with one dot in its name, "
+            "and no links.", shard, len(passed), passed[0],
+        )  # fmt: skip
     return samples
 
 
-def _read_members(shard: Path, beside: str | None) -> Members:
-    """The members of a tar file by key and ending, as webdataset has them: an ending begins at a name's first dot."""
-    places, texts, images = found = Members({}, {}, [])
+def _read_members(
+    shard: Path, beside: str | None
+) -> tuple[dict[str, dict[str, tarfile.TarInfo]], dict[str, str], list[str]]:
+    """Members by key and ending, the texts by key, and the names of all that end as images."""
+    members, texts, images = {}, {}, []
     try:
         with tarfile.open(shard, "r:") as tar:
             for member in tar:
-                parts = re.fullmatch(r"((?:.*/)?[^./][^./]*)\.([^/]*)", member.name)
+                parts = MEMBER.fullmatch(member.name)
                 if member.isdir() or parts is None or re.match(r"__[^/]*__($|/)", member.name):
                     continue
                 key, ending = parts[1], parts[2].lower()
                 images += [member.name] if ending.rpartition(".")[2] in IMAGES else []
                 if not member.isreg():
                     continue
-                if ending in places.setdefault(key, {}):
+                if ending in members.setdefault(key, {}):
                     raise UserError(f"{shard} has two members {member.name}; write the tar again with each name once")
-                places[key][ending] = Place(shard, member.name, member.offset_data, member.size)
+                members[key][ending] = member
                 if ending == beside:
-                    texts[key] = tar.extractfile(member).read().decode("utf-8")
-            _check_end(tar)
+                    texts[key] = read_text(shard / member.name, tar.extractfile(member).read())
+            tar.fileobj.seek(tar.offset)
+            end = tar.fileobj.read(2 * tarfile.BLOCKSIZE)
+            if len(end) < tarfile.BLOCKSIZE or any(end):  # tarfile takes anything there for the end
+                raise tarfile.ReadError(f"no end where one must be, at byte {tar.offset}")
     except (tarfile.TarError, EOFError, ValueError) as error:
         raise UserError(f"{shard} is cut short or no tar file ({error}); fetch it again") from error
     except OSError as error:
         raise unreadable(shard, error) from error
-    return found
+    return members, texts, images
 
 
-def _check_end(tar: tarfile.TarFile) -> None:
-    """Raises ReadError unless zeros end a tar file where its members do. tarfile takes anything there for the end."""
-    tar.fileobj.seek(tar.offset)
-    rest = tar.fileobj.read(END + 1)
-    if len(rest) < tarfile.BLOCKSIZE or any(rest):
-        raise tarfile.ReadError(f"no end where one must be, at byte {tar.offset}")
-    if len(rest) > END:  # a download that had its space set aside
-        raise tarfile.ReadError(f"nothing but zeros from byte {tar.offset}, more than tar writes at an end")
-
-
-def _say_what_is_left(shard: Path, images: Sequence[str], samples: list[Sample]) -> None:
-    used = {sample.image.name for sample in samples}
-    if left := [name for name in images if name not in used]:
-        log.warning(
-            "%s: %d images are passed over, first %s. A WebDataset has one image a key, with one dot in its name, "
-            "and no links.", shard, len(left), left[0],
-        )  # fmt: skip
-
-
-def _load(places: list[Place], row: int) -> Image.Image:
-    place = places[row]
+def _load(samples: list[Sample], row: int) -> Image.Image:
+    shard, _, offset, size, _ = sample = samples[row]
     try:
-        with place.shard.open("rb") as file:
-            file.seek(place.offset)
-            content = file.read(place.size)
-    except FileNotFoundError as error:
-        raise UserError(f"no file at {place.shard}") from error
+        with shard.open("rb") as file:
+            file.seek(offset)
+            content = file.read(size)
     except OSError as error:
-        raise unreadable(place.shard, error) from error
-    if len(content) < place.size:
-        raise UserError(f"{place.shard} has become shorter since it was opened; run the same command again")
-    return decode_image(content, _name(place))
+        raise unreadable(shard, error) from error
+    if len(content) < size:
+        raise UserError(f"{shard} has become shorter since it was opened; run the same command again")
+    return decode_image(content, _place(sample))
 
 
-def _name(place: Place) -> str:
-    return f"{place.shard}: {place.name}"
+def _place(sample: Sample) -> str:
+    return f"{sample.shard}: {sample.name}"
 
 
 def _question(root: Path, samples: list[Sample]) -> Question:
     path = root / "classnames.txt"
     if not path.is_file():
         raise UserError(f"no class names at {path}: a line a class, in the order of the labels")
-    classes = [line.strip() for line in _text(path).splitlines()]
+    classes = [line.strip() for line in read_text(path).splitlines()]
     if "" in classes or not classes:
         raise UserError(f"{path} line {classes.index('') + 1 if classes else 1} is blank; each line names a class")
-    target = []
-    for image, text in samples:
-        if not text.strip().isdecimal() or int(text) >= len(classes):
-            raise UserError(f"{_name(image)} has the label {text.strip()[:20]!r}; {path} names 0 to {len(classes) - 1}")
-        target.append(int(text))
-    return Question(
-        "class", tuple(classes), np.arange(len(samples)), np.array(target, dtype=np.int64), several=_templates(root)
-    )
+    for sample in samples:
+        if not sample.text.strip().isdecimal() or int(sample.text) >= len(classes):
+            label = sample.text.strip()[:20]
+            raise UserError(f"{_place(sample)} has the label {label!r}; {path} names 0 to {len(classes) - 1}")
+    target = np.array([int(sample.text) for sample in samples], dtype=np.int64)
+    return Question("class", tuple(classes), np.arange(len(samples)), target, several=_templates(root))
 
 
 def _templates(root: Path) -> tuple[str, ...]:
     """The set's own prompts, with {} where the file has {c}; none where there is no file."""
     path = root / "zeroshot_classification_templates.txt"
-    if not path.is_file():
-        return ()
-    found = [(n, line.strip().replace("{c}", "{}")) for n, line in enumerate(_text(path).splitlines(), 1)]
-    for n, template in found:
-        if template and (template.count("{}") != 1 or re.search(r"[{}]", template.replace("{}", ""))):
+    lines = [line.strip().replace("{c}", "{}") for line in read_text(path).splitlines()] if path.is_file() else []
+    for n, line in enumerate(lines, 1):
+        if line and (line.count("{}") != 1 or re.search(r"[{}]", line.replace("{}", ""))):
             raise UserError(f"{path} line {n}: a prompt needs {{c}} once, for the class, and no other braces")
-    return tuple(template for _, template in found if template)
+    return tuple(filter(None, lines))
 
 
 def has_captions(root: Path) -> bool:
@@ -257,35 +214,27 @@ def has_captions(root: Path) -> bool:
 
 def _kind(root: Path) -> str:
     path = root / "dataset_type.txt"
-    kind = _text(path).strip().lower() if path.is_file() else "classification"
+    kind = read_text(path).strip().lower() if path.is_file() else "classification"
     check_choice(str(path), kind, ("classification", "retrieval"))
     return kind
 
 
 def _shards(root: Path, split: str) -> list[Path]:
     folder = root / split
-    there = {path.name: path for path in folder.glob("*.tar")}
-    if not there:
+    shards = _in_order(folder.glob("*.tar"))
+    if not shards and (loose := len(list(root.glob("*.tar")))):
+        raise UserError(
+            f"{root} has no split {split!r}: its {loose} tar files lie in {root} itself. To embed them, --data.split "
+            f"null; else move them into {folder}, with dataset_type.txt that says retrieval where captions are beside"
+        )
+    if not shards:
         splits = sorted({path.parent.name for path in root.glob("*/*.tar")})
         raise UserError(f"{root} has no split {split!r}; splits found there: {', '.join(splits) or 'none'}")
     counted = folder / "nshards.txt"
-    if not counted.is_file():
-        return _in_order(there.values())
-    text = _text(counted).strip()
-    if not text.isdecimal() or not int(text):
-        raise UserError(f"{counted} must hold the number of shards, found {text[:20]!r}")
-    names = [f"{n}.tar" for n in range(int(text))]
-    if absent := [name for name in names if name not in there]:
-        raise UserError(f"{len(absent)} of the {len(names)} shards that {counted} counts are absent, first {absent[0]}")
-    return [there[name] for name in names]
+    if counted.is_file() and read_text(counted).strip() != str(len(shards)):
+        raise UserError(f"{folder} has {len(shards)} tar files, and {counted} says {read_text(counted).strip()[:20]!r}")
+    return shards
 
 
 def _in_order(shards: Iterable[Path]) -> list[Path]:
     return sorted(shards, key=lambda path: (len(path.name), path.name))  # 2.tar before 10.tar
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is no text ({error})") from error

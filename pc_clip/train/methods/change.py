@@ -22,7 +22,7 @@ from pc_clip.core import distributed
 from pc_clip.core.config.train import FinetuneConfig
 from pc_clip.core.errors import UserError, check_at_least, check_choice
 from pc_clip.core.random import seed_of, stream
-from pc_clip.data.change_table import NoSplit
+from pc_clip.data.changes import NoSplit
 from pc_clip.data.dataset import Dataset, with_changes
 from pc_clip.data.images import Reader, plain
 from pc_clip.data.pair_features import Features
