@@ -8,13 +8,17 @@ import torch
 from PIL import Image
 
 import pc_clip
+from pc_clip.core.config.write import GenerateConfig
 from pc_clip.core.errors import UserError
 from pc_clip.interface import api
+from pc_clip.write import generate
 
 RED, BLUE = (Image.new("RGB", (64, 64), colour) for colour in ("red", "blue"))
 
 
-def test_examples_in_docstrings(small_example):
+def test_examples_in_docstrings(small_example, monkeypatch):
+    small = GenerateConfig(name="example", split="train", n_images=100, n_pairs=200)
+    monkeypatch.setattr(generate, "EXAMPLE", small)
     known = {"pc_clip": pc_clip, "Image": Image, "red": RED, "blue": BLUE}
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
     tests = [test for test in doctest.DocTestFinder().find(api, extraglobs=known) if test.examples]
