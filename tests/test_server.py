@@ -19,7 +19,7 @@ from PIL import Image
 from pc_clip.core.config.write import GenerateConfig, ServerConfig
 from pc_clip.core.errors import UserError
 from pc_clip.write import generate, prompts
-from pc_clip.write.server import ServerWriter, request_id
+from pc_clip.write.server import ServerWriter
 from pc_clip.write.writers import Job
 
 PAIRS = prompts.read(prompts.FOLDER / "pairs.yaml")
@@ -195,7 +195,7 @@ def test_jobs_are_begun_no_faster_than_they_are_read_and_cancelled_with_the_read
 
 # -- faults --------------------------------------------------------------------------------------------
 
-GARBAGE = {"html": HTML, "no choices": as_json({"choices": []}), "no JSON": as_json({})[:2] + (b"The first",)}
+GARBAGE = {"html": HTML, "no choices": as_json({"choices": []}), "no JSON": (*as_json({})[:2], b"The first")}
 BROKEN = {"500": as_json({}, 500), "reset": RESET, "half": HALF, "429": as_json({}, 429, Retry_After_ms="3")}
 
 
@@ -212,9 +212,7 @@ def test_a_fault_that_passes_costs_nothing_but_another_try(server, fault):
     model = writer(server)
     check(list(model.stream(JOBS)))
     assert len(server.seen) == 2 * len(JOBS) and model.failed == 0
-    assert {headers["x-request-id"] for _, headers, _ in server.seen} == {
-        f"{request_id(job)}-{place}" for place, job in enumerate(JOBS)
-    }
+    assert len({headers["x-request-id"] for _, headers, _ in server.seen}) == len(JOBS)
 
 
 @pytest.mark.parametrize("fault", BROKEN | GARBAGE)
@@ -241,8 +239,8 @@ def test_a_server_that_answers_nothing_ends_it_early_with_what_to_do(server):
         401: r"status 401, .*no way.* The key belongs into .*--server\.api_key_env",
         403: r"status 403, .*no way.* The key belongs into .*--server\.api_key_env",
         404: r"status 404, .*no way.* Check --server\.model",
-        500: r"status 500, .*no way.*--server\.system_role false.*20 failures in a row",
-        400: r"status 400, .*no way.*20 failures in a row",
+        500: r"status 500, .*no way.*--server\.system_role false.*20 jobs in a row",
+        400: r"status 400, .*no way.*20 jobs in a row",
     }
     for status, message in cases.items():
         server.instead = failing(as_json({"error": {"message": "no\nway"}}, status))

@@ -33,12 +33,14 @@ log = logging.getLogger(__name__)
 FAILURES_IN_A_ROW = 20  # so many jobs without an answer between them: the fault is hardly theirs
 LONGEST_SIDE = 1024  # pixels of an image that is sent; vision-language models shrink larger ones themselves
 REFUSED_PROMPT = (400, 413, 422)  # statuses; asking again would not help
+STOPS_ALL = (None, 401, 403, 404)  # where nothing was answered before, no other job would fare better
 ADVICE = {  # by status, None for no connection
     None: "Is the server running, and is --server.url its address?",
+    400: "A model that sees no images takes --rank.pictures false; a long prompt, a lower --server.max_tokens.",
     401: "The key belongs into the environment variable that --server.api_key_env names.",
     403: "The key belongs into the environment variable that --server.api_key_env names.",
     404: "Check --server.model and --server.chat, and that --server.url ends in /v1.",
-    405: "Check that --server.url ends in /v1.",
+    500: "A chat template that knows no system prompt takes --server.system_role false.",
 }
 _NO_SYSTEM_ROLE = re.compile(r"system role|roles must alternate|only user and assistant roles", re.I)
 _RENAMED = re.compile(r"(max_tokens|temperature|top_p|seed|stop)=\w*")
@@ -89,15 +91,15 @@ class ServerWriter(Writer):
         self.stop = list(config.stop) or ([] if config.chat else ["\n"])  # a base model goes on with another example
         self.system_role = config.system_role  # until a server says that its model's template has none
         self.answered_by: set[str] = set()
+        self._warned: set[str] = set()  # the URLs of which a failure was logged
         self.model = config.model or self._only_model()
 
     def stream(self, jobs: Sequence[Job]) -> Iterator[tuple[int, Answer]]:
         """As of every writer. Closing the iterator cancels the requests under way.
 
-        Raises UserError when nothing is answered for a reason in ADVICE, and after FAILURES_IN_A_ROW.
+        Raises UserError when nothing is answered for a reason of STOPS_ALL, and after FAILURES_IN_A_ROW.
         """
         self.failed, self.last_error, self._in_a_row, self._works = 0, "", 0, False
-        self._warned: set[str] = set()
         limit = self.config.concurrency
         servers = [
             _Server(url, openai.AsyncOpenAI(**self._options(url)), asyncio.Semaphore(limit)) for url in self.urls
@@ -144,7 +146,7 @@ class ServerWriter(Writer):
         async def work(*servers: _Server) -> None:
             for place in places:  # shared by all: a slow server takes fewer
                 try:
-                    answer = await self._answer(servers[:2], jobs[place], place)
+                    answer = await self._answer(servers[:2], jobs[place])
                 except _Failure as failure:
                     self._count(failure, refused, place)
                 else:
@@ -168,61 +170,57 @@ class ServerWriter(Writer):
             refused.append(place)
         else:
             self.failed += 1
-        if failure.status in ADVICE and not self._works:
-            raise UserError(f"{failure}. {ADVICE[failure.status]}")
+        if failure.status in STOPS_ALL and not self._works:
+            raise UserError(str(failure))
         if self._in_a_row >= FAILURES_IN_A_ROW:
-            raise UserError(
-                f"{failure}, the last of {self._in_a_row} failures in a row. The same command continues what is begun."
-            )
+            raise UserError(f"{failure} {self._in_a_row} jobs in a row failed; later, the same command continues.")
 
-    async def _answer(self, servers: list[_Server], job: Job, place: int) -> Answer:
+    async def _answer(self, servers: Sequence[_Server], job: Job) -> Answer:
         """By the first of the servers that gives one. Raises the last one's failure."""
-        name = f"{request_id(job)}-{place}"
         for server in servers:
             try:
                 async with server.free:
-                    return await self._ask(server, job, name)
+                    return await self._ask(server, job)
             except _Failure as failure:
                 if server is servers[-1] or failure.status in REFUSED_PROMPT:
                     raise
         raise AssertionError("the last server answers or raises")
 
-    async def _ask(self, server: _Server, job: Job, name: str) -> Answer:
+    async def _ask(self, server: _Server, job: Job) -> Answer:
         endpoint = server.client.chat.completions if self.config.chat else server.client.completions
-        with_role = self.config.chat and self.system_role
+        with_role = self.system_role
         # Images are read in a thread, so that other requests do not wait for a disk.
         body = await asyncio.to_thread(self._body, job) if job.picture else self._body(job)
         try:
-            reply = await endpoint.create(**body, extra_headers={"X-Request-Id": name})
+            reply = await endpoint.create(**body)
         except openai.APIStatusError as error:
             if with_role and _NO_SYSTEM_ROLE.search(error.response.text):
                 self.system_role = False  # some templates, Gemma's for one, know none
-                return await self._ask(server, job, f"{name}-again")
-            hint = " (--rank.pictures false is for models that see none)" if job.picture else ""
-            if error.status_code == 500 and with_role and not self._works:
-                hint += " (--server.system_role false is for templates without that role)"
-            raise self._failure(server.url, error, hint) from None
+                return await self._ask(server, job)
+            raise self._failure(server.url, error) from None
         except (openai.APIError, ValueError, RecursionError) as error:  # the last two: no JSON
             raise self._failure(server.url, error) from None
         return self._read(server.url, reply)
 
-    def _failure(self, url: str, error: Exception, hint: str = "") -> _Failure:
-        """What the server said, on a line, short, and without the key."""
+    def _failure(self, url: str, error: Exception) -> _Failure:
+        """What was said, on a line, short and without the key, and what to do."""
+        failure = _Failure()
+        text = f"{error} {error.__cause__ or ''}"
         if isinstance(error, openai.APIStatusError):
-            text = f"status {error.status_code}, {error.response.text}"
+            failure.status, text = error.status_code, f"status {error.status_code}, {error.response.text}"
         elif isinstance(error, openai.APITimeoutError):
-            text = f"no answer within {self.config.timeout:g} s (--server.timeout, --server.concurrency)"
-        else:
-            text = f"{error} {error.__cause__ or ''}"
-        failure = _Failure(f"{url}: {textwrap.shorten(self._hide(text), 300)}{hint}")
-        failure.status = getattr(error, "status_code", None if type(error) is openai.APIConnectionError else 0)
+            failure.status, text = 408, f"no answer in {self.config.timeout:g} s (--server.timeout or .concurrency)"
+        elif not isinstance(error, openai.APIConnectionError):
+            failure.status = 200
+        advice = ADVICE.get(failure.status, "")
+        failure.args = (f"{url}: {textwrap.shorten(self._hide(text), 300)}. {advice}".strip(),)
         if url not in self._warned:
-            log.warning("%s; later failures there are only counted", failure)
+            log.warning("%s Later failures there are only counted.", failure)
         self._warned.add(url)
         return failure
 
     def _read(self, url: str, reply: Any) -> Answer:
-        """The answer without thoughts, up to a stop string, which some servers leave in."""
+        """The answer without thoughts, up to a stop string, which some servers leave in. Raises _Failure."""
         try:
             choice = reply.choices[0]
             text = (choice.message.content or choice.message.refusal or "") if self.config.chat else choice.text
@@ -249,6 +247,7 @@ class ServerWriter(Writer):
             "top_p": self.config.top_p,  # sent even when 1: vLLM would otherwise take the model's own
             "seed": job.seed,
             "extra_body": {},  # fields that the openai package does not know
+            "extra_headers": {"X-Request-Id": hashlib.sha256(json.dumps(job).encode()).hexdigest()[:16]},
         }
         if self.stop:
             body["stop"] = self.stop
@@ -257,10 +256,11 @@ class ServerWriter(Writer):
             value = body.pop(old, None)
             if new and value is not None:
                 body["extra_body"][new] = value
-        job = job._replace(first=_sendable(job.first), second=_sendable(job.second))
+        # A JSON file of captions may hold halves of characters, which no request can.
+        first, second = (text.encode("utf-8", "replace").decode() for text in (job.first, job.second))
         if not self.config.chat:
-            return body | {"prompt": self.asked.with_examples(job.first, job.second)}
-        content: Any = self.asked.question(job.first, job.second)
+            return body | {"prompt": self.asked.with_examples(first, second)}
+        content: Any = self.asked.question(first, second)
         system = [{"role": "system", "content": self.asked.system}] if self.system_role else []
         if not system:
             content = f"{self.asked.system}\n\n{content}"
@@ -273,7 +273,7 @@ class ServerWriter(Writer):
         return {
             "base_url": url,
             "api_key": self._key or "none",
-            "timeout": openai.Timeout(self.config.timeout, connect=min(10.0, self.config.timeout)),
+            "timeout": self.config.timeout,
             "max_retries": self.config.retries,
         }
 
@@ -283,8 +283,7 @@ class ServerWriter(Writer):
             with openai.OpenAI(**self._options(url)) as client:
                 names = [str(model.id) for model in client.models.list().data]
         except openai.APIError as error:
-            failure = self._failure(url, error)
-            raise UserError(f"{failure}. {ADVICE.get(failure.status, 'Name a model by --server.model.')}") from None
+            raise UserError(f"{self._failure(url, error)} --server.model names a model without asking.") from None
         except (AttributeError, TypeError, ValueError):  # another kind of server
             names = []
         if len(names) != 1:
@@ -305,14 +304,8 @@ class ServerWriter(Writer):
 
     def _hide(self, text: str) -> str:
         """Without the key, should a server send it back. One of fewer than 8 characters is a dummy such as EMPTY."""
-        for form in {self._key, json.dumps(self._key)[1:-1]} if len(self._key) >= 8 else ():
-            text = text.replace(form, "[key]")
-        return text
-
-
-def request_id(job: Job) -> str:
-    """What the X-Request-Id of a job's requests begins with: a hash of all that it is made of."""
-    return hashlib.sha256(json.dumps(job).encode()).hexdigest()[:16]
+        pattern = "".join(rf"\\*{re.escape(sign)}" for sign in self._key)  # however it is escaped
+        return re.sub(pattern, "[key]", text) if len(self._key) >= 8 else text
 
 
 async def _end(servers: list[_Server]) -> None:
@@ -333,8 +326,3 @@ def _as_url(image: Image.Image) -> str:
     content = io.BytesIO()
     image.save(content, "JPEG", quality=95, subsampling=0)
     return "data:image/jpeg;base64," + base64.b64encode(content.getvalue()).decode()
-
-
-def _sendable(text: str) -> str:
-    """Without halves of characters, which a JSON file of captions may hold and no request can."""
-    return text.encode("utf-8", "replace").decode()
