@@ -47,9 +47,9 @@ _RENAMED = re.compile(r"(max_tokens|temperature|top_p|seed|stop)=\w*")
 
 
 class _Failure(Exception):
-    """Why a job has no answer. status: of the response, if one came."""
+    """Why a job has no answer. status: of the response; 408 for a time-out, None where there was no connection."""
 
-    status: int | None = None
+    status: int | None = 200
 
 
 class _Server(NamedTuple):
@@ -156,6 +156,7 @@ class ServerWriter(Writer):
         rotations = [servers[n:] + servers[:n] for n in range(len(servers))]
         try:
             await asyncio.gather(*(work(*some) for _ in range(self.config.concurrency) for some in rotations))
+            self.failed += 0 if self._works else len(refused)
             for place in refused if self._works else ():
                 await answers.put((place, Answer("")))
             await answers.put(None)
@@ -204,14 +205,13 @@ class ServerWriter(Writer):
 
     def _failure(self, url: str, error: Exception) -> _Failure:
         """What was said, on a line, short and without the key, and what to do."""
-        failure = _Failure()
-        text = f"{error} {error.__cause__ or ''}"
+        failure, text = _Failure(), str(error)
         if isinstance(error, openai.APIStatusError):
             failure.status, text = error.status_code, f"status {error.status_code}, {error.response.text}"
         elif isinstance(error, openai.APITimeoutError):
             failure.status, text = 408, f"no answer in {self.config.timeout:g} s (--server.timeout or .concurrency)"
-        elif not isinstance(error, openai.APIConnectionError):
-            failure.status = 200
+        elif isinstance(error, openai.APIConnectionError):
+            failure.status, text = None, f"{error} ({error.__cause__})"
         advice = ADVICE.get(failure.status, "")
         failure.args = (f"{url}: {textwrap.shorten(self._hide(text), 300)}. {advice}".strip(),)
         if url not in self._warned:
