@@ -1,12 +1,9 @@
 """A small OpenAI-compatible server that answers from the captions in the prompt, or does what a test says instead."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import re
 import threading
-import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -14,7 +11,7 @@ from typing import Any
 Reply = tuple[int, dict[str, str], bytes]
 RESET: Reply = (0, {}, b"")  # no answer; the connection is cut
 HTML: Reply = (200, {"Content-Type": "text/html"}, b"<html><body>Sign in to the hotel's network</body></html>")
-HALF: Reply = (200, {"Content-Type": "application/json", "Content-Length": "900"}, b'{"choices": [{"mess')
+HALF: Reply = (200, {"Content-Type": "application/json", "Content-Length": "900"}, b'{"choices": [{"m')  # cut short
 
 
 def sentence(first: str, second: str, seed: int, picture: str = "") -> str:
@@ -36,16 +33,14 @@ def saying(content: Any, finish: str | None = "stop", **message: Any) -> Reply:
 class Server(ThreadingHTTPServer):
     """/v1/models, /v1/chat/completions and /v1/completions on a port of its own.
 
-    delay: seconds an answer takes. seen: path, headers and body of each request; most: how many were there at once;
-    instead: called with (path, headers, body) first; a reply it gives is sent in place of the answer.
+    seen: path, headers and body of each request; most: how many were there at once; instead: called with (path,
+    headers, body) first; a reply it gives is sent in place of the answer.
     """
 
-    daemon_threads = True
-    block_on_close = False
     request_queue_size = 128
 
-    def __init__(self, delay: float = 0.0, models: tuple[str, ...] = ("small",)) -> None:
-        self.delay, self.models = delay, models
+    def __init__(self, models: tuple[str, ...] = ("small",)) -> None:
+        self.models = models
         self.seen: list[tuple[str, dict[str, str], dict[str, Any]]] = []
         self.now = self.most = 0
         self.lock = threading.Lock()
@@ -59,12 +54,12 @@ class Server(ThreadingHTTPServer):
             self.seen.append((path, headers, body))
             self.now += 1
             self.most = max(self.most, self.now)
-        time.sleep(self.delay)
         reply = self.instead(path, headers, body)
         with self.lock:
             self.now -= 1
-        if reply is not None:
-            return reply
+        return reply or self._answer(path, body)
+
+    def _answer(self, path: str, body: dict[str, Any]) -> Reply:
         if path == "/v1/models":
             return as_json({"data": [{"id": name} for name in self.models]})
         chat = path == "/v1/chat/completions"
@@ -73,9 +68,6 @@ class Server(ThreadingHTTPServer):
         prompt = body["messages"][-1]["content"] if chat else body["prompt"]
         first, second = re.findall(r"Picture 1: (.*)\nPicture 2: (.*)", prompt)[-1]
         return saying(sentence(first, second, body["seed"]))
-
-    def handle_error(self, *_: Any) -> None:
-        """A client that has left is no error here."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -86,10 +78,9 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         headers = {name.lower(): value for name, value in self.headers.items()}
-        reply = self.server.reply(self.path, headers, json.loads(body or b"{}"))
-        status, fields, content = reply
-        self.close_connection = reply in (RESET, HALF)
-        if reply != RESET:
+        status, fields, content = self.server.reply(self.path, headers, json.loads(body or b"{}"))
+        self.close_connection = not status or "Content-Length" in fields
+        if status:
             lines = [f"{name}: {value}" for name, value in ({"Content-Length": len(content)} | fields).items()]
             self.wfile.write("\r\n".join([f"HTTP/1.1 {status} X", *lines, "", ""]).encode() + content)
 
