@@ -644,7 +644,7 @@ def server():
 
 def by_server(config, server, **rank):
     config = dataclasses.replace(config, writer="server", rank=dataclasses.replace(config.rank, **rank))
-    config.server = dataclasses.replace(config.server, url=[server.url], patience=0.5, timeout=5.0)
+    config.server = dataclasses.replace(config.server, url=[server.url], retries=1, timeout=5.0)
     return config
 
 

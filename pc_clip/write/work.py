@@ -79,11 +79,11 @@ def write_all(config: GenerateConfig, work: Work, out: Path, settings: dict[str,
         if processes.is_main and len(todo) < len(items):
             log.info("%d of %d %s are done; continuing", len(items) - len(todo), len(items), work.unit)
         processes.wait()  # all have seen the same, before anything is added to it
-        _write(config, work, parts, items, processes.share(todo), processes)
+        error = _write(config, work, parts, items, processes.share(todo), processes)
         processes.wait()
         if processes.is_main:
             writer = parts.writer() or (work.writer or make_writer)(config).describe()
-            _merge(out, parts, items, {"settings": settings, "writer": writer}, work.to_line)
+            _merge(out, parts, items, {"settings": settings, "writer": writer}, work.to_line, error)
         processes.wait()
     return out
 
@@ -164,10 +164,13 @@ def _begin(out: Path, parts: Parts, settings: dict[str, Any], overwrite: bool) -
 
 def _write(
     config: GenerateConfig, work: Work, parts: Parts, items: list[Item], numbers: np.ndarray, processes: Processes
-) -> None:
-    """This process's share, each sentence into its shard as soon as the writer gives it."""
+) -> str:
+    """This process's share, each sentence into its shard as soon as the writer gives it.
+
+    Returns why the last job failed that the writer left out, "" if none did.
+    """
     if not len(numbers):
-        return
+        return ""
     writer = (work.writer or make_writer)(config)
     if processes.is_main:
         _keep_description(writer, parts)
@@ -190,6 +193,7 @@ def _write(
                 stream.close()
             if processes.is_main:
                 _keep_description(writer, parts)  # a server may have said more of itself with its answers
+    return writer.last_error if writer.failed else ""
 
 
 def _keep_description(writer: Writer, parts: Parts) -> None:
@@ -206,20 +210,30 @@ def _keep_description(writer: Writer, parts: Parts) -> None:
 
 
 def _row(item: Item, job: Job, raw: str, judge: Callable[[str, Job], Checked]) -> dict[str, Any]:
+    cut = getattr(raw, "cut", False)
     raw = raw.encode("utf-8", "replace").decode()  # half a surrogate pair is no text
-    text, reason, trims = judge(raw, job)
+    text, reason, trims = Checked(None, "cut") if cut else judge(raw, job)
     row = {"first": item[0], "second": item[1], "text": text, "reason": reason, "captions": [job.first, job.second]}
     return row | ({"trims": list(trims)} if trims else {}) | ({"raw": raw} if text is None else {})
 
 
 def _merge(
-    out: Path, parts: Parts, items: list[Item], about: dict[str, Any], line: Callable[[dict[str, Any]], str]
+    out: Path,
+    parts: Parts,
+    items: list[Item],
+    about: dict[str, Any],
+    line: Callable[[dict[str, Any]], str],
+    error: str,
 ) -> None:
-    """All sentences in the order of their items, into their place; then the working folder goes."""
+    """All sentences in the order of their items, into their place; then the working folder goes.
+
+    error: the last failure of a job that was left out, to be named where sentences are missing.
+    """
     where = parts.index(items)
     if missing := int((where[:, 0] < 0).sum()):
         raise UserError(
             f"{missing} of {len(items)} sentences are not in {parts.folder} yet; the same command continues"
+            + f" (the last error: {error})" * bool(error)
         )
     kept, rejected, meta = (parts.folder / name for name in ("kept.jsonl", "rejected.jsonl", "meta.json"))
     reasons: Counter[str] = Counter()

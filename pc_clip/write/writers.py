@@ -6,12 +6,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+from pc_clip.core.errors import UserError
+
 
 class Job(NamedTuple):
     """One sentence to write: what is known of the first and the second image or class, and a seed of its own.
 
-    second is empty where one image or class alone is written about. picture: the name of one for the writer to look at,
-    if it can; how it is had by that name is the writer's own (ServerWriter.look).
+    second is empty where one image or class alone is written about. picture: id of an image for vision-language
+    writers (ServerWriter.look).
     """
 
     first: str
@@ -20,17 +22,33 @@ class Job(NamedTuple):
     picture: str = ""
 
 
+class Answer(str):
+    """A raw sentence. cut: whether it ended at the longest answer allowed, so that its end is missing."""
+
+    cut: bool
+
+    def __new__(cls, text: str, cut: bool = False) -> Answer:
+        answer = super().__new__(cls, text)
+        answer.cut = cut
+        return answer
+
+
 class Writer(ABC):
     """Turns jobs into raw sentences. The same job always gets the same sentence, as far as the writer is able to.
 
-    needs_cleaning: whether its sentences go through the rules of write/cleaning.py, made for language models.
+    needs_cleaning: whether its sentences go through the rules of write/cleaning.py, made for language models. failed:
+    how many jobs the last stream left out because they could not be done; last_error: why the last of them.
     """
 
     needs_cleaning = True
+    failed = 0
+    last_error = ""
 
     @abstractmethod
     def stream(self, jobs: Sequence[Job]) -> Iterator[tuple[int, str]]:
         """(place in jobs, raw sentence) of each job once, in any order, as soon as each is finished.
+
+        A sentence may be an Answer, which says whether it was cut. A job that failed is left out and counted.
 
         jobs may be half a million, each built when it is looked at, from any thread: look at few at a time. The
         iterator is closed when its reader stops.
@@ -41,6 +59,10 @@ class Writer(ABC):
         """What made the sentences, for the file beside them."""
 
     def write(self, jobs: Sequence[Job]) -> list[str]:
-        """Raw sentences in the order of the jobs."""
-        found = dict(self.stream(jobs))
-        return [found[n] for n in range(len(jobs))]
+        """Raw sentences in the order of the jobs. Raises UserError when one is missing."""
+        sentences = dict(self.stream(jobs))
+        if missing := len(jobs) - len(sentences):
+            raise UserError(
+                f"{missing} of {len(jobs)} sentences could not be written; the last error: {self.last_error}"
+            )
+        return [sentences[n] for n in range(len(jobs))]

@@ -56,7 +56,7 @@ class ServerConfig:
             templates without that role. A server that says that there is none is understood without this.
         concurrency: Requests under way at once, for each URL.
         timeout: Seconds a request may take.
-        patience: Seconds for which a job that fails is tried again. What is finished by then stays.
+        retries: How often a request that fails is tried again, with waits of 0.5 s to 8 s, or as the server asks.
         api_key_env: The environment variable that holds the key, which goes to every URL; local servers mostly need
             none.
         max_tokens: The longest answer.
@@ -74,7 +74,7 @@ class ServerConfig:
     system_role: bool = True
     concurrency: int = runtime(32)
     timeout: float = runtime(60.0)
-    patience: float = runtime(300.0)
+    retries: int = runtime(8)
     api_key_env: str = runtime("OPENAI_API_KEY")
     max_tokens: int = 100
     temperature: float = 0.0
