@@ -19,8 +19,8 @@ from pc_clip.report.results import SEED, is_share
 
 _INK = "#010203"  # becomes the colour of the reader's mode: dark on white, light on black
 _STYLE = "<style>svg { color: #1b2027 } @media (prefers-color-scheme: dark) { svg { color: #e4e8ec } }</style>"
-_LOOK = {"svg.fonttype": "none", "savefig.transparent": True, "grid.color": _INK}
-_LOOK |= dict.fromkeys(["text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"], _INK)
+LOOK = {"svg.fonttype": "none", "savefig.transparent": True, "grid.color": _INK}
+LOOK |= dict.fromkeys(["text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"], _INK)
 
 
 def dots(

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
+import matplotlib
 import numpy as np
 import pandas as pd
 from markupsafe import Markup, escape
@@ -69,7 +70,8 @@ def write(paths: Sequence[Path], out: Path | None = None, baseline: str | None =
     markdown = [f"## {title}\n\n{table.to_markdown(disable_numparse=True)}" for title, table in tables.items()]
     write_text(target.with_suffix(".csv"), summary.to_csv(index=False, float_format="%.6f"))
     write_text(target.with_suffix(".md"), "\n\n".join([NOTE, *markdown]) + "\n")
-    write_text(target, _page(summary, tables, results, runs, left_out))
+    with matplotlib.rc_context(charts.LOOK):
+        write_text(target, _page(summary, tables, results, runs, left_out))
     return target, left_out
 
 

@@ -57,9 +57,9 @@ def read(paths: Iterable[Path]) -> tuple[list[dict[str, Any]], list[str]]:
     return list(results.values()), left_out
 
 
-def natural(name: Any) -> list[tuple[int, str]]:
+def natural(name: Any) -> list[tuple[str, int]]:
     """A sort key that counts as people do: k2 comes before k16."""
-    return [(int(digits or -1), text) for text, digits in re.findall(r"(\D*)(\d*)", str(name))]
+    return [(text, int(digits or -1)) for text, digits in re.findall(r"(\D*)(\d*)", str(name))]
 
 
 def variant_of(result: dict[str, Any]) -> str:
@@ -171,8 +171,9 @@ def show(results: Iterable[dict[str, Any]]) -> None:
             ranks["text"] = ranks.bounded.where(ranks["rank"] == ranks["rank"].min(), ranks.text)
             wide = grid(ranks, ["name", "model"], "rank").sort_index(axis=1).add_prefix("r")
             wide = wide.rename_axis(index=[None, None])
-            print("\n" * (not at_rank.all()) + (wide if block.model.nunique() > 1 else wide.droplevel(1)).to_string())
-            note = "; [a, b]: its 95 % interval" * ranks.text.str.contains("[", regex=False).any()
-            print(f"\nrk: per cent found among the first k{note}.")
+            print("" if at_rank.all() else "\n", end="")
+            print((wide if block.model.nunique() > 1 else wide.droplevel(1)).to_string())
+            bounded = ranks.text.str.contains("[", regex=False).any()
+            print(f"\nrk: per cent found among the first k{'; [a, b]: its 95 % interval' if bounded else ''}.")
         if evaluation in _NAMES:
             print(_NAMES[evaluation])
