@@ -13,7 +13,7 @@ TOOLS = {  # name -> (module with a main(argv), what it does)
     "embeddings": ("pc_clip.data.embeddings", "embed the images of a data set once, on many processes"),
     "audit": ("pc_clip.write.audit", "what sentences are like: lengths, duplicates, words from nowhere"),
     "blind": ("pc_clip.evals.blind", "what statements give away without an image"),
-    "report": ("pc_clip.report.report", "results and runs as one page, Markdown and CSV"),
+    "report": ("pc_clip.report.page", "results and runs as one page, Markdown and CSV"),
     "study": ("pc_clip.report.study", "variants x seeds -> one table"),
     "export": ("pc_clip.models.export", "a checkpoint for open_clip and transformers"),
     "release": ("pc_clip.release.authors", "the PC-CLIP authors' checkpoint, embeddings and differences"),

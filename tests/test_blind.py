@@ -8,7 +8,7 @@ import pytest
 
 from pc_clip.core.errors import UserError
 from pc_clip.evals import blind
-from pc_clip.report.study_table import COLUMNS
+from pc_clip.report.study import COLUMNS
 
 
 def write(path: str, *labels: int, text: str = "The cat is under the table.") -> Path:

@@ -1,4 +1,4 @@
-"""Studies: what runs, what is not run again, and what is written."""
+"""Studies: what the YAML may say, what runs, what is not run again, what is chosen and written."""
 
 import json
 from itertools import pairwise
@@ -11,78 +11,150 @@ import yaml
 from pc_clip.core.config.train import METHODS
 from pc_clip.core.errors import UserError
 from pc_clip.report import study
-from pc_clip.report.study import Job, conduct
-from pc_clip.report.study_config import Study
-from pc_clip.report.study_table import COLUMNS
+from pc_clip.report.study import COLUMNS, Study, best, conduct, render, results_of, tabulate
 
 ROOT = Path(__file__).parents[1]
-SMALL = Study(
-    name="small",
-    variants={"base": None, "a": ["--train.lr", "1"], "b": []},
-    evaluations=[["--mode", "zeroshot"]],
-    metrics=["difference", "zeroshot"],
+REST = {"name": "s", "evaluations": [["--mode", "retrieve"]], "metrics": ["t2i_r1", "i2t_r1"]}
+GRID = {
+    "variant": "{similarity}-k{k}",
+    "arguments": ["--config", "x.yaml", "--k={k}", "--n", 3, '{"a": 1}'],
+    "values": {"similarity": ["text", "image"], "k": [2, 0.5]},
+}
+
+
+def read(**content) -> Study:
+    """Through a file, as people write it."""
+    Path("s.yaml").write_text(yaml.safe_dump(REST | {"grid": [GRID]} | content, sort_keys=False))
+    return Study.read(Path("s.yaml"))
+
+
+# -- the file ------------------------------------------------------------------------------------------
+
+
+def test_a_grid_is_every_combination_after_the_variants_the_last_value_changing_fastest():
+    grids = read(variants={"base": None, "random": ["--config", "x.yaml"]})
+    assert list(grids.variants) == ["base", "random", "text-k2", "text-k0.5", "image-k2", "image-k0.5"]
+    assert grids.variants["image-k0.5"] == ["--config", "x.yaml", "--k=0.5", "--n", "3", '{"a": 1}']
+    assert grids.members([4, 7])[:4] == [("base", None), ("random", 4), ("random", 7), ("text-k2", 4)]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"grid": [GRID | {"variant": "{similarity}-k{kk}"}]}, r"has no values for \{kk\}.*'k'"),
+        ({"grid": [GRID | {"variant": "{similarity}"}]}, "two variants of study s are called 'text'"),
+        ({"grid": [GRID | {"values": {"k": 2}}]}, "each placeholder needs a list of values"),
+        ({"grid": [{"variant": "a"}]}, "is no study.*arguments"),
+        ({"grid": []}, "study s has no variants"),
+        ({"baselines": "text-k2"}, "must be a list"),
+        ({"against": "text-k3"}, "against of study s names 'text-k3'.*text-k2"),
+        ({"chosen_on": "example/val"}, "needs both `chosen_on` and `choose_by`"),
+        ({"chosen_on": "example/val", "choose_by": ["t2i_r5"]}, "choose_by of study s names 't2i_r5'"),
+        ({"colour": "red"}, "is no study.*colour"),
+        ({"variants": {"b": ["{a}"], "a": []}}, "variant 'b' of study s names 'a'"),
+        ({"variants": {"base": None, "b": ["{base}"]}}, "variant 'b' of study s names 'base'"),
+    ],
 )
+def test_what_is_wrong_is_said(content, message):
+    with pytest.raises(UserError, match=message):
+        read(**content)
 
 
-def write_result(label: str, **metrics: float) -> None:
-    path = Path("results/small") / label / "zeroshot-x.json"
+def test_a_file_that_is_not_there_names_those_that_are():
+    with pytest.raises(UserError, match=r"no study at absent\.yaml.*quickstart\.yaml"):
+        Study.read(Path("absent.yaml"))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "studies").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_study_of_the_project_names_configs_that_exist(path):
+    shipped = Study.read(path)
+    for arguments in filter(None, shipped.variants.values()):
+        config = ROOT / arguments[arguments.index("--config") + 1]
+        assert yaml.safe_load(config.read_text())["method"] in METHODS
+    modes = {mode for words in shipped.evaluations for word in words for mode in str(word).split(",")}
+    compares_with_the_start = modes & {"average", "change_retrieval"}  # start_* and subtraction_* are the base's
+    blind = "caption" in modes and {"most_common_right", "shuffled_right"} <= set(shipped.metrics)
+    assert "base" in shipped.variants or compares_with_the_start or blind
+
+
+# -- what runs -----------------------------------------------------------------------------------------
+
+
+def put(label: str, dataset: str = "x/test", name: str = "small", intervals: dict | None = None, **metrics) -> None:
+    path = Path("results") / name / label / f"zeroshot-{dataset.replace('/', '-')}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"model": label, "evaluation": "zeroshot", "dataset": "x", "metrics": metrics, "n": 4}))
+    head = {"model": label, "evaluation": "zeroshot", "dataset": dataset, "n": 4}
+    path.write_text(json.dumps(head | {"metrics": metrics, "intervals": intervals or {}}))
 
 
 @pytest.fixture
 def calls(monkeypatch):
     """Commands are noted instead of run; run.py leaves a result, finetune.py a model."""
-    found = []
+    commands = []
 
     def note(command, log):
-        found.append(command)
+        commands.append(command)
         value = dict(pairwise(command))
         if command[0] == "run.py":
-            write_result(value["--label"], zeroshot=0.5, difference=0.25 + 0.1 * len(value["--label"]) % 3 / 10)
+            put(value["--label"], name=Path(value["--out"]).name, zeroshot=0.5, difference=0.25)
         elif command[0] == "finetune.py":
             folder = Path("runs") / value["--name"]
             folder.mkdir(parents=True)
             (folder / "model.safetensors").touch()
 
     monkeypatch.setattr(study, "_call", note)
-    return found
+    return commands
 
 
-def test_each_variant_is_trained_once_a_seed_and_the_base_never(calls):
-    conduct(SMALL, [0, 1], workers=2)
-    trained = [c for c in calls if c[0] == "finetune.py"]
-    assert len(trained) == 4
-    assert sum(c[0] == "run.py" for c in calls) == 5
-    assert {c[c.index("--seed") + 1] for c in trained} == {"0", "1"}
-
-
-def test_what_a_run_begins_with_is_trained_before_it(calls):
-    chain = Study(
-        name="chain",
-        variants={"first": [], "then": ["--model.start", "{first}"], "last": ["--model.start", "{then}"]},
-        evaluations=[["--mode", "zeroshot"]],
-        metrics=["zeroshot"],
-    )
+def test_each_variant_is_trained_once_a_seed_before_its_evaluations_and_what_it_begins_with_before_it(calls):
+    variants = {"base": None, "text-1e-06": ["--x", 1], "then": ["--start", "{text-1e-06}"], "last": ["--s={then}"]}
+    chain = Study("chain", [["--mode", "zeroshot"], ["--mode", "rank"]], ["zeroshot"], variants)
     conduct(chain, [0, 1], workers=4)
-    trained = [value for c in calls if c[0] == "finetune.py" for value in [dict(pairwise(c))]]
-    order = [value["--name"] for value in trained]
+    trained = [c for c in calls if c[0] == "finetune.py"]
+    names = [c[c.index("--name") + 1] for c in trained]
     for seed in (0, 1):
-        assert [n for n in order if n.endswith(str(seed))] == [
-            f"chain/{name}-seed{seed}" for name in ("first", "then", "last")
-        ]
-    starts = {value["--name"]: value.get("--model.start") for value in trained}
-    assert starts["chain/last-seed1"] == "runs/chain/then-seed1"
+        first, then, last = [f"chain/{name}-seed{seed}" for name in list(variants)[1:]]
+        assert [name for name in names if name.endswith(str(seed))] == [first, then, last]
+        assert ["finetune.py", "--start", f"runs/{first}", "--name", then, "--seed", str(seed)] in trained
+        assert ["finetune.py", f"--s=runs/{then}", "--name", last, "--seed", str(seed)] in trained
+        both = [c for c in calls if f"runs/{last}" in c or last in c]
+        assert [c[0] for c in both] == ["finetune.py", "run.py", "run.py"]
+    assert sum(c[0] == "run.py" for c in calls) == 2 * 7 and len(trained) == 6
 
 
-def test_a_study_goes_on_where_it_was_interrupted(calls):
-    job = Job(SMALL, "a", 0)
-    assert "--resume" not in job.commands()[0]
-    job.run.mkdir(parents=True)
-    (job.run / "state.safetensors").touch()
-    assert job.commands()[0][-2:] == ["--resume", "true"]
-    (job.run / "model.safetensors").touch()
-    assert "--resume" not in job.commands()[0]  # finetune.py checks that the finished run is this one
+def test_a_study_goes_on_where_it_was_interrupted():
+    small = Study("small", [], ["zeroshot"], {"a": ["--train.lr", "1"]})
+    run = Path("runs/small/a-seed0")
+    run.mkdir(parents=True)
+    resumed = []
+    for file in ("config.yaml", "state.safetensors", "model.safetensors"):
+        (run / file).touch()
+        resumed.append("--resume" in small.commands([0])[0][1])
+    assert resumed == [False, True, False]  # of a finished run finetune.py checks that it is this one
+
+
+def test_a_command_that_fails_stops_the_study_with_its_last_lines_and_its_log():
+    Path("broken.py").write_text("import sys; print('error: the cat is out'); sys.exit(2)")
+    broken = Study("small", [], ["zeroshot"], {"a": []}, prepare=[["broken.py", "--a", "b c"]])
+    message = r"python broken\.py --a 'b c' failed with 2: .*the cat is out.*results/small/logs/prepare\.log"
+    with pytest.raises(UserError, match=message):
+        conduct(broken, [0], workers=1)
+
+
+def test_a_variant_that_fails_stops_what_begins_with_it(monkeypatch):
+    commands = []
+
+    def fail(command, log):
+        commands.append(command)
+        raise UserError("a failed")
+
+    monkeypatch.setattr(study, "_call", fail)
+    with pytest.raises(UserError, match="a failed"):
+        conduct(Study("small", [["--mode", "rank"]], ["r"], {"a": [], "b": ["{a}"]}), [0], workers=2)
+    assert len(commands) == 1
+
+
+# -- what is written -----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -97,18 +169,14 @@ def main(calls):
         "against": "base",
     }
     Path("small.yaml").write_text(yaml.safe_dump(content))
-
-    def run(*arguments: str) -> None:
-        study.main(["small.yaml", *arguments])
-
-    return run
+    return lambda *arguments: study.main(["small.yaml", *arguments])
 
 
 def test_a_study_writes_its_tables_its_picture_and_a_page(main, capsys):
     main("--seeds", "0", "1")
     table = pd.read_csv("results/small/table.csv")
     assert list(table.columns) == COLUMNS
-    assert list(table.columns)[:7] == ["variant", "evaluation", "dataset", "metric", "mean", "std", "seeds"]
+    assert COLUMNS == ["variant", "evaluation", "dataset", "metric", "mean", "std", "seeds", "low", "high"]
     assert dict(zip(table.variant, table.seeds)) == {"base": 1, "a": 2, "b-1": 2}
     text = Path("results/small/table.md").read_text()
     assert text.strip() in capsys.readouterr().out
@@ -125,43 +193,65 @@ def test_only_runs_what_matches_and_leaves_the_tables_as_they_were(main, calls, 
     assert not list(Path("results/small").glob("table.*"))
     with pytest.raises(UserError, match=r"--only c\* matches no variant.*b-1"):
         main("--only", "c*")
+    chosen = read(variants={"base": None, "a": [], "b": ["{a}"]}, baselines=["base", "a"], against="base").only(["b"])
+    assert (list(chosen.variants), chosen.baselines, chosen.against) == (["a", "b"], ["a"], "")
 
 
-def test_a_dry_run_prints_each_command_and_how_many_they_are_and_runs_none(main, calls, capsys):
-    folder = Path("runs/small/a-seed0")
-    folder.mkdir(parents=True)
-    (folder / "model.safetensors").touch()
+def test_a_dry_run_prints_each_command_and_runs_none(main, calls, capsys):
     main("--seeds", "0", "1", "--dry_run")
     lines = capsys.readouterr().out.splitlines()
     assert calls == []
     assert "python finetune.py --k 1 --name small/b-1-seed1 --seed 1" in lines
     assert sum(line.startswith("python run.py") for line in lines) == 5
-    assert lines[-1].startswith(
-        "9 commands: 0 to prepare, 4 trainings (1 of them finished), 5 evaluations of 3 variants"
-    )
+    assert lines[-1].startswith("9 commands for 5 models")
 
 
-def test_a_command_that_fails_stops_the_study_with_its_last_lines(tmp_path):
-    Path("broken.py").write_text("import sys; print('error: the cat is out'); sys.exit(2)")
-    with pytest.raises(UserError, match=r"broken\.py failed with 2.*the cat is out.*log"):
-        study._call(["broken.py"], Path("log"))
+def test_a_figure_that_stands_twice_or_nowhere_and_a_broken_result_are_errors():
+    small = Study("small", [], ["r1"], {"base": None})
+    with pytest.raises(UserError, match="no such file or folder: results/small/base"):
+        results_of(small, [0])
+    put("base", r1=0.8)
+    copy = Path("results/small/base/copy.json")
+    copy.write_bytes(Path("results/small/base/zeroshot-x-test.json").read_bytes())
+    with pytest.raises(UserError, match="hold r1 of base twice"):
+        tabulate(small, results_of(small, [0]))
+    with pytest.raises(UserError, match="hold none of r9"):
+        tabulate(Study("small", [], ["r9"], {"base": None}), results_of(small, [0]))
+    copy.write_text("{")
+    with pytest.raises(UserError, match=r"copy\.json: it is cut short.*run the study again"):
+        results_of(small, [0])
 
 
-def test_a_file_that_is_no_study_is_said_to_be(tmp_path):
-    with pytest.raises(UserError, match="no study at.*quickstart.yaml"):
-        Study.read(tmp_path / "absent.yaml")
-    (tmp_path / "x.yaml").write_text("name: x\n")
-    with pytest.raises(UserError, match="is no study"):
-        Study.read(tmp_path / "x.yaml")
+def choosing(**more) -> tuple[Study, pd.DataFrame]:
+    """b is better on validation, a on test; the baselines are best of all."""
+    figures = {"base": (0.99, 0.1), "random-seed0": (0.9, 0.2), "a-seed0": (0.3, 0.7), "b-seed0": (0.5, 0.6)}
+    for label, (val, test) in figures.items():
+        put(label, "x/val", r1=val, r5=val)
+        put(label, "x/test", r1=test, r5=test, intervals={"r1": [test - 0.01, test + 0.01]})
+    variants = {"base": None, "random": [], "a": [], "b": []}
+    content = {"chosen_on": "x/val", "choose_by": ["r1", "r5"], "baselines": ["base", "random"]} | more
+    small = Study("small", [], ["r1", "r5"], variants, **content)
+    return small, tabulate(small, results_of(small, [0]))
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "studies").glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_study_of_the_project_names_configs_that_exist(path):
-    found = Study.read(path)
-    for arguments in filter(None, found.variants.values()):
-        config = ROOT / arguments[arguments.index("--config") + 1]
-        assert yaml.safe_load(config.read_text())["method"] in METHODS
-    modes = {mode for words in found.evaluations for word in words for mode in str(word).split(",")}
-    compares_with_the_start = modes & {"average", "change_retrieval"}  # start_* and subtraction_* are the base's
-    blind = "caption" in modes and {"most_common_right", "shuffled_right"} <= set(found.metrics)
-    assert "base" in found.variants or compares_with_the_start or blind
+def test_the_choice_is_made_on_validation_among_those_that_compete_and_told_on_test():
+    small, table = choosing()
+    assert set(table.dataset) == {"x/val", "x/test"}  # the CSV has both
+    assert best(small, table) == ("b", pytest.approx(0.5))
+    text = render(small, table, None)
+    assert "30.0" not in text  # a's figure on validation
+    chosen = text[text.index("Best of 2 on x/val by the mean of r1 and r5: b (50.0).") :]
+    rows = [line.split("|")[1].strip() for line in chosen.splitlines() if line.startswith("|")]
+    assert rows[2:] == ["base", "random", "b"]
+    assert "60.0 [59.0, 61.0]" in chosen
+
+
+def test_without_a_choice_each_data_set_has_a_table_and_a_choice_that_cannot_be_made_says_why():
+    text = render(*choosing(chosen_on="", choose_by=[]), None)
+    test, val = text.split("x/val")[1], text.split("x/val")[0]
+    assert ("30.0" in test, "30.0" in val) in ((True, False), (False, True))
+    small, table = choosing()
+    with pytest.raises(UserError, match="a has no r5 on x/val"):
+        best(small, table[(table.variant != "a") | (table.metric != "r5")])
+    with pytest.raises(UserError, match="a has no r1, r5 on y/val.*measured: x/test, x/val"):
+        best(*choosing(chosen_on="y/val"))

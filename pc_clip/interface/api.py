@@ -27,7 +27,7 @@ from pc_clip.interface import finetune as finetune_script
 from pc_clip.interface import generate_diffs, run
 from pc_clip.models import loading
 from pc_clip.models.clip import Clip
-from pc_clip.report.report import long_table
+from pc_clip.report.results import long_table
 
 Images = str | Path | Sequence[str | Path | Image.Image]
 
@@ -229,7 +229,8 @@ def evaluate(
         settings: Any settings of run.py; those of an evaluation as a dictionary under its name.
 
     Returns:
-        A row a figure: model, evaluation, dataset, about, metric, value (a fraction), n.
+        A row a figure: model, evaluation, dataset, about, metric, value (a fraction), n, and the ends low and high
+        of its 95 % interval, NaN where it has none.
 
     Example:
         >>> figures = pc_clip.evaluate(dataset="example", modes=["zeroshot"], split="val")

@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     checkpoints = [config.checkpoint] if argv else _example_checkpoints()
     found = [result for each in checkpoints for result in results(dataclasses.replace(config, checkpoint=each))]
 
-    from pc_clip.report.report import show
+    from pc_clip.report.results import show
 
     show(found)
     return found
