@@ -27,7 +27,8 @@ from pc_clip.data.captions import read_captions
 from pc_clip.data.differences import Difference, read, swap_roles
 from pc_clip.data.registry import open_dataset
 from pc_clip.write import prompts
-from pc_clip.write.cleaning import MIN_CHARACTERS, Given, check, content_words, copies, said_of, said_words
+from pc_clip.write.cleaning import MIN_CHARACTERS, Given, check, copies
+from pc_clip.write.words import content_words, said_of, said_words
 
 CONTEXT = 77  # tokens that CLIP's text tower reads, the start and the end among them
 UNLIKE = 0.2  # two sentences that share fewer of their words than this are about different things
