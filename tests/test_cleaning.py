@@ -52,7 +52,7 @@ TRIMMED = [
     "Hello! Happy to help! {}",
     "I can definitely help you with that. {}",
     "I'd be happy to help! Here's a comparison of the two images:\n\n{}",
-    "Sure thing! I'd be glad to compare the first image with the second for you. {}",
+    "Sure thing! I'd be glad to compare the first image with the second image for you. {}",
     "Let me compare the two images for you.\n{}",
     "Certainly. Here is a description of the differences between both images:\n\n{}",
     "No problem, I’ll do my best. Comparison: {}",

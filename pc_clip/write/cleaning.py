@@ -71,7 +71,7 @@ def check(text: str, given: Given = Given()) -> Checked:  # noqa: B008  (it cann
 _TALK = frozenset(
     re.findall(
         r"\w+",
-        """sure course certainly okay ok absolutely definitely gladly yes alright thing problem great good question hello
+        """sure course certainly okay absolutely definitely gladly yes alright thing problem great good question hello
     hi thanks thank welcome happy glad help here difference differences comparison answer answers response assistant
     result summary sentence sentences description descriptions caption captions know need let hope""",
     )
@@ -81,7 +81,8 @@ _TALK = frozenset(
 
 _FIELD = r"(?:question|answer|note|q|(?:caption|picture|image) ?\d|user|human|assistant|instruction|response)\s*:"
 _GREETING = re.compile(
-    r"(?:(?:sure|of course|certainly|okay|absolutely)\b[,!.]*|(?:great|thanks|thank you|yes|definitely)[,!.]+)\s*",
+    r"(?:(?:sure|of course|certainly|okay|absolutely)\b[,!.]*|"
+    r"(?:great|hello|hi|no problem|thanks|thank you|yes|definitely)[,!.]+)\s*",
     re.IGNORECASE,
 )
 _SEGMENT = re.compile(r"\s*[^.!?:\n]*(?:[.!?]+(?=\s)|:(?=\s)|(?=\n))\s*")  # up to the end of a sentence or a heading
@@ -104,7 +105,7 @@ def _is_talk(segment: str) -> bool:
         return True
     if len({image for _, _, image in names_in(segment)}) == 1 or refusal(segment, Given()):
         return False
-    of_talk = bool(words) and not _TALK.isdisjoint(words) and (_TALK | FUNCTION | {"two"}).issuperset(words)
+    of_talk = bool(words) and not _TALK.isdisjoint(words) and (_TALK | FUNCTION | {"two", "between"}).issuperset(words)
     return of_talk or (not heading and bool(_SPEAKS.match(segment)))
 
 
@@ -133,7 +134,7 @@ def drop_other_paragraphs(text: str) -> str:
     first, *others = re.split(r"\n\s*\n", text)
     kept = [first]
     for paragraph in others:
-        if not any(names_in(paragraph)) and not BOTH.search(paragraph):
+        if not _on_an_image(paragraph):
             break
         kept.append(paragraph)
     return "\n\n".join(kept) if len(kept) <= len(others) else text
@@ -143,8 +144,12 @@ def drop_closing(text: str) -> str:
     """ "I hope this helps! Let me know ..." is talk as well, at the end of an answer."""
     sentences = re.split(r"(?<=[.!?])(?=\s)", text)
     talk = next((n for n, sentence in enumerate(sentences) if n and _is_talk(sentence)), len(sentences))
-    more = "".join(sentences[talk:])
-    return text if any(names_in(more)) or BOTH.search(more) else "".join(sentences[:talk])
+    on_images = any(_on_an_image(sentence) and not _is_talk(sentence) for sentence in sentences[talk:])
+    return text if on_images else "".join(sentences[:talk])
+
+
+def _on_an_image(text: str) -> bool:
+    return any(names_in(text)) or bool(BOTH.search(text))
 
 
 def drop_list_marks(text: str) -> str:
