@@ -26,8 +26,8 @@ FUNCTION = WORDING | frozenset(
         """about across against along among around as at be been being by can could do does doing during each either
     every for from he her hers him his how i if into itself like may me might my near neither no nor not on onto or our
     out over own per she should so some such than their theirs them themselves then these they those through to
-    together toward towards under up upon us very via we what when where who whom whose will with within without would you
-    your another any appear appears look looks seem seems visible appearing depicted displayed compared contrast
+    together toward towards under up upon us very via we what when where who whom whose will with within without would
+    you your another any appear appears look looks seem seems visible appearing depicted displayed compared contrast
     comparison difference differences different main instead rather more less least most only just""",
     )
 )
