@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from pc_clip.core import environment
 from pc_clip.core.cli import configure
 from pc_clip.core.config.settings import DataConfig
 from pc_clip.core.config.write import GenerateConfig
@@ -44,7 +45,8 @@ N_PAIRS = 66  # of 12 images
 
 
 @pytest.fixture
-def config(tmp_path):
+def config(tmp_path, monkeypatch):
+    monkeypatch.setattr(environment, "commit", lambda: None)  # two processes of git a file
     table = tmp_path / "captions.tsv"
     lines = [f"{n}\t{n}.jpg\tA {thing} on a table.\tTwo {thing}s, far away" for n, thing in enumerate(THINGS)]
     table.write_text("\n".join(["id\timage\tcaption1\tcaption2", *lines]) + "\n", encoding="utf-8")

@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pc_clip.core import environment
 from pc_clip.core.config.write import GenerateConfig
 from pc_clip.core.distributed import Processes
 from pc_clip.core.errors import UserError
@@ -30,7 +31,8 @@ forks = multiprocessing.get_context("fork")
 
 
 @pytest.fixture
-def config(tmp_path):
+def config(tmp_path, monkeypatch):
+    monkeypatch.setattr(environment, "commit", lambda: None)  # two processes of git a file
     table = tmp_path / "captions.tsv"
     lines = [f"{n}\t{n}.jpg\tA large café with {n} green tables in it and a dog" for n in range(10)]
     table.write_text("\n".join(["id\timage\tcaption1", *lines]) + "\n", encoding="utf-8")
