@@ -15,6 +15,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -254,25 +255,25 @@ def judge_order(raw: str, job: Job) -> Checked:
     return Checked(", ".join(map(str, order)) if order else None, reason)
 
 
+@dataclass
 class Answers:
     """After `write`, `texts` has descriptions by image id, and `score` says how well each fits a query.
 
     folder: where the answers of a language model are kept. asked: its prompts, by phase; none where rules write.
     """
 
-    def __init__(
-        self,
-        config: GenerateConfig,
-        data: Dataset,
-        queries: list[Query],
-        folder: Path,
-        asked: dict[str, prompts.Prompt],
-    ) -> None:
-        self.config, self.data, self.queries, self.asked = config, data, queries, asked
-        self.files = {phase: folder / f"{phase}.jsonl" for phase in asked}
-        self.texts: dict[str, str] = {}
-        self._orders: dict[str, list[int]] = {}
-        self._writer: Writer | None = None
+    config: GenerateConfig
+    data: Dataset
+    queries: list[Query]
+    folder: Path
+    asked: dict[str, prompts.Prompt]
+    texts: dict[str, str] = field(default_factory=dict)
+    orders: dict[str, list[int]] = field(default_factory=dict)
+    writer: Writer | None = None
+
+    @property
+    def files(self) -> dict[str, Path]:
+        return {phase: self.folder / f"{phase}.jsonl" for phase in self.asked}
 
     def write(self, settings: dict[str, Any], processes: Processes) -> None:
         """Describe and order, together with other processes."""
@@ -285,7 +286,7 @@ class Answers:
         self.texts = {row["first"]: row["text"] for row in _lines(self.files["descriptions"])}
         if any(len(self.shown(query)) > 1 for query in self.queries):
             self._phase("orders", self._ordering(), settings, processes)
-            self._orders = {
+            self.orders = {
                 row["first"]: [int(number) - 1 for number in row["text"].split(", ")]
                 for row in _lines(self.files["orders"])
             }
@@ -294,12 +295,12 @@ class Answers:
         """A language model's answers to one of its two prompts, written and continued as sentences are."""
 
         def writer(config: GenerateConfig) -> Writer:
-            self._writer = self._writer or make_writer(config)  # one for both: it takes long to load
-            self._writer.asked = self.asked[phase]
+            self.writer = self.writer or make_writer(config)  # one for both: it takes long to load
+            self.writer.asked = self.asked[phase]
             if sees(config):
                 row = {key: n for n, key in enumerate(self.data.ids)}
-                self._writer.look = lambda key: self.data.load(row[key])
-            return self._writer
+                self.writer.look = lambda key: self.data.load(row[key])
+            return self.writer
 
         config = dataclasses.replace(self.config, name=f"{self.config.name} {phase}", overwrite=False)
         write_all(config, dataclasses.replace(task, make_writer=writer), self.files[phase], settings, processes)
@@ -336,7 +337,7 @@ class Answers:
         texts = self.shown(query)
         if not self.asked:
             return {text: overlap(query.caption, text) for text in texts}
-        order = self._orders.get(self.data.ids[query.row])
+        order = self.orders.get(self.data.ids[query.row])
         return None if order is None else {texts[k]: -place for place, k in enumerate(order)}
 
     def describe(self) -> dict[str, Any]:
