@@ -335,7 +335,7 @@ class Answers:
     def score(self, query: Query) -> dict[str, float] | None:
         """How well each description fits, higher is better; None where a language model gave no order."""
         texts = self.shown(query)
-        if not self.asked:
+        if not self.asked or len(texts) < 2:  # of a single one no order was asked
             return {text: overlap(query.caption, text) for text in texts}
         order = self.orders.get(self.data.ids[query.row])
         return None if order is None else {texts[k]: -place for place, k in enumerate(order)}
