@@ -174,7 +174,7 @@ def test_it_is_the_checkpoints_content_that_counts(config, runs, tmp_path, monke
 
 def test_sentences_that_say_that_nothing_changed_are_dropped_and_counted(config, monkeypatch):
     said = ["the red star turned blue", "nothing changed", "", "the two scenes are the same"]
-    monkeypatch.setattr(ChangeWriter, "stream", lambda self, jobs: enumerate(said[n % 4] for n in range(len(jobs))))
+    monkeypatch.setattr(ChangeWriter, "stream", lambda self, jobs: ((n, said[n % 4]) for n in range(len(jobs))))
     path = generate.generate(config)
     assert meta(path)["counts"] == {"no_change": 32, "kept": 16, "empty": 16}
     assert {d.text for d in differences.read(path)} == {said[0]}
