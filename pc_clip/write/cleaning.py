@@ -1,7 +1,8 @@
 """What a writer said -> a sentence to keep, or the name of the rule it broke.
 
-Rules that trim come first and cut away what stands around the answer (TRIMS); rules that reject then judge
-what is left (RULES). Each has a name, and `check` says which of them applied, so that they can be counted.
+An answer is built as: a greeting, an offer, an announcement, the sentences themselves, an offer of more, another
+question. Rules that trim (TRIMS) cut away what stands around the sentences; rules that reject (RULES) judge these. Each
+has a name, and `check` says which of them applied, so that they can be counted.
 """
 
 from __future__ import annotations
@@ -9,11 +10,11 @@ from __future__ import annotations
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
-from pc_clip.data.differences import _OF_AN_IMAGE, _ORDINAL
+from pc_clip.write.words import BOTH, FUNCTION, WORDING, content_words, names_in, said_of, words_in
 
 MIN_CHARACTERS = 60
 COPIED = 4  # content words in a row that make a copy of a worked example
@@ -44,22 +45,14 @@ class Given(NamedTuple):
     instructions: tuple[str, ...] = ()
 
 
-def clean(
-    text: str,
-    *,
-    min_characters: int = MIN_CHARACTERS,
-    captions: Sequence[str] = (),
-    examples: Sequence[str] = (),
-    instructions: Sequence[str] = (),
-) -> tuple[str | None, str]:
-    """Keep, trim or reject a writer's sentence: (the text to keep, or None; the reason). See Given and Checked."""
-    found = check(text, Given(min_characters, tuple(captions), tuple(examples), tuple(instructions)))
-    return found.text, found.reason
+def clean(text: str, min_characters: int = MIN_CHARACTERS) -> tuple[str | None, str]:
+    """Keep, trim or reject a writer's sentence: (the text to keep, or None; the reason)."""
+    return check(text, Given(min_characters))[:2]
 
 
 def check(text: str, given: Given = Given()) -> Checked:  # noqa: B008  (it cannot be changed)
-    """The same, with the names of the rules that trimmed."""
-    text, original = text.strip(), _one_line(text)
+    """Keep, trim or reject a sentence, with the names of the rules that trimmed."""
+    text, original = text.strip(), join_lines(text)
     if not original:
         return Checked(None, "empty")
     trims = []
@@ -74,28 +67,58 @@ def check(text: str, given: Given = Given()) -> Checked:  # noqa: B008  (it cann
     return Checked(text, "kept" if text == original else "trimmed", tuple(trims))
 
 
+# words of the talk around an answer, which say nothing of a picture either
+_TALK = frozenset(
+    re.findall(
+        r"\w+",
+        """sure course certainly okay absolutely definitely gladly yes alright thing problem great good question hello
+    hi thanks thank welcome happy glad help here difference differences comparison answer answers response assistant
+    result summary sentence sentences description descriptions caption captions know need let hope""",
+    )
+)
+
 # -- rules that trim: text -> text ---------------------------------------------------------------------
 
 _FIELD = r"(?:question|answer|note|q|(?:caption|picture|image) ?\d|user|human|assistant|instruction|response)\s*:"
-_OPENING = re.compile(  # "Sure! Here is the difference between the two images:"
-    r"^(?:(?:(?:sure|of course|certainly|okay|absolutely)\b[,!.]*|(?:great(?: question)?|thanks|thank you)[,!.]+)\s*)*"
-    r"(?:[^.!?\n:]{0,80}\bhere(?: is| are|['’]s)\b[^.!?\n:]{0,120}:|(?:answer|a|response|assistant|differences?)\s*:)?"
-    r"\s*",
+_GREETING = re.compile(
+    r"(?:(?:sure|of course|certainly|okay|absolutely)\b[,!.]*|"
+    r"(?:great|hello|hi|no problem|thanks|thank you|yes|definitely)[,!.]+)\s*",
     re.IGNORECASE,
 )
+_SEGMENT = re.compile(r"\s*[^.!?:\n]*(?:[.!?]+(?=\s)|:(?=\s)|(?=\n))\s*")  # up to the end of a sentence or a heading
+_SPEAKS = re.compile(  # to the person who asked, of what one can do; "I see a dog" is a description
+    r"\W*(?:(?:if|and|so|would|do|should|as|but) )?(?:(?:I|we)\b(?!(?:['’]ve| can| could| also)? "
+    r"(?:see|saw|seen|notice|spot|observe|find)\b)|you\b|(?:please|let (?:me|us|[a-z]+ know)|let['’]s|hope|feel free|"
+    r"is there any|are there any|happy to|glad to|note|thanks?|thank you)\b)",
+    re.IGNORECASE,
+)
+_HERE_IS = re.compile(r"\bhere(?: is| are|['’]s)\b", re.IGNORECASE)
 _NEXT = re.compile(rf"(?:\n|(?<=[.!?])[\"”]?\s)\s*(?:#+\s*)?{_FIELD}.*$", re.IGNORECASE | re.DOTALL)
 _QUESTION = re.compile(r"(?<=[.!])\s+(?:[A-Z][^.!?]*\?\s*)+$")
-_CLOSING = re.compile(
-    r"(?<=[.!?])\s+(?:I|I['’](?:m|d|ll|ve)|(?:Please )?[Ll]et me|Hope|Feel free|Is there any|Would you|Do you|Please|"
-    r"Note|Thanks?|You['’]re welcome)\b.*$",
-    re.DOTALL,
-)
 _PARTIAL = re.compile(r"(?<=[.!?])\s+[^.!?]*$")
 
 
+def _is_talk(segment: str) -> bool:
+    """Whether a sentence, or a heading that ends in a colon, speaks of the answer and not of a picture."""
+    heading, words = segment.rstrip().endswith(":"), words_in(segment)
+    if heading and (_HERE_IS.search(segment) or words == ["a"]):
+        return True
+    if len({image for _, _, image in names_in(segment)}) == 1 or refusal(segment, Given()):
+        return False
+    of_talk = bool(words) and not _TALK.isdisjoint(words) and (_TALK | FUNCTION | {"two", "between"}).issuperset(words)
+    return of_talk or (not heading and bool(_SPEAKS.match(segment)))
+
+
 def drop_opening(text: str) -> str:
-    """ "Sure! Here is the difference:" answers the person who asked; it says nothing of an image."""
-    return _OPENING.sub("", text, count=1)
+    """ "Sure thing! I'd be happy to help. Here is the difference:" answers the person who asked."""
+    while True:
+        greeting, segment = _GREETING.match(text), _SEGMENT.match(text)
+        if segment and _is_talk(segment.group()):
+            text = text[segment.end() :]
+        elif greeting:
+            text = text[greeting.end() :]
+        else:
+            return text
 
 
 def drop_next_question(text: str) -> str:
@@ -111,15 +134,22 @@ def drop_other_paragraphs(text: str) -> str:
     first, *others = re.split(r"\n\s*\n", text)
     kept = [first]
     for paragraph in others:
-        if not any(_names(paragraph)) and not _BOTH.search(paragraph):
+        if not _on_an_image(paragraph):
             break
         kept.append(paragraph)
     return "\n\n".join(kept) if len(kept) <= len(others) else text
 
 
 def drop_closing(text: str) -> str:
-    """ "I hope this helps! Let me know ..." is talk as well. It is cut where a sentence after the first begins so."""
-    return _CLOSING.sub("", text, count=1)
+    """ "I hope this helps! Let me know ..." is talk as well, at the end of an answer."""
+    sentences = re.split(r"(?<=[.!?])(?=\s)", text)
+    talk = next((n for n, sentence in enumerate(sentences) if n and _is_talk(sentence)), len(sentences))
+    on_images = any(_on_an_image(sentence) and not _is_talk(sentence) for sentence in sentences[talk:])
+    return text if on_images else "".join(sentences[:talk])
+
+
+def _on_an_image(text: str) -> bool:
+    return any(names_in(text)) or bool(BOTH.search(text))
 
 
 def drop_list_marks(text: str) -> str:
@@ -129,7 +159,7 @@ def drop_list_marks(text: str) -> str:
 
 def join_lines(text: str) -> str:
     """Newlines become spaces, never nothing: words must not fuse, as they do in the filter of the paper's code."""
-    return _one_line(text)
+    return re.sub(r"\s+", " ", text).strip()
 
 
 def drop_quotes(text: str) -> str:
@@ -142,10 +172,6 @@ def drop_unfinished(text: str) -> str:
     if text and text[-1] not in ".!?" and re.search(r"[.!?]\s", text):
         return _PARTIAL.sub("", text)
     return text
-
-
-def _one_line(text: str) -> str:
-    return re.sub(r"\s+", " ", text).strip()
 
 
 # -- rules that reject: (text, what is given) -> whether it is broken ----------------------------------
@@ -208,11 +234,11 @@ def repetition(text: str, _: Given) -> bool:
     Said of any loop, whatever its words: a phrase three times in a row, three words four times (those with which
     images are named, "the first image", may recur), or a text that compresses far better than prose does.
     """
-    words = _words(text)
+    words = words_in(text)
     if any(_in_a_row(words, period) for period in range(1, min(12, len(words) // 3) + 1)):
         return True
     trigrams = Counter(zip(words, words[1:], words[2:]))
-    if any(n >= 4 and not _WORDING.issuperset(said) for said, n in trigrams.items()):
+    if any(n >= 4 and not WORDING.issuperset(said) for said, n in trigrams.items()):
         return True
     raw = text.encode()
     return len(raw) > 200 and len(zlib.compress(raw, 9)) < 0.35 * len(raw)
@@ -264,10 +290,10 @@ def _in_a_row(words: list[str], period: int) -> bool:
 
 def _mostly_of(text: str, sources: tuple[str, ...], n: int = 5) -> bool:
     """Whether more than half of the words stand in runs of n words of one of the sources."""
-    known = _runs(sources, n) if sources else frozenset()
+    known = _runs(sources, n, words_in)
     if not known:
         return False
-    words = _words(text)
+    words = words_in(text)
     covered = [False] * len(words)
     for start in range(len(words) - n + 1):
         if tuple(words[start : start + n]) in known:
@@ -276,154 +302,13 @@ def _mostly_of(text: str, sources: tuple[str, ...], n: int = 5) -> bool:
 
 
 @lru_cache(maxsize=64)
-def _runs(sources: tuple[str, ...], n: int) -> frozenset[tuple[str, ...]]:
-    return frozenset(run for words in map(_words, sources) for run in zip(*(words[k:] for k in range(n))))
-
-
-# -- what is said of which image -----------------------------------------------------------------------
-
-_WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)?")
-# how an image is spoken of, whatever it shows
-_WORDING = frozenset(
-    re.findall(
-        r"\w+",
-        """
-    the a an in of first second former latter both image images picture pictures photo photos photograph
-    photographs scene scenes shows show shown showing showed has have had is are was were features feature
-    featuring depicts depict depicting displays display displaying contains contain containing includes
-    include including captures capture capturing presents sees see seen while whereas but and there also too
-    which that it its this other
-    """,
-    )
-)
-# words that say nothing without others; numbers, sides and sizes are not among them
-_FUNCTION = _WORDING | frozenset(
-    re.findall(
-        r"\w+",
-        """
-    about across against along among around as at be been being by can could do does doing during each
-    either every for from he her hers him his how i if into itself like may me might my near neither no nor
-    not on onto or our out over own per she should so some such than their theirs them themselves then these
-    they those through to together toward towards under up upon us very via we what when where who whom
-    whose will with within without would you your another any appear appears look looks seem seems visible
-    appearing depicted displayed compared contrast comparison difference differences different main instead
-    rather more less least most only just
-    """,
-    )
-)
-_CLAUSE = re.compile(
-    r"[,:!?]|[.;](?=\s|$)|\b(?:while|whereas|but|although|though|unlike|than|(?:compared|in contrast) (?:to|with)|"
-    r"(?:instead|rather) than)\b",
-    re.IGNORECASE,
-)
-_PREAMBLE = re.compile(  # "The main difference between the first and the second image is that ..."
-    r"^\s*(?:(?:the|one|a) (?:\w+ ){0,3}differences?|what (?:looks|is) different)\b[^,.;]*?\b(?:is|are)\b(?: that)?",
-    re.IGNORECASE,
-)
-_BOTH = re.compile(r"\bboth (?:of the )?(?:images|pictures|photos|scenes)\b", re.IGNORECASE)
-
-
-def content_words(text: str) -> list[str]:
-    """The words that say what there is, in order, without their endings."""
-    return [stem(word) for word in _words(text) if word not in _FUNCTION]
+def _runs(sources: tuple[str, ...], n: int, split: Callable[[str], list[str]]) -> frozenset[tuple[str, ...]]:
+    """All n words in a row of some texts."""
+    return frozenset(run for words in map(split, sources) for run in zip(*(words[k:] for k in range(n))))
 
 
 def copies(text: str, examples: Sequence[str], captions: Sequence[str] = ()) -> bool:
     """Whether a run of COPIED content words of an example recurs, and no caption has all of its words."""
-    known = _content_runs(tuple(examples))
-    words = content_words(text)
-    found = [run for run in zip(*(words[k:] for k in range(COPIED))) if run in known]
-    if not found:
-        return False
-    told = [set(content_words(caption)) for caption in captions]
-    return any(not any(words.issuperset(run) for words in told) for run in found)
-
-
-def said_of(text: str) -> tuple[list[str], list[str]]:
-    """The words said of the first and of the second image, in order; empty for an image that is not named.
-
-    A clause belongs to the image it names, one that names none to the image named last; in "a dog in the first image
-    and a cat in the second" the words stand before the name. Words that only name images are left out.
-    """
-    said: tuple[list[str], list[str]] = ([], [])
-    last: tuple[int, ...] = ()
-    pending: list[str] = []
-    for clause in _CLAUSE.split(_PREAMBLE.sub("", text)):
-        parts = _parts(clause)
-        if not parts and not last:
-            pending += _telling(clause)
-            continue
-        for images, words in parts or [(last, _telling(clause))]:
-            for image in images:
-                said[image].extend(pending + words)
-            pending, last = [], images
-    return said
-
-
-def said_words(text: str) -> tuple[set[str], set[str]]:
-    """The content words said of the first and of the second image."""
-    first, second = said_of(text)
-    return set(first) - _function_stems(), set(second) - _function_stems()
-
-
-@lru_cache(maxsize=1)
-def _function_stems() -> frozenset[str]:
-    return frozenset(map(stem, _FUNCTION))
-
-
-def _parts(clause: str) -> list[tuple[tuple[int, ...], list[str]]]:
-    """The images a clause names, each with the words said of it."""
-    if _BOTH.search(clause):
-        return [((0, 1), _telling(clause))]
-    names = list(_names(clause))
-    if len(names) < 2:
-        return [((image,), _telling(clause)) for _, _, image in names]
-    starts, ends, images = zip(*names)
-    before, after = _telling(clause[: starts[0]]), _telling(clause[ends[-1] :])
-    between = [_telling(clause[end:start]) for end, start in zip(ends, starts[1:])]
-    if not any(between):  # "the first and the second image show a dog"
-        return [(tuple(sorted(set(images))), before + after)]
-    words = [before, *between] if before and not after else [before + between[0], *between[1:], after]
-    return [((image,), told) for image, told in zip(images, words)]
-
-
-def _names(clause: str) -> Iterator[tuple[int, int, int]]:
-    """(start, end, 0 or 1) of each word that names the first or the second image."""
-    for match in _ORDINAL.finditer(clause):
-        word = match.group().lower()
-        if word not in ("first", "second") or _OF_AN_IMAGE.match(clause, match.end()):
-            yield match.start(), match.end(), 0 if word in ("first", "former", "1") else 1
-
-
-def _telling(text: str) -> list[str]:
-    text = re.sub(r"\bone (?:can )?sees?\b|\b(?:image|picture) [12]\b", "", text, flags=re.IGNORECASE)
-    return [stem(word) for word in _words(text) if word not in _WORDING]
-
-
-def _words(text: str) -> list[str]:
-    found = _WORD.findall(text.lower().replace("’", "'"))
-    return [word.removesuffix("'s") for word in found]
-
-
-@lru_cache(maxsize=64)
-def _content_runs(examples: tuple[str, ...]) -> frozenset[tuple[str, ...]]:
-    return frozenset(run for words in map(content_words, examples) for run in zip(*(words[k:] for k in range(COPIED))))
-
-
-@lru_cache(maxsize=200_000)
-def stem(word: str) -> str:
-    """A word without the endings of number and tense: dogs, dog; riding, rides, ride; cities, city.
-
-    A rule of endings, so it also joins a few words that only look alike. It is used to compare words, never shown.
-    """
-    if len(word) > 4 and word.endswith("ies"):
-        return word[:-3] + "y"
-    for ending in ("ing", "ed"):
-        if len(word) >= len(ending) + 3 and word.endswith(ending) and re.search("[aeiouy]", word[: -len(ending)]):
-            word = word[: -len(ending)]
-            return word[:-1] if len(word) > 2 and word[-1] == word[-2] and word[-1] not in "ls" else word
-    if len(word) > 4 and re.search(r"(?:ss|x|z|ch|sh)es$", word):
-        return word[:-2]
-    if len(word) > 3 and word.endswith("s") and not word.endswith(("ss", "us", "is")):
-        word = word[:-1]
-    return word[:-1] if len(word) > 3 and word.endswith("e") else word
+    copied = _runs((text,), COPIED, content_words) & _runs(tuple(examples), COPIED, content_words)
+    told = [set(content_words(caption)) for caption in captions] if copied else []
+    return any(not any(words.issuperset(run) for words in told) for run in copied)

@@ -1,7 +1,7 @@
 """Captions, classes or pictures in, sentences out: NAME.jsonl, and NAME.meta.json on how it was made.
 
-While it works, NAME.parts/ holds what is done (write/progress.py), so that it continues wherever it was
-stopped, with as many processes as it then has. Sentences that were rejected end in NAME.rejected.jsonl.
+Interrupted, it continues with as many processes as it then has (write/progress.py). Sentences that were rejected end in
+NAME.rejected.jsonl.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from pc_clip.data.dataset import Dataset, Question
 from pc_clip.data.differences import Difference, choose_pairs, to_line
 from pc_clip.data.registry import READERS, open_dataset
 from pc_clip.write import prompts
-from pc_clip.write.captioned import generate_change
+from pc_clip.write.captioner import generate_change
 from pc_clip.write.cleaning import clean
 from pc_clip.write.progress import Item
 from pc_clip.write.rank import generate_rank
 from pc_clip.write.work import (
     MIN_OF_CLASSES,
     WRITERS,
-    Work,
+    Task,
     check_free,
     draw_images,
     job_seed,
@@ -71,9 +71,9 @@ def generate(config: GenerateConfig, processes: Processes | None = None) -> Path
         return generate_change(config, processes)
     out = Path(config.out) / f"{config.name}.jsonl"
     check_free(out, ".parquet")
-    work = _work(config)
-    settings = json.loads(json.dumps(_settings(config, work.made_from)))  # as a file of them reads
-    return write_all(config, work, out, settings, processes)
+    task = {"pairs": _pairs, "rewrite": _rewrite, "compare": _compare, "describe": _describe}[config.task](config)
+    settings = json.loads(json.dumps(_settings(config, task.made_from)))  # as a file of them reads
+    return write_all(config, task, out, settings, processes)
 
 
 def _check_no_unused(config: GenerateConfig) -> None:
@@ -118,44 +118,96 @@ def write_missing_example(data: DataConfig) -> None:
         generate(EXAMPLE, Processes())  # alone, whoever waits for it
 
 
-# -- what goes in --------------------------------------------------------------------------------------
+# -- tasks ---------------------------------------------------------------------------------------------
 
 
-def _work(config: GenerateConfig) -> Work:
-    if config.task == "rewrite":
+def _pairs(config: GenerateConfig) -> Task:
+    captions = _captions(config)
+    if config.caption == "longest":
+        captions = {key: (max(texts, key=len),) for key, texts in captions.items()}
+
+    def items() -> list[Item]:
+        return choose_pairs(draw_images(sorted(captions), config), config.n_pairs, config.seed, config.both_orders)
+
+    def job(i: str, j: str, number: int) -> Job:
+        """One caption of each image, drawn for this pair."""
+        rng = stream(config.seed, "captions", number)
+        first, second = (captions[key][int(rng.integers(len(captions[key])))] for key in (i, j))
+        return Job(first, second, int(rng.integers(2**31)))
+
+    return Task(items, job, _difference_line, "pairs")
+
+
+def _rewrite(config: GenerateConfig) -> Task:
+    if config.writer == "rules":
+        raise UserError("rules cannot rewrite captions; use --writer transformers or --writer server")
+    captions = _captions(config)
+    return Task(
+        lambda: [(key, str(k)) for key in draw_images(sorted(captions), config) for k in range(len(captions[key]))],
+        lambda key, k, n: Job(captions[key][int(k)], "", job_seed(config.seed, n)),
+        lambda row: json.dumps({"image": row["first"], "text": row["text"]}, ensure_ascii=False) + "\n",
+        "captions",
+    )
+
+
+def _compare(config: GenerateConfig) -> Task:
+    data, question = _classes(config)
+    return Task(
+        lambda: choose_pairs(list(question.classes), config.n_pairs, config.seed, config.both_orders),
+        lambda a, b, n: _class_job(config.writer, data, question, a, b, job_seed(config.seed, n)),
+        _difference_line,
+        "pairs of classes",
+        _of_classes(data, question),
+    )
+
+
+def _describe(config: GenerateConfig) -> Task:
+    data, question = _classes(config)
+
+    def job(name: str, _: str, number: int) -> Job:
+        seed = job_seed(config.seed, number)
         if config.writer == "rules":
-            raise UserError("rules cannot rewrite captions; use --writer transformers or --writer server")
-        captions = _captions(config)
-        return Work(
-            lambda: [(i, str(k)) for i in draw_images(sorted(captions), config) for k in range(len(captions[i]))],
-            lambda key, k, n: Job(captions[key][int(k)], "", job_seed(config.seed, n)),
-            lambda row: json.dumps({"image": row["first"], "text": row["text"]}, ensure_ascii=False) + "\n",
-            "captions", {},
-        )  # fmt: skip
-    if config.task == "pairs":
-        captions = _captions(config)
-        if config.caption == "longest":
-            captions = {key: (max(texts, key=len),) for key, texts in captions.items()}
+            return Job(class_text.described(data, question, name, seed), "", seed)
+        return Job(class_text.phrase(question, name), "", seed)
 
-        def pairs() -> list[Item]:
-            return choose_pairs(draw_images(sorted(captions), config), config.n_pairs, config.seed, config.both_orders)
-
-        return Work(pairs, lambda i, j, n: _job(captions, i, j, config.seed, n), _difference_line, "pairs", {})
-    data = open_dataset(config.dataset, config.root, config.split or next(iter(_splits(config.dataset)), None))
-    question = class_text.find_question(data, config.question)
-    made_from = {"classes": list(question.classes), "data": data.label, "fingerprint": data.fingerprint}
-    if config.task == "compare":
-        return Work(
-            lambda: choose_pairs(list(question.classes), config.n_pairs, config.seed, config.both_orders),
-            lambda a, b, n: _class_job(config.writer, data, question, a, b, job_seed(config.seed, n)),
-            _difference_line, "pairs of classes", made_from,
-        )  # fmt: skip
-    return Work(
+    return Task(
         lambda: [(name, str(k)) for name in question.classes for k in range(config.n_each)],
-        lambda name, _, n: _description_job(config, data, question, name, n),
+        job,
         lambda row: json.dumps({"class": row["first"], "text": row["text"]}, ensure_ascii=False) + "\n",
-        "descriptions", made_from,
-    )  # fmt: skip
+        "descriptions",
+        _of_classes(data, question),
+    )
+
+
+def _captions(config: GenerateConfig) -> dict[str, tuple[str, ...]]:
+    if config.captions:
+        return {key: captions for key, (_, captions) in read_captions(config.captions).items()}
+    data = open_dataset("example", split=config.split or "train")
+    return dict(zip(data.ids, data.captions))
+
+
+def _classes(config: GenerateConfig) -> tuple[Dataset, Question]:
+    splits = READERS[config.dataset].splits if config.dataset in READERS else ()
+    data = open_dataset(config.dataset, config.root, config.split or next(iter(splits), None))
+    return data, class_text.find_question(data, config.question)
+
+
+def _of_classes(data: Dataset, question: Question) -> dict[str, Any]:
+    return {"classes": list(question.classes), "data": data.label, "fingerprint": data.fingerprint}
+
+
+def _class_job(writer: str, data: Dataset, question: Question, a: str, b: str, seed: int) -> Job:
+    """Rules are told what sets the classes apart; a language model is told their names, and knows the rest."""
+    if writer == "rules":
+        return Job(*class_text.opposed(data, question, a, b, seed), seed)
+    return Job(class_text.phrase(question, a), class_text.phrase(question, b), seed)
+
+
+def _difference_line(row: dict[str, Any]) -> str:
+    return to_line(Difference(row["first"], row["second"], row["text"]))
+
+
+# -- settings ------------------------------------------------------------------------------------------
 
 
 def _name(config: GenerateConfig) -> str:
@@ -169,65 +221,18 @@ def _name(config: GenerateConfig) -> str:
     return "_".join(part for part in (config.dataset, config.question, config.task) if part)
 
 
-def _splits(dataset: str) -> tuple[str, ...]:
-    return READERS[dataset].splits if dataset in READERS else ()
-
-
-def _captions(config: GenerateConfig) -> dict[str, tuple[str, ...]]:
-    if config.captions:
-        return {key: captions for key, (_, captions) in read_captions(config.captions).items()}
-    data = open_dataset("example", split=config.split or "train")
-    return dict(zip(data.ids, data.captions))
-
-
-def _class_job(writer: str, data: Dataset, question: Question, a: str, b: str, seed: int) -> Job:
-    """Rules are told what sets the classes apart; a language model is told their names, and knows the rest."""
-    if writer == "rules":
-        return Job(*class_text.opposed(data, question, a, b, seed), seed)
-    return Job(class_text.phrase(question, a), class_text.phrase(question, b), seed)
-
-
-def _description_job(config: GenerateConfig, data: Dataset, question: Question, name: str, number: int) -> Job:
-    seed = job_seed(config.seed, number)
-    if config.writer == "rules":
-        return Job(class_text.described(data, question, name, seed), "", seed)
-    return Job(class_text.phrase(question, name), "", seed)
-
-
-def _difference_line(row: dict[str, Any]) -> str:
-    return to_line(Difference(row["first"], row["second"], row["text"]))
-
-
-def _job(captions: dict[str, tuple[str, ...]], i: str, j: str, seed: int, number: int) -> Job:
-    """One caption of each image, drawn for this pair."""
-    rng = stream(seed, "captions", number)
-    first, second = (captions[key][int(rng.integers(len(captions[key])))] for key in (i, j))
-    return Job(first, second, int(rng.integers(2**31)))
-
-
 def _settings(config: GenerateConfig, made_from: dict[str, Any]) -> dict[str, Any]:
     """Everything the sentences depend on, and nothing else; files by content, so that an edited one is another."""
     used = {f.name for f in dataclasses.fields(config) if config.task in f.metadata.get("tasks", (config.task,))}
     used -= {f.name for f in dataclasses.fields(config) if is_group(f)} - {config.writer}  # other writers' settings
-    found = {name: value for name, value in identity(config).items() if name in used - {"root", "prompt"}} | made_from
-    if config.writer == "rules":
-        del found["min_characters"]
-        if config.task in ("describe", "compare"):
-            words = [(attributes.FOLDER / f"{task}.yaml").read_bytes() for task in attributes.tasks_of(config.dataset)]
-            found["words"] = hashlib.sha256(b"".join(words)).hexdigest()
-        return found | _captions_by_content(config)
-    found["min_characters"] = least_characters(config)
-    found["asked"] = dataclasses.asdict(prompts.read(config.prompt or prompts.FOLDER / f"{config.task}.yaml"))
-    return found | _captions_by_content(config)
-
-
-def _captions_by_content(config: GenerateConfig) -> dict[str, str]:
-    if not config.captions:
-        return {}
-    return {"captions_sha256": hashlib.sha256(Path(config.captions).read_bytes()).hexdigest()}
-
-
-# -- writing -------------------------------------------------------------------------------------------
-
-
-# -- what comes out ------------------------------------------------------------------------------------
+    used -= {"root", "prompt", "min_characters"}
+    settings = {name: value for name, value in identity(config).items() if name in used} | made_from
+    if config.captions:
+        settings["captions_sha256"] = hashlib.sha256(Path(config.captions).read_bytes()).hexdigest()
+    if config.writer != "rules":
+        settings["min_characters"] = least_characters(config)
+        settings["asked"] = dataclasses.asdict(prompts.read(config.prompt or prompts.FOLDER / f"{config.task}.yaml"))
+    elif config.task in ("describe", "compare"):
+        words = [(attributes.FOLDER / f"{task}.yaml").read_bytes() for task in attributes.tasks_of(config.dataset)]
+        settings["words"] = hashlib.sha256(b"".join(words)).hexdigest()
+    return settings

@@ -1,20 +1,16 @@
-"""What all tasks of generate_diffs.py share: a task's work, done or continued by several processes, and its file.
-
-While it works, NAME.parts/ holds what is done (write/progress.py), so that it continues wherever it was stopped.
-Sentences that were rejected end in NAME.rejected.jsonl.
-"""
+"""What all tasks of generate_diffs.py share: a task's sentences, written or continued by several processes."""
 
 from __future__ import annotations
 
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
+from contextlib import closing, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
 from pc_clip.core import environment
@@ -22,12 +18,12 @@ from pc_clip.core.config.evaluate import ComparativeConfig
 from pc_clip.core.config.write import GenerateConfig
 from pc_clip.core.distributed import Processes
 from pc_clip.core.errors import UserError, check_choice
-from pc_clip.core.files import write_json
+from pc_clip.core.files import write_json, write_text
 from pc_clip.core.random import seed_of, stream
 from pc_clip.write import prompts
 from pc_clip.write.causal import LanguageModelWriter
 from pc_clip.write.cleaning import MIN_CHARACTERS, Checked, Given, check
-from pc_clip.write.progress import Item, Jobs, Parts, put_in_place
+from pc_clip.write.progress import Item, Progress, append, read_json
 from pc_clip.write.rules import RulesWriter
 from pc_clip.write.writers import Job, Writer
 
@@ -35,65 +31,70 @@ log = logging.getLogger(__name__)
 
 WRITERS = ("rules", "transformers", "server")  # from captions, or names of classes; change looks at pictures
 MIN_OF_CLASSES = 20  # characters; "An owl: a small bird." says enough, where of two photographs it would not
+FIRST_ANSWERS = 100  # a language model of which so many cannot be used is not asked on
 
 
-class Work(NamedTuple):
-    """What a task writes about.
+@dataclass(frozen=True)
+class Task:
+    """What to write about.
 
-    items: pairs of keys. job: of two keys and a number. to_line: of a finished row. writer: made of the settings,
-    where it is not `make_writer`'s; judge: how its answers are looked at, where that is not the cleaning of sentences.
+    items: pairs of keys. job: of two keys and the item's number. to_line: of a finished row. made_from: what the
+    sentences depend on beside the settings. make_writer and judge replace `make_writer` and the cleaning of sentences.
     """
 
     items: Callable[[], list[Item]]
     job: Callable[[str, str, int], Job]
     to_line: Callable[[dict[str, Any]], str]
     unit: str
-    made_from: dict[str, Any]
-    writer: Callable[[GenerateConfig], Writer] | None = None
+    made_from: dict[str, Any] = field(default_factory=dict)
+    make_writer: Callable[[GenerateConfig], Writer] | None = None
     judge: Callable[[str, Job], Checked] | None = None
 
 
-def write_all(config: GenerateConfig, work: Work, out: Path, settings: dict[str, Any], processes: Processes) -> Path:
-    """Write what a task asks for into `out`, or continue; all processes call this alike.
+def write_all(config: GenerateConfig, task: Task, out: Path, settings: dict[str, Any], processes: Processes) -> Path:
+    """Write a task's sentences into `out`, or continue; all processes call this alike.
 
-    settings: all that the sentences depend on, as JSON gives it back.
+    settings: all that the sentences depend on, as JSON gives it back. Raises UserError for a file of other settings.
     """
-    parts = Parts(out)
-    finished = is_finished(out, settings, config.overwrite)
-    items = [] if finished else work.items()
-    if not finished and not items:
-        raise UserError(f"there are no {work.unit} to write about; a pair takes two images, or classes")
-    with ExitStack() as held:
-        if processes.is_main and not finished:
-            held.enter_context(parts.lock(0))
-            _begin(out, parts, settings, config.overwrite)
-        processes.wait()
-        if is_finished(out, settings, config.overwrite):  # asked again: nothing can change under the main one's lock
-            if processes.is_main:
-                parts.clear(sum(read_meta(out)["counts"].values()))
-                log.info("%s is complete; --overwrite true writes it again", out)
+    progress = Progress(out)
+    with progress.alone() if processes.is_main else nullcontext():
+        processes.wait()  # from here the main process has the lock, and no other launch changes anything
+        if is_finished(progress, settings, config.overwrite, processes):
             return out
-        if not processes.is_main:
-            held.enter_context(parts.lock(processes.rank))
-        todo = np.flatnonzero(parts.index(items)[:, 0] < 0)
-        if processes.is_main and len(todo) < len(items):
-            log.info("%d of %d %s are done; continuing", len(items) - len(todo), len(items), work.unit)
-        processes.wait()  # all have seen the same, before anything is added to it
-        error = _write(config, work, parts, items, processes.share(todo), processes)
+        items = task.items()
+        if not items:
+            raise UserError(f"there are no {task.unit} to write about; a pair takes two images, or classes")
+        if processes.is_main:
+            progress.begin(settings, config.overwrite)
+        processes.wait()
+        done = progress.lines(items)
+        todo = [n for n in range(len(items)) if n not in done]
+        if processes.is_main and done:
+            log.info("%d of %d %s are done; continuing", len(done), len(items), task.unit)
+        del done
+        processes.wait()  # all have read the same, before anything is added to it
+        error = _write(config, task, progress, items, todo[processes.rank :: processes.size], processes)
         processes.wait()
         if processes.is_main:
-            writer = parts.writer() or (work.writer or make_writer)(config).describe()
-            _merge(out, parts, items, {"settings": settings, "writer": writer}, work.to_line, error)
+            writer = read_json(progress.writer) or (task.make_writer or make_writer)(config).describe()
+            _merge(progress, items, {"settings": settings, "writer": writer}, task.to_line, error)
         processes.wait()
     return out
 
 
-def is_finished(out: Path, settings: dict[str, Any], overwrite: bool) -> bool:
+def is_finished(progress: Progress, settings: dict[str, Any], overwrite: bool, processes: Processes) -> bool:
+    """Whether the file is there already. Raises UserError where it was written with other settings."""
+    out = progress.out
     if overwrite or not out.is_file():
         return False
-    if read_meta(out).get("settings") == settings:
-        return True
-    raise UserError(f"{out} exists and was written with other settings; choose another --name or --overwrite true")
+    if read_meta(out).get("settings") != settings:
+        raise UserError(f"{out} exists and was written with other settings; choose another --name or --overwrite true")
+    if processes.is_main:
+        progress.clear()
+        if progress.folder.is_dir():
+            log.info("%s is left from writing it again, which --overwrite true continues", progress.folder)
+        log.info("%s is complete; --overwrite true writes it again", out)
+    return True
 
 
 def check_free(out: Path, other: str) -> None:
@@ -103,11 +104,7 @@ def check_free(out: Path, other: str) -> None:
 
 
 def read_meta(out: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(out.with_suffix(".meta.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    return read_json(out.with_suffix(".meta.json"))
 
 
 def make_writer(config: GenerateConfig | ComparativeConfig, task: str | None = None) -> Writer:
@@ -128,10 +125,74 @@ def least_characters(config: GenerateConfig) -> int:
     return config.min_characters or (MIN_CHARACTERS if config.task == "pairs" else MIN_OF_CLASSES)
 
 
+def job_seed(seed: int, number: int) -> int:
+    return seed_of(seed, "job", number) % 2**31  # what servers take
+
+
+def draw_images(ids: list[str], config: GenerateConfig, what: str = "images have captions") -> list[str]:
+    """`n_images` of the ids, by seed; all where it is not set. Raises UserError where they are fewer."""
+    if config.n_images is None:
+        return ids
+    if config.n_images > len(ids):
+        raise UserError(f"n_images is {config.n_images}, but only {len(ids)} {what}")
+    rng = stream(config.seed, "images")
+    return [ids[n] for n in sorted(rng.choice(len(ids), config.n_images, replace=False))]
+
+
+# -- writing -------------------------------------------------------------------------------------------
+
+
+def _write(
+    config: GenerateConfig, task: Task, progress: Progress, items: list[Item], numbers: list[int], processes: Processes
+) -> str:
+    """This process's share, each sentence into its file as soon as the writer gives it.
+
+    Returns why the last job failed that the writer left out, "" if none did.
+    """
+    if not numbers:
+        return ""
+    writer = (task.make_writer or make_writer)(config)
+    judge = task.judge or _judge(config, writer)
+    jobs = [task.job(*items[n], n) for n in numbers]
+    if processes.is_main:
+        _keep_description(writer, progress)
+    hidden = None if processes.is_main else True  # None: hidden where there is no terminal
+    usable, rejected = not writer.needs_cleaning, []
+    try:
+        with progress.open(processes.rank) as file, closing(writer.stream(jobs)) as answers:
+            for place, raw in tqdm(answers, config.name, len(jobs), unit=" sentences", disable=hidden):
+                row = _row(items[numbers[place]], jobs[place], raw, judge)
+                append(file, {"n": numbers[place], **row})
+                usable = usable or row["text"] is not None
+                if usable:
+                    continue
+                rejected.append(row)
+                if len(rejected) == FIRST_ANSWERS:
+                    Path(file.name).unlink()  # so that they are asked for again
+                    raise UserError(f"none of the first {FIRST_ANSWERS} answers could be used{_samples(rejected)}")
+    finally:
+        if processes.is_main:
+            _keep_description(writer, progress)  # a server may have said more of itself with its answers
+    return writer.last_error if writer.failed else ""
+
+
+def _keep_description(writer: Writer, progress: Progress) -> None:
+    now, before = writer.describe(), read_json(progress.writer)
+    if before.get("model", now.get("model")) != now.get("model"):  # where the settings leave it to the server
+        raise UserError(
+            f"the sentences in {progress.folder} are by {before['model']}, and the writer is now {now.get('model')}; "
+            "bring that model back, or choose another --name"
+        )
+    for key in ("answered_by", "url"):  # also those of earlier runs
+        if key in now:
+            now[key] = sorted({*before.get(key, ()), *now[key]})
+    write_json(progress.writer, now)
+
+
 def _judge(config: GenerateConfig, writer: Writer) -> Callable[[str, Job], Checked]:
     """How raw sentences are cleaned: held against their captions, and what a language model was shown beside them."""
     if not writer.needs_cleaning:
-        return lambda raw, job: Checked(raw or None, "kept" if raw else "empty", ())
+        return lambda raw, _: Checked(raw or None, "kept" if raw else "empty")
     asked = getattr(writer, "asked", None)
     shown = tuple(text for example in writer.describe().get("worked_examples", ()) for text in example.values())
     least, instructions = least_characters(config), (asked.system, asked.instruction) if asked else ()
@@ -143,119 +204,63 @@ def _judge(config: GenerateConfig, writer: Writer) -> Callable[[str, Job], Check
     return judge
 
 
-def job_seed(seed: int, number: int) -> int:
-    return seed_of(seed, "job", number) % 2**31  # what servers take
-
-
-def draw_images(ids: list[str], config: GenerateConfig, what: str = "images have captions") -> list[str]:
-    if config.n_images is None:
-        return ids
-    if config.n_images > len(ids):
-        raise UserError(f"n_images is {config.n_images}, but only {len(ids)} {what}")
-    rng = stream(config.seed, "images")
-    return [ids[n] for n in sorted(rng.choice(len(ids), config.n_images, replace=False))]
-
-
-def _begin(out: Path, parts: Parts, settings: dict[str, Any], overwrite: bool) -> None:
-    parts.begin(settings, drop_others=overwrite)
-    if (old := out.with_suffix(".partial.jsonl")).is_file():
-        log.info("%s was left by an earlier version of this program and is not continued; delete it", old)
-
-
-def _write(
-    config: GenerateConfig, work: Work, parts: Parts, items: list[Item], numbers: np.ndarray, processes: Processes
-) -> str:
-    """This process's share, each sentence into its shard as soon as the writer gives it.
-
-    Returns why the last job failed that the writer left out, "" if none did.
-    """
-    if not len(numbers):
-        return ""
-    writer = (work.writer or make_writer)(config)
-    if processes.is_main:
-        _keep_description(writer, parts)
-    judge = work.judge or _judge(config, writer)
-    jobs = Jobs(numbers, lambda n: work.job(*items[n], n))
-    of = f", process 1 of {processes.size}" if processes.size > 1 else ""
-    hidden = None if processes.is_main else True  # None: hidden where there is no terminal
-    with (
-        parts.shard(processes.rank) as shard,
-        tqdm(total=len(jobs), desc=config.name + of, unit=" sentences", disable=hidden) as bar,
-    ):
-        stream = writer.stream(jobs)  # all at once: a writer looks at as many as it has use for
-        try:
-            for place, raw in stream:
-                n = int(numbers[place])
-                shard.add({"n": n, **_row(items[n], jobs[place], raw, judge)})
-                bar.update()
-        finally:
-            if hasattr(stream, "close"):  # a generator's; it may have requests under way
-                stream.close()
-            if processes.is_main:
-                _keep_description(writer, parts)  # a server may have said more of itself with its answers
-    return writer.last_error if writer.failed else ""
-
-
-def _keep_description(writer: Writer, parts: Parts) -> None:
-    now, before = writer.describe(), parts.writer() or {}
-    if before.get("model", now.get("model")) != now.get("model"):  # where the settings leave it to the server
-        raise UserError(
-            f"the sentences in {parts.folder} are by {before['model']}, and the writer is now {now.get('model')}; "
-            "bring that model back, or choose another --name"
-        )
-    for key in ("answered_by", "url"):  # also those of earlier runs
-        if key in now:
-            now[key] = sorted({*before.get(key, ()), *now[key]})
-    parts.keep_writer(now)
-
-
 def _row(item: Item, job: Job, raw: str, judge: Callable[[str, Job], Checked]) -> dict[str, Any]:
-    cut = getattr(raw, "cut", False)
+    """The line of one answer: its text, or why it was rejected."""
+    cut = getattr(raw, "cut", False)  # before encode, which gives back a plain str
     raw = raw.encode("utf-8", "replace").decode()  # half a surrogate pair is no text
     text, reason, trims = Checked(None, "cut") if cut else judge(raw, job)
     row = {"first": item[0], "second": item[1], "text": text, "reason": reason, "captions": [job.first, job.second]}
     return row | ({"trims": list(trims)} if trims else {}) | ({"raw": raw} if text is None else {})
 
 
+def _samples(rejected: Sequence[dict[str, Any]]) -> str:
+    """The end of an error where no answer could be used: counts of reasons, three answers, what to do."""
+    counts = dict(Counter(row["reason"] for row in rejected).most_common())
+    answers = "; ".join(f"{row['reason']}: {row['raw'][:120]!r}" for row in rejected[:3])
+    return f" ({counts}), such as {answers}. Mend the model or its prompt; the same command then asks again"
+
+
 def _merge(
-    out: Path,
-    parts: Parts,
-    items: list[Item],
-    about: dict[str, Any],
-    line: Callable[[dict[str, Any]], str],
-    error: str,
+    progress: Progress, items: list[Item], about: dict[str, Any], to_line: Callable[..., str], error: str
 ) -> None:
     """All sentences in the order of their items, into their place; then the working folder goes.
 
-    error: the last failure of a job that was left out, to be named where sentences are missing.
+    error: the last failure of a job that was left out, named where sentences are missing.
     """
-    where = parts.index(items)
-    if missing := int((where[:, 0] < 0).sum()):
+    out, lines = progress.out, progress.lines(items)
+    if missing := len(items) - len(lines):
         raise UserError(
-            f"{missing} of {len(items)} sentences are not in {parts.folder} yet; the same command continues"
+            f"{missing} of {len(items)} sentences are not in {progress.folder}"
             + f" (the last error: {error})" * bool(error)
+            + "; the same command continues"
         )
-    kept, rejected, meta = (parts.folder / name for name in ("kept.jsonl", "rejected.jsonl", "meta.json"))
+    kept, rejected = [], []
     reasons: Counter[str] = Counter()
     trims: Counter[str] = Counter()
-    with kept.open("w", encoding="utf-8") as good, rejected.open("w", encoding="utf-8") as bad:
-        for row in parts.rows(where):
-            reasons[row["reason"]] += 1
-            trims.update(row.pop("trims", ()))
-            if row["text"] is not None:
-                good.write(line(row))
-            else:
-                del row["n"], row["text"]
-                bad.write(json.dumps(row, ensure_ascii=False) + "\n")
+    for n in range(len(items)):
+        row = json.loads(lines[n])
+        reasons[row["reason"]] += 1
+        trims.update(row.pop("trims", ()))
+        if row["text"] is not None:
+            kept.append(to_line(row))
+        else:
+            rejected.append({name: value for name, value in row.items() if name not in ("n", "text")})
+    if not kept:
+        raise UserError(f"none of the {len(items)} sentences could be used{_samples(rejected)}")
     counts = dict(reasons.most_common())
-    if not kept.stat().st_size:
-        raise UserError(f"none of the {len(items)} sentences could be used ({counts}); look at {rejected}")
-    write_json(meta, {**about, "counts": counts, "trims": dict(trims.most_common()), **environment.describe()})
-    place = {out.with_suffix(".meta.json"): meta, out.with_suffix(".rejected.jsonl"): rejected, out: kept}
-    if not rejected.stat().st_size:
-        del place[out.with_suffix(".rejected.jsonl")]
-    for path in (out, out.with_suffix(".rejected.jsonl")):
-        path.unlink(missing_ok=True)  # of an earlier writing; gone first, so that an interruption mixes nothing
-    put_in_place(place)  # the sentences last: where they are, the rest is
-    parts.remove()
+    progress.merging()
+    put_aside(out, rejected)
+    meta = {**about, "counts": counts, "trims": dict(trims.most_common()), **environment.describe()}
+    write_json(out.with_suffix(".meta.json"), meta)
+    write_text(out, "".join(kept))  # last: where the sentences are, the rest is
+    progress.remove()
     log.info("%s is written: %s", out, ", ".join(f"{n} {reason}" for reason, n in counts.items()))
+
+
+def put_aside(out: Path, rejected: Sequence[dict[str, Any]]) -> None:
+    """Write NAME.rejected.jsonl, or remove that of an earlier writing where nothing was rejected."""
+    path = out.with_suffix(".rejected.jsonl")
+    if rejected:
+        write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rejected))
+    else:
+        path.unlink(missing_ok=True)

@@ -108,7 +108,6 @@ class RankDataConfig(LoaderConfig):
     Args:
         n_queries: How many captions, each of another image and none of them twice; empty for one of each image.
         margin: Candidates are the images whose cosine with the caption is within this of the best one's.
-        least: Fewer candidates are filled up with crops of them.
         most: No more candidates than these, the caption's own image among them.
         pairs_each: How many pairs of a caption's candidates are drawn; empty for all.
         pictures: Whether the writer server is shown the pictures; false sends it their captions alone, for models that
@@ -119,7 +118,6 @@ class RankDataConfig(LoaderConfig):
 
     n_queries: int | None = None
     margin: float = 0.05
-    least: int = 4
     most: int = 9
     pairs_each: int | None = None
     pictures: bool = True
