@@ -234,8 +234,7 @@ def _details(subject: Subject, said: Sequence[str], scores: Scores, tools: Tools
             for c, text in zip(data.changes[:LISTED], said)
         ],
     }
-    if "meteor" not in scores.corpus:
-        about["meteor"] = caption_scores.NO_JAVA
+    about |= scores.notes  # why METEOR is absent, or CIDEr 0
     if data.judge:
         told = judge(data, said).told
         pairs = Counter(zip((change.kind for change in data.changes), told.tolist()))
