@@ -23,9 +23,11 @@ GAP, MARGIN = 10, 14
 SIDE, SMALL = 200, 97  # pixels of an image of a pair, and of a map of where the decoder looked
 REFERENCES, WORDS = 2, 2  # that are shown of a pair
 # Words that point at no place in an image. Of the others, those are shown at which the decoder looks most sharply.
-_EMPTY = set(
-    ["a", "an", "the", "is", "are", "was", "were", "be", "been", "has", "have", "had", "it", "its", "this", "that", "these", "those", "there", "of", "in", "on", "at", "to", "from", "by", "with", "and", "or", "no", "not", "now", "as", "than", "same", "all", "other", "another", "one", "image", "picture", "photo", "scene"]
-)
+_EMPTY = {
+    "a", "an", "the", "is", "are", "was", "were", "be", "been", "has", "have", "had", "it", "its", "this", "that",
+    "these", "those", "there", "of", "in", "on", "at", "to", "from", "by", "with", "and", "or", "no", "not", "now",
+    "as", "than", "same", "all", "other", "another", "one", "image", "picture", "photo", "scene",
+}  # fmt: skip
 
 
 @lru_cache
@@ -184,7 +186,7 @@ def _fitted(image: Image.Image, side: int) -> Image.Image:
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#C4B000", "#3D1A78")
 MARKS = "osD^vP*X"
 STYLES = {  # as matplotlib's scatter takes them
-    "image": {"s": 24, "alpha": 0.55, "linewidths": 0},
+    "image": {"s": 26, "alpha": 0.75, "edgecolors": "#333333", "linewidths": 0.4},  # an edge, for pale colours
     "text": {"s": 210, "edgecolors": "black", "linewidths": 1.5, "zorder": 3},
     "turned": {"s": 420, "linewidths": 2.8, "zorder": 4},  # hollow
 }
@@ -221,11 +223,10 @@ def draw_map(title: str, panels: list[tuple[str, list[Layer]]], names: dict[int,
                     paint = {"facecolors": "none" if hollow else colour, "edgecolors": colour}
                     points = ax.scatter(*layer.places[chosen].T, marker=mark, **(paint | STYLES[layer.kind]))
                     handles.setdefault(name, points)
-    figure.supxlabel("\n".join(wrap(note, 800, 18)), fontsize=11)
     columns = 2 if max(map(len, handles)) > 12 else 4
     figure.legend(
         handles.values(), handles.keys(), loc="outside lower center", ncols=columns, fontsize=13, frameon=False,
-        handletextpad=0.2, columnspacing=1, markerscale=1.6,
+        title="\n".join(wrap(note, 800, 18)), title_fontsize=12, handletextpad=0.2, columnspacing=1, markerscale=1.6,
     )  # fmt: skip
     canvas = FigureCanvasAgg(figure)
     canvas.draw()

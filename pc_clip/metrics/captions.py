@@ -213,7 +213,8 @@ def _by_java(module: str, name: str, *arguments: dict) -> Any:
 
     Raises RuntimeError with the last line of its complaint.
     """
-    environment = {**os.environ, "JAVA_TOOL_OPTIONS": "-Dfile.encoding=UTF-8"}
+    path = os.pathsep.join(filter(None, sys.path))
+    environment = {**os.environ, "JAVA_TOOL_OPTIONS": "-Dfile.encoding=UTF-8", "PYTHONPATH": path}
     process = subprocess.Popen(
         [sys.executable, "-m", __name__, module, name], env=environment, start_new_session=True, encoding="utf-8",
         errors="replace", stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
