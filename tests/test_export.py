@@ -104,25 +104,6 @@ def test_open_clip_loads_a_checkpoint_by_the_name_of_its_architecture(architectu
     assert_same(embeddings(*loaded), embeddings(clip.model, clip.preprocess, clip.tokenizer))
 
 
-def test_a_folder_keeps_what_a_checkpoint_alone_cannot_tell_open_clip(architecture, tmp_path):
-    """By name and file open_clip takes its default transform; the folder carries the model's own."""
-    clip = random_clip(architecture(), HALVES)
-    loading.save_model(tmp_path / "model.safetensors", clip)
-    expected = clip.preprocess(picture(50, 41))
-    by_name = load_in_open_clip("tiny-vit", str(tmp_path / "model.safetensors"))[1]
-    assert not torch.allclose(by_name(picture(50, 41)), expected, atol=0.1)
-    export.export(clip, tmp_path / "made", "open_clip")
-    shutil.move(tmp_path / "made", tmp_path / "moved")
-    loaded = load_in_open_clip(f"local-dir:{tmp_path / 'moved'}")
-    assert torch.equal(loaded[1](picture(50, 41)), expected)
-    assert_same(embeddings(*loaded), embeddings(clip.model, clip.preprocess, clip.tokenizer))
-    ours = Clip.create("local-dir:moved")
-    assert (ours.weights_hash(), ours.image_tower_hash()) == (clip.weights_hash(), clip.image_tower_hash())
-    assert sorted(p.name for p in Path("moved").iterdir()) == [
-        "open_clip_config.json", "open_clip_model.safetensors", "pc_clip.json",
-    ]  # fmt: skip
-
-
 def test_the_embedded_model_exports_for_open_clip_and_says_why_not_for_transformers(example_clip, tmp_path, capsys):
     loading.save_model(Path("runs/mine/model.safetensors"), example_clip)
     with pytest.raises(UserError, match="example cannot be a CLIPModel.*ModifiedResNet.*--format open_clip"):
@@ -240,16 +221,6 @@ def test_the_tokens_are_open_clips_but_for_its_cleaning(exported):
     assert all(a == b for a, b in pairs(SENTENCES))
     assert all(a != b for a, b in pairs(CLEANED))  # as the module says; should one become equal, it must say so
     assert all(a == b for a, b in pairs([clean(text) for text in CLEANED]))
-
-
-def test_vocabulary_and_merges_stand_beside_the_tokenizer_for_other_readers(exported):
-    words = json.loads((exported / "vocab.json").read_text(encoding="utf-8"))
-    merges = (exported / "merges.txt").read_text(encoding="utf-8").splitlines()
-    assert len(words) == 49408 and sorted(words.values()) == list(range(49408))
-    assert (words["<|startoftext|>"], words["<|endoftext|>"], words["cat</w>"]) == (49406, 49407, 2368)
-    assert merges[:2] == ["#version: 0.2", "i n"] and len(merges) == 48895
-    lines = (exported / "merges.txt").read_text(encoding="utf-8").split("\n")[1:-1]
-    assert all(words["".join(line.split(" "))] == 512 + k for k, line in enumerate(lines))
 
 
 # Width and height whose longer side, resized to 32, leaves 0, 2, 5, 1 and 12 pixels to crop ...

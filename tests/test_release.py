@@ -179,21 +179,6 @@ def test_a_file_cut_out_of_a_larger_one_keeps_the_larger_ones_numbers(tiny):
     assert json.loads(INDICES.read_text())["images"] == {"2": "9", "0": "25", "1": "30"}
 
 
-def test_numbers_may_be_tensors_and_embeddings_of_half_precision(tiny):
-    content = per_image()
-    for each in content["captions"]:
-        each["clip_embedding"] = torch.tensor(each["clip_embedding"])
-    content["captions"][0]["clip_embedding"] = torch.tensor([0])
-    content["inds"] = torch.tensor(content["inds"])
-    content["clip_embedding"] = content["clip_embedding"].half()
-    convert_embeddings(content, tiny)
-    z, ids, _ = converted()
-    assert z.dtype == torch.float32
-    assert torch.equal(z, torch.arange(12.0).reshape(3, 4))
-    assert ids == ["9", "25", "30"]
-    assert json.loads(INDICES.read_text())["images"] == {"70": "9", "71": "25", "72": "30"}
-
-
 rows = torch.arange(12.0).reshape(3, 4)
 BAD_EMBEDDINGS = [  # the file, or what differs in it from a good one; what the message says
     ([1, 2], "holds a list"),
@@ -259,13 +244,6 @@ def test_differences_get_their_image_ids_and_pass_the_filter(tiny, capsys):
     assert f"{DIFFERENCES}: 3 of 8 differences (3 kept, " in shown
     assert "next: python finetune.py --config configs/pc_clip_coco.yaml" in shown
     assert f"--data.embeddings {EMBEDDINGS} --data.differences {DIFFERENCES}" in shown
-
-
-def test_without_the_filter_every_text_is_kept_as_it_is_but_none_that_is_empty(tiny):
-    convert_embeddings(per_image(), tiny)
-    texts = ["short", " two\nlines ", " \n", "```code```"]
-    convert_differences(torch.tensor([[70, 71]] * 4), texts, "--keep_all")
-    assert [found.text for found in differences.read(DIFFERENCES)] == ["short", " two\nlines ", "```code```"]
 
 
 BAD_DIFFERENCES = [

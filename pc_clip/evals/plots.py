@@ -72,19 +72,19 @@ def _write(sheet: Image.Image | None, place: tuple[int, int], width: int, texts:
     return y - place[1]
 
 
-def _sheet(cells: Sequence[Image.Image], heading: Sequence[Text], columns: int, fewest: int = 480) -> Image.Image:
-    """Cells in reading order under a heading, which wraps to the sheet's width of at least `fewest` pixels."""
+def _sheet(cells: Sequence[Image.Image], heading: Sequence[Text], columns: int, gap: int = GAP) -> Image.Image:
+    """Cells in reading order under a heading, which wraps to the sheet's width."""
     rows = [cells[n : n + columns] for n in range(0, len(cells), columns)]
-    width = max(max(sum(cell.width + GAP for cell in row) for row in rows) - GAP + 2 * MARGIN, fewest)
+    width = max(max(sum(cell.width + gap for cell in row) for row in rows) - gap + 2 * MARGIN, 480)
     y = MARGIN + _write(None, (0, 0), width - 2 * MARGIN, heading) + GAP
-    sheet = Image.new("RGB", (width, y + sum(max(c.height for c in row) + GAP for row in rows) + GAP), "white")
+    sheet = Image.new("RGB", (width, y + sum(max(cell.height for cell in row) + gap for row in rows)), "white")
     _write(sheet, (MARGIN, MARGIN), width - 2 * MARGIN, heading)
     for row in rows:
-        x = MARGIN
-        for cell in row:
-            sheet.paste(cell, (x, y))
-            x += cell.width + GAP
-        y += max(cell.height for cell in row) + GAP
+        if gap > GAP:
+            ImageDraw.Draw(sheet).line([(MARGIN, y - gap // 3), (width - MARGIN, y - gap // 3)], PALE)
+        for n, cell in enumerate(row):
+            sheet.paste(cell, (MARGIN + n * (cell.width + gap), y))
+        y += max(cell.height for cell in row) + gap
     return sheet
 
 
@@ -131,7 +131,7 @@ def change_sheet(data: Dataset, shown: Sequence[Shown], title: str) -> Picture:
         legend += "; small: where the decoder's last layer looks at a word, before and after, with one scale for both"
         alt = f", and where the decoder looked at two of its words{alt}"
     alt = f"{len(shown)} pairs of images before and after a change, what the model says and what people say{alt}"
-    return Picture(_sheet(cells, [Text(title, 18, bold=True), Text(legend, 12, GREY)], columns=3), alt)
+    return Picture(_sheet(cells, [Text(title, 18, bold=True), Text(legend, 12, GREY)], columns=3, gap=3 * GAP), alt)
 
 
 def _cell(before: Image.Image, after: Image.Image, one: Shown) -> Image.Image:
