@@ -62,7 +62,7 @@ def applies(data: Dataset, config: EvaluateConfig) -> bool:
 
 
 def evaluate(subject: Subject) -> Result:
-    """The figures above, as far as the data set has what they need, and maps in two dimensions."""
+    """The figures above, as far as the data set has what they need, and a map in two dimensions."""
     metrics, details = measure(subject, subject.clip, subject.z)
     before = subject.base is not None and subject.base.weights_hash() != subject.clip.weights_hash()
     if before:
@@ -74,8 +74,6 @@ def evaluate(subject: Subject) -> Result:
     pictures = {}
     if subject.data.questions:
         pictures["map.png"] = map_of_images(subject, views)
-    if subject.attributes and (picture := map_of_differences(subject, views)):
-        pictures["differences.png"] = picture
     return Result(metrics, len(subject.data), details, pictures)
 
 
@@ -282,70 +280,15 @@ def map_of_images(subject: Subject, views: list[View]) -> Picture:
         (view.title, [Layer("image", images, target), Layer("text", texts, shown)])
         for view, (images, texts) in zip(views, places)
     ]
+    when = ", before and after finetuning side by side" if len(views) > 1 else ""
     note = f"{method}. Large: class prompts, moved onto the images by the modality gap."
     image = draw_map(
         f"{question.name}: images and class prompts", panels, {c: question.classes[c] for c in shown}, note
     )
     return Picture(image, (
         f"Map of {len(drawn)} images of {subject.data.label} and of {len(shown)} of the {len(question.classes)} class "
-        f"prompts for {question.name}{_when(views)}, coloured by class"
+        f"prompts for {question.name}{when}, coloured by class"
     ))  # fmt: skip
-
-
-def map_of_differences(subject: Subject, views: list[View]) -> Picture | None:
-    """Unit differences of images that differ in one attribute alone, and sentences about them, on one map for all.
-
-    A sentence is there twice: telling of the first image first, and of the second first. Attributes beyond the
-    colours are left out. None where too few images differ.
-    """
-    known = subject.attributes[: len(COLOURS) // 2]
-    pairs, target, names, sentences = [], [], [], []
-    for k, attribute in enumerate(known):
-        drawn = _pairs_of_one(known, k, subject.config.seed + k)
-        half = len(drawn) // 2
-        if half:
-            ways = (drawn[:half], attribute.more, attribute.less), (drawn[half:, ::-1], attribute.less, attribute.more)
-            for part, more, less in ways:
-                pairs.append(part)
-                target += [len(names)] * len(part)
-                names.append(more)
-                sentences.append([contrast(more, less, wording) for wording in (0, 1)])
-    if not names:
-        return None
-    texts = [view.clip.embed_texts([told[wording] for wording in (0, 1) for told in sentences]) for view in views]
-    gaps = [pair_differences(view.z, np.concatenate(pairs)) for view in views]
-    places, method = flatten(gaps, texts, subject.config.seed)
-    kinds = np.arange(len(names))
-    panels = [
-        (
-            view.title,
-            [
-                Layer("image", images, np.array(target)),
-                *map(Layer, ("text", "turned"), np.split(told, 2), (kinds, kinds)),
-            ],
-        )
-        for view, (images, told) in zip(views, places)
-    ]
-    note = f"{method}. Large: sentences, hollow if they tell of the second image first."
-    legend = {c: f"first: {name}" for c, name in enumerate(names)}
-    return Picture(draw_map("image differences and sentences", panels, legend, note), (
-        f"Map of {len(target)} differences between two images of {subject.data.label} that differ in one attribute"
-        f"{_when(views)}, coloured by what the first image has, with sentences about such pairs"
-    ))  # fmt: skip
-
-
-def _when(views: list[View]) -> str:
-    return ", before and after finetuning side by side" if len(views) > 1 else ""
-
-
-def _pairs_of_one(known: tuple[Attribute, ...], k: int, seed: int) -> np.ndarray:
-    """Pairs that differ clearly in attribute k, the one with more first, and in no other if such exist.  -> [P, 2]"""
-    pairs = clear_pairs(known[k], 40 * ON_MAP, seed)
-    alike = np.ones(len(pairs), dtype=bool)
-    for n, other in enumerate(known):
-        if n != k:
-            alike &= np.abs(other.value[pairs[:, 0]] - other.value[pairs[:, 1]]) <= other.gap  # not where undefined
-    return (pairs[alike] if alike.sum() > 1 else pairs)[: ON_MAP // len(known)]
 
 
 def flatten(images: list[Tensor], texts: list[Tensor], seed: int) -> tuple[list[tuple[np.ndarray, np.ndarray]], str]:

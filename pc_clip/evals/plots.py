@@ -188,7 +188,6 @@ MARKS = "osD^vP*X"
 STYLES = {  # as matplotlib's scatter takes them
     "image": {"s": 26, "alpha": 0.75, "edgecolors": "#333333", "linewidths": 0.4},  # an edge, for pale colours
     "text": {"s": 210, "edgecolors": "black", "linewidths": 1.5, "zorder": 3},
-    "turned": {"s": 420, "linewidths": 2.8, "zorder": 4},  # hollow
 }
 
 
@@ -219,9 +218,7 @@ def draw_map(title: str, panels: list[tuple[str, list[Layer]]], names: dict[int,
                 groups.append((layer.target == c, colour, mark, name))
             for chosen, colour, mark, name in groups:
                 if chosen.any():
-                    hollow = layer.kind == "turned"
-                    paint = {"facecolors": "none" if hollow else colour, "edgecolors": colour}
-                    points = ax.scatter(*layer.places[chosen].T, marker=mark, **(paint | STYLES[layer.kind]))
+                    points = ax.scatter(*layer.places[chosen].T, color=colour, marker=mark, **STYLES[layer.kind])
                     handles.setdefault(name, points)
     columns = 2 if max(map(len, handles)) > 12 else 4
     figure.legend(
