@@ -334,7 +334,7 @@ def compare(clip: Clip, folder: Path) -> float:
         raise Unfit(f"it lacks what CLIPModel has: {', '.join(sorted(loading['missing_keys']))[:200]}")
     processor = transformers.CLIPProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
     side = model.config.vision_config.image_size
-    noise = np.random.default_rng(0).integers(0, 256, (side, side + 4, 3), dtype=np.uint8)
+    noise = np.random.default_rng(0).integers(0, 256, (2 * side, 2 * side + 8, 3), dtype=np.uint8)
     picture = Image.fromarray(noise)
     texts = ["a photo of a cat", "Two LARGE dogs: one sleeps, isn't it?"]
     given = processor(text=texts, images=picture, padding="max_length", truncation=True, return_tensors="pt")
