@@ -241,7 +241,6 @@ def clip_config(clip: Clip) -> Any:
         vision_config=vision_config,
         text_config=text_config,
         projection_dim=width,
-        logit_scale_init_value=clip.model.logit_scale.item(),
         architectures=["CLIPModel"],
         dtype="float32",
     )
