@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from pc_clip.core.errors import UserError
-from pc_clip.evals import blind
+from pc_clip.evals import blind_baselines
 from pc_clip.report.study import COLUMNS
 
 
@@ -21,7 +21,7 @@ def write(path: str, *labels: int, text: str = "The cat is under the table.") ->
 
 def test_the_same_sentence_is_right_as_often_as_it_is_true(example_clip):
     """Of one and the same text all that do not look say one and the same."""
-    found = blind.audit(example_clip, write("a.jsonl", 1, 1, 1, 0))
+    found = blind_baselines.audit(example_clip, write("a.jsonl", 1, 1, 1, 0))
     assert found["true"][0] == found["majority"][0] == 0.75
     assert found["blind"][0] in (0.25, 0.75)
     assert found["blind_prefers_caption_as_written"][0] in (0.0, 1.0)
@@ -35,13 +35,13 @@ def test_texts_that_give_the_label_away_are_found_out(example_clip):
         for n in range(60)
     ]
     Path("a.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    found = blind.audit(example_clip, "a.jsonl")
+    found = blind_baselines.audit(example_clip, "a.jsonl")
     assert found["text_only"][0] > 0.95 and found["majority"][0] == 0.5
 
 
 def test_the_table_has_a_studys_columns(capsys):
     Path("split").mkdir()
-    blind.main([str(write("split/a.jsonl", 1, 0, 1)), "--out", "b.csv"])
+    blind_baselines.main([str(write("split/a.jsonl", 1, 0, 1)), "--out", "b.csv"])
     table = pd.read_csv("b.csv")
     assert list(table) == COLUMNS and set(table.variant) == {"example split/a"}
     assert capsys.readouterr().out.startswith("split/a: true 66.7 [")
@@ -49,4 +49,4 @@ def test_the_table_has_a_studys_columns(capsys):
 
 def test_statements_of_one_label_are_refused(example_clip):
     with pytest.raises(UserError, match="all 2 statements of a.jsonl are true; this is for files with both kinds"):
-        blind.audit(example_clip, write("a.jsonl", 1, 1))
+        blind_baselines.audit(example_clip, write("a.jsonl", 1, 1))

@@ -9,7 +9,6 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
-import open_clip
 import pytest
 import torch
 from clip_benchmark.metrics import zeroshot_classification, zeroshot_retrieval
@@ -149,20 +148,6 @@ def test_a_finetuned_checkpoint_through_its_export(keys, benchmark):
     right = assert_agree(theirs, "runs/mine", clip, keys)
     before, _, _ = benchmark(f"local-dir:{model_folder('example')}", "runs/mine/model.safetensors")
     assert 0 < right < before["acc1"] * len(keys)  # open_clip takes no file beside local-dir:, hence the export
-
-
-def test_a_checkpoint_by_the_name_of_its_architecture(keys, benchmark, tmp_path, monkeypatch):
-    monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIG_PATHS", list(open_clip.factory._MODEL_CONFIG_PATHS))
-    monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIGS", dict(open_clip.factory._MODEL_CONFIGS))
-    vision = {"image_size": 64, "layers": 2, "width": 64, "head_width": 16, "patch_size": 8}
-    text = {"context_length": 77, "vocab_size": 49408, "width": 48, "heads": 3, "layers": 2}
-    (tmp_path / "tiny-vit.json").write_text(json.dumps({"embed_dim": 24, "vision_cfg": vision, "text_cfg": text}))
-    open_clip.add_model_config(tmp_path / "tiny-vit.json")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        clip = Clip.create("tiny-vit", load_weights=False)
-    loading.save_model(Path("runs/tiny/model.safetensors"), clip)
-    assert_agree(benchmark("tiny-vit", "runs/tiny/model.safetensors"), "runs/tiny", clip, keys)
 
 
 # -- retrieval -----------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from statements_sample import COLOUR, about
 from pc_clip.core.config.evaluate import EvaluateConfig
 from pc_clip.core.errors import UserError
 from pc_clip.data.dataset import Statement
-from pc_clip.evals import _blind_baselines, compositional
+from pc_clip.evals import blind_baselines, compositional
 from pc_clip.interface import run
 
 TEXTS = {"red": COLOUR["red"], "blue": COLOUR["blue"], "any": [1.0, 1.0, 1.0], "none": [-1.0, -1.0, -1.0]}
@@ -71,11 +71,11 @@ def test_captions_that_sound_better_by_themselves_are_found_out(caplog):
 
 def test_which_side_is_turned_round_for_learning_changes_nothing_of_what_is_learnt():
     gap = torch.from_numpy(np.random.default_rng(0).normal(0.1, 1, size=(200, 4)))
-    scores = [_blind_baselines.tell_texts_apart(gap, np.arange(200), seed) for seed in (0, 1)]
+    scores = [blind_baselines.tell_texts_apart(gap, np.arange(200), seed) for seed in (0, 1)]
     right = [np.mean(score > 0) for score in scores]
     assert abs(right[0] - right[1]) < 0.1
     assert np.mean(np.sign(scores[0]) == np.sign(scores[1])) > 0.7
-    mirrored = _blind_baselines.tell_texts_apart(-gap, np.arange(200), 0)
+    mirrored = blind_baselines.tell_texts_apart(-gap, np.arange(200), 0)
     assert np.mean(mirrored > 0) == pytest.approx(right[0], abs=0.05)  # it asks which is preferred, not which is first
 
 
@@ -128,7 +128,7 @@ def test_embeddings_that_are_not_finite_are_an_error(monkeypatch):
     with pytest.raises(UserError, match="embeddings of the images are not finite"):
         compositional.evaluate(subject)
     with pytest.raises(UserError, match="embeddings of the grey picture are not finite"):
-        _blind_baselines.grey_image(subject.clip)
+        blind_baselines.grey_image(subject.clip)
 
 
 def test_aros_captions_are_of_the_box_and_not_of_the_whole_picture():
@@ -169,7 +169,7 @@ def test_false_statements_are_sent_to_the_other_mode():
 
 def test_the_mean_image_is_that_of_the_images_asked_about():
     subject = about([said("red0", "red", "blue")], TEXTS, images=["red0", "blue0", "blue1", "blue2"])
-    asked = _blind_baselines.ask(subject, subject.data.statements)
+    asked = blind_baselines.ask(subject, subject.data.statements)
     assert asked.mean.tolist() == pytest.approx([1.0])
     assert asked.grey.tolist() == pytest.approx([0.0])
     assert torch.allclose(

@@ -23,7 +23,7 @@ from pc_clip.data import pairs as apply
 from pc_clip.data.dataset import Change, Dataset
 from pc_clip.data.pairs import Caption, distinct_sentences
 from pc_clip.data.registry import open_dataset
-from pc_clip.evals import Subject, _change_sheet, caption, change_retrieval
+from pc_clip.evals import Subject, caption, change_retrieval, plots
 from pc_clip.metrics import captions
 from pc_clip.metrics.captions import Tools
 from pc_clip.metrics.retrieval import chance, recalls
@@ -299,21 +299,21 @@ def test_every_kind_has_its_place_on_the_sheet():
 def test_the_sheet_shows_right_sentences_green_and_wrong_ones_red():
     data = open_dataset("example_changes", split="test")
     for right, here, absent in ((True, "GREEN", "RED"), (False, "RED", "GREEN"), (None, "GREY", "RED")):
-        shown = [_change_sheet.Shown(change, "the star is gone", right, [], None) for change in data.changes[:2]]
-        picture = _change_sheet.change_sheet(data, shown, "title")
+        shown = [plots.Shown(change, "the star is gone", right, [], None) for change in data.changes[:2]]
+        picture = plots.change_sheet(data, shown, "title")
         colours = {f"#{r:02x}{g:02x}{b:02x}" for _, (r, g, b) in picture.image.getcolors(2**24)}
-        assert getattr(_change_sheet, here) in colours
-        assert getattr(_change_sheet, absent) not in colours
+        assert getattr(plots, here) in colours
+        assert getattr(plots, absent) not in colours
     assert "2 pairs of images" in picture.alt
 
 
 def test_no_text_runs_out_of_its_cell():
     """Every line is measured; a word that no line holds is broken and nothing of it is lost."""
     text = "the " + "very" * 40 + " long sentence " * 9
-    lines = _change_sheet.wrap(text, 300, 14, True)
-    assert all(_change_sheet._font(14, True).getlength(line) <= 300 for line in lines)
+    lines = plots.wrap(text, 300, 14, True)
+    assert all(plots.font(14, True).getlength(line) <= 300 for line in lines)
     assert "".join(lines).replace(" ", "") == text.replace(" ", "")
-    assert _change_sheet.wrap("", 300, 14) == [""]
+    assert plots.wrap("", 300, 14) == [""]
 
 
 def test_maps_are_shown_of_words_that_name_something():
@@ -321,15 +321,15 @@ def test_maps_are_shown_of_words_that_name_something():
     attention = np.full((8, 2, 4, 4), 1 / 32)
     for place, peak in ((0, 0.9), (1, 0.2), (2, 0.5), (4, 0.3), (7, 0.8)):
         attention[place, 0, 0, 0] = peak
-    assert _change_sheet.chosen_words(tokens, attention) == [2, 4]
-    assert _change_sheet.chosen_words(["the", "is"], attention[:2]) == []
+    assert plots.chosen_words(tokens, attention) == [2, 4]
+    assert plots.chosen_words(["the", "is"], attention[:2]) == []
 
 
 def test_a_map_is_bright_where_it_was_looked_at():
     looks = np.zeros((4, 4))
     looks[3, 0] = 0.5  # bottom left
-    seen = np.asarray(_change_sheet.overlay(Image.new("RGB", (64, 64), "black"), looks, 0.5, 80)).astype(int)
-    plain = np.asarray(_change_sheet.overlay(Image.new("RGB", (64, 64), "black"), 0 * looks, 0.5, 80)).astype(int)
+    seen = np.asarray(plots.overlay(Image.new("RGB", (64, 64), "black"), looks, 0.5, 80)).astype(int)
+    plain = np.asarray(plots.overlay(Image.new("RGB", (64, 64), "black"), 0 * looks, 0.5, 80)).astype(int)
     changed = np.abs(seen - plain).sum(2)
     assert changed[65:78, 2:15].min() > 50
     assert changed[:40, 40:].max() == 0

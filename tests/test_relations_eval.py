@@ -18,7 +18,7 @@ from pc_clip.core.config.evaluate import EvaluateConfig
 from pc_clip.core.errors import UserError
 from pc_clip.data.dataset import Dataset, Statement
 from pc_clip.data.statements import read_statements
-from pc_clip.evals import _blind_baselines, relations
+from pc_clip.evals import blind_baselines, relations
 from pc_clip.interface import run
 from pc_clip.metrics import intervals as _intervals
 from pc_clip.models.clip import Clip
@@ -140,7 +140,7 @@ def test_where_all_are_true_another_mode_is_named():
 
 
 def test_parts_and_mirror_images_are_of_one_photograph():
-    found = _blind_baselines.photographs(
+    found = blind_baselines.photographs(
         ["a@2x.jpg", "a@3x.jpg", "b", "b@box=0,0,4,4", "b@crop=0.0,0.0,0.5,1.0+flip", "b@flip"]
     )
     assert found.tolist() == [0, 1, 2, 2, 2, 2]
@@ -163,11 +163,11 @@ def test_differences_are_paired():
     right = np.tile([0.0, 1.0], 40)
     better = right.copy()
     better[:40:2] = 1.0
-    found = _blind_baselines.against("a", {"a": better, "same": better, "b": right}, np.arange(80), seed=0)
+    found = blind_baselines.against("a", {"a": better, "same": better, "b": right}, np.arange(80), seed=0)
     assert found["same"] == (0.0, 0.0, 0.0)
     assert found["b"].difference == 0.25
     assert 0.1 < found["b"].low < 0.25 < found["b"].high < 0.4
-    assert _blind_baselines.beats({"b": found["b"]}, "it") and not _blind_baselines.beats(found, "it")
+    assert blind_baselines.beats({"b": found["b"]}, "it") and not blind_baselines.beats(found, "it")
 
 
 def test_what_a_draw_leaves_out_is_not_counted():
@@ -206,9 +206,9 @@ def test_nothing_is_learnt_from_other_statements_about_the_same_photograph():
     centres, labels = rng.normal(size=(40, 200)), np.arange(40) % 2 == 0
     photograph = np.repeat(np.arange(40), 6)
     texts = torch.tensor(centres[photograph] + 0.01 * rng.normal(size=(240, 200)))
-    score = _blind_baselines.tell_labels(texts, labels[photograph], photograph, seed=0)
+    score = blind_baselines.tell_labels(texts, labels[photograph], photograph, seed=0)
     assert np.mean((score > 0) == labels[photograph]) < 0.75
-    alone = _blind_baselines.tell_labels(texts, labels[photograph], np.arange(240), seed=0)
+    alone = blind_baselines.tell_labels(texts, labels[photograph], np.arange(240), seed=0)
     assert np.mean((alone > 0) == labels[photograph]) > 0.95
 
 
@@ -216,7 +216,7 @@ def test_what_texts_give_away_does_not_depend_on_where_their_images_stand():
     rng = np.random.default_rng(0)
     texts, true, photograph = torch.from_numpy(rng.normal(size=(80, 5))), rng.random(80) < 0.5, rng.integers(0, 30, 80)
     scores = [
-        _blind_baselines.tell_labels(texts, true, number[photograph], seed=0)
+        blind_baselines.tell_labels(texts, true, number[photograph], seed=0)
         for number in (np.arange(30), -np.arange(30))
     ]
     assert np.array_equal(*scores)
@@ -238,19 +238,19 @@ def test_on_vsr_who_does_not_look_is_held_to_the_majority(split, example_clip):
     statements = read_statements([SHARED / "vsr" / split / "test.jsonl"])
     true, photograph = (
         np.array([s.true for s in statements]),
-        _blind_baselines.photographs([s.image for s in statements]),
+        blind_baselines.photographs([s.image for s in statements]),
     )
     assert len(statements) == {"random": 2195, "zeroshot": 1222}[split]
     majority = max(true.mean(), 1 - true.mean())
-    texts, others = _blind_baselines.embed_both(example_clip, statements)
-    margin = _blind_baselines.closer(_blind_baselines.grey_image(example_clip), texts, others)
-    for score in (margin, _blind_baselines.tell_labels(texts, true, photograph, seed=0)):
-        right = _blind_baselines.right(score, true)
+    texts, others = blind_baselines.embed_both(example_clip, statements)
+    margin = blind_baselines.closer(blind_baselines.grey_image(example_clip), texts, others)
+    for score in (margin, blind_baselines.tell_labels(texts, true, photograph, seed=0)):
+        right = blind_baselines.right(score, true)
         error = _intervals.redrawn_means(right[:, None], photograph, seed=0).std()
         assert right.mean() <= majority + 2.5 * error
     always = np.ones(len(statements))
-    assert _blind_baselines.right(always).mean() == 1.0  # prefers_caption_as_written
-    assert _blind_baselines.right(always, true).mean() == pytest.approx(true.mean())
+    assert blind_baselines.right(always).mean() == 1.0  # prefers_caption_as_written
+    assert blind_baselines.right(always, true).mean() == pytest.approx(true.mean())
 
 
 @pytest.mark.skipif(not (SHARED / "vsr").is_dir(), reason="VSR's files are not at hand")
@@ -263,7 +263,7 @@ def test_vsrs_random_split_can_be_passed_by_who_knows_its_train_file(split, shar
     statements = read_statements([SHARED / "vsr" / split / "test.jsonl"])
     assert sum(s.text in learnt for s in statements) == shared
     says = np.array([-learnt.get(s.text, 0) or 1.0 for s in statements])
-    assert _blind_baselines.right(says, np.array([s.true for s in statements])).mean() == pytest.approx(right, abs=5e-4)
+    assert blind_baselines.right(says, np.array([s.true for s in statements])).mean() == pytest.approx(right, abs=5e-4)
 
 
 # -- the command -------------------------------------------------------------------------------------------
@@ -306,6 +306,6 @@ def test_applies_to_what_has_both_labels():
 def test_a_grey_picture_goes_through_the_models_own_transform(example_clip: Clip):
     expected = example_clip.encode_image(example_clip.preprocess(Image.new("RGB", (50, 90), (128, 128, 128)))[None])
     assert torch.allclose(
-        _blind_baselines.grey_image(example_clip), torch.nn.functional.normalize(expected[0], dim=0), atol=1e-5
+        blind_baselines.grey_image(example_clip), torch.nn.functional.normalize(expected[0], dim=0), atol=1e-5
     )
-    assert torch.allclose(_blind_baselines.grey_image(Sees({})), torch.full((3,), 3**-0.5))
+    assert torch.allclose(blind_baselines.grey_image(Sees({})), torch.full((3,), 3**-0.5))

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
@@ -95,10 +94,6 @@ class Processes:
                 "another process of this run has stopped (its own message says why); what is done is kept, "
                 "and the same command continues"
             ) from error
-
-    def share(self, numbers: np.ndarray) -> np.ndarray:
-        """This process's part: every size-th, so that all get about as many and equally hard ones."""
-        return numbers[self.rank :: self.size]
 
 
 def process_slice(setting: str, batch_size: int) -> slice:

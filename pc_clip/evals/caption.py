@@ -25,8 +25,8 @@ from pc_clip.data.changes import NoSplit
 from pc_clip.data.dataset import Dataset
 from pc_clip.data.registry import beside
 from pc_clip.evals import Result, Subject
-from pc_clip.evals._change_sheet import Shown, change_sheet
 from pc_clip.evals.change_retrieval import rows_by_kind
+from pc_clip.evals.plots import Shown, change_sheet
 from pc_clip.metrics import captions as caption_scores
 from pc_clip.metrics import intervals as _intervals
 from pc_clip.metrics.captions import Scores, Tools, bleu_of
@@ -234,8 +234,7 @@ def _details(subject: Subject, said: Sequence[str], scores: Scores, tools: Tools
             for c, text in zip(data.changes[:LISTED], said)
         ],
     }
-    if "meteor" not in scores.corpus:
-        about["meteor"] = caption_scores.NO_JAVA
+    about |= scores.notes  # why METEOR is absent, or CIDEr 0
     if data.judge:
         told = judge(data, said).told
         pairs = Counter(zip((change.kind for change in data.changes), told.tolist()))

@@ -1,7 +1,7 @@
 """Does an image prefer its caption to one with a small, wrong change? SugarCrepe, ARO, and files of that kind.
 
 All captions are true, so that what their writer's hand gives away is worth points to who never looks: a caption may
-just be the more likely sentence. What needs no image stands beside every figure (evals/_blind_baselines.py), and
+just be the more likely sentence. What needs no image stands beside every figure (evals/blind_baselines.py), and
 intervals draw photographs again.
 
 Figures are named by where the statements come from: sugarcrepe (Hsieh et al. 2023; its seven files), aro_relation and
@@ -19,8 +19,8 @@ import numpy as np
 from pc_clip.core.config.evaluate import EvaluateConfig
 from pc_clip.core.errors import UserError
 from pc_clip.data.dataset import Dataset, Statement
-from pc_clip.evals import Result, Subject, _blind_baselines
-from pc_clip.evals._blind_baselines import right
+from pc_clip.evals import Result, Subject, blind_baselines
+from pc_clip.evals.blind_baselines import right
 from pc_clip.metrics import intervals as _intervals
 
 VERSION = 2  # ties count half, and blind baselines have a name each
@@ -56,8 +56,8 @@ def evaluate(subject: Subject) -> Result:
     Raises UserError where some statements are false, and where none of the images is there.
     """
     seed = subject.config.seed
-    statements = _all_true(_blind_baselines.statements_of(subject.data, subject.config))
-    asked = _blind_baselines.ask(subject, statements)
+    statements = _all_true(blind_baselines.statements_of(subject.data, subject.config))
+    asked = blind_baselines.ask(subject, statements)
     found = Result({}, len(asked.statements), {"absent": asked.absent, "definitions": DEFINITIONS})
     families = np.array([_family(s) for s in asked.statements])
     kinds = np.array([s.kind for s in asked.statements])
@@ -65,7 +65,7 @@ def evaluate(subject: Subject) -> Result:
         here = families == family
         answers = {family: right(asked.looking[here]), f"{family}_blind_grey": right(asked.grey[here]),
                    f"{family}_blind_mean": right(asked.mean[here])}  # fmt: skip
-        by_text = _blind_baselines.tell_texts_apart(asked.gap[here], asked.photograph[here], seed)
+        by_text = blind_baselines.tell_texts_apart(asked.gap[here], asked.photograph[here], seed)
         if by_text is not None:
             answers[f"{family}_text_only"] = right(by_text)
         _add(found, family, answers, kinds[here], asked.photograph[here], seed)
@@ -106,16 +106,16 @@ def _add(
     found.intervals.update(zip(shares, map(_intervals.between, redrawn.T)))
     if family in ARO_FEWEST:
         _add_macro(found, family, answers[family], list(of.values()), photograph, seed)
-    found.items[family] = _blind_baselines.by_photograph(answers[family], photograph)
-    above = _blind_baselines.against(family, answers, photograph, seed)
+    found.items[family] = blind_baselines.by_photograph(answers[family], photograph)
+    above = blind_baselines.against(family, answers, photograph, seed)
     found.details[family] = {
-        "beats_blind": _blind_baselines.beats(above, f"{family} {100 * means[family]:.1f}"),
+        "beats_blind": blind_baselines.beats(above, f"{family} {100 * means[family]:.1f}"),
         "above": {name: each._asdict() for name, each in above.items()},
         "statements": len(kinds),
         "photographs": len(np.unique(photograph)),
         "tied": float((answers[family] == 0.5).mean()),
         "kinds": {kind: _told(answers, here) for kind, here in of.items()},
-    } | ({} if f"{family}_text_only" in answers else {"left_out": _blind_baselines.TOO_FEW})
+    } | ({} if f"{family}_text_only" in answers else {"left_out": blind_baselines.TOO_FEW})
 
 
 def _add_macro(

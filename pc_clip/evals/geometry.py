@@ -25,19 +25,11 @@ Where there are more, pairs and analogies are n_pairs random ones, and images an
 from __future__ import annotations
 
 import logging
-import textwrap
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.artist import Artist
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import CSS4_COLORS, to_rgb
-from matplotlib.figure import Figure
-from PIL import Image
-from scipy.optimize import linear_sum_assignment
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from torch import Tensor
@@ -50,6 +42,7 @@ from pc_clip.data.dataset import Attribute, Dataset, Question
 from pc_clip.data.differences import contrast
 from pc_clip.evals import Picture, Result, Subject, mean
 from pc_clip.evals.difference import draw_pairs, pair_differences
+from pc_clip.evals.plots import COLOURS, Layer, draw_map
 from pc_clip.evals.zeroshot import class_embeddings, templates_of
 from pc_clip.models.clip import Clip
 
@@ -69,7 +62,7 @@ def applies(data: Dataset, config: EvaluateConfig) -> bool:
 
 
 def evaluate(subject: Subject) -> Result:
-    """The figures above, as far as the data set has what they need, and maps in two dimensions."""
+    """The figures above, as far as the data set has what they need, and a map in two dimensions."""
     metrics, details = measure(subject, subject.clip, subject.z)
     before = subject.base is not None and subject.base.weights_hash() != subject.clip.weights_hash()
     if before:
@@ -81,8 +74,6 @@ def evaluate(subject: Subject) -> Result:
     pictures = {}
     if subject.data.questions:
         pictures["map.png"] = map_of_images(subject, views)
-    if subject.attributes and (picture := map_of_differences(subject, views)):
-        pictures["differences.png"] = picture
     return Result(metrics, len(subject.data), details, pictures)
 
 
@@ -262,12 +253,6 @@ def mean_cosine(z: Tensor) -> float:
 
 # -- maps ----------------------------------------------------------------------------------------------
 
-# Okabe and Ito's palette, which people with any colour blindness can tell apart, its yellow and black made visible
-# on white and in small; shapes say the same again.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#C4B000", "#3D1A78")
-MARKS = "osD^vP*X"
-OTHER = "#B0B0B0"
-
 
 class View(NamedTuple):
     """A model at one time. z: [N, D], its unit image embeddings."""
@@ -275,21 +260,6 @@ class View(NamedTuple):
     title: str
     clip: Clip
     z: Tensor
-
-
-class Layer(NamedTuple):
-    """Points of one kind, a key of STYLES. places: [P, 2]; target: [P], their classes."""
-
-    kind: str
-    places: np.ndarray
-    target: np.ndarray
-
-
-STYLES = {  # as matplotlib's scatter takes them; what is large is drawn over what is small
-    "image": {"s": 24, "alpha": 0.55, "linewidths": 0},
-    "text": {"s": 210, "edgecolors": "black", "linewidths": 1.5, "zorder": 3},
-    "turned": {"s": 420, "facecolors": "none", "linewidths": 2.8, "zorder": 4},
-}
 
 
 def map_of_images(subject: Subject, views: list[View]) -> Picture:
@@ -301,184 +271,39 @@ def map_of_images(subject: Subject, views: list[View]) -> Picture:
     question = subject.data.questions[0]
     drawn = np.sort(stream(subject.config.seed, "map").permutation(len(question.rows))[:ON_MAP])
     rows, target = torch.from_numpy(question.rows[drawn]), question.target[drawn]
-    shown = _most_common(target, len(question.classes))
+    classes, counts = np.unique(target, return_counts=True)
+    shown = np.sort(classes[np.argsort(-counts, kind="stable")][: len(COLOURS)])
     prompts = [class_embeddings(view.clip, question, templates_of(question, subject.config)) for view in views]
     gap = views[0].z[rows].mean(0) - prompts[0].mean(0)
-    texts = [t[shown] + gap for t in prompts]
-    places, method = _on_one_map([view.z[rows] for view in views], texts, subject.config.seed)
+    places, method = flatten([view.z[rows] for view in views], [t[shown] + gap for t in prompts], subject.config.seed)
     panels = [
-        (view.title, [Layer("image", of_images, target), Layer("text", of_texts, np.array(shown))])
-        for view, (of_images, of_texts) in zip(views, places)
+        (view.title, [Layer("image", images, target), Layer("text", texts, shown)])
+        for view, (images, texts) in zip(views, places)
     ]
-    names = {c: question.classes[c] for c in shown}
+    when = ", before and after finetuning side by side" if len(views) > 1 else ""
     note = f"{method}. Large: class prompts, moved onto the images by the modality gap."
-    image = draw(f"{question.name}: images and class prompts", panels, names, note)
-    every = torch.from_numpy(question.rows)
-    own = [f"{_share_nearest_own(view.z[every], t, question):.0%}" for view, t in zip(views, prompts)]
-    alt = (
+    image = draw_map(
+        f"{question.name}: images and class prompts", panels, {c: question.classes[c] for c in shown}, note
+    )
+    return Picture(image, (
         f"Map of {len(drawn)} images of {subject.data.label} and of {len(shown)} of the {len(question.classes)} class "
-        f"prompts for {question.name}{_when(views)}, coloured by class. In the space itself the nearest prompt is "
-        f"that of the image's own class for {' and then '.join(own)} of the images."
-    )
-    return Picture(image, alt)
+        f"prompts for {question.name}{when}, coloured by class"
+    ))  # fmt: skip
 
 
-def map_of_differences(subject: Subject, views: list[View]) -> Picture | None:
-    """Unit differences of images that differ in one attribute alone, and sentences about them, on one map for all.
+def flatten(images: list[Tensor], texts: list[Tensor], seed: int) -> tuple[list[tuple[np.ndarray, np.ndarray]], str]:
+    """(places of the images, places of the texts) of each view, by t-SNE or, of few points, PCA; and which it was.
 
-    A sentence is there twice: telling of the first image first, and of the second first. Attributes beyond the
-    colours are left out. None where too few images differ.
+    Images that a finetuning leaves where they were count once.  [P, D], [T, D] a view -> [P, 2], [T, 2] a view
     """
-    known = subject.attributes[: len(COLOURS) // 2]
-    drawn = [_pairs_of_one(known, k, subject.config.seed + k) for k in range(len(known))]
-    usable = [(a, pairs) for a, pairs in zip(known, drawn) if len(pairs) > 1]
-    if not usable:
-        return None
-    rows, target, names, told = [], [], [], {"text": [], "turned": []}
-    for attribute, pairs in usable:
-        half = len(pairs) // 2
-        for part, more, less in (
-            (pairs[:half], attribute.more, attribute.less),
-            (pairs[half:, ::-1], attribute.less, attribute.more),
-        ):
-            rows.append(part)
-            target += [len(names)] * len(part)
-            names.append(more)
-            for wording, kind in enumerate(told):
-                told[kind].append(contrast(more, less, wording))
-    target, ends = np.array(target), np.arange(len(names))
-    gaps = [pair_differences(view.z, np.concatenate(rows)) for view in views]
-    texts = [view.clip.embed_texts([*told["text"], *told["turned"]]) for view in views]
-    places, method = _on_one_map(gaps, texts, subject.config.seed)
-    panels = [
-        (view.title, [Layer("image", of_pairs, target), *map(Layer, told, np.split(of_texts, 2), (ends, ends))])
-        for view, (of_pairs, of_texts) in zip(views, places)
-    ]
-    image = draw(
-        "image differences and sentences",
-        panels,
-        {c: f"first: {name}" for c, name in enumerate(names)},
-        f"{method}. Large: sentences, hollow if they tell of the second image first.",
-    )
-    return Picture(image, _differences_in_words(subject, views, target, gaps, texts))
-
-
-def _pairs_of_one(known: tuple[Attribute, ...], k: int, seed: int) -> np.ndarray:
-    """Pairs that differ clearly in attribute k, the one with more first, and in no other if such exist.  -> [P, 2]"""
-    pairs = clear_pairs(known[k], 40 * ON_MAP, seed)
-    alike = np.ones(len(pairs), dtype=bool)
-    for n, other in enumerate(known):
-        if n != k:
-            alike &= np.abs(other.value[pairs[:, 0]] - other.value[pairs[:, 1]]) <= other.gap  # not where undefined
-    return (pairs[alike] if alike.sum() > 1 else pairs)[: ON_MAP // len(known)]
-
-
-def _on_one_map(
-    images: list[Tensor], texts: list[Tensor], seed: int
-) -> tuple[list[tuple[np.ndarray, np.ndarray]], str]:
-    """(places of the images, places of the texts) for each view, and the method. Images that stay count once."""
     frozen = all(torch.equal(images[0], other) for other in images[1:])
-    once = images[:1] if frozen else images
-    places, method = flatten([*once, *texts], seed)
-    of_images, of_texts = places[: len(once)], places[len(once) :]
-    return list(zip(of_images * (len(texts) if frozen else 1), of_texts)), method
-
-
-def flatten(groups: list[Tensor], seed: int) -> tuple[list[np.ndarray], str]:
-    """Two coordinates a point, by t-SNE over all groups together or, of few points, by PCA; and which it was."""
+    groups = [*(images[:1] if frozen else images), *texts]
     points = torch.cat(groups).double().numpy()
     if len(points) < FEW:
-        found = PCA(min(2, *points.shape), random_state=seed).fit_transform(points)
-        places, method = np.pad(found, ((0, 0), (0, 2 - found.shape[1]))), "PCA"
+        flat = PCA(min(2, *points.shape), random_state=seed).fit_transform(points)
+        places, method = np.pad(flat, ((0, 0), (0, 2 - flat.shape[1]))), "PCA"
     else:
         perplexity = min(30.0, (len(points) - 1) / 3)
         places, method = TSNE(init="pca", random_state=seed, perplexity=perplexity).fit_transform(points), "t-SNE"
-    return np.split(places, np.cumsum([len(group) for group in groups])[:-1]), method
-
-
-def _most_common(target: np.ndarray, classes: int) -> list[int]:
-    """The classes that get a colour, in their own order: all, or as many of the most frequent as there are colours."""
-    counts = np.bincount(target, minlength=classes)
-    return sorted(int(c) for c in np.argsort(-counts, kind="stable")[: len(COLOURS)] if counts[c])
-
-
-def _palette(names: list[str]) -> list[str]:
-    """A colour a name; a class that is itself called after a colour gets the one most like it."""
-    if not any(name in CSS4_COLORS for name in names):
-        return list(COLOURS[: len(names)])
-    have = np.array([to_rgb(colour) for colour in COLOURS])
-    want = [
-        np.linalg.norm(have - to_rgb(name), axis=1) if name in CSS4_COLORS else np.zeros(len(have)) for name in names
-    ]
-    return [COLOURS[n] for n in linear_sum_assignment(np.stack(want))[1]]
-
-
-def draw(title: str, panels: list[tuple[str, list[Layer]]], names: dict[int, str], note: str) -> Image.Image:
-    """Panels side by side on one scale, a note and one legend below. names: of the classes that get a colour."""
-    others = any(not np.isin(layer.target, [*names]).all() for _, layers in panels for layer in layers)
-    columns = 2 if max(map(len, names.values())) > 12 else 4
-    notes, legend = textwrap.wrap(note, 80), 0.3 * -(-(len(names) + others) // columns)
-    below, above = 0.2 + 0.26 * len(notes) + legend, 0.75 if len(panels) > 1 else 0.45
-    height = 3.6 + below + above
-    figure = Figure(figsize=(7.2, height), dpi=125)  # large letters, because a phone shows it at two fifths
-    figure.suptitle(title, fontsize=16, y=1 - 0.08 / height, va="top")
-    axes = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
-    handles: dict[str, Artist] = {}
-    for ax, (name, layers) in zip(axes, panels):
-        ax.set_title(name, fontsize=14)
-        ax.set(xticks=[], yticks=[])
-        ax.margins(0.08)
-        for layer in layers:
-            _scatter(ax, layer, names, handles)
-    figure.subplots_adjust(0.015, below / height, 0.985, 1 - above / height, wspace=0.03)
-    figure.text(0.5, (below - 0.08) / height, "\n".join(notes), fontsize=12, ha="center", va="top")
-    figure.legend(
-        handles.values(), handles.keys(), loc="lower center", bbox_to_anchor=(0.5, 0), borderaxespad=0.2, ncols=columns,
-        fontsize=13, frameon=False, handletextpad=0.2, columnspacing=1, markerscale=1.6,
-    )  # fmt: skip
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
-
-
-def _scatter(ax: Axes, layer: Layer, names: dict[int, str], handles: dict[str, Artist]) -> None:
-    """The points of one layer, and what the legend shows for each class: the first points drawn of it."""
-    style = STYLES[layer.kind]
-    groups = [(~np.isin(layer.target, [*names]), OTHER, "o", "other classes")]
-    coloured = zip(names, names.values(), _palette([*names.values()]), MARKS)
-    groups += [(layer.target == c, colour, mark, name) for c, name, colour, mark in coloured]
-    for chosen, colour, mark, name in groups:
-        if chosen.any():
-            paint = {"edgecolors": colour} if "facecolors" in style else {"color": colour}
-            points = ax.scatter(*layer.places[chosen].T, marker=mark, **(paint | style))
-            handles.setdefault(name, points)
-
-
-# -- the maps in words ---------------------------------------------------------------------------------
-
-
-def _when(views: list[View]) -> str:
-    return ", before and after finetuning side by side" if len(views) > 1 else ""
-
-
-def _share_nearest_own(z: Tensor, prompts: Tensor, question: Question) -> float:
-    return float(((z @ prompts.T).argmax(1) == torch.from_numpy(question.target)).double().mean())
-
-
-def _differences_in_words(
-    subject: Subject, views: list[View], target: np.ndarray, gaps: list[Tensor], texts: list[Tensor]
-) -> str:
-    """What the map shows, as counts that are taken in the space itself."""
-    groups = int(target.max()) + 1
-    counts = {"text": [], "turned": []}
-    for of_pairs, of_texts in zip(gaps, texts):
-        means = F.normalize(_means(of_pairs, target, groups)[0], dim=-1)
-        right = (of_texts @ means.T).argmax(1).view(2, groups) == torch.arange(groups)
-        for kind, hits in zip(counts, right.sum(1).tolist()):
-            counts[kind].append(f"{hits} of {groups}")
-    return (
-        f"Map of {len(target)} differences between two images of {subject.data.label} that differ in one attribute"
-        f"{_when(views)}, coloured by what the first image has, with sentences about such pairs. In the space itself "
-        f"a sentence lies nearest to its own kind of difference in {' and then '.join(counts['text'])} cases when it "
-        f"tells of the first image first, in {' and then '.join(counts['turned'])} when it tells of the second first."
-    )
+    parts = np.split(places, np.cumsum([len(group) for group in groups])[:-1])
+    return list(zip(parts[:1] * len(texts) if frozen else parts, parts[-len(texts) :])), method

@@ -21,8 +21,8 @@ from pc_clip.data import attributes
 from pc_clip.data.dataset import Attribute, Dataset
 from pc_clip.data.differences import contrast
 from pc_clip.evals import Picture, Result, Subject, mean
-from pc_clip.evals.contact_sheet import contact_sheet
 from pc_clip.evals.difference import draw_pairs
+from pc_clip.evals.plots import contact_sheet
 from pc_clip.metrics import intervals as _intervals
 from pc_clip.models.clip import Clip
 

@@ -3,7 +3,7 @@
 The two candidates are the statement and its contradiction, which is built from the statement alone; the model says
 "true" where the image is closer to the statement. Of a false statement's image the contradiction need not hold either
 ("left of", "right of"), so that who sees everything may have less than 1. What needs no image stands beside every
-figure (evals/_blind_baselines.py), and intervals draw photographs again, with the same draws for the model and the
+figure (evals/blind_baselines.py), and intervals draw photographs again, with the same draws for the model and the
 others.
 
 None of these has read another file. Of VSR's random split three test captions in four are in the train file too, there
@@ -25,8 +25,8 @@ from sklearn.metrics import precision_recall_fscore_support
 from pc_clip.core.config.evaluate import EvaluateConfig
 from pc_clip.core.errors import UserError
 from pc_clip.data.dataset import Dataset, Statement
-from pc_clip.evals import Result, Subject, _blind_baselines
-from pc_clip.evals._blind_baselines import Asked, right
+from pc_clip.evals import Result, Subject, blind_baselines
+from pc_clip.evals.blind_baselines import Asked, right
 from pc_clip.metrics import intervals as _intervals
 
 ENOUGH = 30  # statements of a category that has a metric of its own
@@ -59,14 +59,14 @@ def evaluate(subject: Subject) -> Result:
     Raises UserError where all statements are true, or all false, and where none of their images is there.
     """
     seed = subject.config.seed
-    asked = _blind_baselines.ask(subject, _both_labels(_blind_baselines.statements_of(subject.data, subject.config)))
+    asked = blind_baselines.ask(subject, _both_labels(blind_baselines.statements_of(subject.data, subject.config)))
     _both_labels(asked.statements, f" whose images are in {subject.data.label}")
     answers = _answers(asked, seed)
     shares = answers | _as_written(asked) | _of_categories(asked, answers["accuracy"])
     metrics, intervals = _figures(shares, asked, seed)
-    found = _blind_baselines.against("accuracy", answers, asked.photograph, seed)
+    found = blind_baselines.against("accuracy", answers, asked.photograph, seed)
     about = {
-        "beats_blind": _blind_baselines.beats(found, f"accuracy {100 * metrics['accuracy']:.1f}"),
+        "beats_blind": blind_baselines.beats(found, f"accuracy {100 * metrics['accuracy']:.1f}"),
         "above": {name: each._asdict() for name, each in found.items()},
         "statements": len(asked.statements),
         "photographs": len(np.unique(asked.photograph)),
@@ -78,8 +78,8 @@ def evaluate(subject: Subject) -> Result:
         "definitions": DEFINITIONS,
     }
     if "text_only" not in answers:
-        about["left_out"] = _blind_baselines.TOO_FEW
-    items = {"accuracy": _blind_baselines.by_photograph(answers["accuracy"], asked.photograph)}
+        about["left_out"] = blind_baselines.TOO_FEW
+    items = {"accuracy": blind_baselines.by_photograph(answers["accuracy"], asked.photograph)}
     return Result(metrics, len(asked.statements), about, intervals=intervals, items=items)
 
 
@@ -102,7 +102,7 @@ def _answers(asked: Asked, seed: int) -> dict[str, np.ndarray]:
         "blind": right(asked.grey, true),
         "blind_mean": right(asked.mean, true),
     }
-    by_text = _blind_baselines.tell_labels(asked.texts, true, asked.photograph, seed)
+    by_text = blind_baselines.tell_labels(asked.texts, true, asked.photograph, seed)
     return found if by_text is None else found | {"text_only": right(by_text, true)}
 
 

@@ -1,48 +1,59 @@
-"""How well generated sentences agree with what people said: BLEU, METEOR, ROUGE-L, CIDEr and SPICE, by pycocoevalcap.
+"""How well generated sentences agree with those of people: BLEU, METEOR, ROUGE-L, CIDEr and SPICE, by pycocoevalcap.
 
 All are fractions. Papers print 100 times as much, CIDEr too: its highest value is 10, and 1.5075 is printed as 150.75.
 CIDEr weighs words by how many of the references at hand have them, so that a part of a data set has other scores than
-the same pairs within the whole.
+the same pairs within the whole. The tokenizer (PTBTokenizer), METEOR and SPICE are Java programs. Without a Java,
+lower-case words are the tokens, and METEOR is left out.
 """
 
 from __future__ import annotations
 
 import importlib
+import json
 import logging
+import os
 import re
+import shutil
+import signal
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from pc_clip.core.errors import UserError
 from pc_clip.metrics import intervals as _intervals
-from pc_clip.metrics import java as programs
-from pc_clip.metrics.caption_tokens import PUNCTUATION, tokenize_all
-from pc_clip.metrics.java import HOW_TO_GET, Java, find_java
 
 log = logging.getLogger(__name__)
 
 ORDERS = 4  # BLEU-1 to BLEU-4
-NO_JAVA = f"not computed: it is a Java program, and no Java runs here. {HOW_TO_GET}; then run with --again true"
-_PERFECT = (0, 1, 21, 20)  # METEOR's statistics: words of the hypothesis, of the reference, matched; chunks
+PATIENCE = 1800  # seconds that a Java program may take; pycocoevalcap's classes can hang after an error of theirs
+NO_JAVA = "not computed: it is a Java program, and no Java runs here. Install one, then run with --again true"
+ONE_PAIR = "0 by definition: CIDEr weighs words by how rare they are among the pairs, and there is only one pair"
 
 
 @dataclass(frozen=True)
 class Tools:
-    """What is there to score with. java: None where there is none; spice: whether that is wanted."""
+    """What there is to score with. java: that runs, or None; spice: whether that is wanted."""
 
-    java: Java | None
+    java: str | None
     spice: bool = False
 
     @property
     def tokenizer(self) -> str:
-        return (
-            f"PTBTokenizer, Java {self.java.version}"
-            if self.java
-            else "in Python, made to give what PTBTokenizer gives"
-        )
+        return "PTBTokenizer" if self.java else "lower-case words, because no Java runs here"
+
+
+def find_java() -> str | None:
+    """The Java on the PATH, where pycocoevalcap looks for it; None where there is none that runs."""
+    try:  # on some systems `java` is there only to say that Java is not
+        runs = subprocess.run(["java", "-version"], capture_output=True, timeout=60).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        runs = False
+    return shutil.which("java") if runs else None
 
 
 def find_tools(spice: bool = False) -> Tools:
@@ -53,11 +64,14 @@ def find_tools(spice: bool = False) -> Tools:
     _scorer("bleu.bleu_scorer", "BleuScorer")
     tools = Tools(find_java(), spice)
     if spice and tools.java is None:
-        raise UserError(f"SPICE is a Java program, and no Java runs here. Leave --caption.spice out, or {HOW_TO_GET}")
+        raise UserError("SPICE is a Java program, and no Java runs here. Install Java 8, or leave --caption.spice out")
     if spice:
-        programs.spice(tools.java, ["a dog runs"], [["a dog runs"]])
+        try:  # its models are fetched by pycocoevalcap at the first use
+            _by_java("spice.spice", "Spice", {0: ["a dog runs"]}, {0: ["a dog runs"]})
+        except RuntimeError as error:
+            raise UserError(f"SPICE does not run ({error}). It wants Java 8; or leave --caption.spice out") from error
     if tools.java is None:
-        log.warning("METEOR will not be computed, and the tokenizer is our own: no Java runs here. %s", HOW_TO_GET)
+        log.warning("METEOR is left out, and tokens are lower-case words: no Java runs here")
     return tools
 
 
@@ -65,9 +79,9 @@ def find_tools(spice: bool = False) -> Tools:
 class Scores:
     """Scores of N sentences.
 
-    corpus: name -> score of all together; items: name -> [N] of each; what corpus scores are the mean of. METEOR's and
-    BLEU's are not that mean. bleu: [N, 10] statistics, as `bleu_of` takes them. meteor: [N, 23] statistics. tokens:
-    the hypotheses as they were scored. intervals: of the corpus scores, bootstrap 95 %.
+    corpus: name -> score of all together; items: name -> [N], of each sentence, whose mean the corpus score is but for
+    METEOR and BLEU. bleu: [N, 10] statistics, as `bleu_of` takes them. tokens: the hypotheses as they were scored.
+    intervals: of the corpus scores, bootstrap 95 %, but for METEOR's. notes: name -> why a score is absent or odd.
     """
 
     corpus: dict[str, float]
@@ -75,6 +89,7 @@ class Scores:
     bleu: np.ndarray
     tokens: list[str]
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
 
 
 def score(
@@ -87,47 +102,62 @@ def score(
     """
     said, told = _tokenized(hypotheses, references, tools)
     stats = bleu_statistics(said, told)
-    items = {"rouge_l": _rouge(said, told), "cider": cider(said, told)}
+    items = {"rouge_l": _each("rouge.rouge", "Rouge", said, told), "cider": _each("cider.cider", "Cider", said, told)}
+    notes = {"cider": ONE_PAIR} if len(said) == 1 else {}
     if tools.spice and not quick:
-        items["spice"] = np.array(programs.spice(tools.java, said, told))
+        _, every = _by_java("spice.spice", "Spice", *_numbered(said, told))
+        items["spice"] = np.array([one["All"]["f"] for one in every])
     corpus = {f"bleu_{k}": float(value) for k, value in enumerate(bleu_of(stats.sum(0)), 1)}
     corpus |= {name: float(np.mean(values)) for name, values in items.items()}
     if quick:
-        return Scores(corpus, items, stats, said)
+        return Scores(corpus, items, stats, said, notes=notes)
     redrawn = bleu_of(_intervals.redrawn_sums(stats, np.arange(len(stats)), seed))
-    intervals = {f"bleu_{k}": _intervals.between(of) for k, of in enumerate(redrawn.T, 1)}
+    intervals = {f"bleu_{k}": _intervals.between(draws) for k, draws in enumerate(redrawn.T, 1)}
     intervals |= {name: _intervals.of_mean(values, seed) for name, values in items.items()}
-    if tools.java:
-        corpus["meteor"], items["meteor"], redrawn = _meteor(tools.java, said, told, seed)
-        intervals["meteor"] = _intervals.between(redrawn)
-    return Scores(corpus, items, stats, said, intervals)
+    try:
+        if tools.java:
+            corpus["meteor"], every = _by_java("meteor.meteor", "Meteor", *_numbered(said, told))
+            items["meteor"] = np.array(every)
+        else:
+            notes["meteor"] = NO_JAVA
+    except RuntimeError as error:  # the other scores are not lost with it
+        log.warning("METEOR is left out: %s", error)
+        notes["meteor"] = f"not computed: {error}"
+    return Scores(corpus, items, stats, said, intervals, notes)
 
 
 def validation_cider(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     """CIDEr, quickly and without Java, to choose an epoch by. Raises UserError where pycocoevalcap is absent."""
-    return float(np.mean(cider(*_tokenized(hypotheses, references, Tools(None)))))
+    return float(np.mean(_each("cider.cider", "Cider", *_tokenized(hypotheses, references, Tools(None)))))
+
+
+def most_frequent(sentences: Sequence[str]) -> str:
+    """The most frequent sentence; of several, the first."""
+    return Counter(sentences).most_common(1)[0][0]
 
 
 # -- one score each; sentences are tokenized --------------------------------------------------------------
 
 
-def cider(said: Sequence[str], told: Sequence[Sequence[str]]) -> np.ndarray:
-    """CIDEr-D of each sentence, between 0 and 10; the corpus score is the mean.  -> [N]"""
-    scorer = _scorer("cider.cider_scorer", "CiderScorer")(n=4, sigma=6.0)
-    for one, of in zip(said, told, strict=True):
-        scorer += (one, list(of))
-    return np.array(scorer.compute_score()[1], dtype=np.float64)
+def _each(module: str, name: str, said: Sequence[str], told: Sequence[Sequence[str]]) -> np.ndarray:
+    """The scores of pycocoevalcap's class, of each sentence.  -> [N]"""
+    return np.array(_scorer(module, name)().compute_score(*_numbered(said, told))[1], dtype=np.float64)
+
+
+def _numbered(said: Sequence[str], told: Sequence[Sequence[str]]) -> tuple[dict, dict]:
+    """References and hypotheses as pycocoevalcap takes them."""
+    return {n: list(each) for n, each in enumerate(told)}, {n: [each] for n, each in enumerate(said)}
 
 
 def bleu_statistics(said: Sequence[str], told: Sequence[Sequence[str]]) -> np.ndarray:
-    """What BLEU is made of: right n-grams and all of them, for n of 1 to 4, the length, and the nearest reference's.
+    """The counts in BLEU: right n-grams and all of them, for n of 1 to 4, the length, and the nearest reference's.
 
     -> [N, 10]; the score of any set of sentences is `bleu_of` their sum. Of two equally near references the shorter
     one counts.
     """
     scorer = _scorer("bleu.bleu_scorer", "BleuScorer")(n=ORDERS)
-    for one, of in zip(said, told, strict=True):
-        scorer += (one, list(of))
+    for one, each in zip(said, told, strict=True):
+        scorer += (one, list(each))
     nearest = [min((abs(length - c["testlen"]), length) for length in c["reflen"])[1] for c in scorer.ctest]
     return np.array(
         [[*c["correct"], *c["guess"], c["testlen"], near] for c, near in zip(scorer.ctest, nearest)], dtype=np.float64
@@ -143,34 +173,6 @@ def bleu_of(sums: np.ndarray) -> np.ndarray:
     return np.where(ratio < 1, precision * np.exp(1 - 1 / np.minimum(ratio, 1)), precision)
 
 
-def _rouge(said: Sequence[str], told: Sequence[Sequence[str]]) -> np.ndarray:
-    """ROUGE-L of each sentence; the corpus score is the mean.  -> [N]"""
-    scorer, known = _scorer("rouge.rouge", "Rouge")(), {}
-    for key in zip(said, map(tuple, told)):  # it is slow, and templates are said of many pairs
-        if key not in known:
-            known[key] = scorer.calc_score([key[0]], list(key[1]))
-    return np.array([known[key] for key in zip(said, map(tuple, told))], dtype=np.float64)
-
-
-def _meteor(
-    java: Java, said: Sequence[str], told: Sequence[Sequence[str]], seed: int
-) -> tuple[float, np.ndarray, np.ndarray]:
-    """METEOR of all, of each [N], and of all as items are drawn again [draws].
-
-    The corpus score is not the mean: the program adds up statistics, and leaves out the chunks of perfect sentences.
-    """
-    with programs.Meteor(java) as meteor:
-        lines = meteor.statistics(said, told)
-        each, whole = meteor.scores(lines)
-        values = np.array([line.split() for line in lines], dtype=np.float64)
-        length, reference, matched, chunks = values[:, _PERFECT].T
-        perfect = (length == reference) & (length == matched) & (chunks == 1)
-        values[perfect, _PERFECT[-1]] = 0
-        sums = _intervals.redrawn_sums(values, np.arange(len(values)), seed)
-        redrawn = meteor.scores_of_sums([" ".join(map(repr, row)) for row in sums.tolist()])
-    return whole, np.array(each), np.array(redrawn)
-
-
 # -- words --------------------------------------------------------------------------------------------------
 
 
@@ -178,28 +180,22 @@ def _tokenized(
     hypotheses: Sequence[str], references: Sequence[Sequence[str]], tools: Tools
 ) -> tuple[list[str], list[list[str]]]:
     """Sentences as the scorers take them: words with one space between two."""
-    if len(hypotheses) != len(references):
-        raise ValueError(f"{len(hypotheses)} sentences and references of {len(references)} items")
-    without = [n for n, of in enumerate(references) if not of]
+    without = sum(not each for each in references)
     if without or not len(hypotheses):
-        what = f"{len(without)} of {len(references)} pairs have no reference" if without else "there is no pair"
+        what = f"{without} of {len(references)} pairs have no reference" if without else "there is no pair"
         raise UserError(f"{what}; captions are scored against at least one sentence each")
-    every = [*hypotheses, *(sentence for of in references for sentence in of)]
-    every = [re.sub(r"\|\|+", "|", sentence) for sentence in every]  # METEOR's mark between sentences
-    words = iter(_java_words(tools.java, every) if tools.java else tokenize_all(every))
-    return [next(words) for _ in hypotheses], [[next(words) for _ in of] for of in references]
+    every = [*hypotheses, *(sentence for each in references for sentence in each)]
+    words = dict.fromkeys(every)
+    if tools.java:  # a line break would shift all that follows, and "|||" is METEOR's mark between sentences
+        lines = [{"caption": " ".join(text.replace("|||", " ").split()) or "."} for text in words]
+        tokens = _by_java("tokenizer.ptbtokenizer", "PTBTokenizer", {0: lines})["0"]
+        words = dict(zip(words, tokens, strict=True))
+    else:
+        words = {text: " ".join(re.findall(r"\w+(?:['’-]\w+)*", text.lower())) for text in words}
+    return [words[text] for text in hypotheses], [[words[text] for text in each] for each in references]
 
 
-def _java_words(java: Java, sentences: Sequence[str]) -> list[str]:
-    distinct = list(dict.fromkeys(sentences))
-    found = programs.tokenize(java, distinct)
-    known = {s: " ".join(word for word in words if word not in PUNCTUATION) for s, words in zip(distinct, found)}
-    return [known[sentence] for sentence in sentences]
-
-
-def most_frequent(sentences: Sequence[str]) -> str:
-    """The sentence that is said most often; of several, the one said first."""
-    return Counter(sentences).most_common(1)[0][0]
+# -- pycocoevalcap ------------------------------------------------------------------------------------------
 
 
 def _scorer(module: str, name: str) -> type:
@@ -210,3 +206,43 @@ def _scorer(module: str, name: str) -> type:
         raise UserError(
             "captions are scored with pycocoevalcap, which is not installed: pip install pycocoevalcap"
         ) from error
+
+
+def _by_java(module: str, name: str, *arguments: dict) -> Any:
+    """The answer of a class that calls Java, in a process of its own that is ended after PATIENCE.
+
+    Raises RuntimeError with the last line of its complaint.
+    """
+    path = os.pathsep.join(filter(None, sys.path))
+    environment = {**os.environ, "JAVA_TOOL_OPTIONS": "-Dfile.encoding=UTF-8", "PYTHONPATH": path}
+    process = subprocess.Popen(
+        [sys.executable, "-m", __name__, module, name], env=environment, start_new_session=True, encoding="utf-8",
+        errors="replace", stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        answer, complaint = process.communicate(json.dumps(arguments), timeout=PATIENCE)
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeError(f"{name} gave no answer in {PATIENCE} seconds") from error
+    finally:
+        if process.returncode is None:
+            os.killpg(process.pid, signal.SIGKILL)  # its Java with it
+            process.wait()
+    if process.returncode:
+        raise RuntimeError(f"{name} failed: {(complaint.strip().splitlines() or ['no reason given'])[-1][:300]}")
+    return json.loads(answer.splitlines()[-1])
+
+
+def _answer() -> None:
+    """The other end of `_by_java`."""
+    arguments = json.load(sys.stdin)
+    try:
+        scorer = _scorer(*sys.argv[1:])()
+        method = scorer.compute_score if hasattr(scorer, "compute_score") else scorer.tokenize
+        print(json.dumps(method(*arguments), default=np.ndarray.tolist))
+    except Exception as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        os._exit(1)  # METEOR's class would wait for a lock of its own when it is taken down
+
+
+if __name__ == "__main__":
+    _answer()

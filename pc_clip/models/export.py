@@ -22,12 +22,13 @@ import logging
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 import pc_clip
@@ -38,7 +39,8 @@ from pc_clip.models.change_model import change_of
 from pc_clip.models.clip import SHIPPED, Clip, model_folder
 
 import open_clip  # isort: skip
-from open_clip.transformer import QuickGELU, ResidualAttentionBlock, TextTransformer, VisionTransformer  # isort: skip
+from open_clip.push_to_hf_hub import save_for_hf  # isort: skip
+from open_clip.transformer import QuickGELU, TextTransformer, VisionTransformer  # isort: skip
 
 FORMATS = ("open_clip", "transformers", "all")
 ABOUT_FILE = "pc_clip.json"
@@ -79,21 +81,32 @@ def export(clip: Clip, out: Path, wanted: str = "all", *, source: str = "", over
     """
     check_choice("format", wanted, FORMATS)
     check_place(out, overwrite)
-    reason = why_not_transformers(clip) if wanted != "open_clip" else None
-    if wanted == "transformers" and reason:
-        raise UserError(f"{clip.name} cannot be a CLIPModel of transformers: {reason}. Use --format open_clip.")
-    formats = [kind for kind in FORMATS[:2] if wanted in (kind, "all") and not (kind == "transformers" and reason)]
+    left_out, difference = {}, None
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as temporary:
-        (new := Path(temporary) / "new").mkdir()
-        if "open_clip" in formats:
+        new = Path(temporary) / "new"
+        new.mkdir()
+        if wanted != "open_clip":
+            try:
+                difference = write_transformers(clip, new)
+            except Unfit as unfit:
+                if wanted == "transformers":
+                    raise UserError(
+                        f"{clip.name} cannot be a CLIPModel of transformers: {unfit}. Use --format open_clip."
+                    ) from unfit
+                left_out["transformers"] = str(unfit)
+                shutil.rmtree(new)
+                new.mkdir()
+        if wanted != "transformers":
             write_open_clip(clip, new)
-        difference = write_transformers(clip, new) if "transformers" in formats else None
+        formats = [kind for kind in FORMATS[:2] if wanted in (kind, "all") and kind not in left_out]
         write_json(new / ABOUT_FILE, describe(clip, formats, source))
+        for path in new.iterdir():
+            path.chmod(0o644)  # safetensors' files are readable by their owner alone
         if out.exists():
             out.rename(Path(temporary) / "old")
         new.rename(out)
-    return Exported(formats, {"transformers": reason} if reason else {}, difference)
+    return Exported(formats, left_out, difference)
 
 
 def check_place(out: Path, overwrite: bool) -> None:
@@ -132,13 +145,10 @@ def _without_path(name: str | None) -> str | None:
 def write_open_clip(clip: Clip, folder: Path) -> None:
     """The files of a `local-dir:` model: configuration, weights, and what its tokenizer and text tower need."""
     name = f"local-dir:{model_folder(clip.name)}" if clip.name in SHIPPED else clip.name
-    preprocess = {key: value for key, value in clip.model.visual.preprocess_cfg.items() if key not in ("size", "mode")}
-    config = {"model_cfg": open_clip.get_model_config(name), "preprocess_cfg": preprocess}
-    write_json(folder / "open_clip_config.json", config)
-    write_tensors(folder / "open_clip_model.safetensors", clip.model.state_dict(), {"format": "pt"})
-    if hasattr(clip.tokenizer, "save_pretrained"):  # a Hugging Face tokenizer; open_clip's own comes with it
-        clip.tokenizer.save_pretrained(folder)
-    if config["model_cfg"]["text_cfg"].get("hf_model_name") == ".":  # the tower's architecture lies in the folder
+    config = open_clip.get_model_config(name)
+    tokenizer = clip.tokenizer if hasattr(clip.tokenizer, "save_pretrained") else _Nothing()
+    save_for_hf(clip.model, tokenizer, config, folder, safe_serialization=True)
+    if config["text_cfg"].get("hf_model_name") == ".":  # the tower's architecture lies in the folder
         clip.model.text.config.save_pretrained(folder)
     if name.startswith("local-dir:"):  # what the weights come from may ask that its licence stays with them
         for path in Path(name.removeprefix("local-dir:")).iterdir():
@@ -146,69 +156,60 @@ def write_open_clip(clip: Clip, folder: Path) -> None:
                 shutil.copyfile(path, folder / path.name)
 
 
+class _Nothing:
+    """In place of open_clip's own tokenizer, which comes with it and is in no folder."""
+
+    def save_pretrained(self, folder: Path) -> None:
+        pass
+
+
 # -- transformers --------------------------------------------------------------------------------------
+
+
+class Unfit(Exception):
+    """Why a model cannot be a CLIPModel."""
 
 
 def write_transformers(clip: Clip, folder: Path) -> float:
     """The files of a CLIPModel with tokenizer and image processor.
 
-    Returns the largest difference between its unit embeddings and the model's own, loaded again and tried on
-    made-up images and texts; RuntimeError when it is above TOLERANCE.
+    Returns the largest difference between its unit embeddings and the model's own, loaded again and tried on a
+    made-up picture and texts. Raises Unfit where that is above TOLERANCE, and where weights have no place.
     """
-    state = rename_weights(clip.model.state_dict())
+    if reason := why_not_transformers(clip):
+        raise Unfit(reason)
+    write_tensors(folder / "model.safetensors", rename_weights(clip.model.state_dict()), {"format": "pt"})
     clip_config(clip).save_pretrained(folder)
-    write_tensors(folder / "model.safetensors", state, {"format": "pt"})
     write_tokenizer(clip, folder)
     image_processor(clip).save_pretrained(folder)
     difference = compare(clip, folder)
     if not difference <= TOLERANCE:
-        raise RuntimeError(f"the exported CLIPModel differs from {clip.name} by {difference:.1e}")
+        raise Unfit(f"its embeddings as a CLIPModel differ by {difference:.1e}")
     return difference
 
 
 def why_not_transformers(clip: Clip) -> str | None:
-    """What of this model transformers' CLIPModel has no place for; None when there is nothing."""
-    image, text = clip.model.visual, _text_tower(clip.model)
+    """What of this model's parts transformers' CLIPModel has no place for; None when there is nothing obvious.
+
+    The rest is found by trying: weights without a place, and embeddings that differ.
+    """
+    image, text, tokenizer = clip.model.visual, _text_tower(clip.model), clip.tokenizer
     if not isinstance(image, VisionTransformer):
         return f"its image tower is a {type(image).__name__}, and CLIPModel has a plain vision transformer"
     if not isinstance(text, (open_clip.CLIP, TextTransformer)):
         return f"its text tower is a {type(text).__name__}, and CLIPModel has a plain causal transformer"
-    if hasattr(clip.model, "text_decoder"):
-        return "it has a caption decoder"
-    tokenizer, preprocess = clip.tokenizer, clip.model.visual.preprocess_cfg
-    pool = getattr(text, "text_pool_type", getattr(text, "pool_type", None))
-    at_end = pool == "argmax" or (pool == "eos" and _end(text) == getattr(tokenizer, "eot_token_id", None))
-    found = {
-        "its image tower has no norm before its blocks": not isinstance(image.ln_pre, nn.LayerNorm),
-        "its image tower does not read its class token alone": image.attn_pool is not None or image.pool_type != "tok",
-        "its images or patches are not square": any(len(set(s)) > 1 for s in (image.image_size, image.patch_size)),
-        "its blocks are not CLIP's": not all(_is_plain(block) for tower in (image, text) for block in _blocks(tower)),
-        "its text tower is not causal": text.attn_mask is None,
-        "its text tower has a class token": getattr(text, "cls_emb", None) is not None,
-        "its text tower does not read the end-of-text token": not at_end,
-        "its text projection is not one matrix": not isinstance(text.text_projection, nn.Parameter),
-        "its logits have a bias": getattr(clip.model, "logit_bias", None) is not None,
-        "its tokenizer is not CLIP's": not _is_clip_tokenizer(tokenizer),
-        "it pads its images": preprocess.get("resize_mode") == "longest",
-    }
-    return next((reason for reason, true in found.items() if true), None)
+    if any(len(set(size)) > 1 for size in (image.image_size, image.patch_size)):
+        return "its images or patches are not square"
+    plain = isinstance(tokenizer, open_clip.SimpleTokenizer) and tokenizer.reduction_fn is None
+    if not plain or [tokenizer.decoder[i] for i in tokenizer.all_special_ids] != list(SPECIAL):
+        return "its tokenizer is not CLIP's"
+    if not all(_activation(tower.transformer.resblocks[0]) for tower in (image, text)):
+        return "its activation is none that CLIPModel knows"
+    return None
 
 
 def _text_tower(model: nn.Module) -> nn.Module:
     return model if hasattr(model, "transformer") else model.text
-
-
-def _end(text: nn.Module) -> int:
-    return text.text_eos_id if hasattr(text, "text_eos_id") else text.eos_id
-
-
-def _blocks(tower: nn.Module) -> nn.ModuleList:
-    return tower.transformer.resblocks
-
-
-def _is_plain(block: nn.Module) -> bool:
-    scaled = not all(isinstance(scale, nn.Identity) for scale in (block.ls_1, block.ls_2))
-    return isinstance(block, ResidualAttentionBlock) and not scaled and _activation(block) is not None
 
 
 def _activation(block: nn.Module) -> str | None:
@@ -217,12 +218,6 @@ def _activation(block: nn.Module) -> str | None:
         return "quick_gelu"
     kinds = {"none": "gelu", "tanh": "gelu_pytorch_tanh"}
     return kinds.get(block.mlp.gelu.approximate) if isinstance(block.mlp.gelu, nn.GELU) else None
-
-
-def _is_clip_tokenizer(tokenizer: Any) -> bool:
-    plain = isinstance(tokenizer, open_clip.SimpleTokenizer) and tokenizer.reduction_fn is None
-    lowers = plain and tokenizer.clean_fn("A  B!") == "a b!"
-    return lowers and [tokenizer.decoder[i] for i in tokenizer.all_special_ids] == list(SPECIAL)
 
 
 def clip_config(clip: Clip) -> Any:
@@ -246,18 +241,17 @@ def clip_config(clip: Clip) -> Any:
         vision_config=vision_config,
         text_config=text_config,
         projection_dim=width,
-        logit_scale_init_value=clip.model.logit_scale.item(),
         architectures=["CLIPModel"],
         dtype="float32",
     )
 
 
 def _tower_config(tower: nn.Module, norm: nn.LayerNorm) -> dict[str, Any]:
-    first = _blocks(tower)[0]
+    first = tower.transformer.resblocks[0]
     return {
         "hidden_size": norm.normalized_shape[0],
         "intermediate_size": first.mlp.c_fc.out_features,
-        "num_hidden_layers": len(_blocks(tower)),
+        "num_hidden_layers": len(tower.transformer.resblocks),
         "num_attention_heads": first.attn.num_heads,
         "hidden_act": _activation(first),
         "layer_norm_eps": norm.eps,
@@ -265,7 +259,7 @@ def _tower_config(tower: nn.Module, norm: nn.LayerNorm) -> dict[str, Any]:
 
 
 def rename_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of a plain CLIP model of open_clip's under CLIPModel's names."""
+    """The weights of a plain CLIP model of open_clip's under CLIPModel's names. Raises Unfit for others."""
     renamed: dict[str, Tensor] = {}
     for name, value in state.items():
         name = name.removeprefix("text.")
@@ -279,13 +273,19 @@ def rename_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
             for part, rows in zip("qkv", value.chunk(3)):
                 renamed[f"{tower}.encoder.layers.{found[1]}.self_attn.{part}_proj.{found[2]}"] = rows
         elif found := re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.+)\.(\w+)", name):
-            renamed[f"{tower}.encoder.layers.{found[1]}.{BLOCK_PARTS[found[2]]}.{found[3]}"] = value
-        elif name in PARTS:
-            renamed[f"{tower}.{PARTS[name]}"] = value
+            renamed[f"{tower}.encoder.layers.{found[1]}.{_part(BLOCK_PARTS, found[2])}.{found[3]}"] = value
+        elif "." not in name or name in PARTS:
+            renamed[f"{tower}.{_part(PARTS, name)}"] = value
         else:
             norm, leaf = name.rsplit(".", 1)
-            renamed[f"{tower}.{PARTS[norm]}.{leaf}"] = value
+            renamed[f"{tower}.{_part(PARTS, norm)}.{leaf}"] = value
     return {name: value.float() for name, value in renamed.items()}
+
+
+def _part(names: dict[str, str], name: str) -> str:
+    if name not in names:
+        raise Unfit(f"CLIPModel has no place for its weights {name}")
+    return names[name]
 
 
 def write_tokenizer(clip: Clip, folder: Path) -> None:
@@ -320,24 +320,34 @@ def image_processor(clip: Clip) -> Any:
 
 @torch.no_grad()
 def compare(clip: Clip, folder: Path) -> float:
-    """The largest difference of a coordinate between unit embeddings of a model and of its CLIPModel folder."""
+    """The largest difference of a coordinate between unit embeddings of a model and of its CLIPModel folder.
+
+    Both begin with a picture and with texts, so that transform and tokenizer are compared too. The picture is one
+    that both crop at the same place. Raises Unfit for a CLIPModel that lacks weights.
+    """
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    exported = transformers.CLIPModel.from_pretrained(folder, local_files_only=True).eval()
-    noise = torch.Generator().manual_seed(0)
-    pixels = torch.randn(2, 3, exported.config.vision_config.image_size, exported.config.vision_config.image_size,
-                         generator=noise)  # fmt: skip
-    tokens = clip.tokenizer(["a photo of a cat", "two large dogs, one of which is asleep"])
-    pairs: list[tuple[Tensor, Callable[..., Any], Tensor]] = [
-        (clip.model.encode_image(pixels.to(clip.device)), exported.get_image_features, pixels),
-        (clip.model.encode_text(tokens.to(clip.device)), exported.get_text_features, tokens),
-    ]
-    differences = [
-        F.normalize(own.float().cpu(), dim=-1) - F.normalize(encode(given).pooler_output, dim=-1)
-        for own, encode, given in pairs
-    ]
-    return max(float(difference.abs().max()) for difference in differences)
+    model, loading = transformers.CLIPModel.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+    if loading["missing_keys"] or loading["mismatched_keys"]:
+        raise Unfit(f"it lacks what CLIPModel has: {', '.join(sorted(loading['missing_keys']))[:200]}")
+    processor = transformers.CLIPProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
+    side = model.config.vision_config.image_size
+    noise = np.random.default_rng(0).integers(0, 256, (2 * side, 2 * side + 8, 3), dtype=np.uint8)
+    picture = Image.fromarray(noise)
+    texts = ["a photo of a cat", "Two LARGE dogs: one sleeps, isn't it?"]
+    given = processor(text=texts, images=picture, padding="max_length", truncation=True, return_tensors="pt")
+    model.eval()
+    pairs = [
+        (clip.model.encode_image(clip.preprocess(picture)[None].to(clip.device)),
+         model.get_image_features(given.pixel_values)),
+        (clip.model.encode_text(clip.tokenizer(texts).to(clip.device)),
+         model.get_text_features(given.input_ids)),
+    ]  # fmt: skip
+    return max(
+        float((F.normalize(own.float().cpu(), dim=-1) - F.normalize(other.pooler_output, dim=-1)).abs().max())
+        for own, other in pairs
+    )
 
 
 # -- the command ---------------------------------------------------------------------------------------

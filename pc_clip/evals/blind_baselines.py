@@ -10,17 +10,22 @@ of these stand beside every figure:
     majority    always the commoner label, where there are labels
 
 A tie counts as half right. One photograph is asked about in several statements, or in parts, so that intervals draw
-photographs again and not statements.
+photographs again and not statements. `python -m pc_clip blind FILES` gives these figures for files of true and false
+statements (data/statements.py; VSR's, or your own), and needs no image: a test set on which one of them is far above
+the majority can be passed without looking.
 """
 
 from __future__ import annotations
 
+import argparse
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -32,9 +37,10 @@ from torch import Tensor
 
 from pc_clip.core.config.evaluate import EvaluateConfig
 from pc_clip.core.errors import UserError
+from pc_clip.core.files import write_text
 from pc_clip.core.random import stream
 from pc_clip.data.dataset import Dataset, Statement
-from pc_clip.data.statements import read_statements
+from pc_clip.data.statements import label_of, read_statements
 from pc_clip.data.views import located
 from pc_clip.evals import Subject
 from pc_clip.metrics import intervals
@@ -232,3 +238,66 @@ def beats(found: Mapping[str, Against], what: str) -> bool:
         )
         log.warning("  %s, not clearly above what never looks at an image: it is above %s", what, said)
     return not level
+
+
+# -- the command ---------------------------------------------------------------------------------------------
+
+# As a study writes its table.
+COLUMNS = ["variant", "evaluation", "dataset", "metric", "mean", "std", "seeds", "low", "high"]
+
+
+def audit(clip: Clip, path: str | Path, seed: int = 0) -> dict[str, tuple[float, float, float]]:
+    """Figures of one file or folder: metric -> share, and its 95 % interval over photographs.
+
+    true: the share of true statements; majority, blind, text_only: shares judged rightly;
+    blind_prefers_caption_as_written: how often the grey picture is closer to what is written, whatever its label.
+    Raises UserError for statements that are all true, or all false.
+    """
+    statements = read_statements([path], seed)
+    true = np.array([s.true for s in statements])
+    photograph = photographs([s.image for s in statements])
+    if true.all() or not true.any():
+        raise UserError(
+            f"all {len(true)} statements of {path} are {str(bool(true[0])).lower()}; this is for files with both kinds"
+        )
+    texts, others = embed_both(clip, statements)
+    grey = closer(grey_image(clip), texts, others)
+    common = np.full(len(true), 1.0 if true.mean() >= 0.5 else -1.0)
+    figures = {
+        "true": true.astype(float),
+        "majority": right(common, true),
+        "blind": right(grey, true),
+        "blind_prefers_caption_as_written": right(grey),
+    }
+    by_text = tell_labels(texts, true, photograph, seed)
+    if by_text is not None:
+        figures["text_only"] = right(by_text, true)
+    draws = intervals.redrawn_means(np.stack(list(figures.values()), axis=1), photograph, seed)
+    low, high = np.quantile(draws, [0.025, 0.975], axis=0)
+    return {
+        name: (float(values.mean()), float(a), float(b)) for (name, values), a, b in zip(figures.items(), low, high)
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    parser = argparse.ArgumentParser(
+        prog="python -m pc_clip blind", description="What statements give away without an image."
+    )
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    parser.add_argument("--model", default="example", help="open_clip's name, example, or local-dir:FOLDER")
+    parser.add_argument("--pretrained", help="a tag of open_clip's, or a file of weights")
+    parser.add_argument("--seed", type=int, default=0, help="of contradictions that are drawn, folds and intervals")
+    parser.add_argument("--out", type=Path, help="a CSV of the same columns as a study's")
+    arguments = parser.parse_args(argv)
+    clip = Clip.create(arguments.model, arguments.pretrained)
+    rows = []
+    for path in arguments.files:
+        name = f"{path.resolve().parent.name}/{label_of([path])}"
+        found = audit(clip, path, arguments.seed)
+        variant = f"{Path(clip.name).name} {name}"
+        rows += [(variant, "blind", name, metric, mean, np.nan, 1, *ends) for metric, (mean, *ends) in found.items()]
+        shown = (f"{m} {100 * a:.1f} [{100 * low:.1f}, {100 * high:.1f}]" for m, (a, low, high) in found.items())
+        print(f"{name}: {', '.join(shown)}")
+    if arguments.out:
+        write_text(arguments.out, pd.DataFrame(rows, columns=COLUMNS).to_csv(index=False))
