@@ -21,6 +21,8 @@ import torch
 from filelock import FileLock
 from hypothesis import given
 from hypothesis import strategies as st
+from pc_clip.data.embedding_units import Part, blocks, embed_units, tars
+from pc_clip.data.encoding import PIECE, Options
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -44,8 +46,6 @@ from pc_clip.data.embedding_shards import (
     write,
     write_index,
 )
-from pc_clip.data.embedding_units import Part, blocks, embed_units, tars
-from pc_clip.data.encoding import PIECE, Options
 from pc_clip.data.registry import open_dataset
 from pc_clip.data.webdataset import unopened
 from pc_clip.models.clip import Clip

@@ -14,11 +14,10 @@ from pc_clip.core import cache
 from pc_clip.core.config.train import FinetuneConfig
 from pc_clip.core.errors import UserError
 from pc_clip.data import tokens
-from pc_clip.data.augment import RandomCrop
 from pc_clip.data.dataset import Dataset
 from pc_clip.data.embedding_shards import Rows
 from pc_clip.data.embeddings import embed_images, load_embeddings
-from pc_clip.data.images import Reader, Transform, plain
+from pc_clip.data.images import RandomCrop, Reader, Transform, plain
 from pc_clip.models.clip import Clip, hash_tensors
 from pc_clip.models.parameters import image_tower_learns
 
@@ -125,7 +124,7 @@ class Images:
     def batches(self, rows: Iterable[np.ndarray], epoch: int) -> Iterator[Tensor]:
         """An epoch's batches: of each array of rows [B, D] embeddings or [B, 3, H, W] pixels, in this epoch's crops.
 
-        Pixels come from worker processes, which work ahead by two pieces of 32 images each. Closing the iterator before
+        Pixels come from worker processes, which work two batches each ahead. Closing the iterator before
         its end stops them. Raises UserError for an image that cannot be read, with its path.
         """
         if self.z is not None:

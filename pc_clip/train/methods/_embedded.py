@@ -14,8 +14,7 @@ from tqdm import tqdm
 from pc_clip.core.config.train import FinetuneConfig
 from pc_clip.data.dataset import subset
 from pc_clip.data.embedding_shards import Rows
-from pc_clip.data.embeddings import embed_images
-from pc_clip.data.encoding import Options, encode
+from pc_clip.data.embeddings import Options, embed_images, encode
 from pc_clip.train.methods._batches import Images, Tokens
 
 BLOCK = 1 << 16  # rows that are in all processes' hands at a time
