@@ -7,11 +7,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from pc_clip.data.augment import RandomCrop, crop_box
 from PIL import Image
 from scipy.stats import ks_2samp
 
 from pc_clip.core.errors import UserError
+from pc_clip.data.augment import RandomCrop, crop_box
 from pc_clip.models.clip import Clip
 
 from pc_clip.models.torchvision_compat import torchvision  # isort: skip

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from pc_clip.data.encoding import Options, encode
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 from pc_clip.core.errors import UserError
 from pc_clip.data import embedding_shards, embeddings
+from pc_clip.data.encoding import Options, encode
 from pc_clip.data.example_sets import example
 from pc_clip.data.registry import open_dataset
 from pc_clip.models.clip import Clip

@@ -12,7 +12,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from pc_clip.data.encoding import Options, encode, pixels
 from PIL import Image
 from torch import nn
 
@@ -20,6 +19,7 @@ from pc_clip.core.config.settings import DataConfig, ModelConfig
 from pc_clip.core.config.train import FinetuneConfig
 from pc_clip.core.errors import UserError
 from pc_clip.data.dataset import BrokenImage, Dataset
+from pc_clip.data.encoding import Options, encode, pixels
 from pc_clip.data.example_sets import example
 from pc_clip.data.images import Reader, broken_images
 from pc_clip.data.registry import open_dataset

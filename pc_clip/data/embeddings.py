@@ -226,13 +226,14 @@ def load_embeddings(path: str | Path, clip: Clip) -> Embeddings:
 
 def _check_tower(path: Path, shard: Shard, clip: Clip) -> None:
     tower, theirs = clip.image_tower_hash(), shard.made_by["image_tower"]
-    if theirs == claim(clip.name, clip.pretrained):
-        log.info("%s is said to be made by %s; without the images that is taken on trust", path, clip.describe())
-    elif theirs != tower:
+    if theirs == tower:
+        return
+    if theirs != claim(clip.name, clip.pretrained):
         raise UserError(
             f"{path} was made by the image tower of {shard.made_by.get('model', '?')} ({theirs}), "
             f"but this run uses that of {clip.describe()} ({tower}). Use that model, or make the embeddings again."
         )
+    log.info("%s is said to be made by %s; without the images that is taken on trust", path, clip.describe())
     if shard.z.shape[1] != clip.embed_dim:
         raise UserError(
             f"{path} has {shard.z.shape[1]} numbers an image, but {clip.describe()} makes {clip.embed_dim}. "

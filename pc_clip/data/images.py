@@ -77,11 +77,20 @@ def _collate(images: list[Tensor | UserError]) -> tuple[Tensor, dict[int, UserEr
 class _Batches:
     """The batch sampler of a DataLoader whose worker processes outlive an epoch: each epoch has other batches."""
 
-    keys: Iterable[list[tuple[int, int]]] = ()  # (row, epoch)
-    reading = False  # whether an epoch is under way
+    def __init__(self) -> None:
+        self.batches: Iterable[Sequence[int]] = ()
+        self.epoch = 0
+        self.asked: list[Sequence[int]] = []  # batches that were asked for and are not given back
+        self.reading = False  # whether an epoch has batches left
+
+    def begin(self, batches: Iterable[Sequence[int]], epoch: int) -> None:
+        self.batches, self.epoch, self.asked, self.reading = batches, epoch, [], True
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return iter(self.keys)
+        for rows in self.batches:
+            self.asked.append(rows)
+            yield [(int(row), self.epoch) for row in rows]
+        self.reading = False
 
 
 class Reader:
@@ -104,18 +113,16 @@ class Reader:
 
     def batches(self, batches: Iterable[Sequence[int]], epoch: int = 0) -> Iterator[Batch]:
         """Batches of rows as pixels, in order. Two batches a process are asked for ahead."""
-        if self.loader is None or self.loader.batch_sampler.reading:  # the other epoch keeps its own processes
-            self.loader = self._loader()
-        loader, sampler, asked = self.loader, self.loader.batch_sampler, []
-        sampler.keys = (asked.append(rows) or [(int(row), epoch) for row in rows] for rows in batches)
-        sampler.reading = True
+        if self.loader is None or self.loader.batch_sampler.reading or self.loader.batch_sampler.asked:
+            self.loader = self._loader()  # another epoch is under way, and keeps its own processes
+        loader, sampler = self.loader, self.loader.batch_sampler
+        sampler.begin(batches, epoch)
         try:
             for pixels, errors in _caught(loader):
-                rows = asked.pop(0)
+                rows = sampler.asked.pop(0)
                 yield Batch(pixels, rows, {int(rows[place]): error for place, error in errors.items()})
-            sampler.reading = False
         finally:
-            if sampler.reading and self.loader is loader:
+            if (sampler.reading or sampler.asked) and self.loader is loader:
                 self.close()
 
     def close(self) -> None:
