@@ -157,7 +157,7 @@ def test_settings_that_do_not_go_together_are_refused():
         (DataConfig(embeddings="e.safetensors", broken="skip"), r"leave data\.broken skip out"),
         (
             DataConfig(dataset="folder", root="pictures", mix=mix),
-            r"has none; name a file of them with --data\.captions",
+            r"has none; name a file of them",
         ),
         (DataConfig(broken="skp"), r"data\.broken is 'skp'\. Did you mean 'skip'"),
     ]
