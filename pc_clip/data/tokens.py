@@ -77,7 +77,7 @@ _PROBES = [  # texts on which tokenizers differ
 
 
 def identity(tokenizer: Any) -> str | None:
-    """A cache key of a tokenizer: class, context length, library versions, and its tokens of a few probe texts.
+    """A cache key of a tokenizer: class, settings, library versions, and its tokens of a few probe texts.
 
     None for one without a context length, or that drops tokens at random: its tokens are not cached.
     """
@@ -86,5 +86,7 @@ def identity(tokenizer: Any) -> str | None:
         return None
     versions = {name: version(name) for name in ("open_clip_torch", "transformers", "tokenizers", "ftfy", "regex")}
     kind = f"{type(tokenizer).__module__}.{type(tokenizer).__qualname__}"
-    parts = [kind, context, versions, tokenizer(_PROBES).tolist()]
+    cleaning = getattr(getattr(tokenizer, "clean_fn", None), "__qualname__", None)
+    settings = [context, getattr(tokenizer, "vocab_size", None), cleaning]  # special tokens are in no probe text
+    parts = [kind, settings, versions, tokenizer(_PROBES).tolist()]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
