@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +14,10 @@ from interrupting import interrupted_and_continued, stop_at
 from PIL import Image
 from safetensors.torch import load_file
 
+from pc_clip.core import cache
 from pc_clip.core.config.train import ChangeConfig, FinetuneConfig, TrainConfig
 from pc_clip.core.errors import UserError
-from pc_clip.data import example_sets, pair_features
+from pc_clip.data import example_sets, pairs
 from pc_clip.data.dataset import Dataset, with_changes
 from pc_clip.data.download import file_digest
 from pc_clip.data.registry import open_dataset
@@ -179,7 +178,7 @@ def test_a_frozen_encoder_is_asked_once_and_only_the_decoder_learns(config, monk
     expected, _ = other(next(other.loader(0)))
     torch.testing.assert_close(loss, expected, atol=2e-3, rtol=2e-3)  # what it sees is kept in half precision
     config.change.freeze = True
-    monkeypatch.setattr(pair_features, "_write", None)  # what is kept is found again, and not made
+    monkeypatch.setattr(pairs, "seen_by_encoder", None)  # what is kept is found again, and not made
     again = method(config)
     assert torch.equal(next(again.loader(0)).seen, batch.seen)
 
@@ -191,30 +190,17 @@ def test_kept_features_are_those_of_these_very_weights(config):
     with torch.no_grad():
         clip.model.visual.conv1.weight.mul_(1.5)
     change.Method(clip, data, config)
-    assert len(list(pair_features.CACHE.glob("*.npy"))) == 2
+    assert len(list(cache.CACHE.glob("pairs-*"))) == 2
 
 
 def test_what_is_refused_is_refused_before_anything_is_encoded(config, monkeypatch):
-    monkeypatch.setattr(change, "Features", lambda *_, **__: pytest.fail("encoded"))
+    monkeypatch.setattr(change, "frozen_tokens", lambda *_, **__: pytest.fail("encoded"))
     config.change.freeze, config.change.validation = True, "train"
     with pytest.raises(UserError, match="is what is learnt from"):
         finetune(config)
     config.change.validation, config.train.batch_size = "none", 4000
     with pytest.raises(UserError, match="4000"):
         finetune(config)
-
-
-@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="this system reserves no blocks of a disk")
-def test_a_full_disk_is_told_before_anything_is_encoded_and_nothing_is_left(config, monkeypatch):
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    config.change.freeze = True
-    monkeypatch.setattr(os, "posix_fallocate", full)
-    monkeypatch.setattr(pair_features, "seen_by_encoder", lambda *_: pytest.fail("encoded"))
-    with pytest.raises(OSError, match="No space left on device.*part"):
-        method(config)
-    assert not [path for path in pair_features.CACHE.iterdir() if path.suffix != ".lock"]
 
 
 # -- runs ----------------------------------------------------------------------------------------------

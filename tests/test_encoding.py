@@ -1,4 +1,4 @@
-"""Encoding: only broken images are ever left out, and the model comes back as it was."""
+"""Reading images: only broken ones are ever left out; worker processes change nothing and leave nothing."""
 
 import errno
 import itertools
@@ -19,7 +19,7 @@ from pc_clip.core.config.settings import DataConfig, ModelConfig
 from pc_clip.core.config.train import FinetuneConfig
 from pc_clip.core.errors import UserError
 from pc_clip.data.dataset import BrokenImage, Dataset
-from pc_clip.data.encoding import Options, encode, pixels
+from pc_clip.data.embeddings import Options, encode, pixels
 from pc_clip.data.example_sets import example
 from pc_clip.data.images import Reader, broken_images
 from pc_clip.data.registry import open_dataset
@@ -64,95 +64,43 @@ def truth(rows):
     return torch.tensor([[row + 1, 10, 7] for row in rows]).float()
 
 
-SKIP = Options(batch_size=3, broken="skip")
-IN_WORKERS = Options(batch_size=3, workers=1, broken="skip")
-
-
-def of_the_machine(number):
-    return OSError(number, os.strerror(number), "pictures/2.png")
-
-
-@pytest.mark.parametrize("options", [SKIP, IN_WORKERS])
-def test_broken_images_are_left_out_and_named(clip, options):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_broken_images_are_left_out_and_named(clip, workers):
     faults = {2: BrokenImage("pictures/2.png is no image"), 5: ZeroDivisionError(), 6: OSError("broken data stream")}
-    found = encode(clip, make_data(8, faults), options)
-    assert torch.equal(found.z, truth([0, 1, 3, 4, 7]))
-    assert found.ids == [f"image {n}" for n in (0, 1, 3, 4, 7)]
-    assert found.left_out == ["image 2", "image 5", "image 6"]
+    seen, options = [], Options(batch_size=3, workers=workers, broken="skip")
+    encoded = encode(clip, make_data(8, faults), options, seen.append)
+    assert torch.equal(encoded.z, truth([0, 1, 3, 4, 7])) and seen == [3, 3, 2]
+    assert encoded.ids == [f"image {n}" for n in (0, 1, 3, 4, 7)]
+    assert encoded.left_out == ["image 2", "image 5", "image 6"]
+    assert list(broken_images(make_data(8, faults), workers)) == [2, 5, 6]
+    assert encode(clip, make_data(1, {0: BrokenImage("no image")}), options).z.shape == (0, 3)
 
 
-@pytest.mark.parametrize("options", [SKIP, IN_WORKERS])
-@pytest.mark.parametrize(
-    ("fault", "said"),
-    [
-        (of_the_machine(errno.ESTALE), "image 2 of some/train cannot be read .*mend that"),
-        (of_the_machine(errno.EIO), "image 2 of some/train cannot be read .*Input/output error"),
-        (of_the_machine(errno.EMFILE), "image 2 of some/train cannot be read .*Too many open files"),
+def test_what_is_no_fault_of_the_image_stops_whatever_is_left_out(clip):
+    cases = [
+        (
+            OSError(errno.EIO, "Input/output error"),
+            "image 2 of some/train cannot be read .*Input/output error.*mend that",
+        ),
         (MemoryError(), "image 2 of some/train cannot be read .*MemoryError"),
         (UserError("no file at 0.tar"), "no file at 0.tar"),
-    ],
-)
-def test_what_is_no_fault_of_the_image_stops_whatever_is_left_out(clip, options, fault, said):
-    with pytest.raises(UserError, match=said) as caught:
-        encode(clip, make_data(4, {1: BrokenImage("no image"), 2: fault}), options)
-    assert not isinstance(caught.value, BrokenImage)
-
-
-def test_an_image_that_the_transform_cannot_take_is_named_and_can_be_left_out(clip):
-    def preprocess(image):
-        if image.getpixel((0, 0))[0] == 2:
-            raise ValueError("height and width must be > 0")
-        return to_tensor(image)
-
-    clip.preprocess = preprocess
-    with pytest.raises(BrokenImage, match=r"image 1 of some/train cannot be read \(ValueError: height"):
-        encode(clip, make_data(3), Options())
-    assert encode(clip, make_data(3), SKIP).left_out == ["image 1"]
-
-
-def test_pixels_stop_at_any_image_that_cannot_be_read(clip):
-    assert torch.cat(list(pixels(clip, make_data(5), 2, 0)))[:, :, 0, 0].tolist() == truth(range(5)).tolist()
-    with pytest.raises(BrokenImage, match="no image"):
-        list(pixels(clip, make_data(5, {3: BrokenImage("no image")}), 2, 0))
+    ]
+    for fault, message in cases:
+        data = make_data(4, {1: BrokenImage("no image"), 2: fault})
+        for look in (lambda data=data: encode(clip, data, Options(broken="skip")), lambda d=data: broken_images(d, 0)):
+            with pytest.raises(UserError, match=message) as caught:
+                look()
+            assert not isinstance(caught.value, BrokenImage)
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_images_are_encoded_in_evaluation_mode_and_the_model_comes_back_as_it_was(clip, training):
+def test_images_are_encoded_without_dropout_and_the_model_comes_back_as_it_was(clip, training):
     clip.model.train(training)
     assert torch.equal(encode(clip, make_data(7), Options(batch_size=3)).z, truth(range(7)))
+    for look in (lambda data: encode(clip, data, Options(3)), lambda data: list(pixels(clip, data, 3, 0))):
+        with pytest.raises(BrokenImage, match="no image"):
+            look(make_data(7, {4: BrokenImage("no image")}))
     assert clip.model.training == clip.model.visual.training == training
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_after_an_error_too_the_model_is_as_it_was(clip, training):
-    clip.model.train(training)
-    with pytest.raises(BrokenImage):
-        encode(clip, make_data(7, {4: BrokenImage("no image")}), Options(batch_size=3))
-    assert clip.model.training == clip.model.visual.training == training
-
-
-def test_nothing_but_broken_images_gives_no_rows(clip):
-    found = encode(clip, make_data(2, {0: BrokenImage("no image"), 1: BrokenImage("no image")}), SKIP)
-    assert found.z.shape == (0, 3) and found.ids == [] and len(found.left_out) == 2
-
-
-def test_batches_are_counted_with_what_they_leave_out(clip):
-    seen = []
-    encode(clip, make_data(8, {1: BrokenImage("no image")}), SKIP, seen.append)
-    assert seen == [3, 3, 2]
-
-
-# -- broken images beforehand --------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_all_that_is_broken_is_found_without_a_model(workers):
-    faults = {2: BrokenImage("pictures/2.png is no image"), 70: ZeroDivisionError()}
-    seen = []
-    found = broken_images(make_data(90, faults), workers, seen.append)
-    assert list(found) == [2, 70] and str(found[2]) == "pictures/2.png is no image" and sum(seen) == 90
-    with pytest.raises(UserError, match="Input/output error"):
-        broken_images(make_data(9, faults | {4: of_the_machine(errno.EIO)}), workers)
 
 
 # -- epochs of training --------------------------------------------------------------------------------
@@ -172,110 +120,69 @@ def children():
     return {process.pid for process in multiprocessing.active_children()}
 
 
-def gone(processes, within=10):
-    end = time.monotonic() + within
+def gone(processes):
+    end = time.monotonic() + 10
     while children() & processes and time.monotonic() < end:
         time.sleep(0.01)
     return not children() & processes
 
 
-@pytest.fixture
-def reader(request):
-    found = Reader(make_data(200), marked, request.param)
-    yield found
-    found.close()
-
-
-both_ways = pytest.mark.parametrize("reader", [0, 2], indirect=True)
-
-
-@both_ways
-def test_batches_come_in_order_whatever_their_sizes_and_rows(reader):
-    for epoch in (0, 1, 5):
-        rows = rows_of(3, 100, 0, 32, 33, 1)
-        found = list(reader.batches(iter(rows), epoch))
-        assert [batch.rows.tolist() for batch in found] == [some.tolist() for some in rows]
-        for some, batch in zip(rows, found):
-            assert len(batch.pixels) == len(some)
-            assert all(m[:3] == [row, row, epoch] for row, m in zip(some.tolist(), batch.pixels.tolist()))
-
-
-@both_ways
-def test_rows_are_asked_for_as_they_are_needed_and_not_many_before(reader):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_come_in_order_and_are_not_asked_for_long_before(workers):
+    reader = Reader(make_data(200), marked, workers)
+    for epoch in (0, 5):
+        rows = rows_of(3, 100, 0, 1)
+        for some, batch in zip(rows, reader.batches(iter(rows), epoch), strict=True):
+            assert batch.rows is some and len(batch.pixels) == len(some)
+            assert all(mark[:3] == [row, row, epoch] for row, mark in zip(some.tolist(), batch.pixels.tolist()))
     asked = []
-
-    def rows():  # without end
-        for n in itertools.count():
-            asked.append(n)
-            yield np.full(32, n)
-
-    coming = reader.batches(rows())
+    endless = (asked.append(n) or np.full(32, n % 200) for n in itertools.count())
+    coming = reader.batches(endless)
     for n in range(8):
-        assert next(coming).pixels[0, 0] == n
-        assert len(asked) <= n + 1 + 2 * reader.workers
+        assert next(coming).pixels[0, 0] == n and len(asked) <= n + 1 + 2 * workers
     coming.close()
+    reader.close()
 
 
-def test_processes_stay_for_the_next_epoch_and_are_ended_by_one_that_is_left():
-    reader = Reader(make_data(200), marked, 2)
-    before = children()
-    used = [{m[3] for batch in reader.batches(rows_of(64, 64), n) for m in batch.pixels.tolist()} for n in range(3)]
-    assert used[0] == used[1] == used[2] == children() - before and len(used[0]) == 2
-    plan = rows_of(64, 64)
-    for _ in zip(plan, reader.batches(plan, 3)):  # which never asks for the end
+def test_processes_stay_for_the_next_epoch_and_end_with_one_that_is_left_early():
+    reader, plan, before = Reader(make_data(200), marked, 2), rows_of(64, 64, 64, 64, 64, 64, 64), children()
+    used = [{mark[3] for batch in reader.batches(plan, n) for mark in batch.pixels.tolist()} for n in range(2)]
+    assert used[0] == used[1] == children() - before and len(used[0]) == 2
+    for _ in zip(plan, reader.batches(plan, 2)):  # which never asks for the end
         pass
     assert used[0] <= children()
-    left = reader.batches(rows_of(64, 64, 64, 64, 64, 64), 4)
-    next(left)
-    left.close()
-    assert gone(used[0])
-    assert len(list(reader.batches(rows_of(64), 5))) == 1  # others take their place
-    now = children() - before
+    for one, other in zip(reader.batches(plan, 3), reader.batches(plan, 4)):  # two epochs at a time
+        assert (one.pixels[0, 2], other.pixels[0, 2]) == (3, 4)
+    coming = reader.batches(plan, 5)
+    next(coming)
+    coming.close()
     reader.close()
-    assert gone(now)
+    assert gone(children() - before)
 
 
-def test_two_epochs_at_a_time_do_not_meddle():
-    reader = Reader(make_data(200), marked, 1)
-    plan = rows_of(40, 40, 40)
-    found = list(zip(reader.batches(plan, 1), reader.batches(plan, 2)))
-    reader.close()
-    for some, pair in zip(plan, found):
-        for epoch, batch in zip((1, 2), pair):
-            assert batch.pixels[:, 1].tolist() == some.tolist() and set(batch.pixels[:, 2].tolist()) == {epoch}
-
-
-def test_a_process_that_dies_is_an_error_in_words(monkeypatch):
+def test_a_process_that_dies_is_an_error_in_words_and_ctrl_c_does_not_end_it(monkeypatch):
     waiting = torch.utils.data.dataloader._MultiProcessingDataLoaderIter._try_get_data
     monkeypatch.setattr(waiting, "__defaults__", (0.2,))  # seconds until it looks who is alive, in place of 5
-    reader = Reader(make_data(200), marked, 1)
-    coming = reader.batches(rows_of(*[32] * 50))
-    (worker,) = {m[3] for m in next(coming).pixels.tolist()}
+    coming = Reader(make_data(200), marked, 1).batches(rows_of(*[32] * 50))
+    (worker,) = {mark[3] for mark in next(coming).pixels.tolist()}
+    os.kill(worker, signal.SIGINT)
+    assert {mark[3] for batch in itertools.islice(coming, 8) for mark in batch.pixels.tolist()} == {worker}
     os.kill(worker, signal.SIGKILL)
     with pytest.raises(UserError, match=r"a process that reads images has died.*--data\.workers"):
         list(coming)
-
-
-def test_ctrl_c_in_the_terminal_does_not_end_the_processes():
-    reader = Reader(make_data(200), marked, 1)
-    coming = reader.batches(rows_of(*[32] * 9))
-    (worker,) = {m[3] for m in next(coming).pixels.tolist()}
-    os.kill(worker, signal.SIGINT)
-    assert len(list(coming)) == 8
-    reader.close()
 
 
 def test_a_thread_may_start_processes_beside_a_main_thread_that_computes(tmp_path):
     """Where a forked one does not always live: it may inherit a lock that is held for ever."""
     (tmp_path / "a.png").write_bytes(b"no picture")
     Image.new("RGB", (4, 3)).save(tmp_path / "b.png")
-    data, found = open_dataset("folder", tmp_path), []
-    thread = threading.Thread(target=lambda: found.append(broken_images(data, 1)), daemon=True)
+    data, broken = open_dataset("folder", tmp_path), {}
+    thread = threading.Thread(target=lambda: broken.update(broken_images(data, 1)), daemon=True)
     thread.start()
     while thread.is_alive():
         torch.randn(32, 32).softmax(-1)
         time.sleep(0.001)
-    assert list(found[0]) == [0] and "a.png cannot be read as an image" in str(found[0][0])
+    assert list(broken) == [0] and "a.png cannot be read as an image" in str(broken[0])
 
 
 # -- what methods are given ----------------------------------------------------------------------------
@@ -285,63 +192,39 @@ def images(clip, data, train="both", **settings):
     return Images(clip, data, FinetuneConfig(seed=3, model=ModelConfig(train=train), data=DataConfig(**settings)))
 
 
-def whole(clip, data, rows):
-    return torch.stack([clip.preprocess(data.load(int(row))) for row in rows])
-
-
 PLAN = [np.random.default_rng(n).permutation(60)[:25] for n in range(3)]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_pixels_are_the_same_from_processes_as_from_here(example_clip, workers):
-    data = example("train", 60)
-    found = images(example_clip, data, workers=workers)
-    state = torch.random.get_rng_state()
-    for epoch in (0, 1):
-        for rows, batch in zip(PLAN, found.batches(PLAN, epoch)):
-            assert torch.equal(batch, whole(example_clip, data, rows))
-    assert torch.equal(state, torch.random.get_rng_state())
-
-
-def test_a_crop_depends_neither_on_the_processes_nor_on_its_batch(example_clip):
-    data = example("train", 60)
-    here, there = (images(example_clip, data, min_crop=0.7, workers=workers) for workers in (0, 2))
-    crops = {}
+@pytest.mark.parametrize("min_crop", [0.7, 1.0])
+def test_pixels_depend_on_seed_epoch_and_row_and_not_on_the_processes(example_clip, min_crop):
+    data, state, pictures = example("train", 60), torch.random.get_rng_state(), {}
+    here, there = (images(example_clip, data, min_crop=min_crop, workers=workers) for workers in (0, 2))
     for epoch in (0, 1):
         for rows, one, other in zip(PLAN, here.batches(PLAN, epoch), there.batches(PLAN, epoch)):
             assert torch.equal(one, other) and one.shape == (25, 3, 64, 64)
-            for row, crop in zip(rows.tolist(), one):
-                assert torch.equal(crops.setdefault((epoch, row), crop), crop)
-            assert not torch.equal(one, whole(example_clip, data, rows))  # which are whole
-    assert not any(torch.equal(crops[0, row], crops[1, row]) for row in PLAN[0].tolist())
+            for row, picture in zip(rows.tolist(), one):
+                assert torch.equal(pictures.setdefault((epoch, row), picture), picture)
+    assert torch.equal(state, torch.random.get_rng_state())
+    for row in PLAN[0].tolist():
+        whole = example_clip.preprocess(data.load(row))
+        assert (
+            torch.equal(pictures[0, row], whole) == torch.equal(pictures[0, row], pictures[1, row]) == (min_crop == 1)
+        )
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_an_image_that_cannot_be_read_stops_training_with_its_path(example_clip, workers):
+def test_an_image_that_cannot_be_read_stops_training_with_its_path(example_clip):
     data = make_data(60, {7: BrokenImage("pictures/7.png is no image"), 9: UserError("no image at 9.png")})
-    found = images(example_clip, data, workers=workers)
-    for row, said in ((7, "pictures/7.png is no image"), (9, "no image at 9.png")):
-        with pytest.raises(UserError, match=said):
-            list(found.batches([np.array([1, 2]), np.array([3, row])], 0))
-    assert len(list(found.batches([np.array([1, 2])], 0))) == 1
-    found.reader.close()
+    for workers, row, message in ((0, 7, "pictures/7.png is no image"), (1, 9, "no image at 9.png")):
+        with pytest.raises(UserError, match=message):
+            list(images(example_clip, data, workers=workers).batches([np.array([1, 2]), np.array([3, row])], 0))
 
 
-def test_cached_embeddings_are_given_by_rows(example_clip):
-    found = images(example_clip, example("train", 60), train="text")
-    batches = list(found.batches(iter(PLAN), 0))
-    assert all(torch.equal(z, found.z[torch.from_numpy(rows)]) for z, rows in zip(batches, PLAN)) and len(batches) == 3
-
-
-@pytest.mark.parametrize(
-    ("train", "settings", "said"),
-    [
+def test_crops_and_processes_that_cannot_be_are_errors(example_clip):
+    cases = [
         ("text", {"min_crop": 0.8}, r"data\.min_crop is 0\.8, but with model\.train text .* embedded once"),
-        ("text", {"min_crop": 1.5}, r"data\.min_crop is 1\.5; it is a share"),
         ("both", {"min_crop": 0.0}, r"data\.min_crop is 0; it is a share"),
         ("both", {"workers": -1}, r"data\.workers is -1; it must be at least 0"),
-    ],
-)
-def test_crops_and_processes_that_cannot_be_are_errors(example_clip, train, settings, said):
-    with pytest.raises(UserError, match=said):
-        images(example_clip, example("train", 6), train, **settings)
+    ]
+    for train, settings, message in cases:
+        with pytest.raises(UserError, match=message):
+            images(example_clip, example("train", 6), train, **settings)

@@ -12,9 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from pc_clip.core.cli import configure
 from pc_clip.core.config.settings import DataConfig, EmbedConfig, MixConfig
-from pc_clip.core.config.train import FinetuneConfig
 from pc_clip.core.errors import UserError
 from pc_clip.data import example_sets, training_data
 from pc_clip.data.embeddings import embed
@@ -120,59 +118,54 @@ def test_what_is_known_of_the_own_images_stays_and_of_the_others_nothing_is_said
         assert ours.value.shape == (307,) and np.isnan(ours.value[300:]).all()
 
 
-def test_an_entry_may_be_a_dict_and_a_folder_s_classes_are_said():
+def test_the_classes_of_a_folder_are_said():
     config = tsv("main")
     folder("others")
-    config.mix = [{"dataset": "folder", "n": 4, "root": "others", "caption": "a picture of a {}"}]
+    config.mix = [MixConfig("folder", 4, root="others", caption="a picture of a {}")]
     data = load_dataset(config)
     said = dict(zip(data.ids, data.captions))
     assert said["folder:hot_dog/1.png"] == ("a picture of a hot dog",)
     assert said["folder:cat/0.png"] == ("a picture of a cat",)
 
 
-def test_captions_of_a_file_replace_those_of_the_main_set_alone():
-    config = tsv("main")
-    folder("others")
-    Path("new.jsonl").write_text('{"image": "40.png", "text": "another red"}\n')
-    config.captions, config.mix = "new.jsonl", [MixConfig("folder", 4, root="others", caption="the {}")]
-    data = load_dataset(config)
-    assert data.captions[0] == ("another red",) and red(data, 0) == 40
-    assert len(data) == 5 and {texts[0] for texts in data.captions[1:]} == {"the hot dog", "the cat"}
-
-
-@pytest.mark.parametrize(
-    ("entries", "said"),
-    [
-        ([MixConfig("mnits", 5)], "unknown data set 'mnits'.*Did you mean 'mnist'"),
-        ([MixConfig("mnist", 41)], r"data\.mix asks for 41 images of mnist/train, which has 40"),
-        ([MixConfig("mnist", 0)], r"n of mnist in data\.mix is 0; it must be at least 1"),
-        ([MixConfig("mnist", 5, caption="a digit")], r"caption 'a digit' needs exactly one \{\}"),
-        ([MixConfig("mnist", 5), MixConfig("mnist", 3)], r"names mnist/train twice"),
-        ([MixConfig("folder", 1, root="flat")], r"nothing is known of the images of folder.*neither captions"),
-        ([{"dataset": "mnist"}], r"an entry of data\.mix is .*needs dataset and n"),
-        ([{"dataset": "mnist", "n": "five"}], r"an entry of data\.mix is .*a whole number"),
-        ([MixConfig("mnist", 2.5)], r"an entry of data\.mix is .*a whole number"),
-        ([MixConfig("mnist", True)], r"an entry of data\.mix is .*a whole number"),
-        ([MixConfig("mnist", None)], r"an entry of data\.mix is .*a whole number"),
-        ([MixConfig(["mnist"], 5)], r"an entry of data\.mix is .*needs dataset and n"),
-        ([MixConfig("mnist", 5, root=7)], r"an entry of data\.mix is .*takes root, split and caption"),
-        ([{"dataset": "mnist", "n": 5, "caption": None}], r"caption None needs exactly one \{\}"),
-        ([MixConfig("mnist", 5), MixConfig("mnist", 3, root="./data/mnist/")], r"names mnist/train twice"),
-        ([MixConfig("tsv", 2, root="./main/")], r"names tsv/train, which is learnt from already"),
-        ([MixConfig("tsv", 2, root="main", split="main/train.tsv")], r"names tsv/train, which is learnt from already"),
-        (["mnist"], r"an entry of data\.mix is 'mnist'; it needs dataset and n"),
-        ([MixConfig("coco", 5)], r"coco is not at data/coco\. Fetch it.* folder with root of coco in data\.mix\.$"),
-        ([MixConfig("tsv", 5, root="main", split="x")], r"path: split of tsv in data\.mix FILE\.tsv\.$"),
-    ],
-)  # fmt: skip
-def test_what_cannot_be_mixed_in_is_an_error_in_words(entries, said):
+def test_what_cannot_be_mixed_in_is_an_error_in_words():
     config = tsv("main")
     mnist()
     Path("flat").mkdir()
     shutil.copy("main/train/20.png", "flat/a.png")
-    config.mix = entries
-    with pytest.raises(UserError, match=said):
-        load_dataset(config)
+    cases = [
+        ([MixConfig("mnits", 5)], r"data\.mix, mnits: unknown data set 'mnits'.*Did you mean 'mnist'"),
+        ([MixConfig("mnist", 41)], r"data\.mix asks for 41 images of mnist/train, which has 40"),
+        ([MixConfig("mnist", 0)], r"n of mnist in data\.mix is 0; it must be at least 1"),
+        ([MixConfig("mnist", 5, caption="a digit")], r"caption 'a digit' needs exactly one \{\}"),
+        ([MixConfig("mnist", 5), MixConfig("mnist", 3, root="./data/mnist/")], r"names mnist/train, which is learnt"),
+        ([MixConfig("tsv", 2, root="./main/")], r"names tsv/train, which is learnt from already"),
+        ([MixConfig("folder", 1, root="flat")], r"nothing is known of the images of folder.*neither captions"),
+        ([MixConfig("coco", 5)], r"data\.mix, coco: coco is not at data/coco"),
+    ]
+    for config.mix, message in cases:
+        with pytest.raises(UserError, match=message):
+            load_dataset(config)
+
+
+def test_settings_that_do_not_go_together_are_refused():
+    folder("pictures")
+    mix = [MixConfig("mnist", 3)]
+    cases = [
+        (DataConfig(embeddings="e.safetensors", mix=mix), r"data\.embeddings holds one data set's images"),
+        (DataConfig(embeddings="e.safetensors", broken="skip"), r"leave data\.broken skip out"),
+        (
+            DataConfig(dataset="folder", root="pictures", mix=mix),
+            r"has none; name a file of them",
+        ),
+        (DataConfig(broken="skp"), r"data\.broken is 'skp'\. Did you mean 'skip'"),
+    ]
+    for config, message in cases:
+        with pytest.raises(UserError, match=message):
+            load_dataset(config)
+    for settings in ({"mix": mix}, {"min_crop": 0.8}, {"broken": "skip"}, {"embeddings": "e.safetensors"}):
+        with pytest.raises(UserError, match=rf"data\.{next(iter(settings))}"):
+            embed(EmbedConfig(data=DataConfig(**settings)))
 
 
 def test_an_id_that_is_taken_already_is_an_error():
@@ -183,38 +176,6 @@ def test_an_id_that_is_taken_already_is_an_error():
     config.mix = [MixConfig("mnist", 1)]
     with pytest.raises(UserError, match=r"tsv/train has images that are called like some of data\.mix"):
         load_dataset(config)
-
-
-def test_captions_cannot_be_mixed_into_a_set_without_any(small_example):
-    folder("pictures")
-    with pytest.raises(UserError, match=r"folder/?\S* has none; name a file of them with --data\.captions"):
-        load_dataset(DataConfig(dataset="folder", root="pictures", mix=[MixConfig("example", 3)]))
-
-
-@pytest.mark.parametrize(
-    ("extra", "said"),
-    [
-        ({"mix": [MixConfig("example", 3)]}, r"data\.embeddings holds one data set's images, so that data\.mix"),
-        ({"broken": "skip"}, r"data\.embeddings stands in for the pictures: leave data\.broken skip out"),
-    ],
-)
-def test_embeddings_go_with_neither(extra, said):
-    with pytest.raises(UserError, match=said):
-        load_dataset(DataConfig(embeddings="e.safetensors", **extra))
-
-
-def test_flags_and_yaml_both_say_what_is_mixed_in():
-    Path("c.yaml").write_text("data:\n  mix:\n  - {dataset: mnist, n: 5}\n  - dataset: folder\n    n: 2\n    root: x\n")
-    read = [
-        configure(FinetuneConfig, "finetune.py", "", argv).data.mix
-        for argv in (["--config", "c.yaml"], ["--data.mix", '[{"dataset": "example", "n": 5}]'])
-    ]
-    assert read == [[MixConfig("mnist", 5), MixConfig("folder", 2, root="x")], [MixConfig("example", 5)]]
-
-
-def test_the_example_is_the_same_wherever_its_folder_is_said_to_be(small_example):
-    with pytest.raises(UserError, match="names example/train, which is learnt from already"):
-        load_dataset(DataConfig(mix=[MixConfig("example", 3, root="anywhere")]))
 
 
 # -- pictures that do not decode -----------------------------------------------------------------------
@@ -294,23 +255,6 @@ def test_what_the_disk_does_not_give_is_never_left_out():
         load_dataset(config)
 
 
-def test_broken_pictures_among_those_mixed_in_are_left_out_too():
-    config = tsv("main")
-    folder("others")
-    harm("others/cat/1.png"), harm("main/train/20.png")
-    config.broken, config.mix = "skip", [MixConfig("folder", 4, root="others")]
-    data = load_dataset(config)
-    assert len(data) == 8 and "folder:cat/1.png" not in data.ids and red(data, 0) == 40
-    assert data.note.startswith(
-        "4 images of folder/others mixed in; 2 broken pictures are left out, first: main/train/20"
-    )
-
-
-def test_another_word_than_error_or_skip_is_refused():
-    with pytest.raises(UserError, match=r"data\.broken is 'skp'\. Did you mean 'skip'"):
-        load_dataset(DataConfig(broken="skp"))
-
-
 def test_training_on_pixels_stops_at_a_broken_picture_or_goes_on_without_it(tmp_path, caplog, capsys):
     caplog.set_level(logging.INFO)
     config = tsv("main")
@@ -336,19 +280,3 @@ def test_crops_are_learnt_from_and_processes_change_no_bit_of_the_result(monkeyp
     )
     assert all(torch.equal(weights, two[name]) for name, weights in here.items())  # over two epochs
     assert not all(torch.equal(weights, whole[name]) for name, weights in here.items())
-
-
-# -- embedding beforehand ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("extra", "said"),
-    [
-        ({"mix": [MixConfig("mnist", 3)]}, r"data\.mix is for training: embed each of its data sets by itself"),
-        ({"min_crop": 0.8}, r"data\.min_crop 0\.8 is for training"),
-        ({"broken": "skip"}, r"data\.broken skip is for training; here it is --broken skip"),
-    ],
-)
-def test_settings_of_training_are_refused_where_images_are_embedded(small_example, extra, said):
-    with pytest.raises(UserError, match=said):
-        embed(EmbedConfig(data=DataConfig(**extra)))

@@ -14,7 +14,7 @@ from pc_clip.core.errors import UserError
 from pc_clip.core.paths import configs_folder
 from pc_clip.data import differences
 from pc_clip.data.captions import read_coco_captions
-from pc_clip.data.embedding_shards import read_file, read_head
+from pc_clip.data.embedding_shards import read_shard
 from pc_clip.data.embeddings import embed_images
 from pc_clip.data.example_sets import example
 from pc_clip.interface import finetune, run
@@ -64,9 +64,8 @@ def convert_embeddings(content, tiny, *more):
 
 
 def converted():
-    head = read_head(EMBEDDINGS)
-    z, ids = read_file(head)
-    return z, list(ids), head.made_by
+    shard = read_shard(EMBEDDINGS)
+    return shard.z, shard.ids, shard.made_by
 
 
 # -- the model -----------------------------------------------------------------------------------------

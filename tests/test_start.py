@@ -13,9 +13,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from pc_clip.core import cache
 from pc_clip.core.config.train import ChangeConfig, FinetuneConfig, PairwiseConfig, SamplerConfig, TrainConfig
 from pc_clip.core.errors import UserError
-from pc_clip.data import pair_features
 from pc_clip.data.registry import open_dataset
 from pc_clip.models import loading
 from pc_clip.models.caption_decoder import Shape
@@ -192,7 +192,7 @@ def test_kept_features_do_not_depend_on_the_decoder(config):
     config.change.freeze = True
     for config.change.width in (16, 32):
         method(config)
-    assert len(list(pair_features.CACHE.glob("*.npy"))) == 1
+    assert len(list(cache.CACHE.glob("pairs-*"))) == 1
 
 
 def test_settings_of_clusters_that_mean_nothing_are_told(config):

@@ -1,7 +1,4 @@
-"""Arrays that take long to make, kept in files: checked when opened, mapped into memory, made again if damaged.
-
-What is kept: tokens, compiled differences, the anchor's embeddings. All of data/cache may be deleted at any time.
-"""
+"""On-disk cache of arrays: safetensors files, memory-mapped and checksummed. All of data/cache may be deleted."""
 
 from __future__ import annotations
 
@@ -15,58 +12,81 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
+from pc_clip.core.errors import UserError
 from pc_clip.core.files import write_tensors
 
 log = logging.getLogger(__name__)
 
-CACHE = Path("data/cache/tokens")
-FORMAT = 1  # of the files in the cache; a file of another is made again
+CACHE = Path("data/cache/arrays")
+VERIFY_UP_TO = 2 << 30  # bytes that are read in full when a file is opened: about a second
 
 
-class _Damaged(Exception):
-    """A file of the cache that is not what it should be."""
+class CorruptFileError(UserError):
+    """A file that is damaged, or something else than what was written there."""
 
 
 def cached(
     name: str, key: Mapping[str, str], make: Callable[[], Mapping[str, np.ndarray]], cache: Path | None = None
 ) -> Mapping[str, np.ndarray]:
-    """Arrays by name: from the cache's file of this key, mapped into memory, or made and put there.
+    """Arrays by name: memory-mapped from the cache's file of this key, or made and put there.
 
-    A file is checked when it is opened: its key, its format, and a checksum over all arrays with their shapes (13 ms
-    for 86 MB). One that fails is made again with a warning. Several processes may do this at once. Where the cache
-    cannot be written the arrays are used all the same, and a warning says why.
+    A file that is damaged or of another key is made again with a warning. Several processes may do this at once.
+    Where the cache cannot be written the arrays are used all the same, and a warning says why.
     """
-    whole = json.dumps({"format": FORMAT, **key}, sort_keys=True)
-    path = (cache or CACHE) / f"{name}-{hashlib.sha256(whole.encode()).hexdigest()[:32]}.safetensors"
+    key = {name: str(value) for name, value in key.items()}
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
+    path = (cache or CACHE) / f"{name}-{digest}.safetensors"
     if path.is_file():
         try:
-            return _open(path, whole)
-        except (_Damaged, SafetensorError, OSError) as error:
-            log.warning("%s is damaged (%s); making it again", path, error)
+            tensors, made_by = read_checked(path)
+            if {name: made_by.get(name) for name in key} == key:
+                return {name: tensor.numpy() for name, tensor in tensors.items()}
+            log.warning("%s was made from something else; making it again", path)
+        except CorruptFileError as error:
+            log.warning("%s; making it again", error)
     arrays = {name: np.ascontiguousarray(array) for name, array in make().items()}
     try:
-        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        write_tensors(path, tensors, {"key": whole, "checksum": _checksum(arrays)})
-    except (SafetensorError, OSError) as error:
+        write_checked(path, {name: torch.from_numpy(array) for name, array in arrays.items()}, key)
+        tensors, _ = read_checked(path, verify=False)
+        return {name: tensor.numpy() for name, tensor in tensors.items()}  # mapped, so that the made ones can be freed
+    except (SafetensorError, OSError, CorruptFileError) as error:
         log.warning("%s cannot be written (%s); the next run will make it again", path, error)
     return arrays
 
 
-def _open(path: Path, key: str) -> dict[str, np.ndarray]:
-    with safe_open(path, "pt") as file:
-        about = file.metadata() or {}
-        if about.get("key") != key:
-            raise _Damaged("it was made from something else")
-        arrays = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118  (mapped, not read)
-    if about.get("checksum") != _checksum(arrays):
-        raise _Damaged("its checksum is wrong")
-    return arrays
+def write_checked(path: Path, tensors: Mapping[str, Tensor], made_by: Mapping[str, str]) -> None:
+    """A safetensors file with a checksum, written atomically and without a copy of tensors that are on the CPU."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_tensors(path, tensors, {**made_by, "checksum": _checksum(tensors, made_by)})
 
 
-def _checksum(arrays: Mapping[str, np.ndarray]) -> str:
-    total = 0
-    for name in sorted(arrays):
-        total = zlib.crc32(f"{name} {arrays[name].dtype.str} {arrays[name].shape}".encode(), total)
-        total = zlib.crc32(arrays[name].reshape(-1).view(np.uint8), total)
+def read_checked(path: Path, verify: bool | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The memory-mapped tensors of a safetensors file, and what made it. Raises CorruptFileError.
+
+    verify: read all of it to compare the checksum; if None, only up to VERIFY_UP_TO bytes. The size is checked always.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (mapped, not read)
+            made_by = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise CorruptFileError(f"{path} is not a whole safetensors file ({error})") from error
+    checksum = made_by.pop("checksum", None)
+    if verify is None:
+        verify = path.stat().st_size <= VERIFY_UP_TO
+    if verify and checksum and checksum != _checksum(tensors, made_by):
+        raise CorruptFileError(f"{path} is damaged: its checksum is wrong")
+    return tensors, made_by
+
+
+def _checksum(tensors: Mapping[str, Tensor], made_by: Mapping[str, str]) -> str:
+    """CRC-32 of the metadata and all tensors with their shapes; 13 ms for 86 MB."""
+    total = zlib.crc32(json.dumps(sorted(made_by.items())).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        total = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), total)
+        if tensor.numel():
+            total = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), total)
     return f"{total:08x}"

@@ -1,10 +1,11 @@
-"""Batches made ahead of time, by a thread, while the step before is computed."""
+"""Prefetch items in a background thread."""
 
 from __future__ import annotations
 
 import queue
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -14,35 +15,32 @@ _END = object()
 def ahead(items: Iterator[Item], depth: int = 2) -> Iterator[Item]:
     """The same items in the same order, up to `depth` of them made before they are asked for.
 
-    An exception in making an item is raised where that item would have come. Closing this iterator ends the
-    thread; it is left behind if it hangs within an item when the program ends.
+    An exception is raised where its item would have come. Closing this iterator ends the thread; a thread that hangs
+    within an item does not keep the program alive.
     """
-    made: queue.Queue = queue.Queue(depth)
+    ready: queue.Queue = queue.Queue(depth)
     closed = threading.Event()
 
-    def put(entry: tuple[object, BaseException | None]) -> None:
+    def put(item: object, error: BaseException | None = None) -> None:
         while not closed.is_set():
-            try:
-                made.put(entry, timeout=0.1)
-                return
-            except queue.Full:
-                continue
+            with suppress(queue.Full):
+                return ready.put((item, error), timeout=0.1)
 
-    def make() -> None:
+    def work() -> None:
         try:
             for item in items:
-                put((item, None))
+                put(item)
                 if closed.is_set():
                     return
-            put((_END, None))
+            put(_END)
         except BaseException as error:
-            put((_END, error))
+            put(_END, error)
 
-    thread = threading.Thread(target=make, name="batches", daemon=True)
+    thread = threading.Thread(target=work, name="batches", daemon=True)
     thread.start()
     try:
         while True:
-            item, error = made.get()
+            item, error = ready.get()
             if error is not None:
                 raise error
             if item is _END:

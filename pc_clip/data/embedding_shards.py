@@ -1,84 +1,71 @@
-"""Files of embeddings: one safetensors file, or shards behind an index. Damage is found; rows stay on the disk.
+"""Image embeddings on the disk: one safetensors file, or a folder of such shards behind an index.
 
-A file holds z [n, D] (float32 or float16) and the n ids, as tensors too (`ids.bytes`, UTF-8, and `ids.ends`), so that
-they can be looked up where they lie, and there may be any number of them. Its header says what made it. There are two
-CRC-32: `checksum` of the tensors, `head` of the rest of the header. Size and header are checked whenever a file is
-opened, the tensors where there are at most VERIFY_UP_TO bytes of them, or where that is asked for. Older files, and
-those of others, may have their ids in the header, as a JSON list, and no checksums.
-
-An index, FOLDER/index.json, names the shards in its folder, in order, with rows, bytes and checksum of each. It is
-written last; nothing is copied. It is what `--data.embeddings` takes.
+A file holds z [n, D] (float32 or float16) and the n ids (JSON, as bytes); its header says what made it. The images of
+a large set are embedded in units, a shard each, which the processes of one launch share. A unit whose shard is there
+and opens is done, so a killed run continues. FOLDER/index.json, written last, lists the shards with rows and bytes.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import os
-import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import lru_cache, partial
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from tqdm import tqdm
 
+from pc_clip.core.cache import VERIFY_UP_TO, CorruptFileError, read_checked, write_checked
+from pc_clip.core.distributed import Processes
 from pc_clip.core.errors import UserError
-from pc_clip.core.files import write_tensors, write_text
+from pc_clip.core.files import write_text
+from pc_clip.data.dataset import Dataset, digest, stat, subset
+from pc_clip.data.webdataset import find_tars, fingerprint, open_tar
+
+log = logging.getLogger(__name__)
 
 INDEX = "index.json"
-VERIFY_UP_TO = 2 << 30  # bytes that are read in full on opening: about a second
-MAPPED = 30_000  # shards kept mapped at once, a mapping each; Linux allows a process 65,530 unless told otherwise
-
-TENSORS = ("z", "ids.bytes", "ids.ends")  # in the order of the checksum
-_FORMAT = "pc_clip embeddings 1"
-_NAMES = ("utf-8", "surrogateescape")  # how ids are bytes: any name that a disk or a tar can hold comes back as it was
+IDENTITY = ("image_tower", "fingerprint", "precision", "dtype")  # of what made a file, these must be as expected
 
 
-class Unsound(UserError):
-    """A file that is damaged or something else. why: what is wrong, for those who make it again by themselves."""
-
-    def __init__(self, why: str, then: str = "the command that made it makes it again") -> None:
-        super().__init__(f"{why}; {then}")
-        self.why = why
-
-
-# -- one file ------------------------------------------------------------------------------------------
-
-
-class Head(NamedTuple):
-    """What a file's header says. rows, width: of z; made_by: all that was said of its making."""
-
+class Shard(NamedTuple):
     path: Path
-    rows: int
-    width: int
-    dtype: str
+    z: Tensor  # [n, D], memory-mapped
+    ids: list[str]  # n
     made_by: dict[str, str]
 
     @property
-    def checksum(self) -> str | None:
-        """Of the tensors; None in a file that is older than checksums."""
-        return self.made_by.get("checksum")
-
-    @property
-    def is_checked(self) -> bool:
-        """Whether the header has a checksum, so that what it says is what was written."""
-        return "head" in self.made_by
+    def left_out(self) -> list[str]:
+        """Ids of the images that did not decode."""
+        return json.loads(self.made_by.get("left_out", "[]"))
 
 
-def write(path: Path, z: Tensor, ids: Sequence[str], made_by: Mapping[str, str]) -> None:
-    """One file, written atomically: a reader sees all of it or none. z: [n, D]; ids: n."""
-    names = [name.encode(*_NAMES) for name in ids]
-    tensors = {
-        "z": z.detach().cpu().contiguous(),
-        "ids.bytes": torch.from_numpy(np.frombuffer(bytearray(b"".join(names)), dtype=np.uint8)),
-        "ids.ends": torch.tensor([len(name) for name in names], dtype=torch.int64).cumsum(0),
-    }
-    said = {name: printable(value) for name, value in made_by.items()} | {"checksum": _checksum(tensors.values())}
-    said["head"] = _checksum_of_head(said, tensors["z"])
-    write_tensors(path, tensors, said)
+def write_shard(path: Path, z: Tensor, ids: Sequence[str], made_by: Mapping[str, str]) -> None:
+    """One file, written atomically. z: [n, D]; ids: n. JSON keeps names that are not UTF-8 (lone surrogates)."""
+    names = torch.from_numpy(np.frombuffer(bytearray(json.dumps(list(ids)).encode()), dtype=np.uint8))
+    write_checked(path, {"z": z, "ids": names}, {name: printable(value) for name, value in made_by.items()})
+
+
+def read_shard(path: Path, verify: bool | None = None) -> Shard:
+    """Raises CorruptFileError for what is damaged or no file of embeddings. verify: as `read_checked`."""
+    tensors, made_by = read_checked(path, verify)
+    z, names = tensors.get("z"), tensors.get("ids")
+    if z is None or names is None or "image_tower" not in made_by:
+        raise CorruptFileError(
+            f"{path} is no file of embeddings made by pc_clip: it does not say which images or tower"
+        )
+    try:
+        ids = json.loads(names.numpy().tobytes())
+    except ValueError as error:
+        raise CorruptFileError(f"{path} is damaged: its ids are no JSON ({error})") from error
+    if z.ndim != 2 or not z.is_floating_point() or not isinstance(ids, list) or len(ids) != len(z):
+        raise CorruptFileError(f"{path} is damaged: z is {list(z.shape)} of {z.dtype}, with {len(ids)} ids")
+    return Shard(path, z, ids, made_by)
 
 
 def printable(text: str) -> str:
@@ -86,195 +73,32 @@ def printable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def read_head(path: Path) -> Head:
-    """Size and header of a file, checked; no row is read. Raises Unsound for what is damaged or something else."""
-    try:
-        with safe_open(path, "pt") as file:
-            made_by, tensors = file.metadata() or {}, _tensors(file)  # a mapping: nothing is read
-    except (SafetensorError, OSError) as error:
-        raise Unsound(f"{path} is not a whole safetensors file ({error})", "make it again") from error
-    if "image_tower" not in made_by or "z" not in tensors or not ("ids" in made_by or len(tensors) == len(TENSORS)):
-        raise Unsound(
-            f"{path} is no file of embeddings made by pc_clip: it does not say which images or tower",
-            "python -m pc_clip embeddings makes one",
-        )
-    z = tensors["z"]
-    if z.ndim != 2 or not z.is_floating_point():
-        raise Unsound(f"{path}: z is {list(z.shape)} of {z.dtype}", "[images, numbers] was expected")
-    if "head" in made_by and made_by["head"] != _checksum_of_head(made_by, z):
-        raise Unsound(f"{path} is damaged: its header has another checksum than the one it was written with")
-    if "ids.ends" in tensors and not _are_ids(tensors):
-        raise Unsound(f"{path} is damaged: its ids are not bytes and their ends")
-    return Head(path, z.shape[0], z.shape[1], str(z.dtype).removeprefix("torch."), made_by)
-
-
-def read_file(head: Head, verify: bool = False) -> tuple[Tensor, Sequence[str]]:
-    """z, memory-mapped, [n, D] as it is on the disk, and the ids.
-
-    Raises Unsound where the tensors are not those that were written; verify: look, however large they are.
-    """
-    tensors = _map(head.path)
-    size = sum(value.nbytes for value in tensors.values())
-    if head.checksum and (verify or size <= VERIFY_UP_TO) and head.checksum != _checksum(tensors.values()):
-        raise Unsound(f"{head.path} is damaged: its content has another checksum than the one it was written with")
-    ids = _ids(head, tensors)
-    if len(ids) != head.rows:
-        raise Unsound(f"{head.path} is damaged: {head.rows} rows, but {len(ids)} ids")
-    if isinstance(ids, _Names) and not ids.are_whole():
-        raise Unsound(f"{head.path} is damaged: its ids do not end where they should")
-    return tensors["z"], ids
-
-
-def _map(path: Path) -> dict[str, Tensor]:
-    with safe_open(path, "pt") as file:
-        return _tensors(file)
-
-
-def _tensors(file: safe_open) -> dict[str, Tensor]:
-    there = file.keys()
-    return {name: file.get_tensor(name) for name in TENSORS if name in there}
-
-
-def _are_ids(tensors: Mapping[str, Tensor]) -> bool:
-    content, ends = tensors.get("ids.bytes"), tensors["ids.ends"]
-    whole = content is not None and (content.dtype, content.ndim) == (torch.uint8, 1)
-    return whole and (ends.dtype, ends.ndim) == (torch.int64, 1)
-
-
-def _ids(head: Head, tensors: Mapping[str, Tensor]) -> Sequence[str]:
-    if "ids.ends" in tensors:
-        return _Names(tensors)
-    try:
-        ids = json.loads(head.made_by["ids"])
-    except (ValueError, RecursionError):
-        ids = None
-    if not isinstance(ids, list) or not all(isinstance(name, str) for name in ids):
-        raise Unsound(f"{head.path} is damaged: the ids in its header are no list of names")
-    return ids
-
-
-def _checksum(tensors: Iterable[Tensor]) -> str:
-    found = 0
-    for value in tensors:
-        if value.numel():
-            found = zlib.crc32(value.reshape(-1).view(torch.uint8).numpy(), found)
-    return f"{found:08x}"
-
-
-def _checksum_of_head(made_by: dict[str, str], z: Tensor) -> str:
-    said = sorted((name, value) for name, value in made_by.items() if name != "head")
-    return f"{zlib.crc32(json.dumps([said, list(z.shape), str(z.dtype)]).encode()):08x}"
-
-
-class _Names(Sequence[str]):
-    """The ids of one file, each decoded when it is asked for."""
-
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self._bytes, self._ends = tensors["ids.bytes"].numpy(), tensors["ids.ends"].numpy()
-
-    def __len__(self) -> int:
-        return len(self._ends)
-
-    def __getitem__(self, row: int) -> str:
-        return self._bytes[self._ends[row - 1] if row else 0 : self._ends[row]].tobytes().decode(*_NAMES)
-
-    def __iter__(self) -> Iterator[str]:
-        start = 0
-        content = self._bytes.tobytes()
-        for end in self._ends.tolist():
-            yield content[start:end].decode(*_NAMES)
-            start = end
-
-    def are_whole(self) -> bool:
-        """Whether each begins where the one before it ends, and the last ends with the bytes."""
-        ends = np.concatenate(([0], self._ends))
-        return bool((ends[1:] >= ends[:-1]).all()) and int(ends[-1]) == len(self._bytes)
-
-
-# -- many files ----------------------------------------------------------------------------------------
-
-
-class Shards:
-    """Which shard a row is in, and the shards themselves, mapped when they are first wanted.
-
-    shards[k] -> z [n, D] and the n ids of the k-th. The MAPPED that were used last stay mapped; Rows and Ids of one
-    index share one of these.
-    """
-
-    def __init__(self, heads: Sequence[Head]) -> None:
-        self.heads = heads
-        self.starts = np.cumsum([0, *(head.rows for head in heads)])
-        self._open = lru_cache(MAPPED)(partial(_open, heads))
-
-    def __len__(self) -> int:
-        return int(self.starts[-1])
-
-    def __getitem__(self, k: int) -> tuple[Tensor, Sequence[str]]:
-        return self._open(k)
-
-    def find(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Of each row its shard, and its place there."""
-        if len(rows) and not 0 <= rows.min() <= rows.max() < len(self):
-            raise IndexError(f"rows {rows.min()} to {rows.max()} were asked for; there are {len(self)}")
-        shard = np.searchsorted(self.starts, rows, side="right") - 1
-        return shard, rows - self.starts[shard]
-
-
-def _open(heads: Sequence[Head], k: int) -> tuple[Tensor, Sequence[str]]:
-    tensors = _map(heads[k].path)
-    return tensors["z"], _ids(heads[k], tensors)
-
-
 class Rows:
-    """[N, D] embeddings that lie in the shards of an index, read where they are asked for.
+    """[N, D] embeddings that lie in shards, read where they are asked for: rows[LongTensor [B]] -> [B, D] float32."""
 
-    rows[of a LongTensor [B]] -> [B, D] float32.
-    """
-
-    def __init__(self, shards: Shards) -> None:
-        self._shards = shards
-        self.shape = torch.Size((len(shards), shards.heads[0].width))
+    def __init__(self, parts: Sequence[Tensor]) -> None:
+        self.parts = parts
+        self.starts = torch.tensor([0, *map(len, parts)]).cumsum(0)
+        self.shape = torch.Size((int(self.starts[-1]), parts[0].shape[1]))
 
     def __len__(self) -> int:
         return self.shape[0]
 
-    def __getitem__(self, rows: Tensor | np.ndarray) -> Tensor:
-        rows = torch.as_tensor(rows).numpy()
-        if rows.ndim != 1 or rows.dtype.kind not in "iu":
-            raise TypeError(f"rows are asked for by a tensor [B] of whole numbers, not {rows.dtype} {list(rows.shape)}")
-        found = torch.empty(len(rows), self.shape[1])
-        shard, place = self._shards.find(rows)
-        order = np.argsort(shard, kind="stable")
-        for here in np.split(order, np.flatnonzero(np.diff(shard[order])) + 1) if len(rows) else ():
-            z, _ = self._shards[shard[here[0]]]
-            found[torch.from_numpy(here)] = z[torch.from_numpy(place[here])].float()
-        return found
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < len(self):
+            raise IndexError(f"rows {rows.min()} to {rows.max()} were asked for; there are {len(self)}")
+        z, shard = torch.empty(len(rows), self.shape[1]), torch.searchsorted(self.starts, rows, right=True) - 1
+        for k in shard.unique().tolist():
+            here = shard == k
+            z[here] = self.parts[k][rows[here] - self.starts[k]].float()
+        return z
 
     def whole(self) -> Tensor:
         """All of them in memory.  -> [N, D] float32"""
-        found = torch.empty(self.shape)
-        for k, start in enumerate(self._shards.starts[:-1].tolist()):
-            z, _ = self._shards[k]
-            found[start : start + len(z)] = z
-        return found
-
-
-class Ids(Sequence[str]):
-    """The ids of all shards in order, each decoded when it is asked for."""
-
-    def __init__(self, shards: Shards) -> None:
-        self._shards = shards
-
-    def __len__(self) -> int:
-        return len(self._shards)
-
-    def __getitem__(self, row: int) -> str:
-        shard, place = self._shards.find(np.array([row]))
-        return self._shards[shard[0]][1][int(place[0])]
-
-    def __iter__(self) -> Iterator[str]:
-        for k in range(len(self._shards.heads)):
-            yield from self._shards[k][1]
+        z = torch.empty(self.shape)
+        for start, part in zip(self.starts.tolist(), self.parts):
+            z[start : start + len(part)] = part
+        return z
 
 
 # -- the index -----------------------------------------------------------------------------------------
@@ -285,64 +109,157 @@ def index_of(path: str | Path) -> Path:
     return Path(path) / INDEX if Path(path).is_dir() else Path(path)
 
 
-def write_index(folder: Path, heads: Sequence[Head], made_by: dict[str, Any]) -> Path:
-    """Merge shards that lie in one folder: say which they are, in which order. Written atomically."""
-    shards = [
-        {"name": head.path.name, "rows": head.rows, "bytes": head.path.stat().st_size, "checksum": head.checksum}
-        for head in heads
-    ]
-    content = {"format": _FORMAT, "made_by": made_by, "shards": shards}
-    content["checksum"] = _checksum_of_index(content)
-    write_text(folder / INDEX, json.dumps(content, indent=1) + "\n")  # ASCII: a label may be no UTF-8
-    return folder / INDEX
+def write_index(folder: Path, shards: Sequence[Shard], made_by: dict[str, str]) -> None:
+    content = {"made_by": made_by, "shards": [_entry(shard) for shard in shards]}
+    write_text(folder / INDEX, json.dumps(content, indent=1) + "\n")
 
 
-def read_index(path: Path, verify: bool = False) -> tuple[dict[str, Any], list[Head]]:
-    """What an index says of the making, and its shards, whose sizes and headers have been looked at.
-
-    The tensors too where there are few, or with `verify`. Raises Unsound for an index or a shard that is damaged,
-    and for one that is absent, with its name.
-    """
-    content = _parse_index(path)
-    entries = content["shards"]
-    absent = [entry["name"] for entry in entries if not (path.parent / entry["name"]).is_file()]
-    if absent:
-        raise Unsound(
-            f"{len(absent)} of the {len(entries)} shards of {path} are absent, first {absent[0]}",
-            "bring them back, or run python -m pc_clip embeddings again to make them",
-        )
-    heads = [_check_shard(path.parent, entry) for entry in entries]
-    if len({(head.width, head.dtype) for head in heads}) != 1:
-        raise Unsound(f"the shards of {path} are of different models", f"delete {path.parent} and make them again")
-    if verify or sum(entry["bytes"] for entry in entries) <= VERIFY_UP_TO:
-        for head in heads:
-            read_file(head, verify=True)
-    return content["made_by"], heads
+def _entry(shard: Shard) -> dict[str, Any]:
+    return {
+        "name": shard.path.name, "rows": len(shard.z), "bytes": shard.path.stat().st_size,
+        "fingerprint": shard.made_by.get("fingerprint"),
+    }  # fmt: skip
 
 
-def _parse_index(path: Path) -> dict[str, Any]:
+def read_index(path: Path) -> tuple[dict[str, str], list[Shard]]:
+    """What made the shards of an index, and the shards. Raises CorruptFileError, with the shard that is absent."""
+    again = "run python -m pc_clip embeddings again: it keeps the shards that are whole"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        said = content.pop("checksum")
-        if said == _checksum_of_index(content) and content["format"] == _FORMAT and content["shards"]:
-            return content
-    except (ValueError, KeyError, TypeError, AttributeError):
-        pass
-    raise Unsound(
-        f"{path} is damaged, or no index of embeddings",
-        "run python -m pc_clip embeddings again: it keeps the shards and writes the index anew",
-    )
+        made_by, entries = dict(content["made_by"]), content["shards"]
+        paths = [path.parent / Path(entry["name"]).name for entry in entries]
+        verify = sum(entry["bytes"] for entry in entries) <= VERIFY_UP_TO
+    except (ValueError, KeyError, TypeError) as error:
+        raise CorruptFileError(f"{path} is damaged, or no index of embeddings; {again}") from error
+    try:
+        shards = [read_shard(path, verify) for path in paths]
+    except CorruptFileError as error:
+        raise CorruptFileError(f"{error}; {again}") from error
+    for shard, entry in zip(shards, entries):
+        if _entry(shard) != entry:
+            raise CorruptFileError(f"{shard.path} is another one than {path} says; {again}")
+    if len({(shard.z.shape[1], shard.z.dtype) for shard in shards}) != 1:
+        raise CorruptFileError(f"the shards of {path} are of different models, or there are none; {again}")
+    return made_by, shards
 
 
-def _check_shard(folder: Path, entry: dict[str, Any]) -> Head:
-    path = folder / entry["name"]
-    if (size := os.path.getsize(path)) != entry["bytes"]:
-        raise Unsound(f"{path} is damaged: {size} bytes, where {folder / INDEX} says {entry['bytes']}")
-    head = read_head(path)
-    if (head.rows, head.checksum) != (entry["rows"], entry["checksum"]):
-        raise Unsound(f"{path} is another one than {folder / INDEX} says", "run python -m pc_clip embeddings again")
-    return head
+def read(path: Path, verify: bool | None = None) -> tuple[dict[str, str], list[Shard]]:
+    """What made a file or the shards of an index, and the shards. Raises CorruptFileError."""
+    if path.suffix == ".json":
+        return read_index(path)
+    shard = read_shard(path, verify)
+    return shard.made_by, [shard]
 
 
-def _checksum_of_index(content: dict[str, Any]) -> str:
-    return f"{zlib.crc32(json.dumps(content, sort_keys=True).encode()):08x}"
+def read_if_made_by(path: Path, expected: Mapping[str, str], verify: bool | None = None) -> list[Shard]:
+    """The shards of a file or an index; none, with a warning, where it is damaged or something else was expected."""
+    if not path.is_file():
+        return []
+    try:
+        made_by, shards = read(path, verify)
+    except CorruptFileError as error:
+        log.warning("%s; computing it again", error)
+        return []
+    if any(made_by.get(name) != expected[name] for name in IDENTITY):
+        log.warning("%s is of another model or of other images than its name says; computing it again", path)
+        return []
+    return shards
+
+
+# -- units of work -------------------------------------------------------------------------------------
+
+
+class Unit(NamedTuple):
+    """One shard's images, which `open` reads."""
+
+    name: str
+    fingerprint: str
+    open: Callable[[], Dataset]
+
+
+class Work(NamedTuple):
+    """An image set in units. name: of its files, and apart from those of other data. opens: whether a reader does."""
+
+    name: str
+    label: str
+    fingerprint: str
+    units: list[Unit]
+    opens: bool = True
+
+
+def blocks(data: Dataset, shard_size: int) -> Work:
+    """A data set in blocks of so many rows, the last one shorter."""
+    pictures = dataclasses.replace(data, captions=None, questions=(), attributes=(), statements=(), changes=())
+    units = []
+    for start in range(0, len(data), shard_size):
+        rows = np.arange(start, min(start + shard_size, len(data)))
+        name = f"{start:09d}-{rows[-1] + 1:09d}"
+        units.append(Unit(name, digest(data.fingerprint, name), partial(subset, pictures, rows)))
+    return Work(name_of(data), data.label, data.fingerprint, units)
+
+
+def name_of(data: Dataset) -> str:
+    """What its files begin with: apart from those of any other data, or of the same once it has changed."""
+    return printable(f"{data.name}-{data.split or 'all'}-{data.fingerprint}")
+
+
+def tars(root: Path, split: str | None) -> Work:
+    """A WebDataset, a unit a tar. None of them is opened before its turn; labels and captions need not be there."""
+    label, files = find_tars(root, split)
+    units = []
+    for path in files:
+        units.append(Unit(printable(path.stem), digest(path.name, *stat(path)), partial(open_tar, path)))
+    known = fingerprint(root, files)
+    in_a_split = files[0].parent != root
+    return Work(printable(f"webdataset-{label}-{known}"), f"webdataset/{label}", known, units, opens=in_a_split)
+
+
+def embed_units(
+    work: Work,
+    folder: Path,
+    made_by: dict[str, str],
+    encode: Callable[[Dataset, Callable[[int], object]], tuple[Tensor, list[str], list[str]]],
+    processes: Processes,
+    may_leave_out: bool = False,
+) -> list[Shard]:
+    """Do this process's units; the main process then writes the index.
+
+    encode: a unit's images -> z, ids, ids of images that do not decode. made_by: what a shard must say of its making.
+    Returns the shards; nothing in processes other than the main one, which do not see the index being written.
+    """
+    index = {**made_by, "fingerprint": work.fingerprint}
+    shards = _done(folder / INDEX, index, may_leave_out)
+    mine = [] if shards else work.units[processes.rank :: processes.size]
+    for number, unit in enumerate(mine, 1):
+        expected = {**made_by, "fingerprint": unit.fingerprint}
+        path = folder / f"{unit.name}.safetensors"
+        if _done(path, expected, may_leave_out):
+            continue
+        data = unit.open()
+        what = f"embedding {work.label}, {number} of {len(mine)}"
+        shown = None if processes.is_main else True
+        with tqdm(desc=what, total=len(data), unit=" images", leave=False, disable=shown) as bar:
+            z, ids, left_out = encode(data, bar.update)
+        if left_out:
+            log.warning("%s: %d broken images left out, first %s", unit.name, len(left_out), left_out[0])
+        write_shard(path, z, ids, {**expected, "left_out": json.dumps(left_out)})
+    processes.wait()
+    if not processes.is_main:
+        return []
+    if shards:
+        return shards
+    paths = [folder / f"{unit.name}.safetensors" for unit in work.units]
+    if absent := [path for path in paths if not path.is_file()]:
+        raise UserError(f"{absent[0]} of another process is not seen here; all processes need one shared folder")
+    shards = [read_shard(path) for path in paths]
+    if not any(len(shard.z) for shard in shards):
+        raise UserError(f"{work.label} holds no image that can be read")
+    if lost := sum(len(shard.left_out) for shard in shards):
+        log.warning("%d broken images were left out in all", lost)
+    write_index(folder, shards, index)
+    return shards
+
+
+def _done(path: Path, made_by: dict[str, str], may_leave_out: bool) -> list[Shard]:
+    shards = read_if_made_by(path, made_by, verify=True)
+    return shards if may_leave_out or not any(shard.left_out for shard in shards) else []

@@ -1,60 +1,44 @@
-"""Images as pixels, decoded and transformed in worker processes."""
+"""Images as pixels: decoded, transformed and randomly cropped in the worker processes of a DataLoader."""
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
+import math
 import multiprocessing
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from functools import partial
-from multiprocessing.context import BaseContext
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from pc_clip.core.errors import UserError, check_at_least
+from pc_clip.core.random import stream
 from pc_clip.data.dataset import BrokenImage, Dataset
+from pc_clip.models.clip import Clip
+from pc_clip.models.torchvision_compat import torchvision
 
-# Images that a worker hands over at once. A worker has at most three such pieces in hand, two ready and one in the
-# making, however large the batch: 58 MB of pictures of 224 x 224.
-PIECE = 32
+from open_clip.transform import CenterCropOrPad, ResizeKeepRatio  # isort: skip
 
-# What becomes of an image: (image, its row, epoch) -> a tensor of the same shape for all. Worker processes that are
-# not forked get it pickled.
+InterpolationMode = torchvision.transforms.InterpolationMode
+
+ASPECTS = (3 / 4, 4 / 3)  # width over height of a random crop
+FIT = (torchvision.transforms.Resize, torchvision.transforms.CenterCrop, ResizeKeepRatio, CenterCropOrPad)
+
+# (image, its row, epoch) -> a tensor of the same shape for all images. It may be pickled for worker processes.
 Transform = Callable[[Image.Image, int, int], Tensor]
 
 
-class _Pictures(torch.utils.data.Dataset):
-    """Decodes and transforms one image at a time, so that worker processes can share the work."""
-
-    def __init__(self, data: Dataset, transform: Transform) -> None:
-        # Without what nobody needs there.
-        nothing = {"captions": None, "questions": (), "attributes": (), "statements": (), "changes": (), "judge": None}
-        self.data = dataclasses.replace(data, **nothing)
-        self.transform = transform
-
-    def __getitem__(self, key: tuple[int, int]) -> Tensor | UserError:
-        row, epoch = key
-        try:
-            return self.transform(self.data.load(row), row, epoch)
-        except UserError as error:  # raised where it can be caught: a worker process would wrap it in its traceback
-            return error
-        except Exception as error:  # Pillow's decoders raise all kinds
-            what = f"image {self.data.ids[row]} of {self.data.label} cannot be read ({type(error).__name__}: {error})"
-            if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno):  # not the image's fault
-                return UserError(f"{what}; mend that and run the same command again")
-            return BrokenImage(f"{what}; remove it")
-
-
 class Batch(NamedTuple):
-    pixels: Tensor  # [B, 3, H, W] float32, without those that could not be read
-    rows: Sequence[int]  # of the data set, those that could not be read included
+    pixels: Tensor  # [B, 3, H, W] float32, without images that could not be read
+    rows: Sequence[int]  # of the data set, images that could not be read included
     broken: dict[int, UserError]  # by row
 
     def whole(self) -> Tensor:
@@ -64,44 +48,56 @@ class Batch(NamedTuple):
         return self.pixels
 
 
-def _collate(images: list[Tensor | UserError]) -> tuple[Tensor | None, dict[int, UserError]]:
-    """One tensor, which is one shared file between two processes, and the errors by their place."""
-    broken = {n: image for n, image in enumerate(images) if isinstance(image, UserError)}
-    good = [image for image in images if isinstance(image, Tensor)]
-    return torch.stack(good) if good else None, broken
+class _Pictures(torch.utils.data.Dataset):
+    def __init__(self, data: Dataset, transform: Transform) -> None:
+        unused = {"captions": None, "questions": (), "attributes": (), "statements": (), "changes": (), "judge": None}
+        self.data, self.transform = dataclasses.replace(data, **unused), transform
+
+    def __getitem__(self, key: tuple[int, int]) -> Tensor | UserError:
+        """An error is returned: a worker process that raises wraps it in a traceback."""
+        row, epoch = key
+        try:
+            return self.transform(self.data.load(row), row, epoch)
+        except UserError as error:
+            return error
+        except Exception as error:  # Pillow's decoders raise all kinds
+            what = f"image {self.data.ids[row]} of {self.data.label} cannot be read ({type(error).__name__}: {error})"
+            if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno):  # not the image's fault
+                return UserError(f"{what}; mend that and run the same command again")
+            return BrokenImage(f"{what}; remove it")
 
 
-class _Pieces:
-    """The pieces of an epoch, as a DataLoader asks for them. asked: for all of them; out: those not yet given back."""
+def _collate(images: list[Tensor | UserError]) -> tuple[Tensor, dict[int, UserError]]:
+    """The images that could be read, and the errors by their place in the batch."""
+    pixels = [image for image in images if isinstance(image, Tensor)]
+    errors = {place: image for place, image in enumerate(images) if isinstance(image, UserError)}
+    return torch.stack(pixels) if pixels else torch.empty(0), errors
+
+
+class _Batches:
+    """The batch sampler of a DataLoader whose worker processes outlive an epoch: each epoch has other batches."""
 
     def __init__(self) -> None:
-        self.pieces: Iterable[list[tuple[int, int]]] = ()
-        self.out, self.asked = 0, True
+        self.batches: Iterable[Sequence[int]] = ()
+        self.epoch = 0
+        self.asked: list[Sequence[int]] = []  # batches that were asked for and are not given back
+        self.reading = False  # whether an epoch has batches left
 
     def begin(self, batches: Iterable[Sequence[int]], epoch: int) -> None:
-        self.pieces = ([(int(row), epoch) for row in piece] for rows in batches for piece in _cut(rows))
-        self.out, self.asked = 0, False
+        self.batches, self.epoch, self.asked, self.reading = batches, epoch, [], True
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for piece in self.pieces:
-            self.out += 1
-            yield piece
-        self.asked = True
-
-    @property
-    def unfinished(self) -> bool:
-        return self.out > 0 or not self.asked
-
-
-def _cut(rows: Sequence[int]) -> list[Sequence[int]]:
-    return [rows[n : n + PIECE] for n in range(0, len(rows), PIECE)]
+        for rows in self.batches:
+            self.asked.append(rows)
+            yield [(int(row), self.epoch) for row in rows]
+        self.reading = False
 
 
 class Reader:
     """Reads images of a data set batch by batch, in worker processes or, with 0 of them, in this one.
 
-    The processes stay between epochs, for they may take seconds to start. An epoch that is left before its end stops
-    them; so does `close`. They heed no Ctrl-C, which this process answers; torch's generator is not drawn from.
+    The processes stay between epochs; an epoch that is left before its end stops them, and so does `close`. They
+    ignore Ctrl-C, which this process answers. torch's generator is not drawn from.
     """
 
     def __init__(self, data: Dataset, transform: Transform, workers: int) -> None:
@@ -110,47 +106,40 @@ class Reader:
         self.loader: DataLoader | None = None
 
     def start(self) -> None:
-        """Start the processes before they are needed: best in the main thread, before any other (see `_context`)."""
+        """Start the processes before they are needed: best in the main thread, where they can be forked."""
         if self.workers and self.loader is None:
-            self.loader = self._start()
-            _iterate(self.loader)
+            self.loader = self._loader()
+            iter(self.loader)
 
     def batches(self, batches: Iterable[Sequence[int]], epoch: int = 0) -> Iterator[Batch]:
-        """Batches of rows as pixels, in order. `batches` is asked for no more than the processes have in hand."""
-        if self.loader is None or self.loader.batch_sampler.unfinished:
-            self.loader = self._start()  # where another epoch is under way, that one keeps its own processes
-        pieces: _Pieces = self.loader.batch_sampler
-        ours, theirs = itertools.tee(batches)
-        pieces.begin(theirs, epoch)
-        loader = _iterate(self.loader)
+        """Batches of rows as pixels, in order. Two batches a process are asked for ahead."""
+        if self.loader is None or self.loader.batch_sampler.reading or self.loader.batch_sampler.asked:
+            self.loader = self._loader()  # another epoch is under way, and keeps its own processes
+        loader, sampler = self.loader, self.loader.batch_sampler
+        sampler.begin(batches, epoch)
         try:
-            for rows in ours:
-                found, broken = [], {}
-                for piece in _cut(rows):
-                    images, errors = _next(loader)
-                    pieces.out -= 1
-                    found += [images] if images is not None else []
-                    broken |= {int(piece[n]): error for n, error in errors.items()}
-                yield Batch(
-                    found[0] if len(found) == 1 else torch.cat(found) if found else torch.empty(0), rows, broken
-                )
+            for pixels, errors in _caught(loader):
+                rows = sampler.asked.pop(0)
+                yield Batch(pixels, rows, {int(rows[place]): error for place, error in errors.items()})
         finally:
-            del loader
-            if pieces.unfinished:
+            if (sampler.reading or sampler.asked) and self.loader is loader:
                 self.close()
 
     def close(self) -> None:
         """End the processes."""
         self.loader = None
 
-    def _start(self) -> DataLoader:
+    def _loader(self) -> DataLoader:
+        # A process forked beside a thread that computes may inherit a lock that is held for ever.
+        in_main = threading.current_thread() is threading.main_thread()
+        safe = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
         return DataLoader(
             self.pictures,
-            batch_sampler=_Pieces(),
+            batch_sampler=_Batches(),
             num_workers=self.workers,
             collate_fn=_collate,
             persistent_workers=self.workers > 0,
-            multiprocessing_context=_context() if self.workers else None,
+            multiprocessing_context=safe if self.workers and not in_main else None,
             worker_init_fn=_ignore_interrupts,
             generator=torch.Generator(),
         )
@@ -160,34 +149,9 @@ def _ignore_interrupts(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _context() -> BaseContext | None:
-    """How processes are started: by fork in the main thread, as torch does it; by the fork server in any other.
-
-    Forking takes 0.2 s. But a process that is forked while another thread is within torch may inherit a lock that
-    nobody will open: of 100 such starts beside a training loop one hung. Processes of the fork server are safe from
-    that; they import everything anew, which takes about 10 s on two shared cores.
-    """
-    if threading.current_thread() is threading.main_thread():
-        return None
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    return multiprocessing.get_context("forkserver")
-
-
-def _iterate(loader: DataLoader) -> Iterator:
-    """Begin an epoch. In the main thread torch would also see to it that a process's death raises there, anywhere."""
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
-        return iter(loader)
-    before = signal.getsignal(signal.SIGCHLD)
+def _caught(loader: DataLoader) -> Iterator[tuple[Tensor, dict[int, UserError]]]:
     try:
-        return iter(loader)
-    finally:
-        signal.signal(signal.SIGCHLD, before)  # who waits for a batch is told soon enough
-
-
-def _next(loader: Iterator[tuple[Tensor | None, dict[int, UserError]]]) -> tuple[Tensor | None, dict[int, UserError]]:
-    try:
-        return next(loader)
+        yield from loader
     except (RuntimeError, EOFError, ConnectionError, FileNotFoundError) as error:  # the last three: half of a message
         if isinstance(error, RuntimeError) and "DataLoader worker (pid" not in str(error):
             raise
@@ -206,28 +170,83 @@ def _transform(preprocess: Callable[[Image.Image], Tensor], image: Image.Image, 
     return preprocess(image)
 
 
-def once(data: Dataset, transform: Transform, workers: int, batches: Iterable[Sequence[int]]) -> Iterator[Batch]:
-    """Batches from processes that end with them. Who may leave before the end should close it: garbage ends slowly."""
+def once(data: Dataset, transform: Transform, workers: int, batch_size: int) -> Iterator[Batch]:
+    """All images of a data set in order, by processes that then end. Who leaves before the end should close it."""
+    starts = range(0, len(data), batch_size)
     with closing(Reader(data, transform, workers)) as reader:
-        yield from reader.batches(batches)
+        yield from reader.batches(range(start, min(start + batch_size, len(data))) for start in starts)
 
 
 def broken_images(data: Dataset, workers: int, seen: Callable[[int], object] = lambda n: None) -> dict[int, UserError]:
-    """The images of a data set that do not decode, by row. All are decoded; `seen` is called as for `encode`.
+    """The images that do not decode, by row. All are decoded; `seen` is called with the number of images of each batch.
 
-    Raises UserError for what the disk did not give, which is nothing that the image could help.
+    Raises UserError for what the disk did not give, which is not the image's fault.
     """
-    found: dict[int, UserError] = {}
-    batches = (range(start, min(start + PIECE, len(data))) for start in range(0, len(data), PIECE))
-    with closing(once(data, _nothing, workers, batches)) as coming:
-        for batch in coming:
+    broken: dict[int, UserError] = {}
+    with closing(once(data, _nothing, workers, 32)) as batches:
+        for batch in batches:
             for error in batch.broken.values():
                 if not isinstance(error, BrokenImage):
                     raise error
-            found |= batch.broken
+            broken |= batch.broken
             seen(len(batch.rows))
-    return found
+    return broken
 
 
 def _nothing(image: Image.Image, row: int, epoch: int) -> Tensor:
     return torch.empty(0)
+
+
+@dataclass(frozen=True)
+class RandomCrop:
+    """A random part of an image, resized to what a tower takes. The draw depends on seed, epoch and row alone.
+
+    share: the least share of the image's area; size: (height, width) of the result; interpolation: bilinear, bicubic
+    or another of torchvision's; then: what makes a normalised tensor of a resized image.
+    """
+
+    share: float
+    size: tuple[int, int]
+    interpolation: str
+    then: tuple[Callable, ...]
+    seed: int = 0
+
+    @classmethod
+    def of(cls, clip: Clip, share: float, seed: int) -> RandomCrop:
+        """Crops in place of the steps by which a model's own transform fits an image. Its other steps stay.
+
+        Raises UserError for a share that is none.
+        """
+        if not 0 < share <= 1:
+            raise UserError(f"data.min_crop is {share:g}; it is a share of an image's area, above 0 and at most 1")
+        settings = clip.model.visual.preprocess_cfg
+        size, mode = settings["size"], settings["interpolation"]
+        size = tuple(size) if isinstance(size, Sequence) else (size, size)
+        then = tuple(step for step in clip.preprocess.transforms if not isinstance(step, FIT))
+        return cls(share, size, mode if mode in {known.value for known in InterpolationMode} else "bicubic", then, seed)
+
+    def __call__(self, image: Image.Image, row: int, epoch: int) -> Tensor:
+        """[3, H, W] float32"""
+        image = image.convert("RGB")
+        box = crop_box(image.height, image.width, self.share, stream(self.seed, "crop", epoch, row))
+        resize, mode = torchvision.transforms.functional.resized_crop, InterpolationMode(self.interpolation)
+        pixels = resize(image, *box, list(self.size), mode)
+        for step in self.then:
+            pixels = step(pixels)
+        return pixels
+
+
+def crop_box(height: int, width: int, share: float, rng: np.random.Generator) -> tuple[int, int, int, int]:
+    """(top, left, height, width) of a random crop in pixels, distributed as torchvision's RandomResizedCrop.get_params.
+
+    That one draws from torch's global generator, which a training step uses at the same time in another thread.
+    """
+    for _ in range(10):
+        area = height * width * rng.uniform(share, 1)
+        aspect = math.exp(rng.uniform(math.log(ASPECTS[0]), math.log(ASPECTS[1])))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
+    w = min(width, max(1, round(height * ASPECTS[1])))
+    h = min(height, max(1, round(width / ASPECTS[0])))
+    return (height - h) // 2, (width - w) // 2, h, w

@@ -1,22 +1,24 @@
-"""A change model put to the pairs of a data set: embeddings, and sentences with where the decoder looked."""
+"""Run a change model over the pairs of a data set: embeddings, sentences, attention maps, cached tokens."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pc_clip.data.dataset import Change, Dataset
+from pc_clip.core.cache import cached
+from pc_clip.data.dataset import Change, Dataset, digest
 from pc_clip.data.images import Reader, plain
 from pc_clip.models.change_model import Search
+from pc_clip.models.clip import Clip, hash_tensors
 
-if TYPE_CHECKING:
-    from pc_clip.models.clip import Clip
+log = logging.getLogger(__name__)
 
 
 class Caption(NamedTuple):
@@ -83,6 +85,33 @@ def seen_by_encoder(clip: Clip, data: Dataset, batch_size: int, workers: int, do
         for before, after in read_pairs(Reader(data, plain(clip.preprocess), workers), batches):
             yield clip.change.encoder(before.to(clip.device), after.to(clip.device))
             bar.update(len(before))
+
+
+@torch.no_grad()
+def frozen_tokens(clip: Clip, data: Dataset, batch_size: int = 64, workers: int = 0) -> np.ndarray:
+    """A frozen encoder's tokens of data.changes, memory-mapped from the cache.  -> [N, 2 (P + 1), W] float16
+
+    Raises UserError for an image that cannot be read.
+    """
+    encoder = clip.change.encoder
+    key = {  # decoder and text tower have no part
+        "image_tower": clip.image_tower_hash(),
+        "encoder": hash_tensors(encoder.state_dict(), extra=f"{clip.name} {encoder.intra_layers}"),
+        "images": data.fingerprint,
+        "pairs": digest([(change.before, change.after) for change in data.changes]),
+        "device": clip.device.type,
+    }
+
+    def make() -> dict[str, np.ndarray]:
+        tokens = np.empty((len(data.changes), 2 * (encoder.patches + 1), encoder.width), np.float16)
+        log.info("%.1f GB of tokens of a frozen encoder", tokens.nbytes / 1e9)
+        row = 0
+        for batch in seen_by_encoder(clip, data, batch_size, workers, "encoding pairs"):
+            tokens[row : row + len(batch)] = batch.float().cpu().numpy()
+            row += len(batch)
+        return {"tokens": tokens}
+
+    return cached("pairs", key, make)["tokens"]
 
 
 def read_pairs(reader: Reader, batches: Sequence[np.ndarray]) -> Iterator[tuple[Tensor, Tensor]]:

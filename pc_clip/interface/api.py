@@ -19,8 +19,7 @@ from pc_clip.core.errors import UserError
 from pc_clip.core.files import write_text
 from pc_clip.data.dataset import Dataset, Question, read_image
 from pc_clip.data.differences import read
-from pc_clip.data.embeddings import embed_images
-from pc_clip.data.encoding import Options, encode
+from pc_clip.data.embeddings import Options, embed_images, encode
 from pc_clip.data.registry import open_dataset
 from pc_clip.evals import comparative, difference, rank, zeroshot
 from pc_clip.interface import finetune as finetune_script

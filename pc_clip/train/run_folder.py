@@ -20,7 +20,7 @@ from pc_clip.core.cli import dump
 from pc_clip.core.config.settings import identity
 from pc_clip.core.config.train import FinetuneConfig
 from pc_clip.core.errors import UserError
-from pc_clip.core.files import alone, write_json, write_text
+from pc_clip.core.files import exclusive_lock, write_json, write_text
 from pc_clip.core.paths import MODEL_FILE, STATE_FILE, checkpoint_file
 from pc_clip.data import differences
 from pc_clip.data.dataset import Dataset, digest
@@ -39,7 +39,7 @@ def locked(run: Path) -> AbstractContextManager[None]:
         f"another process is training {run}; let it finish or stop it, or choose another --name "
         f"(on a file system without locks, if there surely is none, delete {run / LOCK})"
     )
-    return alone(run / LOCK, busy)
+    return exclusive_lock(run / LOCK, busy)
 
 
 def already_done(run: Path, config: FinetuneConfig, learnt_from: dict[str, str]) -> bool:

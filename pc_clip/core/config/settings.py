@@ -162,8 +162,6 @@ class EmbedConfig:
         dtype: What is kept, float32 or float16.
         broken: What an image means that does not decode, error or skip; what the disk or network did not give always
             stops.
-        part: Which part of the work this is, as 3/16; empty for all of it. For jobs that know nothing of each other.
-        verify: Read every byte of what is there already, and make again what is damaged.
         cache: The folder of the files; empty for the one where training and evaluations look for them.
         device: cpu or cuda; empty for the GPU if there is one.
     """
@@ -173,8 +171,6 @@ class EmbedConfig:
     precision: str = "no"
     dtype: str = "float32"
     broken: str = "error"
-    part: str = runtime("")
-    verify: bool = runtime(False)
     cache: str = runtime("")
     device: str = runtime("")
     model: PretrainedConfig = field(default_factory=PretrainedConfig)

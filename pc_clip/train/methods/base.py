@@ -21,12 +21,10 @@ from pc_clip.core.distributed import process_slice
 from pc_clip.core.errors import UserError
 from pc_clip.core.random import stream
 from pc_clip.data import tokens
-from pc_clip.data.augment import RandomCrop
 from pc_clip.data.dataset import Dataset, subset
 from pc_clip.data.embedding_shards import Rows
-from pc_clip.data.embeddings import embed_images, load_embeddings
-from pc_clip.data.encoding import Options, encode
-from pc_clip.data.images import Reader, Transform, plain
+from pc_clip.data.embeddings import Options, embed_images, encode, load_embeddings
+from pc_clip.data.images import RandomCrop, Reader, Transform, plain
 from pc_clip.models.clip import SCRATCH, Clip, hash_tensors
 from pc_clip.models.parameters import image_tower_learns
 from pc_clip.train.samplers import Sampler
@@ -236,7 +234,7 @@ class Images:
     def batches(self, rows: Iterable[np.ndarray], epoch: int) -> Iterator[Tensor]:
         """An epoch's batches: of each array of rows [B, D] embeddings or [B, 3, H, W] pixels, in this epoch's crops.
 
-        Pixels come from worker processes, which work ahead by two pieces of 32 images each. Closing the iterator before
+        Pixels come from worker processes, which work two batches each ahead. Closing the iterator before
         its end stops them. Raises UserError for an image that cannot be read, with its path.
         """
         if self.z is not None:

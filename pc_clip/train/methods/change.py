@@ -25,8 +25,7 @@ from pc_clip.core.random import seed_of, stream
 from pc_clip.data.changes import NoSplit
 from pc_clip.data.dataset import Dataset, with_changes
 from pc_clip.data.images import Reader, plain
-from pc_clip.data.pair_features import Features
-from pc_clip.data.pairs import captions, distinct_sentences, embed_pairs, pair_rows, read_pairs
+from pc_clip.data.pairs import captions, distinct_sentences, embed_pairs, frozen_tokens, pair_rows, read_pairs
 from pc_clip.data.registry import READERS, held_out
 from pc_clip.data.training_data import load_dataset
 from pc_clip.metrics.captions import validation_cider
@@ -88,7 +87,7 @@ class Method(BaseMethod):
         self.features = None
         if options.freeze:  # now, when nothing is left that could be refused
             with PartialState().main_process_first():  # the others then find it in the cache
-                self.features = Features(clip, data, workers=config.data.workers)
+                self.features = frozen_tokens(clip, data, workers=config.data.workers)
 
     def _prepare_to_retrieve(self, sentences: list[str]) -> None:
         self.change.decoder = self.change.vocabulary = None  # what was written before this adaptation is no more
@@ -180,7 +179,8 @@ class Method(BaseMethod):
         nothing = torch.empty(0)
         if self.features is not None:
             for n, (chosen, drawn) in enumerate(mine, start=skip):
-                yield self._batch(epoch, n, chosen, drawn, nothing, nothing, self.features[chosen])
+                seen = torch.from_numpy(self.features[chosen].astype(np.float32))
+                yield self._batch(epoch, n, chosen, drawn, nothing, nothing, seen)
             return
         with closing(read_pairs(self.reader, [self.pairs[chosen] for chosen, _ in mine])) as coming:
             for n, ((chosen, drawn), (before, after)) in enumerate(zip(mine, coming), start=skip):
