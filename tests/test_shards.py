@@ -155,7 +155,7 @@ def test_a_second_launch_of_the_same_name_is_refused_and_harms_nothing(config):
     held, end = forks.Event(), forks.Event()
 
     def hold():
-        with Progress(Path(config.out) / "some.jsonl").alone():
+        with Progress(Path(config.out) / "some.jsonl").lock():
             held.set()
             end.wait(60)
 

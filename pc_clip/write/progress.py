@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pc_clip.core.errors import UserError
-from pc_clip.core.files import alone, write_json
+from pc_clip.core.files import exclusive_lock, write_json
 
 Item = tuple[str, str]
 UNUSABLE = b'"text": null'  # in the line of a rejected answer; within a text the quotes would be escaped
@@ -31,10 +31,10 @@ class Progress:
         self._settings, self.writer = self.folder / "settings.json", self.folder / "writer.json"
         self._merging = self.folder / "merging"
 
-    def alone(self) -> AbstractContextManager[None]:
+    def lock(self) -> AbstractContextManager[None]:
         """The right to write `out`, for the main process of a launch. Raises UserError when another launch has it."""
         busy = f"another process is writing {self.out}; let it finish or stop it, or choose another --name"
-        return alone(self.folder.with_suffix(".lock"), busy)
+        return exclusive_lock(self.folder.with_suffix(".lock"), busy)
 
     def begin(self, settings: dict[str, Any], overwrite: bool, work: str = "[0-9]*.jsonl") -> None:
         """Make the folder ready for these settings; the main process calls it before any other starts.

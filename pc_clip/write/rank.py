@@ -87,7 +87,7 @@ def generate_rank(config: GenerateConfig, processes: Processes) -> Path:
     settings, model = json.loads(json.dumps(_settings(config, data, clip, asked))), clip.describe()
     progress = Progress(out, ".rank.parts")
     drawn = progress.folder / "candidates.json"
-    with progress.alone() if processes.is_main else nullcontext():
+    with progress.lock() if processes.is_main else nullcontext():
         processes.wait()
         if is_finished(progress, settings, config.overwrite, processes):
             return out

@@ -57,7 +57,7 @@ def write_all(config: GenerateConfig, task: Task, out: Path, settings: dict[str,
     settings: all that the sentences depend on, as JSON gives it back. Raises UserError for a file of other settings.
     """
     progress = Progress(out)
-    with progress.alone() if processes.is_main else nullcontext():
+    with progress.lock() if processes.is_main else nullcontext():
         processes.wait()  # from here the main process has the lock, and no other launch changes anything
         if is_finished(progress, settings, config.overwrite, processes):
             return out
