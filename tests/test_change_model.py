@@ -200,7 +200,7 @@ def obvious_greedy(made: Decoder, seen: torch.Tensor) -> list[int]:
 @pytest.mark.parametrize("scale", [1.0, 4.0])
 def test_greedy_is_that_of_a_decoder_without_a_cache(scale):
     made, seen = decoder(), scale * torch.randn(12, 6, 6)
-    found = made.greedy(seen)
+    found = made.search(seen)
     said = [[n for n in row.tolist() if n != PAD] for row in found.tokens]
     assert said == [obvious_greedy(made, each) for each in seen]
     assert len({len(row) for row in said}) > 1  # some ended earlier than others
@@ -215,8 +215,8 @@ def test_search_stops_when_all_have_ended():
     made = decoder(max_length=30)
     with torch.no_grad():
         made.bias[0] = 100.0  # END
-    assert made.greedy(torch.randn(4, 6, 6)).tokens.tolist() == [[END]] * 4
-    assert made.beam(torch.randn(4, 6, 6), 3).tokens.tolist() == [[END]] * 4
+    assert made.search(torch.randn(4, 6, 6)).tokens.tolist() == [[END]] * 4
+    assert made.search(torch.randn(4, 6, 6), 3).tokens.tolist() == [[END]] * 4
 
 
 @torch.no_grad()
@@ -238,7 +238,7 @@ def every_sentence(made: Decoder, seen: torch.Tensor) -> dict[tuple[int, ...], f
 def test_a_beam_wide_enough_finds_the_best_of_all_sentences(penalty):
     made = decoder(words=6, max_length=5)
     seen = 2 * torch.randn(4, 6, 6)
-    found = made.beam(seen, 60, penalty)
+    found = made.search(seen, 60, penalty)
     for row, total, each in zip(found.tokens.tolist(), found.log_likelihood.tolist(), seen):
         sentences = every_sentence(made, each)
         whole = {s: v for s, v in sentences.items() if s[-1] == END}
@@ -249,8 +249,8 @@ def test_a_beam_wide_enough_finds_the_best_of_all_sentences(penalty):
 
 def test_beams_do_not_depend_on_the_rest_of_the_batch():
     made, seen = decoder(max_length=12), torch.randn(6, 6, 6)
-    together = made.beam(seen, 4).tokens.tolist()
-    alone = [made.beam(each[None], 4).tokens.tolist()[0] for each in seen]
+    together = made.search(seen, 4).tokens.tolist()
+    alone = [made.search(each[None], 4).tokens.tolist()[0] for each in seen]
     assert [[n for n in row if n] for row in together] == [[n for n in row if n] for row in alone]
 
 
@@ -303,7 +303,7 @@ def test_attention_is_that_of_the_last_layer():
 def test_greedy_and_beams_hold_for_any_pictures(beams, seed):
     made = decoder(max_length=6)
     seen = torch.randn(3, 6, 6, generator=torch.Generator().manual_seed(seed))
-    for found in (made.greedy(seen), made.beam(seen, beams)):
+    for found in (made.search(seen), made.search(seen, beams)):
         for row in found.tokens.tolist():
             said = [n for n in row if n != PAD]
             assert END not in said[:-1]

@@ -41,7 +41,7 @@ def test_the_image_transform_comes_back_too(tmp_path):
     model = open_clip.create_model(
         "RN50", load_weights=False, force_preprocess_cfg={"mean": (0.5,) * 3, "std": (0.5,) * 3}
     )
-    clip = Clip._complete(model, "RN50", None, "cpu")
+    clip = loading.complete(model, "RN50", None)
     loading.save_model(tmp_path / "model.safetensors", clip)
     found = loading.load_model(tmp_path / "model.safetensors")
     assert repr(found.preprocess) == repr(clip.preprocess)
