@@ -10,7 +10,7 @@ from pc_clip.core.errors import UserError
 from pc_clip.data import attributes
 from pc_clip.data.dataset import Dataset, Question
 from pc_clip.data.differences import Difference, contrast, to_line
-from pc_clip.evals import Subject, difference, rank
+from pc_clip.evals import EvalContext, difference, rank
 
 TASK = """dataset: zoo
 attributes:
@@ -83,7 +83,7 @@ def test_an_unknown_task_names_the_known(folder):
         attributes.of(zoo(), EvaluateConfig(tasks=["zoo_sice"]))
 
 
-def subject_of(data: Dataset, **config) -> Subject:
+def subject_of(data: Dataset, **config) -> EvalContext:
     """Bears, cats and mice along one axis; true sentences point from the less to the more, told either way."""
     texts = {"a large animal": [1.0, 0.0], "a small animal": [-1.0, 0.0]}
     for wording in range(4):
@@ -94,7 +94,7 @@ def subject_of(data: Dataset, **config) -> Subject:
         texts[template.format(a="a smaller animal", b="a larger animal")] = [1.0, 0.0]
     z = np.tile([[1.0, 0.1], [0.5, 1.0], [-1.0, 0.1]], (4, 1))
     clip = FakeClip(texts | TOLD, z.tolist())
-    found = Subject(
+    found = EvalContext(
         clip, lambda: clip, data, EvaluateConfig(difference=DifferenceConfig(**({"n_pairs": 20, "draws": 2} | config)))
     )
     found.__dict__["z"] = found.__dict__["base_z"] = clip.z

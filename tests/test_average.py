@@ -14,7 +14,7 @@ from pc_clip.core.errors import UserError
 from pc_clip.data.dataset import Dataset, Question
 from pc_clip.data.embeddings import CACHE
 from pc_clip.data.registry import open_dataset
-from pc_clip.evals import Subject, average
+from pc_clip.evals import EvalContext, average
 from pc_clip.models import lora
 from pc_clip.models.clip import Clip
 
@@ -58,7 +58,7 @@ class TinyClip:
 START = [[1.0, 0.0], [0.0, 1.0]]
 
 
-def subject(start, end, monkeypatch, z, target, validation_target=None, alphas=(0.5,), **settings) -> Subject:
+def subject(start, end, monkeypatch, z, target, validation_target=None, alphas=(0.5,), **settings) -> EvalContext:
     """A two-class question about images whose embeddings are z; validation differs in what is true of them."""
 
     def data(split, answers):
@@ -70,9 +70,9 @@ def subject(start, end, monkeypatch, z, target, validation_target=None, alphas=(
         )  # fmt: skip
 
     config = EvaluateConfig(**settings, average=AverageConfig(alphas=list(alphas)))
-    found = Subject(end, lambda: start, data("test", target), config)
-    held_out = Subject(end, lambda: start, data("val", validation_target or target), config)
-    monkeypatch.setattr(Subject, "validation", lambda self: held_out)
+    found = EvalContext(end, lambda: start, data("test", target), config)
+    held_out = EvalContext(end, lambda: start, data("val", validation_target or target), config)
+    monkeypatch.setattr(EvalContext, "validation", lambda self: held_out)
     return found
 
 
@@ -190,7 +190,7 @@ def test_on_the_example_the_ends_are_the_two_models_and_differences_are_measured
     config = EvaluateConfig(
         checkpoint="x", average=AverageConfig(alphas=[0.5]), difference=DifferenceConfig(n_pairs=40, draws=1)
     )
-    found = average.evaluate(Subject(clip, lambda: base, open_dataset("example", split="test"), config))
+    found = average.evaluate(EvalContext(clip, lambda: base, open_dataset("example", split="test"), config))
     assert {f"{p}_{m}" for p in ("average", "start", "end") for m in average.METRICS} == found.metrics.keys()
     assert found.metrics["start_zeroshot"] > found.metrics["end_zeroshot"]
     assert [row["alpha"] for row in found.details["table"]] == [0.0, 0.5, 1.0]

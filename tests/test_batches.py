@@ -15,7 +15,7 @@ from pc_clip.core.config.evaluate import BatchesConfig, EvaluateConfig
 from pc_clip.core.errors import UserError
 from pc_clip.data.dataset import Dataset
 from pc_clip.data.registry import open_dataset
-from pc_clip.evals import Subject, batches
+from pc_clip.evals import EvalContext, batches
 from pc_clip.evals.evaluate import measure
 from pc_clip.interface import run
 
@@ -35,7 +35,7 @@ def made(z, texts, each, size, seed=0):
     ids = [f"i{n}" for n in range(len(z))]
     data = Dataset("made", "test", ids, lambda row: Image.new("RGB", (8, 8)), "f", captions)
     known = {f"t{n}": list(map(float, text)) for n, text in enumerate(texts)}
-    subject = Subject(Given(known), lambda: None, data, EvaluateConfig(seed=seed, batches=BatchesConfig(size=size)))
+    subject = EvalContext(Given(known), lambda: None, data, EvaluateConfig(seed=seed, batches=BatchesConfig(size=size)))
     subject.__dict__["z"] = torch.as_tensor(z, dtype=torch.float32)
     return batches.evaluate(subject)
 

@@ -17,7 +17,7 @@ from pc_clip.data.captions import read_captions
 from pc_clip.data.dataset import Dataset, Question
 from pc_clip.data.registry import open_dataset
 from pc_clip.data.training_data import load_dataset
-from pc_clip.evals import Subject, extended
+from pc_clip.evals import EvalContext, extended
 from pc_clip.write import generate, prompts, work
 from pc_clip.write.rules import RulesWriter
 from pc_clip.write.writers import Writer
@@ -170,9 +170,9 @@ def test_a_broken_file_of_descriptions_is_refused(content, message):
 # -- zero-shot with descriptions -----------------------------------------------------------------------
 
 
-def subject(texts, config) -> Subject:
+def subject(texts, config) -> EvalContext:
     clip = FakeClip(texts, [[1, 0.2], [1, 0.9], [0.1, 1], [0.9, 1]])
-    found = Subject(clip, lambda: clip, made(), config)
+    found = EvalContext(clip, lambda: clip, made(), config)
     found.__dict__["z"] = clip.z
     return found
 
@@ -196,13 +196,14 @@ def test_descriptions_are_appended_or_averaged():
 def test_a_class_without_a_description_keeps_its_prompt():
     question = made().questions[0]
     told = {"emu": ["tall", "grey"]}
-    assert extended.appended(question, ("a {}",), told) == [["a emu. tall", "a emu. grey"], ["a owl"]]
-    assert extended.added(question, ("a {}",), told) == [["a emu", "tall", "grey"], ["a owl"]]
+    texts = extended.class_texts(question, ("a {}",), told)
+    assert texts["extended_append"] == [["a emu. tall", "a emu. grey"], ["a owl"]]
+    assert texts["extended_average"] == [["a emu", "tall", "grey"], ["a owl"]]
 
 
 def test_descriptions_of_other_classes_are_refused():
     Path("d.jsonl").write_text(json.dumps({"class": "owll", "text": "round"}) + "\n")
-    with pytest.raises(UserError, match="describes 'owll', which is no class of made. Did you mean 'owl'"):
+    with pytest.raises(UserError, match="describes 'owll', which is not a class of made. Did you mean 'owl'"):
         extended.evaluate(subject({}, EvaluateConfig(extended=ExtendedConfig(descriptions="d.jsonl"))))
 
 

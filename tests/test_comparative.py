@@ -11,7 +11,7 @@ from pc_clip.core.config.evaluate import ComparativeConfig, EvaluateConfig
 from pc_clip.core.errors import UserError
 from pc_clip.data.dataset import Question
 from pc_clip.data.registry import open_dataset
-from pc_clip.evals import Subject, comparative, zeroshot
+from pc_clip.evals import EvalContext, comparative, zeroshot
 
 ABC = Question("q", ("a", "b", "c"), np.arange(3), np.arange(3), ("{}",))
 TEXTS = {"a": [1, 0, 0], "b": [0, 1, 0], "c": [0, 0, 1], "a over b": [0.6, 0.8, 0], "c over b": [0, 0.6, 0.8]}
@@ -71,7 +71,7 @@ def test_alpha_is_chosen_on_validation_and_reported_on_test(monkeypatch, tmp_pat
     texts = {"a": [1, 0], "b": [0, 1], "worse": [1.0, 0.0], "more": [0.0, 1.0]}
     z = [[1, 0.2], [0.2, 1]]
     test, held_out = subject(texts, z, questions=(question,)), subject(texts, z, questions=(flipped,))
-    monkeypatch.setattr(Subject, "validation", lambda self: held_out)
+    monkeypatch.setattr(EvalContext, "validation", lambda self: held_out)
     monkeypatch.setattr(comparative, "FOLDER", tmp_path)
     comparisons = {
         "q": [{"class_a": "b", "class_b": "a", "text": "worse"}, {"class_a": "a", "class_b": "b", "text": "more"}]
@@ -111,7 +111,7 @@ def test_auto_finds_and_describes_the_confused_classes_of_the_example(small_exam
     config = EvaluateConfig(
         comparative=ComparativeConfig(pairs="auto", n_comparisons=1, calibrate=["norm", "shuffled"])
     )
-    found = comparative.evaluate(Subject(example_clip, lambda: example_clip, data, config))
+    found = comparative.evaluate(EvalContext(example_clip, lambda: example_clip, data, config))
     assert any(about["comparisons"] for about in found.details.values())
     for about in found.details.values():
         if not about["comparisons"]:  # nothing was confused, so nothing changes
@@ -138,7 +138,7 @@ def test_settings_that_make_no_sense(small_example, example_clip, setting, value
     config = EvaluateConfig(comparative=ComparativeConfig(**({"pairs": "auto"} | {setting: value})))
     data = open_dataset("example", split="test")
     with pytest.raises(UserError, match=message):
-        comparative.evaluate(Subject(example_clip, lambda: example_clip, data, config))
+        comparative.evaluate(EvalContext(example_clip, lambda: example_clip, data, config))
 
 
 def test_comparisons_of_classes_that_do_not_exist_are_refused(tmp_path):

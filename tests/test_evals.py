@@ -13,7 +13,7 @@ from pc_clip.data import differences
 from pc_clip.data.dataset import Attribute, Dataset, Question
 from pc_clip.data.differences import Difference, swap_roles, to_line
 from pc_clip.data.registry import open_dataset
-from pc_clip.evals import Subject, difference, rank, zeroshot
+from pc_clip.evals import EvalContext, difference, rank, zeroshot
 
 
 class FakeClip:
@@ -26,10 +26,10 @@ class FakeClip:
         return F.normalize(torch.tensor([self.texts[t] for t in texts], dtype=torch.float32), dim=-1)
 
 
-def subject(texts, z, config=None, base=True, **known) -> Subject:
+def subject(texts, z, config=None, base=True, **known) -> EvalContext:
     clip = FakeClip(texts, z)
     data = Dataset("made", "test", [str(n) for n in range(len(z))], lambda row: Image.new("RGB", (8, 8)), "f", **known)
-    found = Subject(
+    found = EvalContext(
         clip, lambda: clip if base else None, data, config or EvaluateConfig(difference=DifferenceConfig(n_pairs=50))
     )
     found.__dict__["z"] = found.__dict__["base_z"] = clip.z

@@ -23,7 +23,7 @@ from pc_clip.data import pairs as apply
 from pc_clip.data.dataset import Change, Dataset
 from pc_clip.data.pairs import Caption, distinct_sentences
 from pc_clip.data.registry import open_dataset
-from pc_clip.evals import Subject, _change_sheet, caption, change_retrieval
+from pc_clip.evals import EvalContext, _change_sheet, caption, change_retrieval
 from pc_clip.metrics import captions
 from pc_clip.metrics.captions import Tools
 from pc_clip.metrics.retrieval import chance, recalls
@@ -70,8 +70,8 @@ def _no_model(monkeypatch):
     monkeypatch.setattr(example_sets, "CHANGES_SIZES", {"train": 40, "val": 10, "test": 24})
 
 
-def subject(clip: FakeClip, data: Dataset, base=None, **settings) -> Subject:
-    return Subject(clip, lambda: base, data, EvaluateConfig(dataset=data.name, **settings))
+def subject(clip: FakeClip, data: Dataset, base=None, **settings) -> EvalContext:
+    return EvalContext(clip, lambda: base, data, EvaluateConfig(dataset=data.name, **settings))
 
 
 def made(changes: list[Change], **known) -> Dataset:

@@ -13,7 +13,7 @@ from pc_clip.core.config.evaluate import EvaluateConfig, ProbeConfig
 from pc_clip.core.errors import UserError
 from pc_clip.data.dataset import Dataset, Question
 from pc_clip.data.registry import open_dataset
-from pc_clip.evals import Subject, probe
+from pc_clip.evals import EvalContext, probe
 
 CLASSES = ("a", "b", "c")
 
@@ -71,7 +71,7 @@ def run(monkeypatch):
     def evaluate(texts, train, test, **settings):
         clip, model = FakeClip(texts), EvaluateConfig(probe=ProbeConfig(**{"shots": [1, 4], "draws": 3, **settings}))
         monkeypatch.setattr(probe, "open_dataset", lambda *_, **__: train)
-        found = probe.evaluate(Subject(clip, lambda: None, test, model))
+        found = probe.evaluate(EvalContext(clip, lambda: None, test, model))
         return SimpleNamespace(**vars(found), seen=clip.seen)
 
     return evaluate
@@ -99,7 +99,7 @@ def test_the_probe_alone_does_not_see_the_prompts_and_the_sum_does(run):
     assert found.metrics["probe_1shot_with_text"] == 0.0
     unsure = FakeClip(WRONG, scale=0.01)
     again = probe.evaluate(
-        Subject(unsure, lambda: None, split("test", TEST), EvaluateConfig(probe=ProbeConfig(shots=[1, 4], draws=3)))
+        EvalContext(unsure, lambda: None, split("test", TEST), EvaluateConfig(probe=ProbeConfig(shots=[1, 4], draws=3)))
     )
     assert again.metrics["probe_1shot_with_text"] == 1.0
 
@@ -175,7 +175,7 @@ def test_it_wants_a_train_split_that_is_not_reported_on_with_the_same_classes(ru
 
 
 def test_on_the_example_more_images_help_and_the_solver_always_converges(small_example, example_clip):
-    subject = Subject(
+    subject = EvalContext(
         example_clip,
         lambda: None,
         open_dataset("example", split="test"),

@@ -16,7 +16,7 @@ from pc_clip.core.config.evaluate import EvaluateConfig
 from pc_clip.core.errors import UserError
 from pc_clip.data.dataset import Dataset
 from pc_clip.data.registry import open_dataset
-from pc_clip.evals import Subject, retrieve
+from pc_clip.evals import EvalContext, retrieve
 from pc_clip.interface import run
 from pc_clip.metrics import intervals as _intervals
 from pc_clip.metrics import retrieval
@@ -40,7 +40,7 @@ def measure(z, texts: dict[str, list[float]], captions: list[tuple[str, ...]]):
     data = Dataset(
         "made", "test", [f"i{n}" for n in range(len(z))], lambda row: Image.new("RGB", (8, 8)), "f", captions
     )
-    subject = Subject(Given(texts), lambda: None, data, EvaluateConfig())
+    subject = EvalContext(Given(texts), lambda: None, data, EvaluateConfig())
     subject.__dict__["z"] = torch.as_tensor(z, dtype=torch.float32)
     return retrieve.evaluate(subject)
 

@@ -36,7 +36,7 @@ from pc_clip.core.random import stream
 from pc_clip.data.dataset import Dataset, Statement
 from pc_clip.data.statements import read_statements
 from pc_clip.data.views import located
-from pc_clip.evals import Subject
+from pc_clip.evals import EvalContext
 from pc_clip.metrics import intervals
 from pc_clip.models.clip import Clip
 
@@ -79,7 +79,7 @@ def statements_of(data: Dataset, config: EvaluateConfig) -> list[Statement]:
     return read_statements(config.statements, config.seed) if config.statements else list(data.statements)
 
 
-def ask(subject: Subject, statements: Sequence[Statement]) -> Asked:
+def ask(subject: EvalContext, statements: Sequence[Statement]) -> Asked:
     """Score statements. Only the images that they are about are embedded.
 
     Raises UserError where none of these is there, and for embeddings that are not finite.
@@ -88,7 +88,7 @@ def ask(subject: Subject, statements: Sequence[Statement]) -> Asked:
     if found.absent:
         log.info("  %d of %d statements are left out: their images are absent", found.absent, len(statements))
     every = list(found.data.ids) == list(subject.data.ids)  # then they may have been embedded already
-    z = subject.z if every else Subject(subject.clip, subject.find_base, found.data, subject.config).z
+    z = subject.z if every else EvalContext(subject.clip, subject.find_base, found.data, subject.config).z
     texts, others = embed_both(subject.clip, found.statements)
     _check_finite("images", z)
     return Asked(

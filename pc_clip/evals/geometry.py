@@ -48,7 +48,7 @@ from pc_clip.core.random import stream
 from pc_clip.data import attributes
 from pc_clip.data.dataset import Attribute, Dataset, Question
 from pc_clip.data.differences import contrast
-from pc_clip.evals import Picture, Result, Subject, mean
+from pc_clip.evals import EvalContext, Picture, Result, mean
 from pc_clip.evals.difference import draw_pairs, pair_differences
 from pc_clip.evals.zeroshot import class_embeddings, templates_of
 from pc_clip.models.clip import Clip
@@ -61,14 +61,13 @@ TUPLES = 1_000_000  # analogies looked at for one pair of questions
 ON_MAP = 500  # images on a map
 FEW = 30  # points of which t-SNE makes nothing
 
-NEEDS = "a data set with classes, graded attributes or captions"
+
+def applies(data: Dataset, config: EvaluateConfig) -> str | None:
+    known = data.questions or data.attributes or data.captions or attributes.tasks_of(data.name)
+    return None if known else "a data set with classes, graded attributes or captions"
 
 
-def applies(data: Dataset, config: EvaluateConfig) -> bool:
-    return bool(data.questions or data.attributes or data.captions or attributes.tasks_of(data.name))
-
-
-def evaluate(subject: Subject) -> Result:
+def evaluate(subject: EvalContext) -> Result:
     """The figures above, as far as the data set has what they need, and maps in two dimensions."""
     metrics, details = measure(subject, subject.clip, subject.z)
     before = subject.base is not None and subject.base.weights_hash() != subject.clip.weights_hash()
@@ -86,7 +85,7 @@ def evaluate(subject: Subject) -> Result:
     return Result(metrics, len(subject.data), details, pictures)
 
 
-def measure(subject: Subject, clip: Clip, z: Tensor) -> tuple[dict[str, float], dict]:
+def measure(subject: EvalContext, clip: Clip, z: Tensor) -> tuple[dict[str, float], dict]:
     """All figures of one model, and what they are made of. z: [N, D], its unit image embeddings."""
     data, config = subject.data, subject.config
     metrics, details = {}, {}
@@ -292,7 +291,7 @@ STYLES = {  # as matplotlib's scatter takes them; what is large is drawn over wh
 }
 
 
-def map_of_images(subject: Subject, views: list[View]) -> Picture:
+def map_of_images(subject: EvalContext, views: list[View]) -> Picture:
     """Images and class prompts of the first question, on one map for all views, so that places can be compared.
 
     Texts lie far from images (the modality gap); prompts are moved by the first view's gap, the same for all
@@ -323,7 +322,7 @@ def map_of_images(subject: Subject, views: list[View]) -> Picture:
     return Picture(image, alt)
 
 
-def map_of_differences(subject: Subject, views: list[View]) -> Picture | None:
+def map_of_differences(subject: EvalContext, views: list[View]) -> Picture | None:
     """Unit differences of images that differ in one attribute alone, and sentences about them, on one map for all.
 
     A sentence is there twice: telling of the first image first, and of the second first. Attributes beyond the
@@ -466,7 +465,7 @@ def _share_nearest_own(z: Tensor, prompts: Tensor, question: Question) -> float:
 
 
 def _differences_in_words(
-    subject: Subject, views: list[View], target: np.ndarray, gaps: list[Tensor], texts: list[Tensor]
+    subject: EvalContext, views: list[View], target: np.ndarray, gaps: list[Tensor], texts: list[Tensor]
 ) -> str:
     """What the map shows, as counts that are taken in the space itself."""
     groups = int(target.max()) + 1
