@@ -24,8 +24,9 @@ TEXTS = ("a", "b")
 class TinyModel(nn.Module):
     """One row a text, and an image tower that turns the first pixel's red and green into an embedding."""
 
-    def __init__(self, rows, tower=((1.0, 0.0), (0.0, 1.0))) -> None:
+    def __init__(self, rows, tower=((1.0, 0.0), (0.0, 1.0)), more=False) -> None:
         super().__init__()
+        self.more = nn.Parameter(torch.zeros(1)) if more else None
         self.text = nn.Parameter(torch.tensor(rows, dtype=torch.float32))
         self.visual = nn.Linear(2, 2, bias=False)
         self.visual.weight.data = torch.tensor(tower)
@@ -76,26 +77,6 @@ def subject(start, end, monkeypatch, z, target, validation_target=None, alphas=(
     return found
 
 
-def test_between_the_ends_the_text_is_the_average_of_the_two(monkeypatch):
-    """a moves from (1, 0) to (-1, 0) and b from (0, -1) to (0, 1); they pass (0, 0) halfway."""
-    start, end = TinyClip(TinyModel([[1, 0], [0, -1]])), TinyClip(TinyModel([[-1, 0], [0, 1]]))
-    z, target = [[1, 0.2], [1, 0.6], [0.2, 1]], [0, 0, 1]
-    found = average.evaluate(subject(start, end, monkeypatch, z, target, alphas=[0.25, 0.75]))
-    table = {row["alpha"]: row["test"]["zeroshot"] for row in found.details["table"]}
-    # below a half the prompts are those of the start in direction, above those of the end
-    assert table == {
-        0.0: pytest.approx(2 / 3),
-        0.25: pytest.approx(2 / 3),
-        0.75: pytest.approx(1 / 3),
-        1.0: pytest.approx(1 / 3),
-    }
-    assert found.metrics == {
-        "average_zeroshot": pytest.approx(2 / 3), "start_zeroshot": pytest.approx(2 / 3),
-        "end_zeroshot": pytest.approx(1 / 3),
-    }  # fmt: skip
-    assert found.details["alpha"] == 0.0
-
-
 def test_a_point_between_can_be_better_than_both_ends(monkeypatch):
     """a = (1, 0) throughout, b goes from (1, 1) to (-1, 1): (1, 0.6) is right at the end, (0.3, 1) at the start."""
     start, end = TinyClip(TinyModel([[1, 0], [1, 1]])), TinyClip(TinyModel([[1, 0], [-1, 1]]))
@@ -141,45 +122,19 @@ def test_images_are_encoded_again_when_the_image_tower_changed_and_the_cache_kee
     assert len(list(CACHE.iterdir())) == 4  # two ends, two splits
 
 
-def test_the_models_themselves_are_left_as_they_were(monkeypatch):
-    start, end = TinyClip(TinyModel([[1, 0], [1, 1]])), TinyClip(TinyModel([[1, 0], [-1, 1]]))
-    before = start.weights_hash(), end.weights_hash()
-    average.evaluate(subject(start, end, monkeypatch, [[1, 0.6]], [0]))
-    assert (start.weights_hash(), end.weights_hash()) == before
-
-
 @pytest.mark.parametrize(
     "start, alphas, message",
     [
         (None, [0.5], "needs the weights from before finetuning"),
         (TinyClip(TinyModel(START)), [0.5], "needs a finetuned model"),
         (TinyClip(TinyModel([[1, 0], [1, 1]])), [1.5], "with 0 to 1"),
+        (TinyClip(TinyModel([[1, 0], [1, 1]], more=True)), [0.5], "of two architectures"),
     ],
 )
 def test_what_cannot_be_averaged_is_said(start, alphas, message, monkeypatch):
     made = subject(start, TinyClip(TinyModel(START)), monkeypatch, [[1, 0]], [0], alphas=alphas)
     with pytest.raises(UserError, match=message):
         average.evaluate(made)
-
-
-def test_two_architectures_are_not_averaged(monkeypatch):
-    start, end = TinyClip(TinyModel(START)), TinyClip(TinyModel([[1, 0], [1, 1]]))
-    start.model.more = nn.Parameter(torch.zeros(1))
-    with pytest.raises(UserError, match="of two architectures"):
-        average.evaluate(subject(start, end, monkeypatch, [[1, 0]], [0]))
-
-
-def test_it_is_offered_with_classes_a_split_to_choose_on_and_a_checkpoint():
-    question = Question("q", TEXTS, np.arange(1), np.zeros(1, dtype=int))
-
-    def data(name, split="test", questions=(question,)):
-        return Dataset(name, split, ["0"], lambda row: Image.new("RGB", (4, 4)), "f", questions=questions)
-
-    checkpoint = EvaluateConfig(checkpoint="runs/x")
-    assert average.applies(data("example"), checkpoint)
-    assert not average.applies(data("example"), EvaluateConfig())
-    assert not average.applies(data("example", questions=()), checkpoint)
-    assert not average.applies(data("folder", "animals"), checkpoint)
 
 
 def test_on_the_example_the_ends_are_the_two_models_and_differences_are_measured_too(small_example):
