@@ -10,7 +10,7 @@ import torch
 from pc_clip.core.errors import UserError
 from pc_clip.models import loading
 from pc_clip.models.caption_decoder import Decoder, Shape
-from pc_clip.models.change_model import ChangeClip, Search, fresh
+from pc_clip.models.change_model import ChangeClip, ChangeModel, Search, fresh
 from pc_clip.models.clip import Clip
 from pc_clip.models.vocabulary import END, PAD, SPECIAL, START, Vocabulary
 
@@ -209,12 +209,10 @@ def test_attention_is_that_of_the_last_layer():
 
 
 def test_impossible_shapes():
-    for shape, message in (
-        ({"width": 10, "heads": 4}, "width 10 cannot be shared by 4"),
-        ({"layers": 0}, "layers is 0"),
-    ):
-        with pytest.raises(UserError, match=message):
-            Shape(**shape)
+    with pytest.raises(UserError, match="change.width 10 cannot be shared by 4 heads"):
+        Shape(width=10, heads=4)
+    with pytest.raises(UserError, match="change.layers is 0; it must be at least 1"):
+        Shape(layers=0)
 
 
 # -- the file ------------------------------------------------------------------------------------------
