@@ -97,21 +97,6 @@ def test_alpha_is_chosen_on_validation_and_reported_on_test(monkeypatch):
     assert max(row["test"]["zeroshot"] for row in found.details["table"]) == 1.0
 
 
-def test_the_rule_weighs_both_figures_the_same_and_prefers_the_start_among_equals():
-    judged = {
-        0.0: {"zeroshot": 0.9, "difference": 0.5, "two_way": 0.5},
-        0.4: {"zeroshot": 0.8, "difference": 0.8, "two_way": 0.5},
-        0.6: {"zeroshot": 0.8, "difference": 0.8, "two_way": 1.0},
-        1.0: {"zeroshot": 0.4, "difference": 1.0, "two_way": 1.0},
-    }
-    best, rule = average.choose(judged)
-    assert best == 0.4
-    assert "mean of zeroshot and difference" in rule
-    alone, rule = average.choose({alpha: {"zeroshot": values["zeroshot"]} for alpha, values in judged.items()})
-    assert alone == 0.0
-    assert "difference" not in rule
-
-
 def test_images_are_encoded_again_when_the_image_tower_changed_and_the_cache_keeps_only_the_ends(monkeypatch):
     """The tower goes from the identity to one that swaps the two numbers, and halfway all images are alike."""
     start = TinyClip(TinyModel(START))

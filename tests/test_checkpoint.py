@@ -85,19 +85,3 @@ def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path):
         with pytest.raises(UserError, match="more than weights|not a whole"):
             loading.load_model(tmp_path / name, name="example")
     assert not Path("attacked").exists()
-
-
-def test_a_failed_save_keeps_the_last_good_one(example_clip, tmp_path, monkeypatch):
-    path = tmp_path / "model.safetensors"
-    loading.save_model(path, example_clip)
-    before = path.read_bytes()
-
-    def full_disk(tensors, name, metadata):
-        Path(name).write_bytes(b"half")
-        raise OSError(28, "No space left on device", str(name))
-
-    monkeypatch.setattr("pc_clip.core.files.save_file", full_disk)
-    with pytest.raises(OSError, match="No space"):
-        loading.save_model(path, example_clip)
-    assert path.read_bytes() == before
-    assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]

@@ -135,13 +135,3 @@ def test_without_a_mode_what_the_file_allows_is_measured_and_the_other_is_said(c
     (path,) = Path("results").rglob("*.json")
     assert path.name.startswith("compositional-")
     assert "relations is left out: all 1 statements are true" in caplog.text
-
-
-def test_a_file_that_cannot_be_read_is_an_error_once_and_not_left_out_of_each_mode(caplog):
-    Path("pictures").mkdir()
-    Image.new("RGB", (32, 32), "red").save("pictures/0.png")
-    Path("mine.jsonl").write_text("{")
-    command = ["--dataset", "folder", "--root", "pictures", "--model.name", "example", "--statements", "mine.jsonl"]
-    with caplog.at_level(logging.WARNING), pytest.raises(UserError, match="mine.jsonl line 1 is not JSON"):
-        run.main(command)
-    assert "left out" not in caplog.text

@@ -140,15 +140,6 @@ def test_where_all_are_true_another_mode_is_named():
 # -- intervals and items -----------------------------------------------------------------------------------
 
 
-def test_intervals_are_over_photographs_because_what_is_asked_of_one_is_alike():
-    values = np.random.default_rng(0).integers(0, 2, 60).astype(float)
-    once = _intervals.redrawn_means(values[:, None], np.arange(60), seed=1)
-    five = _intervals.redrawn_means(np.repeat(values, 5)[:, None], np.repeat(np.arange(60), 5), seed=1)
-    assert np.allclose(once, five)
-    low, high = _intervals.between(once[:, 0])
-    assert high - low == pytest.approx(2 * 1.96 * values.std() / np.sqrt(60), rel=0.15)
-
-
 # -- what texts give away ----------------------------------------------------------------------------------
 
 
