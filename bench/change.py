@@ -55,8 +55,8 @@ def figures(threads: int = 1) -> list[Figure]:
 def _compare(decoder: Decoder, seen: Tensor, ends: bool, about: str) -> list[Figure]:
     seconds: dict[str, list[float]] = {"greedy": [], "beam": [], "reference": []}
     for _ in range(ROUNDS):
-        mine = _timed(seconds["greedy"], lambda: decoder.greedy(seen).tokens)
-        _timed(seconds["beam"], lambda: decoder.beam(seen, BEAMS).tokens)
+        mine = _timed(seconds["greedy"], lambda: decoder.search(seen).tokens)
+        _timed(seconds["beam"], lambda: decoder.search(seen, BEAMS).tokens)
         true = _timed(seconds["reference"], lambda: published(decoder, seen))
         if differ := sum(a != b for a, b in zip(sentences(mine), sentences(true), strict=True)):
             raise RuntimeError(f"{differ} of {len(seen)} sentences are not the reference's")
@@ -117,7 +117,7 @@ def make_decoder(words: int) -> Decoder:
 def set_ends(decoder: Decoder, seen: Tensor, ends: bool) -> Tensor:
     """Set END's bias: sentences get LENGTH words on average, or none ends. -> [B], their lengths with END"""
     decoder.bias[0] = -inf
-    tokens = decoder.greedy(seen).tokens  # no end changes what stands before it
+    tokens = decoder.search(seen).tokens  # no end changes what stands before it
     if not ends:
         return (tokens != END).sum(1)
     decoder.bias[0] = 0

@@ -45,7 +45,7 @@ from pc_clip.data.dataset import Dataset
 from pc_clip.data.differences import Difference, contrast, to_line
 from pc_clip.data.embeddings import CACHE
 from pc_clip.data.registry import open_dataset
-from pc_clip.evals import Subject
+from pc_clip.evals import EvalContext
 from pc_clip.evals.difference import cosines, pair_differences
 from pc_clip.evals.evaluate import measure
 from pc_clip.models.loading import load_model, save_model
@@ -164,7 +164,7 @@ def our_difference_classification(clip: Clip, data: Dataset) -> dict[str, float]
 
 def our_cosines(clip: Clip, data: Dataset, said: list[Difference]) -> Tensor:
     """What those figures are made of.  -> [P]"""
-    z = Subject(clip, lambda: None, data, _settings("difference")).z
+    z = EvalContext(clip, lambda: None, data, _settings("difference")).z
     pairs = differences.rows(said, data.ids, str(SENTENCES))
     return cosines(clip, [each.text for each in said], pair_differences(z, pairs))
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pc_clip.core.config.evaluate import EvaluateConfig
 from pc_clip.data.dataset import Dataset, Statement
-from pc_clip.evals import Subject
+from pc_clip.evals import EvalContext
 from pc_clip.models.torchvision_compat import torchvision
 
 COLOUR = {"red": [1.0, 0.0, 0.0], "green": [0.0, 1.0, 0.0], "blue": [0.0, 0.0, 1.0]}
@@ -45,7 +45,7 @@ def about(
     texts: dict[str, list[float]],
     images: Sequence[str] | None = None,
     config: EvaluateConfig | None = None,
-) -> Subject:
+) -> EvalContext:
     """A subject whose data set has these statements, and plain pictures of the colours that their ids begin with."""
     ids = list(images or dict.fromkeys(s.image.split("@")[0] for s in statements))
     colours = [next((colour for colour in COLOUR if name.startswith(colour)), "black") for name in ids]
@@ -54,4 +54,4 @@ def about(
         f"made of {ids}", statements=tuple(statements),
     )  # fmt: skip
     clip = Sees(texts)
-    return Subject(clip, lambda: clip, data, config or EvaluateConfig())
+    return EvalContext(clip, lambda: clip, data, config or EvaluateConfig())

@@ -10,7 +10,7 @@ from pc_clip.core.errors import UserError
 from pc_clip.data import attributes
 from pc_clip.data.dataset import Dataset, Question
 from pc_clip.data.differences import Difference, contrast, to_line
-from pc_clip.evals import Subject, difference, rank
+from pc_clip.evals import EvalContext, difference, rank
 
 TASK = """dataset: zoo
 attributes:
@@ -77,7 +77,13 @@ def test_a_task_that_does_not_fit_says_why(folder, content, message):
         attributes.of(zoo(), EvaluateConfig())
 
 
-def subject_of(data: Dataset, **config) -> Subject:
+def test_an_unknown_task_names_the_known(folder):
+    (folder / "zoo_size.yaml").write_text(TASK % LISTS)
+    with pytest.raises(UserError, match="zoo has no task 'zoo_sice'. Did you mean 'zoo_size'"):
+        attributes.of(zoo(), EvaluateConfig(tasks=["zoo_sice"]))
+
+
+def subject_of(data: Dataset, **config) -> EvalContext:
     """Bears, cats and mice along one axis; true sentences point from the less to the more, told either way."""
     texts = {"a large animal": [1.0, 0.0], "a small animal": [-1.0, 0.0]}
     for wording in range(4):
@@ -88,7 +94,7 @@ def subject_of(data: Dataset, **config) -> Subject:
         texts[template.format(a="a smaller animal", b="a larger animal")] = [1.0, 0.0]
     z = np.tile([[1.0, 0.1], [0.5, 1.0], [-1.0, 0.1]], (4, 1))
     clip = FakeClip(texts | TOLD, z.tolist())
-    found = Subject(
+    found = EvalContext(
         clip, lambda: clip, data, EvaluateConfig(difference=DifferenceConfig(**({"n_pairs": 20, "draws": 2} | config)))
     )
     found.__dict__["z"] = found.__dict__["base_z"] = clip.z
@@ -146,6 +152,12 @@ def test_sentences_about_classes_are_asked_of_images_of_those_classes():
         file.write(to_line(Difference("mouse", "bear", text)))
     found = difference.evaluate(subject_of(zoo(), sentences="told.jsonl"))
     assert (found.metrics["sign"], found.metrics["caption_subtraction"]) == (0.0, 1.0)
+
+
+def test_no_pair_that_differs_is_said(folder):
+    (folder / "zoo_size.yaml").write_text(TASK % "high_classes: [bear], low_classes: []")
+    with pytest.raises(UserError, match="no two of the images differ in zoo_size"):
+        difference.evaluate(subject_of(zoo()))
 
 
 def test_the_tasks_of_the_house_are_well_formed():

@@ -6,16 +6,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
 from pc_clip.core.config.evaluate import BatchesConfig, EvaluateConfig
 from pc_clip.core.errors import UserError
+from pc_clip.core.random import stream
 from pc_clip.data.dataset import Dataset
 from pc_clip.data.registry import open_dataset
-from pc_clip.evals import Subject, batches
+from pc_clip.evals import EvalContext, batches
 from pc_clip.evals.evaluate import measure
 from pc_clip.interface import run
 
@@ -35,7 +35,7 @@ def made(z, texts, each, size, seed=0):
     ids = [f"i{n}" for n in range(len(z))]
     data = Dataset("made", "test", ids, lambda row: Image.new("RGB", (8, 8)), "f", captions)
     known = {f"t{n}": list(map(float, text)) for n, text in enumerate(texts)}
-    subject = Subject(Given(known), lambda: None, data, EvaluateConfig(seed=seed, batches=BatchesConfig(size=size)))
+    subject = EvalContext(Given(known), lambda: None, data, EvaluateConfig(seed=seed, batches=BatchesConfig(size=size)))
     subject.__dict__["z"] = torch.as_tensor(z, dtype=torch.float32)
     return batches.evaluate(subject)
 
@@ -49,7 +49,7 @@ def rank_of(query, items, right) -> tuple[float, float]:
 
 
 def slowly(z, texts, each, size, seed):
-    order = np.random.default_rng(seed).permutation(len(z)).tolist()
+    order = stream(seed, "retrieval batches").permutation(len(z)).tolist()
     starts = np.cumsum(each) - each
     found = {f"batch_{way}_{what}": [] for way in ("t2i", "i2t") for what in ("r1", "mrr")}
     for start in range(0, len(order) - size + 1, size):
@@ -83,14 +83,6 @@ def test_figures_are_what_counting_one_query_at_a_time_gives(case):
     assert set(found.intervals) == set(found.items) == set(found.metrics)
 
 
-@given(st.integers(2, 100), st.integers(2, 20), st.integers(0, 5))
-def test_batches_are_disjoint_and_what_fills_none_is_left_out(images, size, seed):
-    found = batches.disjoint(images, size, seed)
-    assert found.shape == (images // size, size)
-    assert len(np.unique(found)) == found.size
-    assert np.array_equal(found, batches.disjoint(images, size, seed))
-
-
 def test_left_out_images_are_counted_and_a_batch_is_easier_than_the_whole():
     rng = np.random.default_rng(0)
     z = rng.normal(size=(50, 6))
@@ -103,13 +95,6 @@ def test_left_out_images_are_counted_and_a_batch_is_easier_than_the_whole():
     assert low < small.metrics["batch_t2i_r1"] < high
 
 
-def test_a_model_that_tells_nothing_apart_has_the_middle_rank():
-    one = F.normalize(torch.ones(7), dim=0).tolist()
-    found = made([one] * 12, [one] * 12, [1] * 12, 4)
-    assert found.metrics["batch_t2i_r1"] == found.metrics["batch_i2t_r1"] == 0.0
-    assert found.metrics["batch_t2i_mrr"] == found.metrics["batch_i2t_mrr"] == pytest.approx(1 / 2.5)
-
-
 def test_what_cannot_be_measured_is_said():
     with pytest.raises(UserError, match="batches.size is 1; it must be at least 2"):
         made(np.eye(4), np.eye(4), [1] * 4, 1)
@@ -117,8 +102,6 @@ def test_what_cannot_be_measured_is_said():
         made(np.eye(4), np.eye(4), [1] * 4, 5)
     with pytest.raises(UserError, match=r"an image without a caption \(i2\)"):
         made(np.eye(4), np.eye(3, 4), [1, 1, 0, 1], 2)
-    with pytest.raises(UserError, match="captions of made/test are not finite"):
-        made(np.eye(4), np.full((4, 4), np.nan), [1] * 4, 2)
 
 
 def test_it_is_measured_where_it_is_asked_for_by_name_alone(coco_folder, example_clip):

@@ -41,7 +41,7 @@ def test_the_image_transform_comes_back_too(tmp_path):
     model = open_clip.create_model(
         "RN50", load_weights=False, force_preprocess_cfg={"mean": (0.5,) * 3, "std": (0.5,) * 3}
     )
-    clip = Clip._complete(model, "RN50", None, "cpu")
+    clip = loading.complete(model, "RN50", None)
     loading.save_model(tmp_path / "model.safetensors", clip)
     found = loading.load_model(tmp_path / "model.safetensors")
     assert repr(found.preprocess) == repr(clip.preprocess)
@@ -52,10 +52,10 @@ def test_another_architecture_is_named_with_the_first_weight_that_differs(exampl
     state = dict(example_clip.model.state_dict())
     state["text_projection"] = torch.zeros(64, 64)
     torch.save(state, tmp_path / "other.pt")
-    with pytest.raises(UserError, match=r"other\.pt does not fit example: text_projection has shape \[64, 64\]"):
+    with pytest.raises(UserError, match=r"other\.pt does not fit example: .*size mismatch for text_projection: .*64"):
         loading.load_model(tmp_path / "other.pt", name="example")
     torch.save({"fc.weight": torch.zeros(2)}, tmp_path / "fc.pt")
-    with pytest.raises(UserError, match="missing.*not of this architecture"):
+    with pytest.raises(UserError, match="Missing key.*--model.name"):
         loading.load_model(tmp_path / "fc.pt", name="example")
 
 
@@ -85,28 +85,3 @@ def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path):
         with pytest.raises(UserError, match="more than weights|not a whole"):
             loading.load_model(tmp_path / name, name="example")
     assert not Path("attacked").exists()
-
-
-def test_absent_and_unfinished_are_told_apart(tmp_path):
-    with pytest.raises(UserError, match="no checkpoint at"):
-        loading.load_model(tmp_path / "nothing.pt")
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "state.safetensors").touch()
-    with pytest.raises(UserError, match="not finished; continue it"):
-        loading.load_model(tmp_path / "run")
-
-
-def test_a_failed_save_keeps_the_last_good_one(example_clip, tmp_path, monkeypatch):
-    path = tmp_path / "model.safetensors"
-    loading.save_model(path, example_clip)
-    before = path.read_bytes()
-
-    def full_disk(tensors, name, metadata):
-        Path(name).write_bytes(b"half")
-        raise OSError(28, "No space left on device", str(name))
-
-    monkeypatch.setattr("pc_clip.core.files.save_file", full_disk)
-    with pytest.raises(OSError, match="No space"):
-        loading.save_model(path, example_clip)
-    assert path.read_bytes() == before
-    assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]

@@ -17,8 +17,9 @@ from pc_clip.data.captions import read_captions
 from pc_clip.data.dataset import Dataset, Question
 from pc_clip.data.registry import open_dataset
 from pc_clip.data.training_data import load_dataset
-from pc_clip.evals import Subject, extended
+from pc_clip.evals import EvalContext, extended
 from pc_clip.write import generate, prompts, work
+from pc_clip.write.rules import RulesWriter
 from pc_clip.write.writers import Writer
 
 
@@ -88,6 +89,18 @@ def test_every_task_has_a_prompt(task):
     assert ("an owl" in asked) == (task in ("pairs", "compare"))
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("[", "is no prompt"), ("system: x", "is no prompt .*instruction"), ("{system: x, instruction: y}", "no {first}")],
+)
+def test_a_broken_prompt_is_refused(content, message):
+    Path("p.yaml").write_text(content)
+    with pytest.raises(UserError, match=message):
+        prompts.read("p.yaml")
+    with pytest.raises(UserError, match="no prompt at nowhere.yaml; in configs/prompts: compare.yaml"):
+        prompts.read("nowhere.yaml")
+
+
 # -- writing -------------------------------------------------------------------------------------------
 
 
@@ -110,6 +123,13 @@ def test_comparisons_of_the_example_are_sentences_about_its_classes(small_exampl
     assert json.loads(path.with_suffix(".meta.json").read_text())["settings"]["task"] == "compare"
 
 
+def test_another_prompt_is_other_settings(small_example):
+    config = GenerateConfig(task="compare", question="size")
+    generate.generate(config)
+    with pytest.raises(UserError, match="written with other settings"):
+        generate.generate(GenerateConfig(name="example_size_compare", task="compare", question="count"))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -122,6 +142,17 @@ def test_comparisons_of_the_example_are_sentences_about_its_classes(small_exampl
 def test_tasks_that_cannot_be_done(small_example, settings, message):
     with pytest.raises(UserError, match=message):
         generate.generate(GenerateConfig(**settings))
+
+
+def test_sentences_that_cannot_be_used_are_none():
+    class Silent(RulesWriter):
+        def write(self, jobs):
+            return ["" for _ in jobs]
+
+    data = made()
+    assert generate.compare_classes(Silent(), "rules", data, data.questions[0], [("emu", "owl")], 0) == [None]
+    told = generate.compare_classes(RulesWriter(), "rules", data, data.questions[0], [("emu", "owl")], 0)
+    assert "an emu" in told[0] and "an owl" in told[0]
 
 
 @pytest.mark.parametrize(
@@ -139,9 +170,9 @@ def test_a_broken_file_of_descriptions_is_refused(content, message):
 # -- zero-shot with descriptions -----------------------------------------------------------------------
 
 
-def subject(texts, config) -> Subject:
+def subject(texts, config) -> EvalContext:
     clip = FakeClip(texts, [[1, 0.2], [1, 0.9], [0.1, 1], [0.9, 1]])
-    found = Subject(clip, lambda: clip, made(), config)
+    found = EvalContext(clip, lambda: clip, made(), config)
     found.__dict__["z"] = clip.z
     return found
 
@@ -162,9 +193,17 @@ def test_descriptions_are_appended_or_averaged():
     assert found.metrics["gain_extended_append"] == 1.0 and found.n == 4
 
 
+def test_a_class_without_a_description_keeps_its_prompt():
+    question = made().questions[0]
+    told = {"emu": ["tall", "grey"]}
+    texts = extended.class_texts(question, ("a {}",), told)
+    assert texts["extended_append"] == [["a emu. tall", "a emu. grey"], ["a owl"]]
+    assert texts["extended_average"] == [["a emu", "tall", "grey"], ["a owl"]]
+
+
 def test_descriptions_of_other_classes_are_refused():
     Path("d.jsonl").write_text(json.dumps({"class": "owll", "text": "round"}) + "\n")
-    with pytest.raises(UserError, match="describes 'owll', which is no class of made. Did you mean 'owl'"):
+    with pytest.raises(UserError, match="describes 'owll', which is not a class of made. Did you mean 'owl'"):
         extended.evaluate(subject({}, EvaluateConfig(extended=ExtendedConfig(descriptions="d.jsonl"))))
 
 

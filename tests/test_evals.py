@@ -1,5 +1,7 @@
 """Each evaluation on hand-made embeddings whose right answer is known by arithmetic."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -8,12 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from pc_clip.core.config.evaluate import DifferenceConfig, EvaluateConfig, RankConfig
+from pc_clip.core.config.evaluate import EVALUATIONS, DifferenceConfig, EvaluateConfig, RankConfig
+from pc_clip.core.errors import UserError
 from pc_clip.data import differences
-from pc_clip.data.dataset import Attribute, Dataset, Question
+from pc_clip.data.dataset import Attribute, Change, Dataset, Question, Statement
 from pc_clip.data.differences import Difference, swap_roles, to_line
 from pc_clip.data.registry import open_dataset
-from pc_clip.evals import Subject, difference, rank, zeroshot
+from pc_clip.evals import EvalContext, average, compositional, difference, find, rank, relations, zeroshot
+from pc_clip.evals.evaluate import measure
+from pc_clip.models.clip import Clip
 
 
 class FakeClip:
@@ -26,10 +31,10 @@ class FakeClip:
         return F.normalize(torch.tensor([self.texts[t] for t in texts], dtype=torch.float32), dim=-1)
 
 
-def subject(texts, z, config=None, base=True, **known) -> Subject:
+def subject(texts, z, config=None, base=True, **known) -> EvalContext:
     clip = FakeClip(texts, z)
     data = Dataset("made", "test", [str(n) for n in range(len(z))], lambda row: Image.new("RGB", (8, 8)), "f", **known)
-    found = Subject(
+    found = EvalContext(
         clip, lambda: clip if base else None, data, config or EvaluateConfig(difference=DifferenceConfig(n_pairs=50))
     )
     found.__dict__["z"] = found.__dict__["base_z"] = clip.z
@@ -58,17 +63,6 @@ def test_the_mean_over_templates_is_of_unit_vectors():
     assert torch.allclose(
         zeroshot.class_embeddings(clip, question), F.normalize(torch.tensor([[1.0, 1.0], [-1.0, 0.0]]))
     )
-
-
-def test_top5_of_six_classes():
-    names = tuple("abcdef")
-    question = Question("q", names, np.arange(2), np.array([5, 0]), ("{}",))
-    z = [[1.0, 0.9, 0.8, 0.7, 0.6, 0.5], [1.0, 0.9, 0.8, 0.7, 0.6, 0.5]]
-    found = zeroshot.evaluate(
-        subject({n: np.eye(6)[k].tolist() for k, n in enumerate(names)}, z, questions=(question,))
-    )
-    assert found.metrics["top5_q"] == 0.5
-    assert found.metrics["zeroshot_q"] == 0.5
 
 
 # -- differences -------------------------------------------------------------------------------------------
@@ -119,30 +113,19 @@ def test_a_scorer_that_says_the_same_of_every_sentence_is_at_chance():
     assert found.metrics["two_way"] == 0.0
 
 
-def test_without_the_untrained_model_its_baseline_is_not_made_up():
-    found = difference.evaluate(subject(sentences([1, 0, 0]), Z, base=False, attributes=(SIZE,)))
-    assert "caption_subtraction" not in found.metrics
-
-
-@given(st.integers(0, 30))
-def test_claims_are_true_clear_and_drawn_by_seed(seed):
-    data = open_dataset("example", split="val")
-    for attribute in data.attributes:
-        claims = difference.draw_claims(attribute, 50, seed)
+def test_claims_are_true_clear_and_drawn_by_seed(small_example):
+    for attribute in open_dataset("example", split="val").attributes:
+        claims = difference.draw_claims(attribute, 50, [0, 1])
         gaps = attribute.value[claims.pairs[:, 0]] - attribute.value[claims.pairs[:, 1]]
-        assert (np.abs(gaps) > attribute.gap).all()
-        for up, text, opposite, other in zip(gaps > 0, claims.text, claims.opposite, claims.reversed):
-            said = (attribute.more, attribute.less) if up else (attribute.less, attribute.more)
-            assert text.index("first") < text.index("second")
-            assert text.index(said[0]) < text.index(said[1])
-            assert opposite.index(said[1]) < opposite.index(said[0])
-            assert other.index("second") < other.index("first")
-            assert other.index(said[1]) < other.index(said[0])
-        for up, text in zip(gaps > 0, claims.unseen):
-            said = (attribute.more, attribute.less) if up else (attribute.less, attribute.more)
-            assert f"{said[0]} in the first" in text
-            assert f"{said[1]} in the second" in text
-        assert claims.text == difference.draw_claims(attribute, 50, seed).text
+        assert (np.abs(gaps) > attribute.gap).all() and claims.draw.tolist() == [0] * 50 + [1] * 50
+        for n, up in enumerate(gaps > 0):
+            more, less = (attribute.more, attribute.less) if up else (attribute.less, attribute.more)
+            text, opposite, other = claims.text[n], claims.opposite[n], claims.reversed[n]
+            assert text.index("first") < text.index("second") and text.index(more) < text.index(less)
+            assert opposite.index(less) < opposite.index(more)
+            assert other.index("second") < other.index("first") and other.index(less) < other.index(more)
+            assert f"{more} in the first" in claims.unseen[n] and f"{less} in the second" in claims.unseen[n]
+        assert claims.text[50:] == difference.draw_claims(attribute, 50, [1]).text != claims.text[:50]
 
 
 def test_recall_at_1_is_over_disjoint_blocks_and_ties_are_shared():
@@ -196,3 +179,81 @@ def test_a_folder_is_ranked_by_a_phrase_and_by_a_phrase_against_another():
         assert [row["image"] for row in found.details["order"]] == ["2", "1", "0"]
     unit = np.array([1.0, 0.9]) / np.hypot(1.0, 0.9)
     assert against.details["order"][1]["score"] == pytest.approx(unit[0] - unit[1], abs=1e-6)
+
+
+# -- which evaluations, and where their results are kept ----------------------------------------------------
+
+
+def test_what_each_evaluation_lacks():
+    """None where data and settings have all it needs, else what is missing, in words."""
+
+    def data(name="made", **known) -> Dataset:
+        return Dataset(name, "test", ["0"], lambda row: Image.new("RGB", (4, 4)), "f", **known)
+
+    def config(mode: str, **options) -> EvaluateConfig:
+        made = EvaluateConfig()
+        for name, value in options.items():
+            setattr(getattr(made, mode), name, value)
+        return made
+
+    question = Question("q", ("a", "b"), np.arange(1), np.zeros(1, dtype=int))
+    true, false = (Statement("0", "a", "b", label) for label in (True, False))
+    classes, change = {"questions": (question,)}, Change("0", "0", ("x",))
+    plain = EvaluateConfig()
+    cases = [  # mode, what has it, its settings
+        ("zeroshot", data(**classes), plain),
+        ("difference", data(attributes=(SIZE,)), plain),
+        ("difference", data(), config("difference", sentences="d.jsonl")),
+        ("rank", data(), config("rank", attribute="warm")),
+        ("comparative", data("example", **classes), config("comparative", pairs="auto")),
+        ("extended", data(**classes), config("extended", descriptions="d.jsonl")),
+        ("average", data("example", **classes), EvaluateConfig(checkpoint="runs/x")),
+        ("probe", data("example", **classes), plain),
+        ("geometry", data(captions=[("x",)]), plain),
+        ("retrieve", data(captions=[("x",)]), plain),
+        ("batches", data(captions=[("x",)]), plain),
+        ("caption", data(changes=(change,)), plain),
+        ("change_retrieval", data(changes=(change,)), plain),
+        ("relations", data(statements=(true, false)), plain),
+        ("relations", data(), EvaluateConfig(statements=["x.jsonl"])),
+        ("compositional", data(statements=(true,)), plain),
+    ]
+    assert {mode for mode, _, _ in cases} == EVALUATIONS.keys()
+    for mode, enough, options in cases:
+        assert find(mode).applies(enough, options) is None, mode
+        assert isinstance(find(mode).applies(data(), plain), str), mode
+    assert average.applies(data("folder", **classes), EvaluateConfig(checkpoint="runs/x"))  # no split to choose on
+    assert relations.applies(data(statements=(true,)), plain) and compositional.applies(
+        data(statements=(false,)), plain
+    )
+
+
+def test_weights_that_have_diverged_are_named():
+    clip = Clip.create("example")
+    with torch.no_grad():
+        clip.model.text_projection[0, 0] = torch.nan
+    with pytest.raises(UserError, match="weights of example have diverged: text_projection holds"):
+        measure(clip, open_dataset("example", split="val"), EvaluateConfig(mode="zeroshot"))
+
+
+def test_checkpoints_of_one_name_in_two_folders_keep_a_result_each(small_example, example_clip, caplog):
+    caplog.set_level("INFO")
+    data, other = open_dataset("example", split="val"), Clip.create("example")
+    with torch.no_grad():
+        other.model.text_projection += 0.1
+    for folder in ("a", "b"):
+        Path(folder).mkdir()
+        Path(folder, "same.pt").touch()
+
+    def results(clip: Clip, path: str) -> list[str]:
+        measure(clip, data, EvaluateConfig(mode="zeroshot", checkpoint=path))
+        return sorted(path.name for path in Path("results").rglob("*.json"))
+
+    first = results(example_clip, "a/same.pt")
+    both = results(other, "b/same.pt")
+    assert both == sorted([*first, f"zeroshot-example-val-{other.weights_hash()[:6]}.json"])
+    assert "whose weights differ; this one is kept in" in caplog.text
+    caplog.clear()
+    assert results(other, "b/same.pt") == results(example_clip, "a/same.pt") == both
+    assert caplog.text.count("already in") == 2
+    assert results(other, "a/same.pt") == both  # the same checkpoint, trained again, replaces its result

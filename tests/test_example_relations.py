@@ -76,9 +76,3 @@ def test_the_probes_questions_are_where_a_colour_is(kind, axis):
         for row, answer in zip(question.rows, question.target):
             thing = next(t for t in relations.scene("val", int(row)).things if t.colour == colour)
             assert answer == (getattr(thing, axis) > scenes.SIDE / 2)
-
-
-def test_a_picture_that_is_remembered_is_the_one_that_is_drawn(small_example):
-    data = example_relations("val", 3)
-    for _ in range(2):
-        assert np.array_equal(np.asarray(data.load(2)), np.asarray(scenes.draw(relations.scene("val", 2))))

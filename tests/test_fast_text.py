@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from pc_clip.core.errors import UserError
-from pc_clip.models import fast_text
+from pc_clip.models import fast_text, loading
 from pc_clip.models.clip import Clip
 from pc_clip.models.fast_text import FastText
 from pc_clip.models.packing import STEP, pack, pack_shared
@@ -262,7 +262,7 @@ def test_it_is_chosen_by_itself_and_one_switch_turns_it_off():
 
 
 def test_other_towers_are_encoded_by_open_clip_and_the_log_says_why():
-    clip = Clip._complete(open_clip.create_model("coca_ViT-B-32", pretrained=None), "coca_ViT-B-32", None, "cpu")
+    clip = loading.complete(open_clip.create_model("coca_ViT-B-32", pretrained=None), "coca_ViT-B-32", None)
     assert "open_clip's own, because it is no plain causal transformer" in clip.choose_text_way(True)
     assert clip.encode_text(clip.tokenize(["a dog"])).shape == (1, 512)
 

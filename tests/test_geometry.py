@@ -12,7 +12,7 @@ from pc_clip.core.config.evaluate import EvaluateConfig, GeometryConfig
 from pc_clip.data.dataset import Attribute, Dataset, Question
 from pc_clip.data.differences import contrast
 from pc_clip.data.registry import open_dataset
-from pc_clip.evals import Subject, geometry
+from pc_clip.evals import EvalContext, geometry
 from pc_clip.models import lora
 from pc_clip.models.clip import Clip
 
@@ -30,10 +30,12 @@ class FakeClip:
         return self.weights
 
 
-def subject(texts, z, base=None, config=None, **known) -> Subject:
+def subject(texts, z, base=None, config=None, **known) -> EvalContext:
     """Images that lie at z, after finetuning and before."""
     data = Dataset("made", "test", [str(n) for n in range(len(z))], lambda row: Image.new("RGB", (8, 8)), "f", **known)
-    found = Subject(FakeClip(texts), lambda: base, data, config or EvaluateConfig(geometry=GeometryConfig(n_pairs=200)))
+    found = EvalContext(
+        FakeClip(texts), lambda: base, data, config or EvaluateConfig(geometry=GeometryConfig(n_pairs=200))
+    )
     found.__dict__["z"] = found.__dict__["base_z"] = torch.as_tensor(np.array(z), dtype=torch.float32)
     return found
 
@@ -244,7 +246,7 @@ def test_on_the_example_images_and_texts_agree(small_example, example_clip):
             parameter.mul_(0.5)
     data = open_dataset("example", split="test")
     found = geometry.evaluate(
-        Subject(clip, lambda: example_clip, data, EvaluateConfig(geometry=GeometryConfig(n_pairs=100)))
+        EvalContext(clip, lambda: example_clip, data, EvaluateConfig(geometry=GeometryConfig(n_pairs=100)))
     )
     assert found.metrics["base_difference_alignment_classes"] > 0.5
     assert found.metrics["base_difference_alignment_classes"] > found.metrics["difference_alignment_classes"]

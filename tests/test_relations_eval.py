@@ -12,16 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from sklearn.metrics import precision_recall_fscore_support
-from statements_sample import COLOUR, Sees, about
+from statements_sample import COLOUR, about
 
-from pc_clip.core.config.evaluate import EvaluateConfig
 from pc_clip.core.errors import UserError
 from pc_clip.data.dataset import Dataset, Statement
 from pc_clip.data.statements import read_statements
 from pc_clip.evals import blind_baselines, relations
 from pc_clip.interface import run
 from pc_clip.metrics import intervals as _intervals
-from pc_clip.models.clip import Clip
 
 
 def said(image: str, text: str, contradiction: str, true: bool, kind="colour", category="Seen") -> Statement:
@@ -139,65 +137,10 @@ def test_where_all_are_true_another_mode_is_named():
         relations.evaluate(about(kept, TEXTS, images=["red0"]))
 
 
-def test_parts_and_mirror_images_are_of_one_photograph():
-    found = blind_baselines.photographs(
-        ["a@2x.jpg", "a@3x.jpg", "b", "b@box=0,0,4,4", "b@crop=0.0,0.0,0.5,1.0+flip", "b@flip"]
-    )
-    assert found.tolist() == [0, 1, 2, 2, 2, 2]
-
-
 # -- intervals and items -----------------------------------------------------------------------------------
 
 
-def test_intervals_are_over_photographs_because_what_is_asked_of_one_is_alike():
-    values = np.random.default_rng(0).integers(0, 2, 60).astype(float)
-    once = _intervals.redrawn_means(values[:, None], np.arange(60), seed=1)
-    five = _intervals.redrawn_means(np.repeat(values, 5)[:, None], np.repeat(np.arange(60), 5), seed=1)
-    assert np.allclose(once, five)
-    low, high = _intervals.between(once[:, 0])
-    assert high - low == pytest.approx(2 * 1.96 * values.std() / np.sqrt(60), rel=0.15)
-
-
-def test_differences_are_paired():
-    """Two scorers right on the same half differ by nothing, whichever photographs are drawn."""
-    right = np.tile([0.0, 1.0], 40)
-    better = right.copy()
-    better[:40:2] = 1.0
-    found = blind_baselines.against("a", {"a": better, "same": better, "b": right}, np.arange(80), seed=0)
-    assert found["same"] == (0.0, 0.0, 0.0)
-    assert found["b"].difference == 0.25
-    assert 0.1 < found["b"].low < 0.25 < found["b"].high < 0.4
-    assert blind_baselines.beats({"b": found["b"]}, "it") and not blind_baselines.beats(found, "it")
-
-
-def test_what_a_draw_leaves_out_is_not_counted():
-    values = np.array([[1.0, np.nan], [0.0, 1.0], [1.0, np.nan]])
-    draws = _intervals.redrawn_means(values, np.arange(3), seed=0)
-    assert np.isnan(draws[:, 1]).any() and set(draws[~np.isnan(draws[:, 1]), 1]) == {1.0}
-    assert _intervals.between(draws[:, 1]) == (1.0, 1.0)
-
-
-def test_items_are_one_number_a_photograph_in_order_whose_mean_is_the_accuracy():
-    statements = [said("blue0", "red", "blue", False), said("red0", "red", "blue", True),
-                  said("red0", "blue", "red", True), said("red0@flip", "red", "blue", False)]  # fmt: skip
-    found = relations.evaluate(about(statements, TEXTS, images=["red0", "red1", "blue0"]))
-    assert found.metrics["accuracy"] == 0.5
-    assert found.items["accuracy"] == [0.5, 0.5]  # red0: one right; blue0: one right; of two statements each on average
-
-
 # -- what texts give away ----------------------------------------------------------------------------------
-
-
-def test_texts_that_give_the_label_away_are_found_out():
-    rng, statements, texts = np.random.default_rng(0), [], {}
-    for i in range(60):
-        true = bool(i % 2)
-        texts[f"t{i}"] = [*rng.normal(size=2), 1.0 if true else -1.0]
-        texts[f"c{i}"] = rng.normal(size=3).tolist()
-        statements.append(said(f"red{i}", f"t{i}", f"c{i}", true))
-    found = relations.evaluate(about(statements, texts))
-    assert found.metrics["text_only"] == 1.0
-    assert found.details["beats_blind"] is False
 
 
 def test_nothing_is_learnt_from_other_statements_about_the_same_photograph():
@@ -210,22 +153,6 @@ def test_nothing_is_learnt_from_other_statements_about_the_same_photograph():
     assert np.mean((score > 0) == labels[photograph]) < 0.75
     alone = blind_baselines.tell_labels(texts, labels[photograph], np.arange(240), seed=0)
     assert np.mean((alone > 0) == labels[photograph]) > 0.95
-
-
-def test_what_texts_give_away_does_not_depend_on_where_their_images_stand():
-    rng = np.random.default_rng(0)
-    texts, true, photograph = torch.from_numpy(rng.normal(size=(80, 5))), rng.random(80) < 0.5, rng.integers(0, 30, 80)
-    scores = [
-        blind_baselines.tell_labels(texts, true, number[photograph], seed=0)
-        for number in (np.arange(30), -np.arange(30))
-    ]
-    assert np.array_equal(*scores)
-
-
-def test_too_few_photographs_for_that_are_said():
-    found = relations.evaluate(about(balanced(4), TEXTS))
-    assert "text_only" not in found.metrics
-    assert found.details["left_out"] == "text_only is left out: logistic regression wants 10 photographs of each label"
 
 
 # -- VSR's own files ---------------------------------------------------------------------------------------
@@ -294,18 +221,3 @@ def test_results_of_two_files_are_kept_apart_and_an_edited_one_is_measured_again
     assert json.loads(first.read_text())["n"] == 3
     with pytest.raises(UserError, match="needs statements of which some are true and some false: --statements PATH"):
         run.main(command)
-
-
-def test_applies_to_what_has_both_labels():
-    mixed, one = balanced(1), [said("red0", "red", "blue", True)]
-    for statements, expected in ((mixed, True), (one, False), ([], False)):
-        assert relations.applies(about(statements, TEXTS).data, EvaluateConfig()) is expected
-    assert relations.applies(about(one, TEXTS).data, EvaluateConfig(statements=["x.jsonl"]))
-
-
-def test_a_grey_picture_goes_through_the_models_own_transform(example_clip: Clip):
-    expected = example_clip.encode_image(example_clip.preprocess(Image.new("RGB", (50, 90), (128, 128, 128)))[None])
-    assert torch.allclose(
-        blind_baselines.grey_image(example_clip), torch.nn.functional.normalize(expected[0], dim=0), atol=1e-5
-    )
-    assert torch.allclose(blind_baselines.grey_image(Sees({})), torch.full((3,), 3**-0.5))

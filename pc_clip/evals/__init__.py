@@ -1,15 +1,14 @@
-"""What is measured, one file an evaluation: `evals/NAME.py` is `--mode NAME`.
+"""Evaluations, one file each: `evals/NAME.py` is `--mode NAME`.
 
 Its settings, if it has some, are a dataclass in core/config/evaluate.py, which also lists all evaluations.
 
 Such a file has
 
-    applies(data, config)    whether data set and settings have what it needs
-    NEEDS                    what that is, in words, for the error
-    evaluate(subject)        -> Result
-    lacks(subject)           optional: why the weights do not allow it, in words; None when they do
-    also_reads(subject)      optional: what is known of another split that its figures depend on, or None
-    VERSION                  optional: of what its figures mean; results of another one are measured again
+    applies(data, config)    -> None, or in words what data set or settings lack
+    evaluate(context)        -> Result. Raises UserError where the weights do not allow it
+    also_reads(context)      optional: another split that its figures depend on, or None
+    VERSION                  optional: of the meaning of its figures; results of another version are computed again
+    BY_NAME_ALONE            optional: whether it runs only when --mode names it
 
 All get image embeddings from the cache; none encodes an image twice, except average where the image tower
 was finetuned too.
@@ -22,7 +21,6 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -43,11 +41,11 @@ from pc_clip.models.clip import SCRATCH, Clip
 
 log = logging.getLogger(__name__)
 
-CHOSEN_ON = 10_000  # images of another split that settings are chosen on, at most; drawn by seed
+VALIDATION_IMAGES = 10_000  # used for choosing settings, at most; drawn by seed
 
 
 class Curve(NamedTuple):
-    """A figure over a setting: series name -> [(x, y), ...]. `marked` is the x that was chosen, if one was."""
+    """Figures over a setting: series name -> [(x, y), ...]. `marked` is the x that was chosen, if one was."""
 
     title: str
     x: str
@@ -57,7 +55,7 @@ class Curve(NamedTuple):
 
 
 class Picture(NamedTuple):
-    """A picture, and in words what it shows, for those who cannot see it."""
+    """A picture, and its description in words."""
 
     image: Image.Image
     alt: str
@@ -65,13 +63,12 @@ class Picture(NamedTuple):
 
 @dataclass
 class Result:
-    """What an evaluation found.
+    """The outcome of an evaluation.
 
-    metrics: fractions by name; n: how many items they are over; intervals: metric -> its bootstrap 95 %
-    interval; details: whatever explains them; curves, and pictures by file name, are for people to look at; items:
-    metric -> one number an item, in the data set's order, whose mean is the metric but for rounding, so that two
-    checkpoints can be compared item by item. It is a share, or a score like CIDEr; where items were asked about
-    unequally often, the share times how often this one was, over the mean of that.
+    metrics: fractions by name; n: the number of items they are over; intervals: metric -> its 95 % interval; details:
+    explanations; curves, and pictures by file name; items: metric -> one number an item, in the data set's order,
+    whose mean is the metric but for rounding, to compare two checkpoints item by item. It is a share, or a score like
+    CIDEr; where items have unequally many queries, the share times this item's count over the mean count.
     """
 
     metrics: dict[str, float]
@@ -84,7 +81,7 @@ class Result:
 
 
 @dataclass
-class Subject:
+class EvalContext:
     """The model under evaluation, the model it was before finetuning, and the data.
 
     find_base loads the untrained model when an evaluation first asks for it.
@@ -94,25 +91,22 @@ class Subject:
     find_base: Callable[[], Clip | None]
     data: Dataset
     config: EvaluateConfig
-    _opened: dict[tuple[str, str], Dataset] = field(default_factory=dict, init=False, repr=False)
+    _splits: dict[tuple[str, str], Dataset] = field(default_factory=dict, init=False, repr=False)
 
     def open(self, split: str, missing: str = "") -> Dataset:
-        """Another split of the data set, opened once however many evaluations ask for it.
-
-        missing: what its absent pictures mean, as the settings say unless told otherwise; "keep" where none is read.
-        """
+        """Another split of the data set, opened once. missing: as the setting, or "keep" where no image is read."""
         key = split, missing or self.config.missing
-        if key not in self._opened:
-            self._opened[key] = open_dataset(self.data.name, self.config.root, split, missing=key[1])
-        return self._opened[key]
+        if key not in self._splits:
+            self._splits[key] = open_dataset(self.data.name, self.config.root, split, missing=key[1])
+        return self._splits[key]
 
     @cached_property
     def base(self) -> Clip | None:
-        """The untrained model; None when it is not known or its weights are not at hand: its baselines are left out."""
-        found = self.find_base()
-        if found is None:
+        """The untrained model; None, and its baselines are left out, when its weights are not known or not at hand."""
+        base = self.find_base()
+        if base is None:
             log.info("baselines of the untrained model are left out: --model.pretrained names its weights")
-        return found
+        return base
 
     @cached_property
     def z(self) -> Tensor:
@@ -129,24 +123,24 @@ class Subject:
 
     @cached_property
     def attributes(self) -> tuple[Attribute, ...]:
-        """What images are asked about: the data set's own attributes and the tasks of data/attributes/."""
+        """The data set's own attributes and the tasks of data/attributes/."""
         return attributes.of(self.data, self.config)
 
-    def validation(self) -> Subject:
-        """The same model on images that are not reported on, for choosing. Raises UserError where there are none."""
+    def validation(self) -> EvalContext:
+        """The same model on held-out images, for choosing settings. Raises UserError where there are none."""
         split = held_out(self.data)
         if split is None:
             whole = self.data.split or "the whole"
             raise UserError(f"{self.data.name} has no split to choose on besides {whole}; --split test may leave one")
         data = self.open(split)
-        if len(data) > CHOSEN_ON:  # choosing among a few settings needs no more, and a train split may be large
+        if len(data) > VALIDATION_IMAGES:  # choosing among a few settings needs no more
             rng = stream(self.config.seed, "validation images")
-            data = subset(data, np.sort(rng.choice(len(data), CHOSEN_ON, replace=False)))
-        return Subject(self.clip, self.find_base, data, self.config)
+            data = subset(data, np.sort(rng.choice(len(data), VALIDATION_IMAGES, replace=False)))
+        return EvalContext(self.clip, self.find_base, data, self.config)
 
     def _embed(self, clip: Clip, data: Dataset) -> Tensor:
-        found = embed_images(clip, data, batch_size=self.config.batch_size, workers=self.config.workers)
-        return F.normalize(found.z, dim=-1)
+        embeddings = embed_images(clip, data, batch_size=self.config.batch_size, workers=self.config.workers)
+        return F.normalize(embeddings.z, dim=-1)
 
 
 def find(name: str) -> ModuleType:
@@ -167,7 +161,3 @@ def base_of(clip: Clip) -> Clip | None:
 
 def mean(values: list[float]) -> float:
     return float(torch.tensor(values, dtype=torch.float64).mean())
-
-
-def results_folder(config: EvaluateConfig, label: str) -> Path:
-    return Path(config.out) / (config.label or label)

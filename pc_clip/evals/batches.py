@@ -1,12 +1,10 @@
 """Retrieval among the images of a batch: R@1 and mean reciprocal rank, as training on batches sees it.
 
-Images are shuffled by seed and cut into disjoint batches of `--batches.size`; those that fill no batch are left out
-and counted. Each image comes with one caption, which has to find it among the batch's images (t2i), and which it has to
+Images are shuffled by seed and cut into disjoint batches of `--batches.size`; an incomplete batch is left out and
+counted. Each image comes with one caption, which has to find it among the batch's images (t2i), and which it has to
 find among the batch's captions (i2t): for the first, second, ... captions in turn, as many as every image has, and
 averaged. The smaller the batch, the easier: figures of two sizes are no more alike than R@1 and R@10. Ties get the
-middle of their ranks, as in evals/retrieve.py.
-
-It is measured only where it is asked for by name: `--mode retrieve` says more of a model.
+middle of their ranks, as in evals/retrieve.py. It runs only when --mode names it.
 """
 
 from __future__ import annotations
@@ -19,8 +17,8 @@ from pc_clip.core.config.evaluate import EvaluateConfig
 from pc_clip.core.errors import UserError, check_at_least
 from pc_clip.core.random import stream
 from pc_clip.data.dataset import Dataset
-from pc_clip.evals import Result, Subject
-from pc_clip.metrics import intervals as _intervals
+from pc_clip.evals import EvalContext, Result
+from pc_clip.metrics import intervals
 from pc_clip.metrics.retrieval import TIES, Search, ranks
 
 BY_NAME_ALONE = True
@@ -31,50 +29,42 @@ DEFINITIONS = {
     "mrr": "The mean of 1 / rank.",
 }
 
-NEEDS = "a data set with captions (example, coco, a webdataset for retrieval)"
+
+def applies(data: Dataset, config: EvaluateConfig) -> str | None:
+    return None if data.captions else "a data set with captions (example, coco, a webdataset for retrieval)"
 
 
-def applies(data: Dataset, config: EvaluateConfig) -> bool:
-    return bool(data.captions)
+def evaluate(context: EvalContext) -> Result:
+    """R@1 and MRR both ways, with intervals over images; the batches stay as they are.
 
-
-def evaluate(subject: Subject) -> Result:
-    """R@1 and MRR both ways, with intervals over images; what an image is searched among stays as it is.
-
-    Raises UserError for a batch smaller than 2, fewer images than one batch, an image without a caption, and
-    embeddings that are not finite.
+    Raises UserError for a batch smaller than 2, fewer images than one batch, and an image without a caption.
     """
-    data, config = subject.data, subject.config
-    size, turns = config.batches.size, min(map(len, data.captions))
+    data, size, seed = context.data, context.config.batches.size, context.config.seed
+    turns = min(map(len, data.captions))
     check_at_least("batches.size", size, 2)
     if len(data) < size:
         raise UserError(f"{data.label} has {len(data)} images, too few for one batch; --batches.size is {size}")
     if not turns:
-        lacking = data.ids[[len(of) for of in data.captions].index(0)]
+        lacking = data.ids[[len(texts) for texts in data.captions].index(0)]
         raise UserError(f"{data.label} has an image without a caption ({lacking}); batches need one of each")
-    batches = disjoint(len(data), size, config.seed)
-    chosen = np.sort(batches.ravel())
-    texts = subject.clip.embed_texts([data.captions[row][turn] for turn in range(turns) for row in range(len(data))])
-    for what, z in (("images", subject.z), ("captions", texts)):
-        if not torch.isfinite(z).all():
-            raise UserError(f"embeddings of the {what} of {data.label} are not finite; the weights may have diverged")
-    values = per_image(subject.z, texts.reshape(turns, len(data), -1), batches)
-    about = {
-        "batch": size, "batches": len(batches), "images": len(chosen), "left_out": len(data) - len(chosen),
+    batches = disjoint(len(data), size, seed)
+    used = np.sort(batches.ravel())
+    texts = context.clip.embed_texts([data.captions[row][turn] for turn in range(turns) for row in range(len(data))])
+    by_image = per_image(context.z, texts.reshape(turns, len(data), -1), batches)
+    details = {
+        "batch": size, "batches": len(batches), "images": len(used), "left_out": len(data) - len(used),
         "captions_in_turn": turns, "definitions": DEFINITIONS, "ties": TIES,
     }  # fmt: skip
-    kept = {name: of[chosen] for name, of in values.items()}
-    return Result(
-        {name: float(of.mean()) for name, of in kept.items()},
-        len(chosen),
-        about,
-        intervals={name: _intervals.of_mean(of, config.seed) for name, of in kept.items()},
-        items={name: of.round(4).tolist() for name, of in kept.items()},
-    )
+    result = Result({}, len(used), details)
+    for name, values in by_image.items():
+        result.metrics[name] = float(values[used].mean())
+        result.intervals[name] = intervals.of_mean(values[used], seed)
+        result.items[name] = values[used].round(4).tolist()
+    return result
 
 
 def disjoint(images: int, size: int, seed: int) -> np.ndarray:
-    """Images in random order, cut into batches; those that fill none are left out.  -> [batches, size] int64"""
+    """Images in random order, cut into batches; the rest is left out.  -> [batches, size] int64"""
     order = stream(seed, "retrieval batches").permutation(images)
     return order[: images - images % size].reshape(-1, size)
 
@@ -85,7 +75,7 @@ def per_image(images: Tensor, texts: Tensor, batches: np.ndarray) -> dict[str, n
     images: [N, D], texts: [turns, N, D], unit vectors; batches: [batches, size].
     """
     names = [f"batch_{way}_{what}" for what in ("r1", "mrr") for way in ("t2i", "i2t")]
-    found = {name: np.full(len(images), np.nan) for name in names}
+    by_image = {name: np.full(len(images), np.nan) for name in names}
     every = np.arange(batches.shape[1])
     search = [Search(every, every[:, None])]
     for batch in map(torch.from_numpy, batches):
@@ -95,6 +85,6 @@ def per_image(images: Tensor, texts: Tensor, batches: np.ndarray) -> dict[str, n
                 (of_way,) = ranks(queries[batch], items[batch], search)
                 by_turn[f"batch_{way}_r1"].append(of_way.hits(1))
                 by_turn[f"batch_{way}_mrr"].append(1 / of_way.middle)
-        for name, of in by_turn.items():
-            found[name][batch.numpy()] = np.mean(of, axis=0)
-    return found
+        for name, values in by_turn.items():
+            by_image[name][batch.numpy()] = np.mean(values, axis=0)
+    return by_image

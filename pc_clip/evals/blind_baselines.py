@@ -42,7 +42,7 @@ from pc_clip.core.random import stream
 from pc_clip.data.dataset import Dataset, Statement
 from pc_clip.data.statements import label_of, read_statements
 from pc_clip.data.views import located
-from pc_clip.evals import Subject
+from pc_clip.evals import EvalContext
 from pc_clip.metrics import intervals
 from pc_clip.models.clip import Clip
 
@@ -85,7 +85,7 @@ def statements_of(data: Dataset, config: EvaluateConfig) -> list[Statement]:
     return read_statements(config.statements, config.seed) if config.statements else list(data.statements)
 
 
-def ask(subject: Subject, statements: Sequence[Statement]) -> Asked:
+def ask(subject: EvalContext, statements: Sequence[Statement]) -> Asked:
     """Score statements. Only the images that they are about are embedded.
 
     Raises UserError where none of these is there, and for embeddings that are not finite.
@@ -94,9 +94,8 @@ def ask(subject: Subject, statements: Sequence[Statement]) -> Asked:
     if found.absent:
         log.info("  %d of %d statements are left out: their images are absent", found.absent, len(statements))
     every = list(found.data.ids) == list(subject.data.ids)  # then they may have been embedded already
-    z = subject.z if every else Subject(subject.clip, subject.find_base, found.data, subject.config).z
+    z = subject.z if every else EvalContext(subject.clip, subject.find_base, found.data, subject.config).z
     texts, others = embed_both(subject.clip, found.statements)
-    _check_finite("images", z)
     return Asked(
         found.statements,
         photographs(found.data.ids)[found.rows],
@@ -110,9 +109,8 @@ def ask(subject: Subject, statements: Sequence[Statement]) -> Asked:
 
 
 def embed_both(clip: Clip, statements: Sequence[Statement]) -> tuple[Tensor, Tensor]:
-    """Unit embeddings of the texts and of their contradictions; UserError if not finite.  -> [M, D], [M, D]"""
+    """Unit embeddings of the texts and of their contradictions.  -> [M, D], [M, D]"""
     both = clip.embed_texts([s.text for s in statements] + [s.contradiction for s in statements])
-    _check_finite("statements", both)
     return both[: len(statements)], both[len(statements) :]
 
 
@@ -124,19 +122,10 @@ def photographs(views: Sequence[str]) -> np.ndarray:
 
 @torch.no_grad()
 def grey_image(clip: Clip) -> Tensor:
-    """The unit embedding of a constant grey picture, through the model's own transform.  -> [D]
-
-    Raises UserError where it is not finite.
-    """
+    """The unit embedding of a constant grey picture, through the model's own transform.  -> [D]"""
     pixels = clip.preprocess(Image.new("RGB", (SIZE, SIZE), GREY))[None].to(clip.device)
     found = F.normalize(clip.encode_image(pixels).float().cpu(), dim=-1)[0]
-    _check_finite("grey picture", found)
     return found
-
-
-def _check_finite(what: str, z: Tensor) -> None:
-    if not torch.isfinite(z).all():
-        raise UserError(f"embeddings of the {what} are not finite; the weights may have diverged")
 
 
 def closer(image: Tensor, texts: Tensor, others: Tensor, instead: Tensor | None = None) -> np.ndarray:

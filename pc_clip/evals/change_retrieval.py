@@ -1,11 +1,10 @@
-"""Does a pair of images find what is said of its change? R@k of CLIP4IDC's first stage, both ways.
+"""Does a pair of images find the sentences on its change? R@k of CLIP4IDC's first stage, both ways.
 
 p2s: a pair has to find any one of its sentences among all distinct sentences. s2p: a sentence has to find any one of
-the pairs it is said of. A text that is said of several pairs ("nothing changed") is one sentence that is right for all
-of them, and is asked about once. Where a data set lists the same two images more than once, all that is said of them is
-right each time: they look alike, so that none is a wrong answer to another's sentence. Beside R@k stands what chance
-gives, and what the untrained model gets by subtraction: the embedding of the image after, less that of the image
-before.
+its pairs. A text that is said of several pairs ("nothing changed") is one sentence that is right for all
+of them, and is asked about once. Where a data set lists the same two images more than once, all their sentences are
+right each time. Baselines: chance, and subtraction, the untrained model's embedding of the image after, less that of
+the image before.
 """
 
 from __future__ import annotations
@@ -19,15 +18,15 @@ from torch import Tensor
 
 from pc_clip.core.config.evaluate import EvaluateConfig
 from pc_clip.core.errors import UserError
-from pc_clip.data import pairs as apply
+from pc_clip.data import pairs
 from pc_clip.data.dataset import Change, Dataset
-from pc_clip.data.pairs import distinct_sentences
-from pc_clip.evals import Result, Subject
-from pc_clip.metrics import intervals as _intervals
+from pc_clip.evals import EvalContext, Result
+from pc_clip.metrics import intervals
 from pc_clip.metrics.retrieval import PAIR_KS, TIES, both_ways, chance, per_pair
-from pc_clip.models.change_model import change_of
+from pc_clip.models.change_model import ChangeModel, change_of
 
 COMPARED = ("p2s_r1", "s2p_r1")  # kept pair by pair, to compare models by
+LACKING = "a data set with changes (example_changes, clevr_change, spot_the_diff, image_editing_request, changes)"
 
 DEFINITIONS = {
     "p2s": "A pair has to find any one of its sentences among all distinct sentences of the split.",
@@ -36,84 +35,57 @@ DEFINITIONS = {
     "subtraction": "As p2s and s2p, by the untrained model: the image after less the image before, and its text tower.",
 }
 
-NEEDS = "a data set with changes (example_changes, clevr_change, spot_the_diff, image_editing_request, changes)"
+
+def applies(data: Dataset, config: EvaluateConfig) -> str | None:
+    return None if data.changes else LACKING
 
 
-def applies(data: Dataset, config: EvaluateConfig) -> bool:
-    return bool(data.changes)
+def change_model(context: EvalContext) -> ChangeModel:
+    """Raises UserError for weights that cannot read pairs."""
+    change = change_of(context.clip)
+    if change is None:
+        raise UserError(f"{context.clip.describe()} has no pair encoder; finetune.py --method change trains one")
+    return change
 
 
-def lacks(subject: Subject) -> str | None:
-    """Why these weights cannot read pairs; None when they can."""
-    if change_of(subject.clip) is None:
-        return f"{subject.clip.describe()} has no pair encoder; finetune.py --method change trains one"
-    return None
-
-
-def evaluate(subject: Subject) -> Result:
+def evaluate(context: EvalContext) -> Result:
     """R@k of all pairs and of each kind of change, chance, and subtraction; intervals draw pairs again.
 
-    Raises UserError for fewer than two pairs, a model without a pair encoder, and embeddings that are not finite.
+    Raises UserError for fewer than two pairs, and a model without a pair encoder.
     """
-    if why := lacks(subject):
-        raise UserError(why)
-    data, config = subject.data, subject.config
+    change_model(context)
+    data, config = context.data, context.config
     if len(data.changes) < 2:
         raise UserError(f"{data.label} has one pair; retrieval needs two")
-    texts, belongs = distinct_sentences(data.changes)
-    pairs = apply.embed_pairs(subject.clip, data, batch_size=config.batch_size, workers=config.workers)
-    ways = {"": (pairs, subject.clip.embed_texts(texts))}
-    if subject.base is not None:
-        ways["subtraction_"] = (_subtracted(subject), subject.base.embed_texts(texts))
-    hits, asked, tied = {}, {}, {}
-    for name, (z, sentences) in ways.items():
-        _check_finite(data, pairs=z, sentences=sentences)
-        found = both_ways(z, sentences, belongs)
-        tied |= {f"{name}{way}": float((of.first < of.last).mean()) for way, of in found.items()}
-        of_pairs, queries = per_pair(found, belongs, {"p2s": len(texts), "s2p": len(pairs)})
-        hits |= {f"{name}{metric}": values for metric, values in of_pairs.items()}
-        asked |= {f"{name}{metric}": values for metric, values in queries.items()}
-    hits, asked = _with_kinds(hits, asked, rows_by_kind(data.changes))
-    metrics = {name: float(hits[name].sum() / asked[name].sum()) for name in hits} | chance(belongs, len(texts))
-    details = {"pairs": len(pairs), "sentences": len(texts), "definitions": DEFINITIONS, "ties": TIES, "tied": tied}
-    items = {name: (hits[name] / asked[name].mean()).round(4).tolist() for name in COMPARED if name in hits}
-    return Result(metrics, len(pairs), details, intervals=_redrawn(hits, asked, config.seed), items=items)
+    texts, belongs = pairs.distinct_sentences(data.changes)
+    z = pairs.embed_pairs(context.clip, data, batch_size=config.batch_size, workers=config.workers)
+    ways = {"": (z, context.clip.embed_texts(texts))}
+    if context.base is not None:
+        ways["subtraction_"] = (_subtracted(context), context.base.embed_texts(texts))
+    hits, queries, tied = {}, {}, {}
+    for prefix, (of_pairs, of_texts) in ways.items():
+        ranks = both_ways(of_pairs, of_texts, belongs)
+        tied |= {f"{prefix}{way}": float((each.first < each.last).mean()) for way, each in ranks.items()}
+        of_metric = per_pair(ranks, belongs, {"p2s": len(texts), "s2p": len(z)})
+        for known, values in zip((hits, queries), of_metric):
+            known |= {f"{prefix}{metric}": each for metric, each in values.items()}
+    for kind, here in rows_by_kind(data.changes).items():  # p2s alone: a sentence may be of several kinds
+        for k in (k for k in PAIR_KS if f"p2s_r{k}" in hits and not here.all()):
+            hits[f"p2s_{kind}_r{k}"], queries[f"p2s_{kind}_r{k}"] = hits[f"p2s_r{k}"] * here, here.astype(float)
+    metrics = {name: float(hits[name].sum() / queries[name].sum()) for name in hits} | chance(belongs, len(texts))
+    details = {"pairs": len(z), "sentences": len(texts), "definitions": DEFINITIONS, "ties": TIES, "tied": tied}
+    items = {name: (hits[name] / queries[name].mean()).round(4).tolist() for name in COMPARED if name in hits}
+    known = intervals.of_ratios(hits, queries, config.seed)
+    return Result(metrics, len(z), details, intervals=known, items=items)
 
 
-def _subtracted(subject: Subject) -> Tensor:
+def _subtracted(context: EvalContext) -> Tensor:
     """The untrained model's embedding of the image after less that of the image before.  -> [N, D] unit"""
-    before, after = torch.from_numpy(apply.pair_rows(subject.data)).T
-    return F.normalize(subject.base_z[after] - subject.base_z[before], dim=-1)
+    before, after = torch.from_numpy(pairs.pair_rows(context.data)).T
+    return F.normalize(context.base_z[after] - context.base_z[before], dim=-1)
 
 
 def rows_by_kind(changes: Sequence[Change]) -> dict[str, np.ndarray]:
-    """Which of N changes are of each kind, by the kind's name in metrics; one that has none is in none.  -> [N] bool"""
+    """Which of N changes are of each kind, by the kind's name in metrics; without a name in none.  -> [N] bool"""
     kinds = np.array(["_".join(change.kind.lower().split()) for change in changes])
     return {str(kind): kinds == kind for kind in np.unique(kinds) if kind}
-
-
-def _with_kinds(
-    hits: dict[str, np.ndarray], asked: dict[str, np.ndarray], kinds: dict[str, np.ndarray]
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """p2s of each kind of change beside the rest. A sentence may be of several kinds, so s2p has none."""
-    for kind, of in kinds.items():
-        if of.all():  # nothing beside it
-            continue
-        for k in (k for k in PAIR_KS if f"p2s_r{k}" in hits):
-            name = f"p2s_{kind}_r{k}"
-            hits[name], asked[name] = hits[f"p2s_r{k}"] * of, asked[f"p2s_r{k}"] * of
-    return hits, asked
-
-
-def _redrawn(hits: dict[str, np.ndarray], asked: dict[str, np.ndarray], seed: int) -> dict[str, tuple[float, float]]:
-    columns = np.column_stack([*hits.values(), *asked.values()])
-    sums = _intervals.redrawn_sums(columns, np.arange(len(columns)), seed)
-    hit, of = np.split(sums, 2, axis=1)
-    shares = np.divide(hit, of, out=np.full_like(hit, np.nan), where=of > 0)
-    return {name: _intervals.between(draws) for name, draws in zip(hits, shares.T)}
-
-
-def _check_finite(data: Dataset, **embeddings: Tensor) -> None:
-    for what, z in embeddings.items():
-        if not torch.isfinite(z).all():
-            raise UserError(f"embeddings of the {what} of {data.label} are not finite; the weights may have diverged")

@@ -1,4 +1,4 @@
-"""Which evaluations of which model, and where their results are kept: one JSON a (model, evaluation, data set)."""
+"""Run evaluations of a model and keep their results: one JSON a (model, evaluation, data set)."""
 
 from __future__ import annotations
 
@@ -7,14 +7,12 @@ import functools
 import hashlib
 import json
 import logging
-from collections.abc import Callable
-from functools import cached_property
+import os
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
-from PIL import Image
 
 from pc_clip import evals
 from pc_clip.core import environment
@@ -23,15 +21,16 @@ from pc_clip.core.config.settings import identity
 from pc_clip.core.environment import resolve_device
 from pc_clip.core.errors import UserError
 from pc_clip.core.files import write_json, write_text
+from pc_clip.core.paths import checkpoint_file
 from pc_clip.data import attributes
 from pc_clip.data.dataset import Dataset
 from pc_clip.data.differences import UNSEEN, WORDINGS
 from pc_clip.data.registry import download, open_dataset
 from pc_clip.data.statements import label_of, read_statements
-from pc_clip.evals import Result, Subject
+from pc_clip.evals import EvalContext, Result
 from pc_clip.evals.comparative import FOLDER as COMPARISONS
-from pc_clip.models import loading as checkpoints
 from pc_clip.models.clip import Clip
+from pc_clip.models.loading import describe_checkpoint, load_model
 from pc_clip.write import prompts
 
 log = logging.getLogger(__name__)
@@ -44,83 +43,65 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
     """
     if config.threads:
         torch.set_num_threads(config.threads)
-    for mode in _wanted(config):
+    for mode in _requested(config):
         evals.find(mode)
-    data = _data(config)
-    return measure(_model(config), data, config)
+    data = _open_data(config)
+    return measure(_open_model(config), data, config)
 
 
 def measure(clip: Clip, data: Dataset, config: EvaluateConfig) -> list[dict[str, Any]]:
-    """The same for a model that is built, whose weights have to stay as they are, and a data set that is open."""
+    """The same for a model in memory, whose weights have to stay as they are, and an open data set."""
+    _check_finite(clip)
     clip = clip.remembering()
-    subject = Subject(clip, _finder_of_base(clip) if config.checkpoint else (lambda: clip), data, config)
-    wanted = _wanted(config)
-    modes = wanted or [mode for mode in sorted(EVALUATIONS) if _can_be_measured(mode, subject)]
-    if not modes:
-        raise UserError(
-            f"nothing can be measured on {data.label} with these settings; modes: {', '.join(sorted(EVALUATIONS))}"
-        )
-    label = checkpoints.describe_checkpoint(config.checkpoint) if config.checkpoint else _label(clip)
-    if data.note:
-        log.info("%s", data.note)
-    keys = _Keys(subject)
-    measured = _these if wanted else _all_that_can_be_measured
-    return measured(subject, modes, evals.results_folder(config, label), keys)
-
-
-def _wanted(config: EvaluateConfig) -> list[str]:
-    return [mode.strip() for mode in config.mode.split(",") if mode.strip()]
-
-
-def _these(subject: Subject, modes: list[str], folder: Path, keys: _Keys) -> list[dict[str, Any]]:
-    return [_one(subject, mode, folder, keys) for mode in modes]
-
-
-def _all_that_can_be_measured(subject: Subject, modes: list[str], folder: Path, keys: _Keys) -> list[dict[str, Any]]:
-    """What cannot be measured after all and was not asked for by name is left out, and said."""
-    found, failure = [], None
-    for mode in modes:
-        try:
-            found.append(_one(subject, mode, folder, keys))
-        except UserError as error:
-            log.warning("%s is left out: %s", mode, error)
-            failure = error
-    if not found:
-        raise failure
-    return found
-
-
-def _can_be_measured(mode: str, subject: Subject) -> bool:
-    """Whether data, settings and weights allow a mode that was not asked for by name."""
-    module = evals.find(mode)
-    if getattr(module, "BY_NAME_ALONE", False) or not module.applies(subject.data, subject.config):
-        return False
-    if why := getattr(module, "lacks", lambda _: None)(subject):
-        log.info("%s is left out: %s", mode, why)
-    return not why
-
-
-def example_checkpoints() -> list[str | None]:
-    """What `run.py` evaluates when told nothing: the embedded model, and the example's run if it is finished."""
-    run = Path("runs/example")
-    if (run / checkpoints.MODEL_FILE).is_file():
-        return [None, str(run)]
-    log.info("no finetuned example yet (python finetune.py makes one); evaluating the embedded model alone")
-    return [None]
-
-
-def _finder_of_base(clip: Clip) -> Callable[[], Clip | None]:
-    """Loads the model that a checkpoint was finetuned from, once; None where it cannot be had."""
 
     @functools.cache
-    def found() -> Clip | None:
+    def find_base() -> Clip | None:
         base = evals.base_of(clip)
         return base and base.remembering()
 
-    return found
+    context = EvalContext(clip, find_base if config.checkpoint else (lambda: clip), data, config)
+    if data.note:
+        log.info("%s", data.note)
+    statements = _statements_hash(context)  # a file that cannot be read is an error at once, whatever is measured
+    if requested := _requested(config):
+        return [_run(context, mode, statements) for mode in requested]
+    return _run_available(context, statements)
 
 
-def _data(config: EvaluateConfig) -> Dataset:
+def _requested(config: EvaluateConfig) -> list[str]:
+    return [mode.strip() for mode in config.mode.split(",") if mode.strip()]
+
+
+def _check_finite(clip: Clip) -> None:
+    weights = clip.model.state_dict() | clip.extra_weights()
+    broken = [name for name, value in weights.items() if value.is_floating_point() and not value.isfinite().all()]
+    if broken:
+        raise UserError(
+            f"the weights of {clip.describe()} have diverged: {broken[0]} holds numbers that are not finite, as do "
+            f"{len(broken) - 1} others of {len(weights)}. Train again with a smaller train.lr."
+        )
+
+
+def _run_available(context: EvalContext, statements: str) -> list[dict[str, Any]]:
+    """All evaluations that data and settings allow; those that the weights do not allow are left out, and said."""
+    data, config = context.data, context.config
+    results, failure = [], None
+    for mode in sorted(EVALUATIONS):
+        module = evals.find(mode)
+        if getattr(module, "BY_NAME_ALONE", False) or module.applies(data, config) is not None:
+            continue
+        try:
+            results.append(_run(context, mode, statements))
+        except UserError as error:
+            log.warning("%s is left out: %s", mode, error)
+            failure = error
+    if not results:
+        known = ", ".join(sorted(EVALUATIONS))
+        raise failure or UserError(f"nothing can be measured on {data.label} with these settings; modes: {known}")
+    return results
+
+
+def _open_data(config: EvaluateConfig) -> Dataset:
     if config.images is None:
         if config.download:
             download(config.dataset, config.root)
@@ -130,126 +111,122 @@ def _data(config: EvaluateConfig) -> Dataset:
     return open_dataset("folder", config.images)
 
 
-def _model(config: EvaluateConfig) -> Clip:
+def _open_model(config: EvaluateConfig) -> Clip:
     device = resolve_device(config.device)
     if config.checkpoint is None:
         return Clip.create(*config.model.source(config.dataset if config.images is None else ""), device=device)
-    return checkpoints.load_model(config.checkpoint, config.model.name or None, config.model.pretrained, device=device)
+    return load_model(config.checkpoint, config.model.name or None, config.model.pretrained, device=device)
 
 
-def _one(subject: Subject, mode: str, folder: Path, keys: _Keys) -> dict[str, Any]:
-    config, data = subject.config, subject.data
-    if not evals.find(mode).applies(data, config):
-        raise UserError(f"mode {mode} cannot be measured on {data.label}: it needs {evals.find(mode).NEEDS}")
-    key = keys.of(mode)
+def _run(context: EvalContext, mode: str, statements: str) -> dict[str, Any]:
+    """One evaluation's result: read where it is known already, else computed and written."""
+    config, data, module = context.config, context.data, evals.find(mode)
+    if lacking := module.applies(data, config):
+        raise UserError(f"mode {mode} cannot be measured on {data.label}: it needs {lacking}")
+    key = _key(context, mode, statements)
     about = _about(config, mode)
-    path = folder / f"{mode}-{data.label.replace('/', '-')}{about and f'-{about}'}.json"
+    source = str(checkpoint_file(config.checkpoint)) if config.checkpoint else context.clip.describe()
+    model = config.label or (describe_checkpoint(config.checkpoint) if config.checkpoint else _label(context.clip))
+    path = Path(config.out) / model / f"{mode}-{data.label.replace('/', '-')}{about and f'-{about}'}.json"
+    weights = context.clip.weights_hash()
     known = _read(path)
-    base_is_new = known and known.get("base_known") is False and subject.base is not None
+    if known and known["weights"] != weights and os.path.abspath(known["checkpoint"]) != os.path.abspath(source):
+        other, model, path = path, f"{model}-{weights[:6]}", path.with_name(f"{path.stem}-{weights[:6]}.json")
+        log.info("%s is a result of %s, whose weights differ; this one is kept in %s", other, known["checkpoint"], path)
+        known = _read(path)
+    base_is_new = known and known.get("base_known") is False and context.base is not None
     if known and known["key"] == key and not base_is_new and not config.again:
-        log.info("%s %s: already in %s", folder.name, mode, path)
+        log.info("%s %s: already in %s", model, mode, path)
         return known
-    log.info("%s %s on %s ...", folder.name, mode, data.label)
-    found = evals.find(mode).evaluate(subject)
-    result = {
-        "model": folder.name, "evaluation": mode, "dataset": data.label, "about": about,
-        "metrics": found.metrics, "n": found.n,
-        "intervals": {name: list(ends) for name, ends in found.intervals.items()},  # as they are read again
-        "items": found.items, "curves": [curve._asdict() for curve in found.curves],
+    log.info("%s %s on %s ...", model, mode, data.label)
+    result = module.evaluate(context)
+    record = {
+        "model": model, "evaluation": mode, "dataset": data.label, "about": about,
+        "metrics": result.metrics, "n": result.n,
+        "intervals": {name: list(ends) for name, ends in result.intervals.items()},  # as they are read again
+        "items": result.items, "curves": [curve._asdict() for curve in result.curves],
         "pictures": [
-            {"file": f"{path.stem}-{name}", "alt": picture.alt} for name, picture in found.pictures.items()
+            {"file": f"{path.stem}-{name}", "alt": picture.alt} for name, picture in result.pictures.items()
         ],
-        "details": found.details, "key": key, "images": data.fingerprint, "weights": keys.weights,
-        "checkpoint_of": subject.clip.describe(),
-        "base_known": subject.base is not None if "base" in vars(subject) else None,
+        "details": result.details, "key": key, "images": data.fingerprint, "weights": weights, "checkpoint": source,
+        "checkpoint_of": context.clip.describe(),
+        "base_known": context.base is not None if "base" in vars(context) else None,
         "seed": config.seed, **environment.describe(),
     }  # fmt: skip
-    _write(path, result, found)
-    return result
+    _write(path, record, result)
+    return record
 
 
-class _Keys:
-    """What results depend on: settings, images and what is known of them, model and transform, texts on the disk.
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return record if {"key", "metrics", "weights", "checkpoint"} <= record.keys() else None
+    except (OSError, json.JSONDecodeError, AttributeError):
+        return None
 
-    Raises UserError at once for files of statements that cannot be read, whatever is measured.
-    """
 
-    def __init__(self, subject: Subject) -> None:
-        self.subject, self.config, self.data, self.clip = subject, subject.config, subject.data, subject.clip
-        self.statements = self._statements()
-        self.weights = subject.clip.weights_hash()
+def _write(path: Path, record: dict[str, Any], result: Result) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for name, picture in result.pictures.items():
+        file = path.with_name(f"{path.stem}-{name}")
+        picture.image.save(file)
+        log.info("  picture: %s", file)
+    if "order" in result.details:
+        table = pd.DataFrame(result.details["order"])
+        table.insert(0, "rank", range(1, len(table) + 1))
+        write_text(path.with_suffix(".csv"), table.to_csv(index=False, float_format="%.6f"))
+    write_json(path, record)
 
-    def of(self, mode: str) -> str:
-        """The key of one evaluation: equal keys, equal results."""
-        config, data = self.config, self.data
-        settings = identity(config) | {"statements": self.statements} | self._options(mode)
-        other = getattr(evals.find(mode), "also_reads", lambda _: None)(self.subject)
-        chosen_on = other.fingerprint if other else None
-        compared = COMPARISONS / f"{data.name}.yaml"
-        texts = self._tasks, WORDINGS, UNSEEN, compared.read_bytes() if compared.is_file() else b""
-        model = self.weights, self.clip.describe(), self.clip.image_tower_hash()
-        known, graded = self._known
-        content = repr((settings, mode, data.fingerprint, chosen_on, model, known, graded, texts))
-        version = getattr(evals.find(mode), "VERSION", None)
-        content += "" if version is None else f" {version}"
-        return hashlib.sha256(content.encode()).hexdigest()[:16]
 
-    def _options(self, mode: str) -> dict[str, Any]:
-        """The evaluation's own settings; files by content, so that an edited one is evaluated again."""
-        options = getattr(self.config, mode, None)
-        found = identity(options) if options else {}
-        for name in {"sentences", "descriptions"} & found.keys():
-            path = found[name] and Path(found[name])
-            found[name] = hashlib.sha256(path.read_bytes()).hexdigest() if path and path.is_file() else None
-        if found.get("pairs") == "auto":
-            found["asked"] = (prompts.FOLDER / "compare.yaml").read_bytes()
-        return found
+# -- names and keys of results -------------------------------------------------------------------------
 
-    @cached_property
-    def _known(self) -> tuple[Any, Any]:
-        """What is known of the images."""
-        data = self.data
-        questions = [
-            (q.name, q.classes, q.templates, q.several, q.target.tolist(), repr(q.graded)) for q in data.questions
-        ]
-        graded = [(a.name, a.more, a.less, a.high, a.low, a.gap, a.value.tolist()) for a in data.attributes]
-        return (data.captions, questions), graded
 
-    def _statements(self) -> str:
-        """What is said of the images, by content and with the contradictions that our table gives."""
-        config = self.config
-        said = read_statements(config.statements, config.seed) if config.statements else self.data.statements
-        return hashlib.sha256(repr(tuple(said)).encode()).hexdigest()
+def _key(context: EvalContext, mode: str, statements: str) -> str:
+    """A hash of all that a result depends on: settings, images and their annotations, model, texts on the disk."""
+    config, data, clip, module = context.config, context.data, context.clip, evals.find(mode)
+    options = identity(getattr(config, mode)) if hasattr(config, mode) else {}
+    for name in {"sentences", "descriptions"} & options.keys():  # by content: an edited file is evaluated again
+        options[name] = Path(options[name]).read_bytes() if options[name] and Path(options[name]).is_file() else None
+    other = module.also_reads(context) if hasattr(module, "also_reads") else None
+    yaml = [COMPARISONS / f"{data.name}.yaml", prompts.FOLDER / "compare.yaml"]
+    yaml += [attributes.FOLDER / f"{task}.yaml" for task in attributes.tasks_of(data.name)]
+    questions = [(q.name, q.classes, q.templates, q.several, q.target.tolist(), repr(q.graded)) for q in data.questions]
+    graded = [(a.name, a.more, a.less, a.high, a.low, a.gap, a.value.tolist()) for a in data.attributes]
+    content = (
+        mode, getattr(module, "VERSION", None), identity(config), options, statements, data.fingerprint,
+        other and other.fingerprint, data.captions, questions, graded, clip.weights_hash(), clip.describe(),
+        WORDINGS, UNSEEN, [path.read_bytes() for path in yaml if path.is_file()],
+    )  # fmt: skip
+    return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
 
-    @cached_property
-    def _tasks(self) -> list[bytes]:
-        return [(attributes.FOLDER / f"{task}.yaml").read_bytes() for task in attributes.tasks_of(self.data.name)]
+
+def _statements_hash(context: EvalContext) -> str:
+    config = context.config
+    statements = read_statements(config.statements, config.seed) if config.statements else context.data.statements
+    return hashlib.sha256(repr(tuple(statements)).encode()).hexdigest()
 
 
 def _about(config: EvaluateConfig, mode: str) -> str:
-    """What sets this question to the data set apart: settings that are not as usual. Part of the result's file name."""
+    """The settings that are not as usual, for a result's file name."""
     usual, options = EvaluateConfig(), getattr(config, mode, None)
-    named = list(config.tasks)
-    named += ["prompts several"] * (config.prompts == "several")
-    named += ["prompts " + _digest(config.templates)] if config.templates else []
-    named += ["+".join(map(_place, config.statements))] if config.statements else []
+    words = list(config.tasks)
+    words += ["prompts several"] * (config.prompts == "several")
+    words += ["prompts " + _digest(config.templates)] if config.templates else []
+    words += ["+".join(map(_file_and_folder, config.statements))] if config.statements else []
     for name, value in vars(options).items() if options else ():
-        was = getattr(getattr(usual, mode), name)
-        if value != was and not dataclasses.is_dataclass(value):
+        default = getattr(getattr(usual, mode), name)
+        if value != default and not dataclasses.is_dataclass(value):
             text = Path(value).stem if name in ("sentences", "descriptions") else value
-            named.append(text if isinstance(was, str | None) else f"{name} {_plain(value)}")
-    cut = [value if len(value) <= 40 else f"{value[:40]} {_digest(value)}" for value in named]
-    return "-".join("".join(c if c.isalnum() else "_" for c in value) for value in cut)
+            plain = " ".join(map(str, value)) if isinstance(value, list) else value
+            words.append(text if isinstance(default, str | None) else f"{name} {plain}")
+    cut = [word if len(word) <= 40 else f"{word[:40]} {_digest(word)}" for word in words]
+    return "-".join("".join(c if c.isalnum() else "_" for c in word) for word in cut)
 
 
-def _plain(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def _place(statements: str) -> str:
+def _file_and_folder(statements: str) -> str:
     """A file of statements with the folder it is in: VSR has several of the name test.jsonl."""
-    inside = "" if Path(statements).is_dir() else f"{Path(statements).resolve().parent.name} "
-    return inside + label_of([statements])
+    folder = "" if Path(statements).is_dir() else f"{Path(statements).resolve().parent.name} "
+    return folder + label_of([statements])
 
 
 def _digest(value: Any) -> str:
@@ -257,31 +234,7 @@ def _digest(value: Any) -> str:
 
 
 def _label(clip: Clip) -> str:
-    """The name of an unfinetuned model among results: two that differ in weights or folder get different ones."""
+    """The folder of an unfinetuned model's results: two that differ in weights or folder get different ones."""
     name = "-".join(Path(clip.name.removeprefix("local-dir:")).parts[-2:])
     tag = clip.pretrained and Path(clip.pretrained).stem
     return "".join(c if c.isalnum() or c in "._-" else "_" for c in f"{name}-{tag or 'pretrained'}")
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return found if {"key", "metrics"} <= found.keys() else None
-    except (OSError, json.JSONDecodeError, AttributeError):
-        return None
-
-
-def _write(path: Path, result: dict[str, Any], found: Result) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for name, picture in found.pictures.items():
-        _save_picture(path.with_name(f"{path.stem}-{name}"), picture.image)
-    if "order" in found.details:
-        table = pd.DataFrame(found.details["order"])
-        table.insert(0, "rank", range(1, len(table) + 1))
-        write_text(path.with_suffix(".csv"), table.to_csv(index=False, float_format="%.6f"))
-    write_json(path, result)
-
-
-def _save_picture(path: Path, picture: Image.Image) -> None:
-    picture.save(path)
-    log.info("  picture: %s", path)

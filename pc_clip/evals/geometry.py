@@ -40,7 +40,7 @@ from pc_clip.core.random import stream
 from pc_clip.data import attributes
 from pc_clip.data.dataset import Attribute, Dataset, Question
 from pc_clip.data.differences import contrast
-from pc_clip.evals import Picture, Result, Subject, mean
+from pc_clip.evals import EvalContext, Picture, Result, mean
 from pc_clip.evals.difference import draw_pairs, pair_differences
 from pc_clip.evals.plots import COLOURS, Layer, draw_map
 from pc_clip.evals.zeroshot import class_embeddings, templates_of
@@ -54,14 +54,13 @@ TUPLES = 1_000_000  # analogies looked at for one pair of questions
 ON_MAP = 500  # images on a map
 FEW = 30  # points of which t-SNE makes nothing
 
-NEEDS = "a data set with classes, graded attributes or captions"
+
+def applies(data: Dataset, config: EvaluateConfig) -> str | None:
+    known = data.questions or data.attributes or data.captions or attributes.tasks_of(data.name)
+    return None if known else "a data set with classes, graded attributes or captions"
 
 
-def applies(data: Dataset, config: EvaluateConfig) -> bool:
-    return bool(data.questions or data.attributes or data.captions or attributes.tasks_of(data.name))
-
-
-def evaluate(subject: Subject) -> Result:
+def evaluate(subject: EvalContext) -> Result:
     """The figures above, as far as the data set has what they need, and a map in two dimensions."""
     metrics, details = measure(subject, subject.clip, subject.z)
     before = subject.base is not None and subject.base.weights_hash() != subject.clip.weights_hash()
@@ -77,7 +76,7 @@ def evaluate(subject: Subject) -> Result:
     return Result(metrics, len(subject.data), details, pictures)
 
 
-def measure(subject: Subject, clip: Clip, z: Tensor) -> tuple[dict[str, float], dict]:
+def measure(subject: EvalContext, clip: Clip, z: Tensor) -> tuple[dict[str, float], dict]:
     """All figures of one model, and what they are made of. z: [N, D], its unit image embeddings."""
     data, config = subject.data, subject.config
     metrics, details = {}, {}
@@ -262,7 +261,7 @@ class View(NamedTuple):
     z: Tensor
 
 
-def map_of_images(subject: Subject, views: list[View]) -> Picture:
+def map_of_images(subject: EvalContext, views: list[View]) -> Picture:
     """Images and class prompts of the first question, on one map for all views, so that places can be compared.
 
     Texts lie far from images (the modality gap); prompts are moved by the first view's gap, the same for all

@@ -6,11 +6,10 @@ LogisticRegression with its L2 penalty. C is the middle of CS for fewer than CRO
 there on it is the one of CS with the smallest log loss in cross-validation on the first draw's images, and the
 other draws use the same.
 
-With a frozen image tower the probe alone cannot see any finetuning of the text tower: its figures are then
-those of the untrained model, to the last digit. What text finetuning does shows in `zeroshot` and in
-`probe_Kshot_with_text`, where an image's class is that with the largest sum of two log-probabilities: the
-probe's, and the softmax of the zero-shot scores at the model's own temperature (its logit scale). That sum has no
-weight to tune.
+With a frozen image tower the probe cannot see any finetuning of the text tower: its figures are those of the
+untrained model, to the last digit. Text finetuning shows in `zeroshot` and in `probe_Kshot_with_text`, where an
+image's class is that with the largest sum of two log-probabilities: the probe's, and the softmax of the zero-shot
+scores at the model's own temperature (its logit scale). That sum has no weight to tune.
 """
 
 from __future__ import annotations
@@ -27,9 +26,9 @@ from pc_clip.core.config.evaluate import EvaluateConfig
 from pc_clip.core.errors import UserError, check_at_least
 from pc_clip.core.random import stream
 from pc_clip.data.dataset import Dataset, Question, subset
-from pc_clip.data.registry import READERS, open_dataset
-from pc_clip.evals import Curve, Result, Subject, mean, zeroshot
-from pc_clip.metrics import intervals as _intervals
+from pc_clip.data.registry import READERS
+from pc_clip.evals import Curve, EvalContext, Result, mean, zeroshot
+from pc_clip.metrics import intervals
 
 log = logging.getLogger(__name__)
 
@@ -38,11 +37,11 @@ CROSS_VALIDATED = 4  # images a class, and folds at most
 MOST_STEPS = 5000  # of the solver, far more than it takes
 TRAIN = "train"
 
-NEEDS = "a data set with classes and a train split other than the one reported on (example, cifar100)"
 
-
-def applies(data: Dataset, config: EvaluateConfig) -> bool:
-    return bool(data.questions and config.probe.shots) and _has_train_split(data)
+def applies(data: Dataset, config: EvaluateConfig) -> str | None:
+    if data.questions and config.probe.shots and _has_train_split(data):
+        return None
+    return "a data set with classes and a train split other than the one reported on (example, cifar100)"
 
 
 def _has_train_split(data: Dataset) -> bool:
@@ -50,50 +49,47 @@ def _has_train_split(data: Dataset) -> bool:
     return data.name in READERS and TRAIN in READERS[data.name].splits and reported_on not in (TRAIN, "all")
 
 
-def evaluate(subject: Subject) -> Result:
+def also_reads(context: EvalContext) -> Dataset | None:
+    """The split that the probe learns from."""
+    return context.open(TRAIN) if _has_train_split(context.data) else None
+
+
+def evaluate(context: EvalContext) -> Result:
     """Accuracy with k labelled images a class for each k of the shots, mean over questions and draws.
 
     Metrics: probe_Kshot, probe_Kshot_with_text, zeroshot. details: for each question the same, the standard error
     over draws, C, and how many classes had fewer than k images; such a class uses what it has, and one without
     any is never the probe's answer. Raises UserError where there is nothing to learn from.
     """
-    config, shots = subject.config, sorted(set(subject.config.probe.shots))
+    config, shots = context.config, sorted(set(context.config.probe.shots))
     check_at_least("probe.shots", min(shots, default=0), 1)
     check_at_least("probe.draws", config.probe.draws, 1)
-    train = training_split(subject)
-    asked = matched(train, subject.data)
+    train = also_reads(context)
+    if train is None:
+        raise UserError(
+            f"mode probe learns from the train split, and {context.data.label} has none besides what is reported on"
+        )
+    pairs = matched(train, context.data)
     drawn = [
-        draw_shots(learnt, shots[-1], config.probe.draws, config.seed + 1000 * n) for n, (learnt, _) in enumerate(asked)
+        draw_shots(learnt, shots[-1], config.probe.draws, config.seed + 1000 * n) for n, (learnt, _) in enumerate(pairs)
     ]
     needed = np.unique(np.concatenate([rows for draws in drawn for draw in draws for rows in draw]))
     log.info("  the probe looks at %d of %d labelled images", len(needed), len(train))
-    z = Subject(subject.clip, subject.find_base, subset(train, needed), config).z.numpy()
-    found = {}
-    for (learnt, question), draws in zip(asked, drawn):
+    z = EvalContext(context.clip, context.find_base, subset(train, needed), config).z.numpy()
+    answers = {}
+    for (learnt, question), draws in zip(pairs, drawn):
         labelled = [[np.searchsorted(needed, rows) for rows in draw] for draw in draws]
-        found[question.name] = _of_question(subject, learnt, question, z, labelled, shots)
-    return _report(found, shots, config, len(subject.data))
-
-
-def also_reads(subject: Subject) -> Dataset | None:
-    """The split that the probe learns from."""
-    return subject.open(TRAIN) if _has_train_split(subject.data) else None
-
-
-def training_split(subject: Subject) -> Dataset:
-    """The labelled images, none of which is reported on. Raises UserError where there are none."""
-    if not _has_train_split(subject.data):
-        raise UserError(
-            f"mode probe learns from the train split, and {subject.data.label} has none besides what is reported on"
-        )
-    return open_dataset(subject.data.name, subject.config.root, TRAIN, missing=subject.config.missing)
+        by_text = _log_probabilities_of_text(context, question)
+        by_shots = {k: _probe(context, learnt, question, z, labelled, k, by_text) for k in shots}
+        answers[question.name] = by_text.argmax(1) == question.target, by_shots
+    return _report(answers, shots, config, len(context.data))
 
 
 def matched(train: Dataset, test: Dataset) -> list[tuple[Question, Question]]:
     """The questions of both splits that ask about the same classes, of which two or more have labelled images."""
     learnt = {question.name: question for question in train.questions}
-    asked = [(learnt[q.name], q) for q in test.questions if q.name in learnt and learnt[q.name].classes == q.classes]
-    usable = [(a, b) for a, b in asked if len(np.unique(a.target)) > 1]
+    pairs = [(learnt[q.name], q) for q in test.questions if q.name in learnt and learnt[q.name].classes == q.classes]
+    usable = [(a, b) for a, b in pairs if len(np.unique(a.target)) > 1]
     if not usable:
         raise UserError(f"{train.label} has no labelled images of the classes that {test.label} asks about")
     return usable
@@ -104,16 +100,13 @@ def draw_shots(question: Question, k: int, draws: int, seed: int) -> list[list[n
 
     The first m of them are the draw for m images a class, so that more shots add to fewer.
     """
-    found = []
-    for draw in range(draws):
-        rng = stream(seed, "shots", draw)
-        of_class = [question.rows[question.target == c] for c in range(len(question.classes))]
-        found.append([rng.permutation(rows)[:k] for rows in of_class])
-    return found
+    of_class = [question.rows[question.target == c] for c in range(len(question.classes))]
+    streams = [stream(seed, "shots", draw) for draw in range(draws)]
+    return [[rng.permutation(rows)[:k] for rows in of_class] for rng in streams]
 
 
 class Shots(NamedTuple):
-    """What one number of images a class came to. right, right_with_text: [draws, M] bool; c: the penalty's."""
+    """The answers with one number of images a class. right, right_with_text: [draws, M] bool; c: the penalty's."""
 
     right: np.ndarray
     right_with_text: np.ndarray
@@ -121,32 +114,35 @@ class Shots(NamedTuple):
     short: int  # classes with fewer images
 
 
-def _of_question(
-    subject: Subject,
+def _log_probabilities_of_text(context: EvalContext, question: Question) -> np.ndarray:
+    """Of zero-shot classification at the model's own temperature.  -> [M, classes]"""
+    z = context.z[torch.from_numpy(question.rows)]
+    prompts = zeroshot.class_embeddings(context.clip, question, zeroshot.templates_of(question, context.config))
+    scale = context.clip.model.logit_scale.detach().exp().cpu()
+    return torch.log_softmax(scale * z @ prompts.T, dim=1).numpy()
+
+
+def _probe(
+    context: EvalContext,
     learnt: Question,
     question: Question,
     z: np.ndarray,
     draws: list[list[np.ndarray]],
-    shots: list[int],
-) -> tuple[np.ndarray, dict[int, Shots]]:
-    """Which images zero-shot gets right, [M] bool, and which the probe does for each number of shots."""
-    test = subject.z[torch.from_numpy(question.rows)]
-    prompts = zeroshot.class_embeddings(subject.clip, question, zeroshot.templates_of(question, subject.config))
-    scale = subject.clip.model.logit_scale.detach().exp().cpu()
-    by_text = torch.log_softmax(scale * test @ prompts.T, dim=1).numpy()  # [M, classes]
-    found = {}
-    for k in shots:
-        c, right, right_with_text = None, [], []
-        for draw in draws:
-            rows = np.concatenate([of_class[:k] for of_class in draw])
-            target = np.concatenate([np.full(len(of_class[:k]), n) for n, of_class in enumerate(draw)])
-            c = c or choose_c(z[rows], target, k, subject.config.seed)
-            by_probe = log_probabilities(z[rows], target, test.numpy(), len(question.classes), c)
-            right.append(by_probe.argmax(1) == question.target)
-            right_with_text.append((by_probe + by_text).argmax(1) == question.target)
-        short = int((np.bincount(learnt.target, minlength=len(learnt.classes)) < k).sum())
-        found[k] = Shots(np.array(right), np.array(right_with_text), c, short)
-    return by_text.argmax(1) == question.target, found
+    k: int,
+    by_text: np.ndarray,
+) -> Shots:
+    """The probe on k images a class of each draw. z: [S, D], of the labelled images; draws: rows of z by class."""
+    test = context.z[torch.from_numpy(question.rows)].numpy()
+    c, right, right_with_text = None, [], []
+    for draw in draws:
+        rows = np.concatenate([of_class[:k] for of_class in draw])
+        target = np.concatenate([np.full(len(of_class[:k]), n) for n, of_class in enumerate(draw)])
+        c = c or choose_c(z[rows], target, k, context.config.seed)
+        by_probe = log_probabilities(z[rows], target, test, len(question.classes), c)
+        right.append(by_probe.argmax(1) == question.target)
+        right_with_text.append((by_probe + by_text).argmax(1) == question.target)
+    short = int((np.bincount(learnt.target, minlength=len(learnt.classes)) < k).sum())
+    return Shots(np.array(right), np.array(right_with_text), c, short)
 
 
 def choose_c(z: np.ndarray, target: np.ndarray, k: int, seed: int) -> float:
@@ -164,41 +160,40 @@ def choose_c(z: np.ndarray, target: np.ndarray, k: int, seed: int) -> float:
 def log_probabilities(z: np.ndarray, target: np.ndarray, test: np.ndarray, classes: int, c: float) -> np.ndarray:
     """Learn from z [S, D], target [S]; log-probabilities for test [M, D].  -> [M, classes], -inf for unseen classes"""
     probe = LogisticRegression(C=c, max_iter=MOST_STEPS).fit(z, target)
-    found = np.full((len(test), classes), -np.inf)
-    found[:, probe.classes_] = probe.predict_log_proba(test)
-    return found
+    known = np.full((len(test), classes), -np.inf)
+    known[:, probe.classes_] = probe.predict_log_proba(test)
+    return known
 
 
 def _report(
-    found: dict[str, tuple[np.ndarray, dict[int, Shots]]], shots: list[int], config: EvaluateConfig, n: int
+    answers: dict[str, tuple[np.ndarray, dict[int, Shots]]], shots: list[int], config: EvaluateConfig, n: int
 ) -> Result:
     """Means over questions and draws, their spread, and the curve over the number of shots."""
-    metrics, details, intervals = {"zeroshot": mean([right.mean() for right, _ in found.values()])}, {}, {}
-    errors = {}
+    zero_shot = mean([right.mean() for right, _ in answers.values()])
+    questions: dict[str, dict] = {name: {"zeroshot": float(right.mean())} for name, (right, _) in answers.items()}
+    details = {"draws": config.probe.draws, "standard_error": {}, "questions": questions}
+    result = Result({"zeroshot": zero_shot}, n, details)
+    series: dict[str, list] = {"probe": [], "probe and prompts": [], "zero-shot": [(k, zero_shot) for k in shots]}
     for k in shots:
-        for name, which in ((f"probe_{k}shot", "right"), (f"probe_{k}shot_with_text", "right_with_text")):
-            right = {q: getattr(by_shots[k], which) for q, (_, by_shots) in found.items()}  # [draws, M] each
-            by_draw = np.mean([each.mean(1) for each in right.values()], axis=0)  # [draws]
-            metrics[name], errors[name] = float(by_draw.mean()), _standard_error(by_draw)
+        for line, suffix, field in (("probe", "", "right"), ("probe and prompts", "_with_text", "right_with_text")):
+            name = f"probe_{k}shot{suffix}"
+            right = [getattr(by_shots[k], field) for _, by_shots in answers.values()]  # [draws, M] each
+            by_draw = np.mean([each.mean(1) for each in right], axis=0)  # [draws]
+            result.metrics[name] = float(by_draw.mean())
+            details["standard_error"][name] = _standard_error(by_draw)
+            series[line].append((k, result.metrics[name]))
             if len(right) == 1:
-                intervals[name] = _intervals.of_mean(next(iter(right.values())).mean(0), config.seed)
-    for q, (text_right, by_shots) in found.items():
-        details[q] = {"zeroshot": float(text_right.mean())}
-        for k, of_k in by_shots.items():
-            details[q][f"{k}shot"] = {
-                "probe": float(of_k.right.mean()), "probe_error": _standard_error(of_k.right.mean(1)),
-                "with_text": float(of_k.right_with_text.mean()),
-                "with_text_error": _standard_error(of_k.right_with_text.mean(1)),
-                "C": of_k.c, "classes_with_fewer": of_k.short,
+                result.intervals[name] = intervals.of_mean(right[0].mean(0), config.seed)
+        for question, (_, by_shots) in answers.items():
+            each = by_shots[k]
+            questions[question][f"{k}shot"] = {
+                "probe": float(each.right.mean()), "probe_error": _standard_error(each.right.mean(1)),
+                "with_text": float(each.right_with_text.mean()),
+                "with_text_error": _standard_error(each.right_with_text.mean(1)),
+                "C": each.c, "classes_with_fewer": each.short,
             }  # fmt: skip
-    series = {
-        "probe": [(k, metrics[f"probe_{k}shot"]) for k in shots],
-        "probe and prompts": [(k, metrics[f"probe_{k}shot_with_text"]) for k in shots],
-        "zero-shot": [(k, metrics["zeroshot"]) for k in shots],
-    }
-    curve = Curve("Few labelled images", "labelled images a class", "accuracy", series)
-    about = {"draws": config.probe.draws, "standard_error": errors, "questions": details}
-    return Result(metrics, n, about, intervals=intervals, curves=[curve])
+    result.curves = [Curve("Few labelled images", "labelled images a class", "accuracy", series)]
+    return result
 
 
 def _standard_error(by_draw: np.ndarray) -> float | None:

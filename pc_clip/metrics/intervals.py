@@ -1,4 +1,4 @@
-"""95 % intervals: how far a figure could have come out otherwise on other images of the same kind.
+"""95 % intervals of figures, over the images of a data set.
 
 Over independent items: a percentile bootstrap. Over items in groups, as several statements about one photograph: a
 percentile bootstrap that draws groups, each with all its items. Over pairs of images: an image stands in many pairs,
@@ -27,8 +27,7 @@ def of_mean(values: np.ndarray, seed: int, draws: int = DRAWS) -> tuple[float, f
 def redrawn_sums(values: np.ndarray, group: np.ndarray, seed: int, draws: int = DRAWS) -> np.ndarray:
     """Sums over groups drawn again with replacement, each with all its items.  [M, K], [M] -> [draws, K] float64
 
-    All columns see the same draws, so that what two of them differ by is a paired difference. A share is one column
-    over another, for instance one of ones.
+    All columns see the same draws, so that the difference of two of them is paired.
     """
     groups, place = np.unique(group, return_inverse=True)
     sums = _sums(np.asarray(values, dtype=np.float64), place.reshape(-1), len(groups))  # [G, K]
@@ -43,8 +42,16 @@ def redrawn_means(values: np.ndarray, group: np.ndarray, seed: int, draws: int =
     return np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
 
 
+def of_ratios(hits: dict[str, np.ndarray], queries: dict[str, np.ndarray], seed: int) -> dict[str, tuple[float, float]]:
+    """The bootstrap intervals of sums of hits over sums of queries, items drawn again.  name -> [M] each"""
+    columns = np.column_stack([*hits.values(), *queries.values()])
+    hit, asked = np.split(redrawn_sums(columns, np.arange(len(columns)), seed), 2, axis=1)
+    shares = np.divide(hit, asked, out=np.full_like(hit, np.nan), where=asked > 0)
+    return {name: between(draws) for name, draws in zip(hits, shares.T)}
+
+
 def between(draws: np.ndarray) -> tuple[float, float]:
-    """The 95 % interval of redrawn figures. [draws]; those that a draw left undefined, as NaN, are not counted."""
+    """The 95 % interval of redrawn figures, [draws]; NaN is not counted."""
     low, high = np.nanquantile(draws, [0.025, 0.975])
     return float(low), float(high)
 
@@ -53,8 +60,8 @@ def of_pairs(values: np.ndarray, pairs: np.ndarray, weight: np.ndarray | None = 
     """The intervals of K shares over pairs of images, each within [0, 1].
 
     values: [P, K], K figures a pair; pairs: [P, 2] image numbers; weight: [P], how much a pair counts.
-    The variance is the sum over images of (what all its pairs are off)^2, less the same over pairs, which the
-    first counts twice.
+    The variance is the sum over images of (the summed deviations of its pairs)^2, less the same over pairs, which
+    the first counts twice.
     """
     values = np.asarray(values, dtype=np.float64)
     weight = np.ones(len(pairs)) if weight is None else weight

@@ -11,15 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pc_clip.core.errors import UserError
+from pc_clip.core.errors import UserError, check_at_least
 from pc_clip.models.vocabulary import END, PAD, START
 
-KEPT = 0.75  # pairs whose sentences have ended are dropped once no more than this share is left: dropping takes a copy
+KEPT = 0.75  # ended pairs are dropped from the batch once at most this share is open, because dropping takes a copy
 
 
 @dataclass
 class Shape:
-    """Sizes of a decoder. max_length: of a sentence in pieces of words, its beginning and end included."""
+    """Sizes of a decoder. max_length: of a sentence in subwords, START and END included."""
 
     layers: int = 3
     heads: int = 8
@@ -27,13 +27,10 @@ class Shape:
     max_length: int = 32
 
     def __post_init__(self) -> None:
-        for name in ("layers", "heads", "width", "max_length"):
-            if getattr(self, name) < 1:
-                raise UserError(f"change.{name} is {getattr(self, name)}; it must be at least 1")
+        for name, least in (("layers", 1), ("heads", 1), ("width", 1), ("max_length", 3)):  # START, a word, END
+            check_at_least(f"change.{name}", getattr(self, name), least)
         if self.width % self.heads:
             raise UserError(f"change.width {self.width} cannot be shared by {self.heads} heads; make it a multiple")
-        if self.max_length < 3:
-            raise UserError(f"change.max_length is {self.max_length}; a sentence has a beginning, a word and an end")
 
 
 class Found(NamedTuple):
@@ -44,13 +41,13 @@ class Found(NamedTuple):
 
 
 class Decoder(nn.Module):
-    """A transformer decoder over what an image encoder saw, in torch's own layers, norms first; words weigh double: the
-    table that reads them also finds the next (Press and Wolf 2017).
+    """A pre-norm transformer decoder over the image encoder's tokens, in torch's own layers. The table of word
+    embeddings is tied to the output layer (Press and Wolf 2017).
 
-    What it looks at is told where in a picture it is and in which of both, by embeddings as large as the tokens: these
-    themselves hardly show it, and where a thing went would be found late (docs/change.md).
+    Image tokens get embeddings of their place and of before or after, as large as the tokens: these themselves hardly
+    show it, and where a thing went would be learnt late (docs/change.md).
 
-    tokens: of one image, P + 1. seen: how wide they are.
+    tokens: tokens of one image, P + 1. seen: their width.
     """
 
     def __init__(self, words: int, tokens: int, seen: int, shape: Shape, dropout: float = 0.0) -> None:
@@ -75,7 +72,7 @@ class Decoder(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def set_dropout(self, share: float) -> None:
-        """For a decoder that was saved, and so made without any."""
+        """For a decoder that was loaded, and so made without dropout."""
         for module in self.modules():
             if isinstance(module, nn.Dropout):
                 module.p = share
@@ -89,17 +86,16 @@ class Decoder(nn.Module):
     def forward(self, tokens: Tensor, seen: Tensor) -> Tensor:
         """Logits of each next word, all prefixes of a sentence at once. [B, L], [B, S, V] -> [B, L, words - END]
 
-        The first is of END: neither padding nor a beginning ever comes next. tokens may be [B, N, L] for N sentences on
-        each pair, which know nothing of each other; the images are then looked up once for all.
+        The first is of END: neither PAD nor START ever comes next. tokens may be [B, N, L] for N sentences on
+        each pair, which do not see each other; the images are then looked up once for all.
         """
         length, memory = tokens.shape[-1], self.memory(seen)
         x = self._read(tokens, 0).flatten(1, -2)  # [B, N L, W]
         alone = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)  # True: not to be looked at
         others = ~torch.eye(x.shape[1] // length, dtype=torch.bool, device=x.device)
         mask = alone.repeat(len(others), len(others)) | others.repeat_interleave(length, 0).repeat_interleave(length, 1)
-        with (
-            sdpa_kernel(SDPBackend.MATH) if x.device.type == "cpu" else nullcontext()
-        ):  # the quicker one there, in bf16
+        on_cpu = x.device.type == "cpu"
+        with sdpa_kernel(SDPBackend.MATH) if on_cpu else nullcontext():  # the quicker one there, in bf16
             for layer in self.layers:
                 x = layer(x, memory, tgt_mask=mask)
         return self._next(x).unflatten(1, tokens.shape[1:])
@@ -116,65 +112,54 @@ class Decoder(nn.Module):
     # -- searching -------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def greedy(self, seen: Tensor) -> Found:
-        """The likeliest word after each prefix, until all sentences of the batch have ended. [B, S, V]"""
-        cache, longest = _Cache(self, seen, width=1), self.shape.max_length - 1
-        written = torch.full((len(seen), longest), PAD, device=seen.device)
-        total = torch.zeros(len(seen), device=seen.device)
-        rows = torch.arange(len(seen), device=seen.device)  # the sentences that are gone on with, ended ones among them
-        tokens, going = torch.full_like(rows, START), torch.ones_like(rows, dtype=torch.bool)
-        for position in range(longest):
-            likelihood, chosen = self._step(tokens[:, None], position, cache)[:, 0].log_softmax(-1).max(-1)
-            tokens = (chosen + END).where(going, PAD)
-            written[rows, position] = tokens
-            total[rows] += likelihood.where(going, 0)
-            going &= tokens != END
-            if (left := int(going.sum())) == 0:
-                break
-            if left <= KEPT * len(going):
-                rows, tokens = rows[going], tokens[going]
-                cache.keep(going)
-                going = going[going]
-        return Found(written[:, : position + 1], total)
+    def search(self, seen: Tensor, width: int = 1, length_penalty: float = 1.0) -> Found:
+        """The best sentence that beam search finds for each pair; with width 1, greedy search. [B, S, V]
 
-    @torch.no_grad()
-    def beam(self, seen: Tensor, width: int, length_penalty: float = 1.0) -> Found:
-        """The best of the sentences that beam search ends with. [B, S, V]
-
-        Sentences are compared by log-likelihood / length ** length_penalty, their END counted. A pair's search stops
+        Sentences are compared by log-likelihood / length ** length_penalty, END included. The search for a pair stops
         when no open sentence can overtake its best finished one, or at max_length; an unfinished one is taken where
         none has ended.
         """
-        batch, words = len(seen), len(self.bias)
-        cache = _Cache(self, seen, width)
+        batch, words, longest = len(seen), len(self.bias), self.shape.max_length - 1
+        caches = self._caches(seen, width)
+        best = _Best(batch, longest, length_penalty, seen.device)
+        rows = torch.arange(batch, device=seen.device)  # pairs that are still searched, stopped ones among them
         tokens = torch.full((batch, width, 1), START, device=seen.device)
         score = torch.full((batch, width), -torch.inf, device=seen.device)
         score[:, 0] = 0  # all beams are the same at first
-        best = _Best(batch, self.shape.max_length - 1, length_penalty, seen.device)
-        for position in range(self.shape.max_length - 1):
-            logits = self._step(tokens[:, :, -1], position, cache)  # [B, width, words - END]
-            score = score[:, :, None] + logits.log_softmax(-1)
-            score, chosen = score.flatten(1).topk(min(2 * width, score[0].numel()), dim=1)  # half of them may be ends
+        candidates = 1 if width == 1 else 2 * width  # of beams, half may be ends; greedy search stops at its first END
+        for position in range(longest):
+            likelihood = self._step(tokens[:, :, -1], position, caches).log_softmax(-1)  # [B, width, words - END]
+            score = (score[:, :, None] + likelihood).flatten(1)
+            score, chosen = score.topk(min(candidates, score.shape[1]), dim=1)
             parent, word = chosen // words, chosen % words + END
-            grown = torch.cat(
-                [tokens.gather(1, parent[:, :, None].expand(-1, -1, tokens.shape[2])), word[:, :, None]], 2
-            )
-            best.offer(grown[:, :, 1:], score.masked_fill(word != END, -torch.inf))
-            score, kept = score.masked_fill(word == END, -torch.inf).topk(width, dim=1)
-            tokens = grown.gather(1, kept[:, :, None].expand(-1, -1, grown.shape[2]))
-            cache.reorder(parent.gather(1, kept))
-            if best.settled(score).all():
+            tokens = torch.cat([_rows_of(tokens, parent), word[:, :, None]], dim=2)
+            best.offer(rows, tokens[:, :, 1:], score.masked_fill(word != END, -torch.inf))
+            score, beams = score.masked_fill(word == END, -torch.inf).topk(width, dim=1)
+            tokens = _rows_of(tokens, beams)
+            if width > 1:
+                for cache in caches:
+                    cache.reorder(parent.gather(1, beams))
+            open_rows = ~best.settled(rows, score)
+            if (left := int(open_rows.sum())) == 0:
                 break
+            if left <= KEPT * len(rows):
+                rows, tokens, score = rows[open_rows], tokens[open_rows], score[open_rows]
+                for cache in caches:
+                    cache.keep(open_rows)
         else:
-            best.offer(tokens[:, :, 1:], score, unfinished=True)
+            best.offer(rows, tokens[:, :, 1:], score, unfinished=True)
         return best.found()
 
-    def _step(self, tokens: Tensor, position: int, cache: _Cache) -> Tensor:
-        """Logits of what follows the words at `position`; the cache has the others. [B, K] -> [B, K, words - END]"""
+    def _caches(self, seen: Tensor, width: int) -> list[_LayerCache]:
+        memory = self.memory(seen)
+        return [_LayerCache(layer, memory, self.shape, width) for layer in self.layers]
+
+    def _step(self, tokens: Tensor, position: int, caches: list[_LayerCache]) -> Tensor:
+        """Logits of what follows the words at `position`; the caches have the others. [B, K] -> [B, K, words - END]"""
         x = self._read(tokens[:, :, None], position).flatten(1, 2)  # [B, K, W]
-        for layer, kept in zip(self.layers, cache.layers):
-            x = x + kept.attend_words(layer.self_attn, layer.norm1(x))
-            x = x + kept.attend_images(layer.multihead_attn, layer.norm2(x))
+        for layer, cache in zip(self.layers, caches):
+            x = x + cache.attend_words(layer.self_attn, layer.norm1(x))
+            x = x + cache.attend_images(layer.multihead_attn, layer.norm2(x))
             x = x + layer.linear2(layer.activation(layer.linear1(layer.norm3(x))))
         return self._next(x)
 
@@ -195,25 +180,14 @@ class Decoder(nn.Module):
         return last.multihead_attn(last.norm2(x), memory, memory, need_weights=True)[1]
 
 
-class _Cache:
-    """Keys and values: of the images, found once, and of the words so far. width: beams a pair."""
-
-    def __init__(self, decoder: Decoder, seen: Tensor, width: int) -> None:
-        memory = decoder.memory(seen)
-        self.layers = [_LayerCache(layer, memory, decoder.shape, width) for layer in decoder.layers]
-
-    def keep(self, pairs: Tensor) -> None:
-        """Go on with some of the pairs. [B] bool"""
-        for layer in self.layers:
-            layer.keep(pairs)
-
-    def reorder(self, parent: Tensor) -> None:
-        """Beams go on from others. parent: [B, K]"""
-        for layer in self.layers:
-            layer.reorder(parent)
+def _rows_of(tokens: Tensor, beams: Tensor) -> Tensor:
+    """The sentences of some beams. [B, K, L], [B, M] -> [B, M, L]"""
+    return tokens.gather(1, beams[:, :, None].expand(-1, -1, tokens.shape[2]))
 
 
 class _LayerCache:
+    """Keys and values of one layer: of the images, computed once, and of the words so far. width: beams a pair."""
+
     def __init__(self, layer: nn.TransformerDecoderLayer, memory: Tensor, shape: Shape, width: int) -> None:
         self.heads, self.length = shape.heads, 0
         attn = layer.multihead_attn
@@ -232,21 +206,23 @@ class _LayerCache:
         self.keys[:, :, :, self.length], self.values[:, :, :, self.length] = k, v  # [B, K, heads, W / heads]
         self.length += 1
         keys, values = (kept[:, :, :, : self.length].flatten(0, 1) for kept in (self.keys, self.values))
-        found = F.scaled_dot_product_attention(q.flatten(0, 1)[:, :, None], keys, values)  # [B K, heads, 1, W / heads]
-        return attn.out_proj(found.flatten(1).view_as(x))
+        out = F.scaled_dot_product_attention(q.flatten(0, 1)[:, :, None], keys, values)  # [B K, heads, 1, W / heads]
+        return attn.out_proj(out.flatten(1).view_as(x))
 
     def attend_images(self, attn: nn.MultiheadAttention, x: Tensor) -> Tensor:
-        """Beams look at their pair's images, side by side: these lie there once. [B, K, W] -> [B, K, W]"""
+        """All beams of a pair look at the same images, whose keys lie there once. [B, K, W] -> [B, K, W]"""
         width = x.shape[-1]
         q = self._split(F.linear(x, attn.in_proj_weight[:width], attn.in_proj_bias[:width]))  # [B, heads, K, W / heads]
-        found = F.scaled_dot_product_attention(q, self.image_keys, self.image_values)
-        return attn.out_proj(found.transpose(1, 2).flatten(2))
+        out = F.scaled_dot_product_attention(q, self.image_keys, self.image_values)
+        return attn.out_proj(out.transpose(1, 2).flatten(2))
 
     def keep(self, pairs: Tensor) -> None:
+        """Go on with some of the pairs. [B] bool"""
         self.image_keys, self.image_values = self.image_keys[pairs], self.image_values[pairs]
         self.keys, self.values = self.keys[pairs], self.values[pairs]
 
     def reorder(self, parent: Tensor) -> None:
+        """Beams continue others. [B, K]"""
         rows = torch.arange(len(parent), device=parent.device)[:, None]
         for kept in (self.keys, self.values):
             kept[:, :, :, : self.length] = kept[rows, parent, :, : self.length]
@@ -260,21 +236,20 @@ class _Best:
         self.tokens = torch.full((batch, length), PAD, device=device)
         self.score, self.total = (torch.full((batch,), -torch.inf, device=device) for _ in range(2))
 
-    def offer(self, tokens: Tensor, total: Tensor, unfinished: bool = False) -> None:
-        """tokens: [B, K, L]; total: [B, K] log-likelihoods, -inf for what has not ended."""
+    def offer(self, rows: Tensor, tokens: Tensor, total: Tensor, unfinished: bool = False) -> None:
+        """rows: [B] pairs; tokens: [B, K, L]; total: [B, K] log-likelihoods, -inf for what has not ended."""
         total, place = total.max(1)
         score = total / tokens.shape[2] ** self.penalty
-        better = score > self.score
-        better &= self.score.isinf() if unfinished else True
-        rows = torch.arange(len(place), device=place.device)
-        found = F.pad(tokens[rows, place], (0, self.length - tokens.shape[2]), value=PAD)
-        self.tokens = found.where(better[:, None], self.tokens)
-        self.score, self.total = score.where(better, self.score), total.where(better, self.total)
+        better = score > self.score[rows]
+        better &= self.score[rows].isinf() if unfinished else True
+        tokens, rows = tokens[torch.arange(len(place), device=place.device), place][better], rows[better]
+        self.tokens[rows] = F.pad(tokens, (0, self.length - tokens.shape[1]), value=PAD)
+        self.score[rows], self.total[rows] = score[better], total[better]
 
-    def settled(self, total: Tensor) -> Tensor:
+    def settled(self, rows: Tensor, total: Tensor) -> Tensor:
         """Whether none of the open ones, [B, K], can win: the best they may reach is to end at full length for free."""
         reach = total.max(1).values / self.length ** max(self.penalty, 0.0)
-        return self.score >= reach
+        return self.score[rows] >= reach
 
     def found(self) -> Found:
         lengths = (self.tokens != PAD).sum(1)

@@ -1,4 +1,4 @@
-"""What a CLIP model gains when it learns from changes: a pair encoder, and later a caption decoder."""
+"""CLIP4IDC on top of a Clip: a pair encoder, and later a caption decoder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pc_clip.core.errors import UserError
+from pc_clip.core.errors import UserError, check_at_least
 from pc_clip.core.random import seed_of
 from pc_clip.models.caption_decoder import Decoder, Found, Shape
 from pc_clip.models.clip import Clip
@@ -22,20 +22,19 @@ PREFIX = "change."  # of its weights, among the names of a checkpoint
 
 
 class Search(NamedTuple):
-    """How sentences are looked for: beams 1 is greedy; sentences are compared by log-likelihood / length ** penalty."""
+    """Beam search; 1 beam is greedy. Sentences are compared by log-likelihood / length ** length_penalty."""
 
     beams: int = 1
     length_penalty: float = 1.0
 
     def check(self) -> None:
-        if self.beams < 1:
-            raise UserError(f"beams is {self.beams}; it must be at least 1, which is greedy search")
+        check_at_least("beams", self.beams, 1)
         if not math.isfinite(self.length_penalty):
             raise UserError(f"length_penalty is {self.length_penalty}; it must be a number, such as 1 or 0")
 
 
 class ChangeModel(nn.Module):
-    """The weights that lie beside CLIP's. It calls CLIP's image tower, whose weights stay with CLIP."""
+    """The weights in addition to CLIP's. It calls CLIP's image tower, whose weights stay with CLIP."""
 
     def __init__(self, clip: Clip, intra_layers: int | None = None, counterparts: bool = False) -> None:
         """Raises UserError where CLIP's image tower cannot take pairs."""
@@ -50,15 +49,15 @@ class ChangeModel(nn.Module):
 
     def write(self, seen: Tensor, search: Search) -> Found:
         """Sentences about pairs that the encoder has seen. [B, S, V]"""
-        return self.decoder.greedy(seen) if search.beams == 1 else self.decoder.beam(seen, *search)
+        return self.decoder.search(seen, *search)
 
-    def maps(self, found: Tensor, seen: Tensor) -> Tensor:
+    def maps(self, tokens: Tensor, seen: Tensor) -> Tensor:
         """Where the decoder looks at each word. [B, L], [B, S, V] -> [B, L, 2, rows, columns]; class tokens left out"""
-        looks = self.decoder.attention(found, seen).unflatten(-1, (2, -1))[..., 1:]
-        return looks.unflatten(-1, self.encoder.grid)
+        attention = self.decoder.attention(tokens, seen).unflatten(-1, (2, -1))[..., 1:]
+        return attention.unflatten(-1, self.encoder.grid)
 
     def describe(self) -> dict[str, Any]:
-        """What its weights alone do not say; `build` makes the same from it."""
+        """The settings that `build` needs."""
         encoder = self.encoder
         about: dict[str, Any] = {"intra_layers": encoder.intra_layers, "counterparts": encoder.counterparts}
         if self.decoder is not None:
@@ -66,21 +65,16 @@ class ChangeModel(nn.Module):
         return about
 
     @classmethod
-    def build(cls, clip: Clip, about: Mapping[str, Any], state: Mapping[str, Tensor], path: object) -> ChangeModel:
-        """One as it was saved. state: its weights, without PREFIX. Raises UserError where they do not fit."""
-        made = cls(clip, about["intra_layers"], about.get("counterparts", False))  # an earlier version had none
+    def build(cls, clip: Clip, about: Mapping[str, Any]) -> ChangeModel:
+        """One of the sizes that `describe` gave; its weights are still to be loaded."""
+        made = cls(clip, about["intra_layers"], about["counterparts"])
         if "decoder" in about:
             made.add_decoder(Vocabulary(clip.tokenizer, about["pieces"]), Shape(**about["decoder"]))
-        try:
-            made.load_state_dict(state)
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"{path} does not fit {clip.name}: {reason}") from error
         return made.to(clip.device).eval()
 
 
 def fresh(clip: Clip, intra_layers: int | None, seed: int, counterparts: bool = False) -> ChangeModel:
-    """A new one, its weights drawn by seed; torch's own generator stays as it is."""
+    """A change model whose weights are drawn by seed; torch's own generator stays as it is."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed_of(seed, "pair encoder"))
         return ChangeModel(clip, intra_layers, counterparts)
@@ -88,7 +82,7 @@ def fresh(clip: Clip, intra_layers: int | None, seed: int, counterparts: bool = 
 
 @dataclass
 class ChangeClip(Clip):
-    """A CLIP model with what reads pairs of images by its image tower, and writes how they differ (CLIP4IDC)."""
+    """A Clip with a change model."""
 
     change: ChangeModel | None = None
 

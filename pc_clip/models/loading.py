@@ -1,41 +1,174 @@
-"""Checkpoints: a whole model in one safetensors file, and the state a run continues from.
+"""Make a Clip: by the name of an architecture and its weights, or from a checkpoint; and save one.
 
-Files are written beside their place and moved into it once they are on the disk, so an interrupted save leaves the
-last good one, and no older copies need be kept.
-Nothing is unpickled freely: other people's .pt files are read with torch's weights-only loader.
+A checkpoint is one safetensors file with every weight, under open_clip's names. Nothing is unpickled freely: other
+people's .pt files are read with torch's weights-only loader.
 """
 
 from __future__ import annotations
 
+import difflib
 import json
+import logging
 import pickle
+import textwrap
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 import pc_clip
-from pc_clip.core.errors import UserError
+from pc_clip.core.errors import UserError, nearest
 from pc_clip.core.files import write_tensors
 from pc_clip.core.paths import MODEL_FILE, checkpoint_file
+from pc_clip.core.random import seed_of
 from pc_clip.models.change_model import PREFIX, ChangeClip, ChangeModel
-from pc_clip.models.clip import Clip, guess_architecture, preprocess_of_tag
+from pc_clip.models.clip import SCRATCH, SHIPPED, Clip, model_folder, open_clip
 
-# -- models --------------------------------------------------------------------------------------------
+from open_clip.transform import PreprocessCfg, image_transform_v2  # isort: skip
+
+log = logging.getLogger(__name__)
+
+# -- by name -------------------------------------------------------------------------------------------
+
+
+def create_model(
+    name: str,
+    pretrained: str | None = None,
+    *,
+    load_weights: bool = True,
+    device: str | torch.device = "cpu",
+    preprocess: dict[str, Any] | None = None,
+    seed: int = 0,
+) -> Clip:
+    """Build an architecture and load its weights.
+
+    preprocess: the image transform in place of the one that comes with the weights (mean, std, ...). seed: of the
+    weights where `pretrained` is SCRATCH.
+    Raises UserError for an unknown name, an unknown tag, or weights that cannot be had.
+    """
+    architecture = f"local-dir:{model_folder(name)}" if name in SHIPPED else name
+    load_weights = load_weights and pretrained != SCRATCH
+    _check(name, architecture, pretrained, load_weights)
+    split_file = name == "example_vit" and load_weights  # its file has the image tower alone
+    options = _resolve_local_text_tower(architecture) | ({"force_preprocess_cfg": preprocess} if preprocess else {})
+    try:
+        with _quiet_open_clip(), torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed_of(seed, "weights"))  # torch.manual_seed would seed the GPUs too
+            model = open_clip.create_model(
+                architecture,
+                pretrained if load_weights and not split_file else None,
+                load_weights=load_weights and not split_file,
+                pretrained_text=False,
+                **options,
+            )
+            if split_file:
+                model.load_state_dict(_example_vit())
+    except Exception as error:
+        raise _cannot_load(architecture, pretrained, error) from error
+    return complete(model, name, pretrained, device)
+
+
+def complete(model: nn.Module, name: str, pretrained: str | None, device: str | torch.device = "cpu") -> Clip:
+    """A model of open_clip's with its own tokenizer and image transform."""
+    with _quiet_open_clip():
+        tokenizer = open_clip.get_tokenizer(f"local-dir:{model_folder(name)}" if name in SHIPPED else name)
+    # JSON has no tuples: without this, one transform would have two names, and so two caches.
+    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in model.visual.preprocess_cfg.items()}
+    preprocess = image_transform_v2(PreprocessCfg(**settings), is_train=False)
+    return Clip(model.to(device).eval(), tokenizer, preprocess, name, pretrained)
+
+
+def _check(name: str, architecture: str, pretrained: str | None, load_weights: bool) -> None:
+    if architecture.startswith("local-dir:"):
+        folder = Path(architecture.removeprefix("local-dir:"))
+        if not (folder / "open_clip_config.json").is_file():
+            raise UserError(f"{folder} is not an open_clip model folder: it has no open_clip_config.json")
+    elif architecture not in open_clip.list_models() and not architecture.startswith("hf-hub:"):
+        close = difflib.get_close_matches(name, open_clip.list_models(), n=4, cutoff=0.4)
+        raise UserError(
+            f"unknown model {name!r}. Nearest: {', '.join(close) or 'none'}. open_clip.list_models() lists all; "
+            "local-dir:FOLDER names your own."
+        )
+    if name in SHIPPED and load_weights and pretrained is not None:
+        raise UserError(
+            f"model {name} has weights of its own; leave model.pretrained {pretrained} out "
+            "(model.start names a checkpoint to train from, --checkpoint one to evaluate)"
+        )
+    if load_weights and not architecture.startswith("local-dir:") and pretrained is None:
+        raise UserError(
+            f"model {name} was asked for without weights. Give --model.pretrained a file or one of its tags: "
+            f"{', '.join(_tags(name)) or 'it has none'}; or --checkpoint a finetuned one."
+        )
+
+
+def _tags(name: str) -> list[str]:
+    return [tag for architecture, tag in open_clip.list_pretrained() if architecture == name]
+
+
+def _resolve_local_text_tower(name: str) -> dict[str, Any]:
+    """A Hugging Face text tower that lies in the model's own folder is written as "." in its config.
+
+    open_clip would look for it from the working directory, so a folder could not be moved.
+    """
+    if not name.startswith("local-dir:"):
+        return {}
+    folder = Path(name.removeprefix("local-dir:"))
+    text = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"].get("text_cfg", {})
+    if text.get("hf_model_name") != ".":
+        return {}
+    return {"text_cfg": {**text, "hf_model_name": str(folder.resolve()), "hf_model_pretrained": False}}
+
+
+def _example_vit() -> dict[str, Tensor]:
+    """The example's text tower with a vision transformer that was trained with it (examples/pretrain.py)."""
+    text, image = (load_file(model_folder(name) / "open_clip_model.safetensors") for name in SHIPPED)
+    return {name: value for name, value in text.items() if not name.startswith("visual.")} | image
+
+
+def _cannot_load(name: str, pretrained: str | None, error: Exception) -> UserError:
+    reason = textwrap.shorten(str(error) or type(error).__name__, 160, placeholder=" ...")
+    config = open_clip.get_pretrained_cfg(name, pretrained) if pretrained else {}
+    if config:
+        source = config.get("hf_hub", "").rstrip("/") or config.get("url", "")
+        return UserError(
+            f"the weights {pretrained!r} of {name} could not be fetched ({reason}). Without a network, download "
+            f"open_clip_model.safetensors (or open_clip_pytorch_model.bin) from {source} elsewhere and pass "
+            f"--model.pretrained PATH/TO/FILE."
+        )
+    if pretrained and not Path(pretrained).exists():
+        return UserError(
+            f"{pretrained!r} is neither a file nor a pretrained tag of {name}. {nearest(pretrained, _tags(name))}"
+        )
+    return UserError(f"{name} could not be loaded: {reason}")
+
+
+@contextmanager
+def _quiet_open_clip() -> Iterator[None]:
+    """open_clip logs each step of loading, and warns about weights that are loaded a moment later."""
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+# -- from a checkpoint ---------------------------------------------------------------------------------
 
 
 def save_model(path: Path, clip: Clip) -> None:
-    """Every weight of a model under open_clip's names, and what it was made from, in one file.
+    """Write every weight under open_clip's names, and what the model was made from, in one file.
 
-    What reads pairs of images lies beside them, under names that begin with change.
+    The weights of a change model lie there too, under names that begin with change.
     """
-    preprocess = clip.model.visual.preprocess_cfg
     about = {
         "model": clip.name,
         "pretrained": clip.pretrained,
-        "preprocess": preprocess,
+        "preprocess": clip.model.visual.preprocess_cfg,
         "pc_clip": pc_clip.__version__,
     }
     weights = clip.model.state_dict() | clip.extra_weights()
@@ -50,48 +183,34 @@ def load_model(path: str | Path, name: str | None = None, pretrained: str | None
     """
     path = checkpoint_file(path)
     state, about = _read_safetensors(path) if path.suffix == ".safetensors" else (_read_torch(path), {})
-    _check_name(path, name, about.get("model"))
-    name = name or about.get("model") or guess_architecture(state)
+    saved = about.get("model")
+    moved = any((each or "").startswith("local-dir:") for each in (name, saved))  # folders may have been moved
+    if name and saved and name != saved and not moved:  # activations differ without a trace in the weights' shapes
+        raise UserError(f"{path} says that it is of {saved}, not {name}; leave --model.name out")
+    name = name or saved or guess_architecture(state)
     pretrained = pretrained or about.get("pretrained")
-    preprocess = about.get("preprocess") or preprocess_of_tag(name, pretrained)
-    clip = Clip.create(name, load_weights=False, device=device, preprocess=preprocess)
+    preprocess = about.get("preprocess") or _preprocess_of_tag(name, pretrained)
+    clip = create_model(name, load_weights=False, device=device, preprocess=preprocess)
     clip.pretrained = pretrained
-    beside = {key.removeprefix(PREFIX): state.pop(key) for key in list(state) if key.startswith(PREFIX)}
-    _load_strictly(clip, state, path)
-    if beside and "change" not in about:
+    change = {key.removeprefix(PREFIX): state.pop(key) for key in list(state) if key.startswith(PREFIX)}
+    _load_strictly(clip.model, state, path, name)
+    if change and "change" not in about:
         raise UserError(
-            f"{path} has {len(beside)} weights for pairs of images, but not what describes them: it was written again "
+            f"{path} has {len(change)} weights for pairs of images, but not what describes them: it was written again "
             "by a program that dropped the file's metadata; take the file as it was"
         )
     if "change" in about:
-        clip = ChangeClip.of(clip, ChangeModel.build(clip, about["change"], beside, path))
+        clip = ChangeClip.of(clip, ChangeModel.build(clip, about["change"]))
+        _load_strictly(clip.change, change, path, name)
     return clip
 
 
-def _check_name(path: Path, asked: str | None, said: str | None) -> None:
-    """What differs in its activations alone has weights of the same shapes, and would be loaded without a word."""
-    elsewhere = any((name or "").startswith("local-dir:") for name in (asked, said))  # folders may have been moved
-    if asked and said and asked != said and not elsewhere:
-        raise UserError(f"{path} says that it is of {said}, not {asked}; leave --model.name out")
-
-
-def _load_strictly(clip: Clip, state: dict[str, Tensor], path: Path) -> None:
-    own = clip.model.state_dict()
-    missing, extra = own.keys() - state.keys(), state.keys() - own.keys()
-    shapes = [k for k in own.keys() & state.keys() if own[k].shape != state[k].shape]
-    if missing or extra or shapes:
-        found = []
-        if shapes:
-            k = sorted(shapes)[0]
-            found.append(f"{k} has shape {list(state[k].shape)} there and {list(own[k].shape)} here")
-        if missing:
-            found.append(f"{len(missing)} weights are missing (first {sorted(missing)[0]})")
-        if extra:
-            found.append(f"{len(extra)} are not of this architecture (first {sorted(extra)[0]})")
-        raise UserError(
-            f"{path} does not fit {clip.name}: {'; '.join(found)}. Name its architecture with --model.name."
-        )
-    clip.model.load_state_dict(state)
+def _load_strictly(model: nn.Module, state: Mapping[str, Tensor], path: Path, name: str) -> None:
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        reason = textwrap.shorten(str(error).partition(":")[2], 300, placeholder=" ...")
+        raise UserError(f"{path} does not fit {name}: {reason} Name its architecture with --model.name.") from error
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -105,7 +224,9 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def _read_torch(path: Path) -> dict[str, Tensor]:
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError:
+        raise
     except pickle.UnpicklingError as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
@@ -113,23 +234,67 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
             "Ask for it as safetensors, or as a plain state dict."
         ) from error
     except (RuntimeError, EOFError, ValueError, OSError) as error:
-        if isinstance(error, PermissionError):
-            raise
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else "it ends too early"
+        reason = textwrap.shorten(str(error), 200, placeholder=" ...") or "it ends too early"
         raise UserError(f"{path} is not a whole checkpoint ({reason}); it may have been cut short") from error
     for key in ("state_dict", "model_state_dict", "model"):
-        if isinstance(found, dict) and isinstance(found.get(key), dict):
-            found = found[key]
-    if not isinstance(found, dict) or not found or not all(isinstance(v, Tensor) for v in found.values()):
-        raise UserError(f"{path} is no state dict of a model: it holds {type(found).__name__}")
-    for prefix in ("module.", "_orig_mod."):
-        found = {name.removeprefix(prefix): value for name, value in found.items()}
-    return found
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+        raise UserError(f"{path} is not a state dict of a model: it holds {type(state).__name__}")
+    return {name.removeprefix("module.").removeprefix("_orig_mod."): value for name, value in state.items()}
 
 
-def describe_checkpoint(path: str | Path | None) -> str:
+def _preprocess_of_tag(name: str, pretrained: str | None) -> dict[str, Any] | None:
+    """The image transform that belongs to one of open_clip's pretrained tags; None for anything else."""
+    config = open_clip.get_pretrained_cfg(name, pretrained) if pretrained else {}
+    return {key: config[key] for key in ("mean", "std", "interpolation", "resize_mode") if key in config} or None
+
+
+def describe_checkpoint(path: str | Path) -> str:
     """A short name for results: the run's, or the file's."""
-    if path is None:
-        return "pretrained"
     path = Path(path)
     return path.name if path.is_dir() else path.parent.name if path.name == MODEL_FILE else path.stem
+
+
+# -- weights without a name ----------------------------------------------------------------------------
+
+
+def blend(start: Mapping[str, Tensor], end: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
+    """(1 - alpha) * start + alpha * end, weight by weight (WiSE-FT, Wortsman et al. 2022).
+
+    Raises UserError when the two are not of one architecture.
+    """
+    if start.keys() != end.keys() or any(start[k].shape != end[k].shape for k in start):
+        raise UserError("weights of two architectures cannot be averaged")
+    return {
+        k: torch.lerp(start[k].float(), end[k].float(), alpha).to(start[k].dtype)
+        if start[k].is_floating_point()
+        else end[k]
+        for k in start
+    }
+
+
+def guess_architecture(state: Mapping[str, Tensor]) -> str:
+    """The open_clip architecture of a bare state dict, by the names and shapes of its weights.
+
+    Activations leave no trace in a state dict, so "ViT-L-14" and "ViT-L-14-quickgelu" look the same; the
+    plain one is taken, which is right for the PC-CLIP authors' checkpoint (a DataComp model).
+    Raises UserError when no architecture, or a state dict of something else, is found.
+    """
+    shapes = {key: value.shape for key, value in state.items()}
+    projection = shapes.get("text_projection") or shapes.get("text.text_projection")  # [text width, embed_dim]
+    for name in sorted(open_clip.list_models(), key=lambda name: ("quickgelu" in name, len(name), name)):
+        config = open_clip.get_model_config(name)
+        width = config["text_cfg"].get("width", 512)
+        if projection != (width, config["embed_dim"]) or "timm_model_name" in config["vision_cfg"]:
+            continue
+        with _quiet_open_clip(), torch.device("meta"):
+            model = open_clip.create_model(name, load_weights=False, device="meta")
+        if {key: value.shape for key, value in model.state_dict().items()} == shapes:
+            log.info("this state dict has the shapes of %s; if its activations differ, use --model.name", name)
+            return name
+    first = ", ".join(f"{key} {list(shape)}" for key, shape in list(shapes.items())[:3])
+    raise UserError(
+        f"the architecture of this state dict is not known: its first weights are {first}. "
+        "Name it with --model.name (open_clip's name, or local-dir:FOLDER)."
+    )

@@ -1,12 +1,10 @@
 """LoRA: instead of a weight W, two thin matrices learn, and the model computes with W + scale * B A (Hu et al. 2021).
 
-A, B, how they begin and what they add up to are peft's; where they sit is torch's parametrization. peft's own way is
-to put layers in the place of others, and of these CLIP's towers never call some: nn.MultiheadAttention and the
-attention pool of a ResNet read the weights of their layers and multiply by themselves, so the adapters there would do
-nothing. peft's special layer for nn.MultiheadAttention (as of 0.21.2) counts that of out_proj twice, and adds and
-subtracts at the weights in each step, whose rounding errors stay. A parametrized weight is right for who reads it and
-for who calls its layer, fast_text.py included, and takes one more product of thin matrices a step. What it does not
-save is the memory of the weights' gradients while they are computed; Adam's moments it does.
+A, B, their initialisation and their product are peft's; they are attached by torch's parametrization. peft's own way,
+layers in place of others, does nothing where CLIP's towers read a layer's weights and multiply themselves, as in
+nn.MultiheadAttention and the attention pool of a ResNet; its special layer for nn.MultiheadAttention (as of 0.21.2)
+counts out_proj's adapter twice. A parametrized weight is right for both, fast_text.py included, at the cost of one
+more thin product a step. It saves Adam's moments, but not the memory of the weights' gradients.
 
 At the end `merge` leaves the sums under the weights' own names.
 """
@@ -14,7 +12,7 @@ At the end `merge` leaves the sums under the weights' own names.
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +23,9 @@ from pc_clip.core.errors import UserError, check_at_least, check_choice
 from pc_clip.core.random import seed_of
 from pc_clip.models import torchvision_compat  # noqa: F401  (before peft, which imports transformers)
 from pc_clip.models.parameters import TRAINABLE, parameters_of
+
+if TYPE_CHECKING:
+    from pc_clip.models.clip import Clip
 
 _NAME = "default"  # peft's for an adapter that is the only one
 _MATRICES = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "text_projection", "proj")
@@ -55,7 +56,7 @@ class Adapter(nn.Module):
 
 
 def check(rank: int, alpha: float | None) -> None:
-    """Raise UserError for settings of adapters that cannot be, and where peft is not installed."""
+    """Raise UserError for impossible settings, and where peft is not installed."""
     check_at_least("model.lora_rank", rank, 0)
     if alpha is not None and not rank:
         raise UserError(f"model.lora_alpha {alpha:g} means nothing without model.lora_rank; set that, or leave it out")
@@ -72,26 +73,23 @@ def weights_to_adapt(model: nn.Module, train: str, name: str) -> list[str]:
     Raises UserError where there are none.
     """
     named = parameters_of(model, train, name)
-    found = [n for n, p in named.items() if _fits(*_owner(model, n), p)]
-    if not found:
+    fitting = [n for n, p in named.items() if _fits(*_owner(model, n), p)]
+    if not fitting:
         raise UserError(
             f"model.train {train} names no weight of {name} that adapters fit, of {len(named)} parameters; "
             "set model.lora_rank 0, or train another part"
         )
-    return found
+    return fitting
 
 
 def add(model: nn.Module, names: list[str], rank: int, alpha: float | None, seed: int) -> None:
-    """Put adapters on weights, in place. Outputs stay what they are until the adapters learn.
+    """Put adapters on weights that have none, in place. They begin as zero, so outputs stay the same.
 
-    alpha: what adapters add is multiplied by alpha / rank; None for 1. No weight may have one already. torch's global
-    generators are left as they were.
+    alpha: what adapters add is multiplied by alpha / rank; None for 1. torch's global generators are left alone.
     """
     alpha = rank if alpha is None else alpha
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(
-            seed_of(seed, "adapters")
-        )  # of the CPU alone: torch.manual_seed takes the GPUs' along
+        torch.default_generator.manual_seed(seed_of(seed, "adapters"))  # torch.manual_seed would seed the GPUs too
         for name in names:
             owner, short = _owner(model, name)
             adapter = Adapter(getattr(owner, short), rank, alpha)
@@ -100,25 +98,18 @@ def add(model: nn.Module, names: list[str], rank: int, alpha: float | None, seed
 
 def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The adapters' matrices as WEIGHT.lora_A and WEIGHT.lora_B; empty for a model without adapters."""
-    found = {}
-    for path, owner in model.named_modules():
-        for short, adapter in _adapters(owner).items():
-            weight = f"{path}.{short}" if path else short
-            found |= {f"{weight}.{which}": matrix for which, matrix in adapter.matrices.items()}
-    return found
+    return {
+        f"{path}.{short}.{which}".removeprefix("."): matrix
+        for path, owner in model.named_modules()
+        for short, adapter in _adapters(owner).items()
+        for which, matrix in adapter.matrices.items()
+    }
 
 
-class Named(Protocol):
-    """A model with the name that messages call it by: a Clip."""
+def trainable(clip: Clip, which: str) -> dict[str, nn.Parameter]:
+    """The parameters that learn, by name: the adapters' where there are some, else those of `which` (parameters.py).
 
-    model: nn.Module
-    name: str
-
-
-def trainable(clip: Named, which: str) -> dict[str, nn.Parameter]:
-    """The parameters that learn, by name: those of adapters where there are some, else what `which` names.
-
-    which: as parameters.py says. Raises UserError for an unknown one, and where the model has nothing of the kind.
+    Raises UserError for an unknown `which`, and where the model has no such parameters.
     """
     check_choice("model.train", which, TRAINABLE)
     return parameters(clip.model) or parameters_of(clip.model, which, clip.name)

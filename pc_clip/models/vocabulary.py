@@ -1,8 +1,9 @@
-"""The words a caption decoder knows: those pieces of CLIP's tokenizer that its training sentences are made of."""
+"""The vocabulary of a caption decoder: those subwords of CLIP's tokenizer that its training sentences contain."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ SPECIAL = 3
 
 
 class Vocabulary:
-    """Numbers for pieces of words, as `tokenizer` cuts them. pieces: its ids of those known, in the order of ours."""
+    """Numbers for subwords. pieces: the tokenizer's ids of the known subwords, in the order of the numbers."""
 
     def __init__(self, tokenizer: Any, pieces: Sequence[int]) -> None:
         self.tokenizer, self.pieces = tokenizer, list(pieces)
@@ -21,16 +22,16 @@ class Vocabulary:
 
     @classmethod
     def of(cls, tokenizer: Any, texts: Iterable[str]) -> Vocabulary:
-        """That of some texts."""
+        """The vocabulary of some texts."""
         return cls(tokenizer, sorted({piece for text in set(texts) for piece in _cut(tokenizer, text)}))
 
     def __len__(self) -> int:
         return SPECIAL + len(self.pieces)
 
     def encode(self, texts: Sequence[str], max_length: int) -> Tensor:
-        """START, pieces, END, then PAD; what is longer than max_length is cut before its END.  -> [N, L] int64
+        """START, subwords, END, then PAD; longer texts are cut before END.  -> [N, L] int64, L <= max_length
 
-        Pieces that are not known are left out.
+        Unknown subwords are left out: `lacks` says where.
         """
         cut = [[self.number[p] for p in _cut(self.tokenizer, text) if p in self.number] for text in texts]
         cut = [[START, *numbers[: max_length - 2], END] for numbers in cut]
@@ -40,7 +41,7 @@ class Vocabulary:
         return rows
 
     def lacks(self, text: str) -> bool:
-        """Whether pieces of a text are not known."""
+        """Whether a text has unknown subwords."""
         return any(piece not in self.number for piece in _cut(self.tokenizer, text))
 
     def decode(self, numbers: Iterable[int]) -> str:
@@ -50,20 +51,15 @@ class Vocabulary:
         return " ".join(inner.decode(pieces).split()) if pieces else ""
 
     def words(self, numbers: Iterable[int]) -> list[str]:
-        """The pieces one by one, for pictures."""
+        """The subwords one by one, for pictures."""
         return [self.decode([self.number[piece]]) for piece in self._pieces(numbers)]
 
     def _pieces(self, numbers: Iterable[int]) -> list[int]:
-        found = []
-        for number in map(int, numbers):
-            if number == END:
-                break
-            if number >= SPECIAL:
-                found.append(self.pieces[number - SPECIAL])
-        return found
+        words = takewhile(lambda number: number != END, map(int, numbers))
+        return [self.pieces[number - SPECIAL] for number in words if number >= SPECIAL]
 
 
 def _cut(tokenizer: Any, text: str) -> list[int]:
-    """A text's pieces, without marks of beginning and end."""
+    """A text's subwords, without start and end tokens."""
     inner = getattr(tokenizer, "tokenizer", None)
     return inner.encode(text, add_special_tokens=False) if inner is not None else tokenizer.encode(text)

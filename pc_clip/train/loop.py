@@ -32,7 +32,7 @@ from pc_clip.core.prefetch import ahead
 from pc_clip.data.dataset import Dataset
 from pc_clip.data.training_data import load_dataset
 from pc_clip.models import loading, lora
-from pc_clip.models.clip import Clip, blend
+from pc_clip.models.clip import Clip
 from pc_clip.train import methods, run_folder, state
 from pc_clip.train.optim import check_settings, learning_rate, make_optimizer, resolve_precision
 from pc_clip.train.state import BestCheckpoint
@@ -108,7 +108,7 @@ def _run(config: FinetuneConfig, run: Path, data: Dataset) -> Path:
         if train.blend != 1.0:
             start = _start(config, "cpu").model.state_dict()
             end = {name: value.cpu() for name, value in clip.model.state_dict().items()}
-            clip.model.load_state_dict(blend(start, end, train.blend))
+            clip.model.load_state_dict(loading.blend(start, end, train.blend))
         loading.save_model(run / MODEL_FILE, method.clip)
     accelerator.end_training()
     return run
