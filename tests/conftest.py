@@ -12,6 +12,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 import hypothesis
+import runs
 import torch
 from accelerate.state import AcceleratorState
 
@@ -38,6 +39,24 @@ def small_example(monkeypatch):
     """The embedded example with few scenes, for tests that only need it to run."""
     monkeypatch.setattr(example_sets, "EXAMPLE_SIZES", {"train": 300, "val": 60, "test": 80})
     monkeypatch.setattr(example_sets, "CHANGES_SIZES", {"train": 64, "val": 20, "test": 24})
+
+
+@pytest.fixture
+def small_runs(monkeypatch):
+    """A world in which finetuning takes half a second."""
+    runs.make_small(monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> str:
+    """The name of a tiny CLIP with random weights: towers of two layers, 16 wide."""
+    return runs.tiny_clip(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_resnet(tmp_path_factory) -> str:
+    """The same with a convolutional image tower, which has batch statistics."""
+    return runs.tiny_clip(tmp_path_factory.mktemp("models") / "resnet", vision_cfg=runs.RESNET)
 
 
 @pytest.fixture(scope="session")
