@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -39,9 +40,12 @@ def make_small(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(tokens, "identity", _identity)
 
 
-def tiny_clip(folder: Path, **parts: dict) -> str:
-    """The name of a tiny CLIP with random weights, which are kept in a folder. parts: vision_cfg, text_cfg."""
-    folder.mkdir()
+def tiny_clip(folder: Path, copied: Path | None = None, **parts: dict) -> str:
+    """The name of a tiny CLIP with random weights, which are kept in a folder. parts: vision_cfg, text_cfg.
+
+    copied: a folder of further files, of a Hugging Face text tower for instance.
+    """
+    shutil.copytree(copied, folder) if copied else folder.mkdir()
     model = {"embed_dim": 16, "vision_cfg": VIT, "text_cfg": TEXT} | parts
     transform = {"mean": [0.5] * 3, "std": [0.25] * 3}
     write_json(folder / "open_clip_config.json", {"model_cfg": model, "preprocess_cfg": transform})

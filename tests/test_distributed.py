@@ -251,7 +251,10 @@ def test_two_processes_stop_together_and_resuming_loses_nothing(tiny, tiny_resne
         assert same(weights(f"runs/{stopped}"), weights(f"runs/{name} straight")), stopped
     assert first["nan"][1] == second["nan"][1] == 4
     assert "became nan at step 5, on 4 items beginning with train-" in second["nan"][0] and "nan" in first["nan"][0]
-    for name, message in (("precision", "train.precision fp16"), ("batch_size", "batch_size 7 cannot be dealt out to 2")):
+    for name, message in (
+        ("precision", "train.precision fp16"),
+        ("batch_size", "batch_size 7 cannot be dealt out to 2"),
+    ):
         assert message in first[name] and message in second[name]
     assert Path("runs/random straight/model.safetensors").is_file()  # nothing is overwritten
     assert [first["best"], second["best"]] == [["done", 0], ["done", 2]]  # the first finds the figures, for both
@@ -274,7 +277,9 @@ def test_what_two_processes_began_is_continued_by_one(tiny):
     assert saved_step("a") == 3
     config.resume, straight.name = True, "straight"
     assert [attempt(config), attempt(straight)] == ["done", "done"]
-    assert [row["loss"] for row in rows("runs/a")] == pytest.approx([r["loss"] for r in rows("runs/straight")], rel=1e-3)
+    assert [row["loss"] for row in rows("runs/a")] == pytest.approx(
+        [r["loss"] for r in rows("runs/straight")], rel=1e-3
+    )
     one, two, begin = weights("runs/straight"), weights("runs/a"), runs.start(config)
     moved, apart = (torch.cat([(one[k] - other[k]).flatten() for k in begin]).norm() for other in (begin, two))
     assert apart < 0.05 * moved  # Adam's first steps are signs, so gradients near zero may part
