@@ -36,7 +36,7 @@ def make_small(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(example_sets, "EXAMPLE_SIZES", {"train": 96, "val": 24, "test": 24})
     patch.setattr(example_sets, "CHANGES_SIZES", {"train": 48, "val": 16, "test": 16})
     patch.setattr(environment, "commit", lambda: None)
-    patch.setattr(open_clip, "get_tokenizer", lambda name: _get_tokenizer("ViT-B-32" if "local-dir" in name else name))
+    patch.setattr(open_clip, "get_tokenizer", _get_tokenizer)
     patch.setattr(tokens, "identity", _identity)
 
 
