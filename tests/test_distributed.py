@@ -41,7 +41,7 @@ forks = multiprocessing.get_context("fork")
 
 
 def together(processes: int, work: Callable[[int], object]) -> None:
-    """work(rank) in each of some processes, which have three minutes; what they print is shown if one fails."""
+    """work(rank) in each of some processes, which have ten minutes; what they print is shown if one fails."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -59,7 +59,7 @@ def together(processes: int, work: Callable[[int], object]) -> None:
     running = [forks.Process(target=process, args=(rank,), daemon=True) for rank in range(processes)]
     for each in running:
         each.start()
-    end = time.monotonic() + 180
+    end = time.monotonic() + 600
     for each in running:
         each.join(max(0.0, end - time.monotonic()))
         if each.is_alive():
