@@ -194,6 +194,7 @@ def adapted(config) -> Path:
     return finetune(first)
 
 
+@pytest.mark.slow
 def test_the_second_stage_goes_on_with_the_encoder_of_its_start(config, adapted):
     first = loading.load_model(adapted)
     assert first.change.decoder is None and first.change.encoder.counterpart.abs().sum() > 0
@@ -312,6 +313,7 @@ REFUSED = [
 ]
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_told_before_anything_is_encoded_or_written(config, monkeypatch):
     monkeypatch.setattr(change, "Features", lambda *_, **__: pytest.fail("encoded"))
     bad = []

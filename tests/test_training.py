@@ -249,10 +249,8 @@ def change(tiny: str, tiny_resnet: str) -> FinetuneConfig:
     return config
 
 
-slow = pytest.mark.slow
-CONTINUED = [compensated, clusters]
-CONTINUED += [pytest.param(each, marks=slow) for each in (adapters, clusters_of_the_start, from_scratch, bf16)]
-CONTINUED += [pytest.param(each, marks=slow) for each in (crops, change)]
+LONG = (compensated, adapters, clusters_of_the_start, from_scratch, bf16, crops, change)
+CONTINUED = [clusters, *(pytest.param(each, marks=pytest.mark.slow) for each in LONG)]
 
 
 @pytest.mark.parametrize("make_config", CONTINUED)
