@@ -48,7 +48,7 @@ def built(tmp_path_factory) -> dict[str, Clip]:
     folder = tmp_path_factory.mktemp("built")
     (folder / "bert").mkdir()
     tower = hugging_face_tower(folder / "bert")
-    parts = {"resnet": {"vision_cfg": runs.RESNET}, "vit": {}, "timm": {"vision_cfg": TIMM}}
+    parts = {"resnet": {"vision_cfg": runs.RESNET | {"image_size": 64}}, "vit": {}, "timm": {"vision_cfg": TIMM}}
     names = {kind: runs.tiny_clip(folder / kind, **part) for kind, part in parts.items()}
     names["hugging face"] = runs.tiny_clip(folder / "hf", copied=folder / "bert", text_cfg=tower)
     return {kind: Clip.create(name) for kind, name in names.items()}
