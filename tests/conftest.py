@@ -12,12 +12,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 import hypothesis
+import runs
 import torch
 from accelerate.state import AcceleratorState
 
 from pc_clip.data import example_sets
 from pc_clip.example import scenes
 from pc_clip.models.clip import Clip
+from pc_clip.models.loading import create_model
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -40,10 +42,28 @@ def small_example(monkeypatch):
     monkeypatch.setattr(example_sets, "CHANGES_SIZES", {"train": 64, "val": 20, "test": 24})
 
 
+@pytest.fixture
+def small_runs(monkeypatch):
+    """A world in which finetuning takes half a second."""
+    runs.make_small(monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> str:
+    """The name of a tiny CLIP with random weights: towers of two layers, 16 wide."""
+    return runs.tiny_clip(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_resnet(tmp_path_factory) -> str:
+    """The same with a convolutional image tower, which has batch statistics."""
+    return runs.tiny_clip(tmp_path_factory.mktemp("models") / "resnet", vision_cfg=runs.RESNET)
+
+
 @pytest.fixture(scope="session")
 def example_clip() -> Clip:
     """The shipped model. Tests must not change its weights."""
-    return Clip.create("example")
+    return create_model("example")
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from pc_clip.data.embeddings import CACHE
 from pc_clip.data.registry import open_dataset
 from pc_clip.evals import EvalContext, average
 from pc_clip.models import lora
-from pc_clip.models.clip import Clip
+from pc_clip.models.loading import create_model
 
 TEXTS = ("a", "b")
 
@@ -123,7 +123,7 @@ def test_what_cannot_be_averaged_is_said(start, alphas, message, monkeypatch):
 
 
 def test_on_the_example_the_ends_are_the_two_models_and_differences_are_measured_too(small_example):
-    base, clip = Clip.create("example"), Clip.create("example")
+    base, clip = create_model("example"), create_model("example")
     with torch.no_grad():
         for parameter in lora.trainable(clip, "text_blocks").values():
             parameter.mul_(0.5)

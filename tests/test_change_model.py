@@ -12,6 +12,7 @@ from pc_clip.models import loading
 from pc_clip.models.caption_decoder import Decoder, Shape
 from pc_clip.models.change_model import ChangeClip, ChangeModel, Search, fresh
 from pc_clip.models.clip import Clip
+from pc_clip.models.loading import create_model
 from pc_clip.models.vocabulary import END, PAD, SPECIAL, START, Vocabulary
 
 TEXTS = ["the red star turned blue", "nothing changed!", "a ring is gone"]
@@ -19,7 +20,7 @@ TEXTS = ["the red star turned blue", "nothing changed!", "a ring is gone"]
 
 @pytest.fixture(scope="module")
 def vit() -> Clip:
-    return Clip.create("example_vit")
+    return create_model("example_vit")
 
 
 @pytest.fixture
@@ -220,7 +221,7 @@ def test_impossible_shapes():
 
 @pytest.mark.parametrize("counterparts", [False, True])
 def test_a_saved_captioner_says_the_same(vit, pictures, tmp_path, counterparts):
-    clip = Clip.create("example_vit")
+    clip = create_model("example_vit")
     clip = ChangeClip.of(clip, fresh(clip, 2, seed=0, counterparts=counterparts))
     if counterparts:
         torch.nn.init.normal_(clip.change.encoder.counterpart)
@@ -238,13 +239,13 @@ def test_a_saved_captioner_says_the_same(vit, pictures, tmp_path, counterparts):
 
 
 def test_weights_of_other_sizes_and_other_towers_are_refused(tmp_path):
-    clip = Clip.create("example_vit")
+    clip = create_model("example_vit")
     clip = ChangeClip.of(clip, fresh(clip, 2, seed=0))
     clip.change.encoder.register_parameter("before", torch.nn.Parameter(torch.zeros(3)))
     loading.save_model(tmp_path / "model.safetensors", clip)
     with pytest.raises(UserError, match=r"model.safetensors does not fit example_vit: .*encoder.before"):
         loading.load_model(tmp_path / "model.safetensors")
     with pytest.raises(UserError, match="image tower of example is a ModifiedResNet"):
-        ChangeModel(Clip.create("example"))
+        ChangeModel(create_model("example"))
     with pytest.raises(UserError, match="change.intra_layers is 6; .* has 6 blocks"):
         ChangeModel(clip, 6)

@@ -21,6 +21,7 @@ from pc_clip.interface import run
 from pc_clip.metrics import retrieval
 from pc_clip.models import export, loading, lora
 from pc_clip.models.clip import Clip, model_folder
+from pc_clip.models.loading import create_model
 from pc_clip.release import benchmark as benchmark_command
 
 PER_CLASS = 5
@@ -141,7 +142,7 @@ def test_the_embedded_model(keys, benchmark, example_clip):
 
 
 def test_a_finetuned_checkpoint_through_its_export(keys, benchmark):
-    clip = perturbed(Clip.create("example"), 1.5)
+    clip = perturbed(create_model("example"), 1.5)
     loading.save_model(Path("runs/mine/model.safetensors"), clip)
     export.main(["runs/mine", "--out", "exported/mine"])
     theirs = benchmark("local-dir:exported/mine", "")
@@ -223,7 +224,7 @@ def captioned(tmp_path) -> int:
     ],
 )
 def test_retrieval_of_a_finetuned_checkpoint_through_its_export(captioned, told, asked):
-    loading.save_model(Path("runs/mine/model.safetensors"), perturbed(Clip.create("example"), 0.5))
+    loading.save_model(Path("runs/mine/model.safetensors"), perturbed(create_model("example"), 0.5))
     export.main(["runs/mine", "--out", "exported/mine"])
     command = ["eval", *told.split(), "--task", "zeroshot_retrieval", "--model", "local-dir:exported/mine",
                "--pretrained", "", "--recall_k", "1", "5", "10", "--no_amp", "--num_workers", "0",

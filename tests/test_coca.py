@@ -1,20 +1,25 @@
 """CoCa: a caption's log-likelihood is the sum over its tokens, one after the other, whatever is padded to it."""
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import runs
 import torch
+from safetensors.torch import save_file
 from torch.nn.functional import log_softmax
 
-from pc_clip.core.config.train import FinetuneConfig
+from pc_clip.core.config.train import FinetuneConfig, PreferenceConfig
 from pc_clip.core.errors import UserError
 from pc_clip.core.files import write_json
 from pc_clip.data import example_sets
 from pc_clip.data.registry import open_dataset
 from pc_clip.models import lora
 from pc_clip.models.clip import SCRATCH, Clip
+from pc_clip.models.loading import create_model
+from pc_clip.train.loop import finetune
 from pc_clip.train.methods import coca, preference
 from pc_clip.train.methods.base import Images, Texts
 
@@ -37,7 +42,7 @@ def build(folder: Path, **text) -> Clip:
         "custom_text": True,
     }
     write_json(folder / "open_clip_config.json", {"model_cfg": config})
-    clip = Clip.create(f"local-dir:{folder}", SCRATCH)
+    clip = create_model(f"local-dir:{folder}", SCRATCH)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         clip.model.text_decoder.text_projection.zero_()  # open_clip leaves it as the memory is
@@ -77,21 +82,6 @@ def test_the_log_likelihood_is_that_of_its_tokens_one_by_one(clip):
 
 
 @torch.no_grad()
-def test_the_token_whose_number_is_that_of_padding_counts(clip):
-    """In CLIP's vocabulary 0 is "!" before another sign, and what open_clip pads with."""
-    tokens = clip.tokenize(["a dog!% no"])
-    place = tokens[0].tolist().index(0)
-    assert place < tokens.argmax(-1)
-    images = pixels(1)
-    logits = clip.model(images, tokens, output_labels=False)["logits"][0, place - 1]
-    rest = token_by_token(clip, images[0], tokens[0, :place].tolist())
-    upto = token_by_token(clip, images[0], tokens[0, : place + 1].tolist())
-    assert upto - rest == pytest.approx(log_softmax(logits, -1)[0].item(), abs=1e-4)
-    whole = token_by_token(clip, images[0], tokens[0, : int(tokens.argmax(-1)) + 1].tolist())
-    assert coca.caption_log_likelihood(clip.model, images, tokens).item() == pytest.approx(whole, abs=1e-3)
-
-
-@torch.no_grad()
 def test_padding_and_company_do_not_matter(clip):
     images, tokens = pixels(len(CAPTIONS)), clip.tokenize(CAPTIONS)
     assert tokens.shape[1] == 12
@@ -101,19 +91,6 @@ def test_padding_and_company_do_not_matter(clip):
         for length in (end + 1, end + 2, 12):
             alone = coca.caption_log_likelihood(clip.model, images[n : n + 1], row[None, :length])
             assert alone.item() == pytest.approx(together[n].item(), abs=1e-3)
-
-
-@torch.no_grad()
-def test_image_tokens_stand_for_pixels(clip):
-    images, tokens = pixels(len(CAPTIONS)), clip.tokenize(CAPTIONS)
-    z, image_tokens = coca.encode_image(clip.model, images)
-    assert torch.equal(z, clip.model.encode_image(images, normalize=False))
-    assert torch.equal(
-        coca.caption_log_likelihood(clip.model, image_tokens, tokens),
-        coca.caption_log_likelihood(clip.model, images, tokens),
-    )
-    other = coca.caption_log_likelihood(clip.model, image_tokens.flip(0), tokens)
-    assert not torch.allclose(other, coca.caption_log_likelihood(clip.model, images, tokens), atol=1e-2)
 
 
 def test_gradients_reach_decoder_and_text_tower_and_not_an_image_without_them(clip):
@@ -175,9 +152,36 @@ def test_all_pairs_are_scored_as_each_alone(clip, monkeypatch):
     assert found[0] == found[4] and found[2] == found[7]
 
 
-def test_embeddings_cannot_stand_in_for_pixels(clip, monkeypatch):
-    monkeypatch.setattr(example_sets, "EXAMPLE_SIZES", {"train": 9, "val": 2, "test": 2})
-    config = FinetuneConfig(device="cpu")
+# -- runs ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def config(small_runs, monkeypatch) -> FinetuneConfig:
+    monkeypatch.setattr(example_sets, "EXAMPLE_SIZES", {"train": 40, "val": 8, "test": 8})
+    content = build(Path("coca-run")).model.state_dict()
+    save_file({name: value.contiguous() for name, value in content.items()}, "coca-run/open_clip_model.safetensors")
+    config = runs.settings("preference", "local-dir:coca-run", steps=3, lr=1e-2)
+    config.preference = PreferenceConfig(captioning=0.5, beta=1.0)
+    return config
+
+
+@pytest.mark.parametrize("train, crop, rank", [("text", 1.0, 2), ("both", 0.5, 0), ("text_blocks", 1.0, 0)])
+def test_it_begins_at_log_2_and_learns_what_model_train_names(config, train, crop, rank):
+    config.model.train, config.data.min_crop, config.model.lora_rank = train, crop, rank
+    run = finetune(config)
+    first, *_, last = [row["loss"] for row in runs.rows(run)]
+    assert abs(first - math.log(2)) < 1e-3 < abs(last - math.log(2))
+    changed = {name.split(".")[0] for name in runs.changed(runs.weights(run), runs.start(config))}
+    assert ("text_decoder" in changed) == (train != "text_blocks") and ("visual" in changed) == (train == "both")
+
+
+def test_without_captions_to_weigh_the_decoder_gets_no_adapters(config):
+    config.preference.captioning, config.model.lora_rank = 0.0, 2
+    changed = runs.changed(runs.weights(finetune(config)), runs.start(config))
+    assert changed and not any(name.startswith("text_decoder.") for name in changed)
+
+
+def test_captions_are_not_weighed_without_images(config):
     config.data.embeddings = "some.safetensors"
-    with pytest.raises(UserError, match=r"reads the images themselves; data\.embeddings cannot stand in"):
-        Images(clip, open_dataset("example", split="train"), config, pixels=True)
+    with pytest.raises(UserError, match="preference.captioning reads the images.*data.embeddings.*leave one of the tw"):
+        finetune(config)

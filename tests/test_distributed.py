@@ -1,12 +1,12 @@
 """Two processes: one step has the gradients of one process with the whole batch, and what ends one ends both.
 
 The processes are forked from this one, which is quick, and find each other as those of torchrun do: by environment
-variables, over gloo.
+variables, over gloo. Each of the two groups below goes through many runs, one after the other.
 """
 
 from __future__ import annotations
 
-import itertools
+import copy
 import json
 import math
 import multiprocessing
@@ -17,391 +17,269 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 
 import pytest
-import sample_differences
+import runs
 import torch
 import torch.distributed as dist
-import yaml
 from accelerate.state import AcceleratorState
+from runs import rows, same, weights
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import finetune as script
-from pc_clip.core import environment
-from pc_clip.core.cli import dump
-from pc_clip.core.config.train import (
-    ChangeConfig,
-    ContrastiveConfig,
-    FinetuneConfig,
-    PairwiseConfig,
-    PreferenceConfig,
-    SamplerConfig,
-    TrainConfig,
-)
-from pc_clip.core.errors import run_script
+from pc_clip.core.config.train import ChangeConfig, FinetuneConfig, PairwiseConfig, PreferenceConfig, SamplerConfig
+from pc_clip.core.errors import UserError
 from pc_clip.models import fast_text
 from pc_clip.models.clip import SCRATCH
 from pc_clip.train import methods
 from pc_clip.train.loop import finetune
-from pc_clip.train.methods import change, contrastive, pairwise
+from pc_clip.train.methods import change, pairwise
 
+pytestmark = pytest.mark.usefixtures("small_runs")
 forks = multiprocessing.get_context("fork")
-STEPS = 8
 
 
-@pytest.fixture(autouse=True)
-def _small(small_example, monkeypatch):
-    monkeypatch.setattr(environment, "commit", lambda: None)  # a process of git a run
-
-
-@pytest.fixture
-def config() -> FinetuneConfig:
-    """A run of eight steps over the first training scenes, by the paper's loss."""
-    sample_differences.write(Path("d.jsonl"))
-    found = FinetuneConfig(name="a", out="runs", device="cpu")
-    found.data.split, found.data.differences = "train", "d.jsonl"
-    found.train = TrainConfig(batch_size=8, steps=STEPS, lr=1e-3, log_every=2, threads=1)
-    found.pairwise = PairwiseConfig()
-    return found
-
-
-# -- processes -----------------------------------------------------------------------------------------
-
-
-def together(processes: int, work: Callable[[int], object]) -> tuple[list[int | None], list[str]]:
-    """work(rank) in each of some processes, as run_script runs it: exit codes, and what each printed.
-
-    All have a minute. One that is still there then is killed, and its exit code is -9.
-    """
+def together(processes: int, work: Callable[[int], object]) -> None:
+    """work(rank) in each of some processes, which have ten minutes; what they print is shown if one fails."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
 
     def process(rank: int) -> None:
-        sys.stdout = sys.stderr = Path(f"said.{rank}").open("w", buffering=1)  # noqa: SIM115 (open to the end)
+        sys.stdout = sys.stderr = Path(f"output.{rank}").open("w", buffering=1)  # noqa: SIM115 (open to the end)
         if processes > 1:
             size = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
             place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             os.environ.update(size, **place, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, OMP_NUM_THREADS="1")
         AcceleratorState._reset_state(reset_partial_state=True)
-        run_script(lambda: work(rank))
+        dist.destroy_process_group = lambda *_: None  # at the end of a run; the next one needs it
+        work(rank)
 
     running = [forks.Process(target=process, args=(rank,), daemon=True) for rank in range(processes)]
     for each in running:
         each.start()
-    end = time.monotonic() + 60
+    end = time.monotonic() + 600
     for each in running:
         each.join(max(0.0, end - time.monotonic()))
         if each.is_alive():
             each.kill()
             each.join()
-    return [each.exitcode for each in running], [Path(f"said.{rank}").read_text() for rank in range(processes)]
-
-
-def succeed(processes: int, work: Callable[[int], object]) -> None:
-    codes, said = together(processes, work)
-    assert codes == [0] * processes, "\n".join(said)
-
-
-def at_step(step: int, do: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """In this process, have `do` change the loss of a step, which is counted from 1. All steps are counted."""
-    forward, count = pairwise.Method.forward, itertools.count(1)
-
-    def changed(self, batch):
-        loss, logs = forward(self, batch)
-        return (do(loss) if next(count) == step else loss), logs
-
-    pairwise.Method.forward = changed
+    printed = "\n".join(Path(f"output.{rank}").read_text()[-3000:] for rank in range(processes))
+    assert [each.exitcode for each in running] == [0] * processes, printed
 
 
 # -- gradients -----------------------------------------------------------------------------------------
 
 
-def first_gradients(config: FinetuneConfig, name: str) -> list[dict[str, torch.Tensor]]:
-    """The gradients that the optimizer gets in a run's first step, and the weights after its last, for each process."""
+def gradient_cases(tiny: str) -> dict[str, tuple[FinetuneConfig, set[str]]]:
+    """Settings, and weights of which a gradient must be there and not small."""
+    text, image = "transformer.resblocks.0.attn.in_proj_weight", "visual.conv1.weight"
+    squared_error, everything, adapters = (runs.settings("pairwise", tiny) for _ in range(3))
+    squared_error.pairwise.loss, squared_error.model.train = "mse", "text_blocks"
+    everything.pairwise = PairwiseConfig(anchor=1.0, anchor_captions=40, anchor_batch=4, mirror=True)
+    everything.train.recompute = True
+    adapters.model.lora_rank = 2
+    both_towers, clusters = (runs.settings("contrastive", tiny) for _ in range(2))
+    both_towers.model.train = clusters.model.train = "both"
+    clusters.sampler = SamplerConfig(kind="clusters", similarity="image", cluster_size=4, share=0.5)
+    cases = {
+        "squared error": (squared_error, {text}),
+        "all of pairwise": (everything, {text}),
+        "adapters": (adapters, {f"{text}.lora_B"}),
+        "both towers": (both_towers, {text, image, "logit_scale"}),
+        "clusters of similar images": (clusters, {text, image, "logit_scale"}),  # embedded by both, each its part
+    }
+    for loss in ("dpo", "contrastive"):
+        config = runs.settings("preference", tiny)
+        config.model.train, config.preference = "both", PreferenceConfig(loss)
+        cases[f"preferences by {loss}"] = config, {text, image}
+    for stage, learning in (("retrieve", {text, "logit_scale"}), ("caption", {"change.decoder.words.weight"})):
+        # Sentences of unequal lengths in both processes; those that hold for several pairs are none's negatives.
+        config = runs.settings("change", tiny)
+        config.change = ChangeConfig(stage, width=16, heads=2, layers=1, dropout=0.0, clip_rate=1.0, validation="none")
+        cases[f"changes, {stage}"] = config, {image, "change.encoder.before"} | learning
+    for config, _ in cases.values():
+        config.train.steps = 2  # in the second, torch tells of parameters that had no part in the first
+    return cases
 
-    def work(rank: int) -> None:
-        fast_text.PART = 60  # tokens recomputed at a time: few, so that there are several parts
-        step, method = torch.optim.Adam.step, methods.find(config.method).Method
-        trainable, names = method.trainable, {}
 
-        def named(self):
-            found = trainable(self)
-            names.update({parameter: name for name, parameter in found.items()})
-            return found
+def keep_first_gradients(config: FinetuneConfig, path: Path) -> None:
+    """Run it, and keep the gradients that the optimizer gets in the first step."""
+    kind, names, step = methods.find(config.method).Method, {}, torch.optim.Adam.step
+    trainable = kind.trainable
 
-        def kept(self, *args, **options):
-            path = Path(f"{name}.{rank}.safetensors")
-            if not path.exists():
-                parameters = [p for group in self.param_groups for p in group["params"]]
-                save_file({names[p]: p.grad.contiguous() for p in parameters if p.grad is not None}, path)
-            return step(self, *args, **options)
+    def named(self):
+        found = trainable(self)
+        names.update({parameter: name for name, parameter in found.items()})
+        return found
 
-        method.trainable, torch.optim.Adam.step = named, kept
-        config.name = name
+    def kept(self, *args, **options):
+        if not path.exists():
+            parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+            save_file({names[p]: p.grad.contiguous() for p in parameters}, path)
+        return step(self, *args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fast_text, "PART", 60)  # tokens recomputed at a time: few, so that there are several parts
+        patch.setattr(kind, "trainable", named)
+        patch.setattr(torch.optim.Adam, "step", kept)
         finetune(config)
 
-    processes = 1 if name == "one" else 2
-    succeed(processes, work)
-    return [load_file(f"{name}.{rank}.safetensors") for rank in range(processes)]
 
+@pytest.mark.slow
+def test_a_step_of_two_processes_has_the_gradients_of_one_with_the_whole_batch(tiny):
+    cases = gradient_cases(tiny)
 
-def image_and_text_towers(config: FinetuneConfig) -> None:
-    config.method, config.model.train = "contrastive", "both"
-    config.contrastive = ContrastiveConfig()  # with the model's own temperature, which learns
+    def work(rank: int, processes: int) -> None:
+        for name, (config, _) in cases.items():
+            config.name, config.out = name, str(processes)
+            keep_first_gradients(config, Path(f"{name}.{processes}.{rank}"))
 
-
-def clusters_of_similar_images(config: FinetuneConfig) -> None:
-    """Embedded by both processes together, each its part."""
-    image_and_text_towers(config)
-    config.sampler = SamplerConfig(kind="clusters", similarity="image", cluster_size=4, share=0.5)
-
-
-def squared_error(config: FinetuneConfig) -> None:
-    config.pairwise.loss = "mse"
-
-
-def all_of_pairwise(config: FinetuneConfig) -> None:
-    config.pairwise = PairwiseConfig(anchor=1.0, anchor_captions=40, anchor_batch=4, mirror=True)
-    config.model.train, config.train.recompute = "text", True
-
-
-def preferences_by(loss: str, config: FinetuneConfig) -> None:
-    config.method, config.data.dataset, config.model.train = "preference", "example_relations", "both"
-    config.preference = PreferenceConfig(loss)
-
-
-def changes(stage: str, config: FinetuneConfig) -> None:
-    """Sentences of unequal lengths in both processes; those that hold for several pairs are none's negatives."""
-    config.method, config.data.dataset, config.model.train = "change", "example_changes", "both"
-    config.change = ChangeConfig(stage, width=16, heads=2, layers=1, dropout=0.0, clip_rate=1.0, validation="none")
-
-
-CHANGES = [image_and_text_towers, clusters_of_similar_images, squared_error, all_of_pairwise]
-
-
-CHANGES += [partial(preferences_by, loss) for loss in ("dpo", "contrastive")]
-CHANGES += [partial(changes, stage) for stage in change.STAGES]
-
-
-@pytest.mark.parametrize("alter", CHANGES)
-def test_a_step_of_two_processes_has_the_gradients_of_one_with_the_whole_batch(config, alter):
-    alter(config)
-    config.train.steps = 2  # in the second, torch tells of parameters that had no part in the first
-    (one,), two = first_gradients(config, "one"), first_gradients(config, "two")
-    assert one.keys() == two[0].keys() == two[1].keys()
-    learning = {
-        "contrastive": {"logit_scale", "visual.conv1.weight"},
-        "pairwise": set(),
-        "preference": {"visual.conv1.weight"},
-        "change": {"visual.conv1.weight", "change.encoder.before"},
-    }[config.method]
-    if config.method == "change" and config.change.stage == "caption":
-        assert not any(name.startswith("transformer.") for name in one)  # no text is read
-        learning |= {"change.decoder.words.weight"}
-    else:
-        learning |= {"logit_scale"} if config.method == "change" else set()
-        assert "transformer.resblocks.0.attn.in_proj_weight" in one
-    assert learning <= one.keys()
-    largest = max(float(gradient.norm()) for gradient in one.values())
-    for name, expected in one.items():
-        assert torch.equal(two[0][name], two[1][name]), name
-        # Some gradients are nothing but rounding: a bias of keys changes no attention.
-        assert (two[0][name] - expected).norm() <= 2e-5 * expected.norm() + 1e-6 * largest, name
-    assert all(one[name].norm() > 0.01 * largest for name in learning)  # so that these were compared, too
-
-
-def test_how_hard_a_batch_is_does_not_depend_on_the_number_of_processes(config):
-    """All processes' rows are negatives of each other, also where clusters lie within one process."""
-    clusters_of_similar_images(config)
-    config.train.steps = config.train.log_every = 1
-    rows = {}
-    for config.name, processes in (("one", 1), ("two", 2)):
-        succeed(processes, lambda rank: finetune(config))
-        rows[config.name] = json.loads(Path(f"runs/{config.name}/metrics.jsonl").read_text())
-    for name in ("mean_negative", "hardest_negative", "likely_false_negatives"):
-        assert rows["two"][name] == pytest.approx(rows["one"][name], abs=1e-4), name
-
-
-@pytest.mark.parametrize("start", [None, SCRATCH])
-def test_two_processes_in_clusters_go_on_between_two_epochs_as_if_they_had_not_stopped(config, start):
-    """From scratch each process has statistics of its own until the epoch begins."""
-    clusters_of_similar_images(config)
-    config.model.pretrained, config.train.steps, config.train.max_steps_per_epoch = start, 4, 2
-    config.train.save_every = 1
-    succeed(2, lambda rank: finetune(config))
-    Path("runs/a").rename("runs/straight")
-
-    def stopped(rank: int) -> None:
-        forward, count = contrastive.Method.forward, itertools.count(1)
-
-        def interrupted(self, batch):
-            if next(count) == 2:
-                signal.raise_signal(signal.SIGTERM)
-            return forward(self, batch)
-
-        contrastive.Method.forward = interrupted
-        finetune(config)
-
-    codes, said = together(2, stopped)
-    assert codes == [130, 130], "\n".join(said)
-    config.resume = True
-    succeed(2, lambda rank: finetune(config))
-    resumed, straight = (load_file(f"runs/{name}/model.safetensors") for name in ("a", "straight"))
-    assert all(torch.equal(resumed[name], straight[name]) for name in straight)
-
-
-# -- the group -----------------------------------------------------------------------------------------
-
-
-def test_the_best_epoch_of_two_processes_is_found_by_one_and_kept(config):
-    """The first of two: what is then saved is what they have after one epoch."""
-    changes("caption", config)
-    config.train.steps, config.train.max_steps_per_epoch, config.train.epochs = None, 2, 1
-    succeed(2, lambda rank: finetune(config))
-    figures = iter([0.9, 0.1])
-
-    def work(rank: int) -> None:
-        def validate(self) -> dict[str, float]:
-            Path(f"validated.{rank}").touch()
-            return {"cider": next(figures)}
-
-        change.Method.validate = validate
-        finetune(config)
-
-    config.name, config.train.epochs, config.change.validation = "b", 2, "val"
-    succeed(2, work)
-    assert [path.name for path in Path().glob("validated.*")] == ["validated.0"]
-    found = [json.loads(line)["step"] for line in Path("runs/b/validation.jsonl").read_text().splitlines()]
-    assert found == [2, 4]
-    one, two = (load_file(f"runs/{name}/model.safetensors") for name in ("a", "b"))
-    assert all(torch.equal(one[name], two[name]) for name in one)
-
-
-@pytest.mark.parametrize("through", ["finetune", "script"])
-def test_processes_wait_twelve_hours_for_one_that_embeds_the_images(config, through):
-    config.train.steps = 1
-    Path("a.yaml").write_text(dump(config))
-
-    def work(rank: int) -> None:
-        def read(loss):
-            group = dist.group.WORLD._get_backend(torch.device("cpu"))
-            Path(f"timeout.{rank}").write_text(str(group.options._timeout))
-            return loss
-
-        at_step(1, read)
-        finetune(config) if through == "finetune" else script.main(["--config", "a.yaml"])
-
-    succeed(2, work)
-    assert [Path(f"timeout.{rank}").read_text() for rank in (0, 1)] == [str(timedelta(hours=12))] * 2
+    together(1, lambda rank: work(rank, 1))
+    together(2, lambda rank: work(rank, 2))
+    bad = []
+    for name, (_, learning) in cases.items():
+        one, first, second = (load_file(f"{name}.{place}") for place in ("1.0", "2.0", "2.1"))
+        assert one.keys() == first.keys() == second.keys() and learning <= one.keys(), name
+        largest = max(float(gradient.norm()) for gradient in one.values())
+        for weight, expected in one.items():
+            # Some gradients are nothing but rounding: a bias of keys changes no attention.
+            near = (first[weight] - expected).norm() <= 2e-5 * expected.norm() + 1e-6 * largest
+            if not near or not torch.equal(first[weight], second[weight]):
+                bad.append(f"{name}: {weight} is off by {(first[weight] - expected).norm():.1e} of {largest:.1e}")
+        bad += [f"{name}: {weight} is small" for weight in learning if one[weight].norm() < 1e-3 * largest]
+        alone, shared = rows(f"1/{name}")[0], rows(f"2/{name}")[0]  # loss, how hard the negatives are, ...
+        for figure in alone.keys() - {"pairs_per_second"}:
+            if shared[figure] != pytest.approx(alone[figure], rel=1e-4, abs=1e-4):
+                bad.append(f"{name}: {figure} is {shared[figure]}, alone {alone[figure]}")
+    assert not bad, "\n".join(bad)
 
 
 # -- what ends one ends both ---------------------------------------------------------------------------
 
 
-def count_steps(rank: int) -> None:
-    """Keep the number of steps begun in a file."""
-    forward, count = pairwise.Method.forward, itertools.count(1)
-
-    def counted(self, batch):
-        Path(f"steps.{rank}").write_text(str(next(count)))
-        return forward(self, batch)
-
-    pairwise.Method.forward = counted
-
-
-def steps() -> list[int]:
-    return [int(Path(f"steps.{rank}").read_text()) for rank in (0, 1)]
+def attempt(config: FinetuneConfig) -> str:
+    """How a run ends: done, interrupted, or the error."""
+    try:
+        finetune(config)
+        return "done"
+    except KeyboardInterrupt:
+        return "interrupted"
+    except UserError as error:
+        return str(error)
 
 
-@pytest.mark.parametrize("asked", [{1: 4}, {0: 5, 1: 4}], ids=["the second", "both, one later"])
-def test_sigterm_ends_both_after_one_step_and_resuming_loses_nothing(config, asked):
-    """Schedulers stop one process, or all of them, and not at the same step."""
-    wishes = dict(asked)
+def at_step(patch: pytest.MonkeyPatch, kind: type, step: int, change_loss: Callable[[torch.Tensor], torch.Tensor]):
+    """Change the loss of a step, which is counted from 1, in this process."""
+    forward, losses = kind.forward, []
+
+    def changed(self, batch):
+        loss, logs = forward(self, batch)
+        losses.append(loss)
+        return (change_loss(loss) if len(losses) == step else loss), logs
+
+    patch.setattr(kind, "forward", changed)
+
+
+def sigterm(loss: torch.Tensor) -> torch.Tensor:
+    os.kill(os.getpid(), signal.SIGTERM)
+    return loss
+
+
+def saved_step(name: str) -> int:
+    if dist.is_initialized():
+        dist.barrier()  # the first process writes it
+    with safe_open(f"runs/{name}/state.safetensors", "pt") as file:
+        return int(file.metadata()["step"])
+
+
+def stopped_cases(tiny: str, tiny_resnet: str) -> dict[str, FinetuneConfig]:
+    """Random batches; clusters by a model from scratch, of whose statistics each process has its own in an epoch."""
+    clusters = runs.settings("contrastive", tiny_resnet, steps=6, max_steps_per_epoch=3)
+    clusters.model.pretrained, clusters.model.train = SCRATCH, "both"
+    clusters.sampler = SamplerConfig(kind="clusters", similarity="image", cluster_size=4, share=0.5)
+    return {"random": runs.settings("pairwise", tiny), "clusters": clusters}
+
+
+@pytest.mark.slow
+def test_two_processes_stop_together_and_resuming_loses_nothing(tiny, tiny_resnet):
+    """By SIGTERM, which schedulers send to one process or to all; by a loss that is no number; by wrong settings."""
+    cases, best = stopped_cases(tiny, tiny_resnet), runs.settings("change", tiny, steps=None, max_steps_per_epoch=2)
+    best.change.validation, best.train.epochs, best.name = "val", 2, "best"
+    pair, ends = cases["random"], {}
 
     def work(rank: int) -> None:
-        count_steps(rank)
-        if rank in wishes:
-            at_step(wishes[rank], lambda loss: (os.kill(os.getpid(), signal.SIGTERM), loss)[1])
-        finetune(config)
+        for name, case in cases.items():
+            kind = methods.find(case.method).Method
+            for step in (3, 5) if name == "clusters" else (3,):  # between two epochs, and within one
+                config = copy.deepcopy(case)
+                config.name = f"{name} stopped at {step}"
+                with pytest.MonkeyPatch.context() as patch:
+                    if rank == 1:
+                        at_step(patch, kind, step, sigterm)
+                    ends[config.name] = [attempt(config), saved_step(config.name)]
+                config.resume = True
+                ends[config.name].append(attempt(config))
+            case.name = f"{name} straight"
+            ends[case.name] = attempt(case)
+        with pytest.MonkeyPatch.context() as patch:
+            if rank == 1:
+                at_step(patch, pairwise.Method, 5, lambda loss: loss * math.nan)
+            pair.name = "nan"
+            ends["nan"] = [attempt(pair), saved_step("nan")]
+        for name, value in (("precision", "fp16"), ("batch_size", 7)):
+            config = copy.deepcopy(pair)
+            config.overwrite, config.name = True, "random straight"
+            setattr(config.train, name, value)
+            ends[name] = attempt(config)
+        figures = iter([0.9, 0.1])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(change.Method, "validate", lambda self: {"cider": next(figures)})
+            ends["best"] = [attempt(best), len(list(figures))]
+        best.name, best.train.epochs, best.change.validation = "one epoch", 1, "none"
+        attempt(best)
+        group = dist.group.WORLD._get_backend(torch.device("cpu"))
+        ends["waits"] = str(group.options._timeout)
+        Path(f"ends.{rank}").write_text(json.dumps(ends))
 
-    codes, said = together(2, work)
-    assert codes == [130, 130], "\n".join(said)
-    stopped = steps()
-    assert stopped[0] == stopped[1] < STEPS
-    with safe_open("runs/a/state.safetensors", "pt") as file:
-        assert int(file.metadata()["step"]) == stopped[0]
-    assert not Path("runs/a/model.safetensors").exists()
+    together(2, work)
+    first, second = (json.loads(Path(f"ends.{rank}").read_text()) for rank in (0, 1))
+    for name, step in (("random", 3), ("clusters", 3), ("clusters", 5)):
+        stopped = f"{name} stopped at {step}"
+        assert first[stopped] == second[stopped] == ["interrupted", step, "done"]
+        assert same(weights(f"runs/{stopped}"), weights(f"runs/{name} straight")), stopped
+    assert first["nan"][1] == second["nan"][1] == 4
+    assert "became nan at step 5, on 4 items beginning with train-" in second["nan"][0] and "nan" in first["nan"][0]
+    for name, message in (
+        ("precision", "train.precision fp16"),
+        ("batch_size", "batch_size 7 cannot be dealt out to 2"),
+    ):
+        assert message in first[name] and message in second[name]
+    assert Path("runs/random straight/model.safetensors").is_file()  # nothing is overwritten
+    assert [first["best"], second["best"]] == [["done", 0], ["done", 2]]  # the first finds the figures, for both
+    assert [row["step"] for row in rows("runs/best", "validation")] == [2, 4]
+    assert same(weights("runs/best"), weights("runs/one epoch"))
+    assert first["waits"] == str(timedelta(hours=12))  # for one that embeds the images
 
-    config.resume = True
-    wishes.clear()
-    succeed(2, work)
-    assert steps() == [STEPS - stopped[0]] * 2
-    config.name = "straight"
-    succeed(2, lambda rank: finetune(config))
-    resumed, straight = (load_file(f"runs/{name}/model.safetensors") for name in ("a", "straight"))
-    assert resumed.keys() == straight.keys()
-    assert all(torch.equal(resumed[name], straight[name]) for name in straight)
 
-
-def test_a_loss_that_is_no_number_in_one_process_stops_both_and_says_so(config):
-    config.train.save_every = 3
+@pytest.mark.slow
+def test_what_two_processes_began_is_continued_by_one(tiny):
+    """The state does not depend on their number, nor does the loss, up to the order of summation."""
+    config, straight = (runs.settings("pairwise", tiny) for _ in range(2))
 
     def work(rank: int) -> None:
-        count_steps(rank)
-        if rank == 1:
-            at_step(5, lambda loss: loss * math.nan)
-        finetune(config)
+        with pytest.MonkeyPatch.context() as patch:
+            at_step(patch, pairwise.Method, 3, sigterm)
+            assert attempt(config) == "interrupted"
 
-    codes, said = together(2, work)
-    assert codes == [2, 2], "\n".join(said)
-    assert steps() == [5, 5]
-    assert "error: the loss or a weight became nan at step 5, on 4 items beginning with train-" in said[1]
-    assert all("error: " in each and "Traceback" not in each for each in said), "\n".join(said)
-    with safe_open("runs/a/state.safetensors", "pt") as file:
-        assert int(file.metadata()["step"]) == 3
-
-
-def test_weights_that_are_no_numbers_stop_both(config):
-    """They are the same everywhere, and seen when they are to be saved."""
-    config.train.save_every = 4
-
-    def work(rank: int) -> None:
-        step, count = torch.optim.Adam.step, itertools.count(1)
-
-        def broken(self, *args, **options):
-            step(self, *args, **options)
-            if next(count) == 4:
-                self.param_groups[0]["params"][0].data[0, 0] = math.inf
-
-        torch.optim.Adam.step = broken
-        finetune(config)
-
-    codes, said = together(2, work)
-    assert codes == [2, 2], "\n".join(said)
-    assert all("became nan at step 4" in each for each in said)
-    assert not Path("runs/a/state.safetensors").exists()
-
-
-@pytest.mark.parametrize("setting", ["precision: fp16", "optimizer: sgd"])
-def test_a_wrong_setting_stops_both(config, setting):
-    settings = yaml.safe_load(dump(config))
-    settings["train"] |= yaml.safe_load(setting)
-    Path("a.yaml").write_text(yaml.safe_dump(settings))
-    codes, said = together(2, lambda rank: script.main(["--config", "a.yaml"]))
-    assert codes == [2, 2], "\n".join(said)
-    assert all(f"error: train.{setting.split(':')[0]}" in each for each in said), "\n".join(said)
-
-
-def test_a_batch_that_cannot_be_dealt_out_stops_both_and_overwrites_nothing(config):
-    config.train.steps = 1
-    succeed(1, lambda rank: finetune(config))
-    before = {path.name: path.read_bytes() for path in Path("runs/a").iterdir()}
-    config.overwrite, config.train.batch_size = True, 7
-    codes, said = together(2, lambda rank: finetune(config))
-    assert codes == [2, 2], "\n".join(said)
-    assert all("error: train.batch_size 7 cannot be dealt out to 2 processes" in each for each in said)
-    assert {path.name: path.read_bytes() for path in Path("runs/a").iterdir()} == before
+    together(2, work)
+    assert saved_step("a") == 3
+    config.resume, straight.name = True, "straight"
+    assert [attempt(config), attempt(straight)] == ["done", "done"]
+    assert [row["loss"] for row in rows("runs/a")] == pytest.approx(
+        [r["loss"] for r in rows("runs/straight")], rel=1e-3
+    )
+    one, two, begin = weights("runs/straight"), weights("runs/a"), runs.start(config)
+    moved, apart = (torch.cat([(one[k] - other[k]).flatten() for k in begin]).norm() for other in (begin, two))
+    assert apart < 0.05 * moved  # Adam's first steps are signs, so gradients near zero may part

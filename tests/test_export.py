@@ -20,6 +20,7 @@ from pc_clip.core.errors import UserError
 from pc_clip.core.files import write_json
 from pc_clip.models import export, loading
 from pc_clip.models.clip import Clip
+from pc_clip.models.loading import create_model
 
 VISION = {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8}
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 48, "heads": 3, "layers": 2}
@@ -63,7 +64,7 @@ def architecture(tmp_path, monkeypatch):
 
 def random_clip(name: str, preprocess: dict | None = None) -> Clip:
     """A model no two of whose weights are equal, so that none can be taken for another unnoticed."""
-    clip = Clip.create(name, load_weights=False, preprocess=preprocess)
+    clip = create_model(name, load_weights=False, preprocess=preprocess)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in clip.model.parameters():
@@ -144,7 +145,7 @@ def test_a_text_tower_of_hugging_faces_goes_with_the_folder(tmp_path, monkeypatc
     texts = ["a red dog", "dog"]
     expected = clip.embed_texts(texts)
     shutil.rmtree(tmp_path / "base")
-    assert torch.equal(Clip.create("local-dir:exported").embed_texts(texts), expected)
+    assert torch.equal(create_model("local-dir:exported").embed_texts(texts), expected)
     assert Path("exported/LICENSE-tower").read_text() == "Take it."
     assert not any(str(tmp_path) in p.read_text() for p in Path("exported").glob("*.json"))
     monkeypatch.chdir("exported")  # where open_clip finds a tower that is named "."
@@ -313,7 +314,7 @@ def test_the_known_architectures_are_taken(name):
 
 def test_both_formats_share_a_folder_that_names_no_place(exported, tmp_path):
     model = transformers.AutoModel.from_pretrained(exported)
-    clip = Clip.create(f"local-dir:{exported}")
+    clip = create_model(f"local-dir:{exported}")
     assert type(model) is transformers.CLIPModel
     assert torch.equal(model.text_projection.weight.T, clip.model.text_projection)
     place = str(exported.parent).encode()
@@ -374,6 +375,6 @@ def test_a_bare_state_dict_is_exported_by_the_name_given(architecture, capsys):
     torch.save(clip.model.state_dict(), "theirs.pt")
     export.main(["theirs.pt", "--model", "tiny-vit", "--out", "exported/theirs"])
     assert "CLIPModel.from_pretrained('exported/theirs'), equal to within" in capsys.readouterr().out
-    assert Clip.create("local-dir:exported/theirs").weights_hash() == clip.weights_hash()
+    assert create_model("local-dir:exported/theirs").weights_hash() == clip.weights_hash()
     with pytest.raises(UserError, match="no checkpoint at"):
         export.main(["nothing.pt", "--out", "exported/nothing"])

@@ -14,6 +14,7 @@ from pc_clip.core.errors import UserError
 from pc_clip.models import fast_text, loading
 from pc_clip.models.clip import Clip
 from pc_clip.models.fast_text import FastText
+from pc_clip.models.loading import create_model
 from pc_clip.models.packing import STEP, pack, pack_shared
 
 END = 99  # the end-of-text token of the towers below: their largest
@@ -251,7 +252,7 @@ def test_no_texts_give_no_embeddings():
 
 
 def test_it_is_chosen_by_itself_and_one_switch_turns_it_off():
-    clip = Clip.create("example")
+    clip = create_model("example")
     tokens = clip.tokenize(["a large red circle", "two small stars on a dotted background"])
     assert "the fast way, values and gradients within" in clip.choose_text_way(True)
     fast = clip.encode_text(tokens)
@@ -268,7 +269,7 @@ def test_other_towers_are_encoded_by_open_clip_and_the_log_says_why():
 
 
 def test_a_tower_that_cannot_recompute_says_so(monkeypatch):
-    clip = Clip.create("example")
+    clip = create_model("example")
     monkeypatch.setattr(Clip, "_is_hugging_face", True)
     with pytest.raises(UserError, match=r"cannot be recomputed; leave train\.recompute out"):
         clip.choose_text_way(True, recompute=True)
@@ -294,7 +295,7 @@ def test_where_it_would_be_wrong_or_fail_on_this_machine_it_is_not_taken(fault, 
         monkeypatch.setattr(FastText, "_encode", lambda *inputs: 1.05 * encode(*inputs))
     elif "gradients" in fault:
         monkeypatch.setattr(fast_text._Linear, "_gradients", staticmethod(scaled))
-    clip = Clip.create("example")
+    clip = create_model("example")
     for parameter in clip.model.parameters():
         parameter.requires_grad_(False)  # as after a run
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"), torch.no_grad():

@@ -21,6 +21,7 @@ from pc_clip.models import loading
 from pc_clip.models.caption_decoder import Shape
 from pc_clip.models.change_model import ChangeClip, fresh
 from pc_clip.models.clip import Clip
+from pc_clip.models.loading import create_model
 from pc_clip.models.vocabulary import Vocabulary
 from pc_clip.write import captioner, generate
 from pc_clip.write.captioner import ChangeWriter, judge, says_no_change
@@ -30,7 +31,7 @@ TEXTS = ["the red star turned blue", "the green ring moved to the left", "a smal
 
 def untrained(seed: int = 0) -> Clip:
     """A captioner that says different things of different pairs, none of them sensible."""
-    clip = Clip.create("example_vit")
+    clip = create_model("example_vit")
     clip = ChangeClip.of(clip, fresh(clip, 2, seed=seed))
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.default_generator.manual_seed(seed)
@@ -51,7 +52,7 @@ def runs(tmp_path_factory) -> Path:
     loading.save_model(folder / "other.safetensors", untrained(seed=1))
     clip.change.decoder = clip.change.vocabulary = None
     loading.save_model(folder / "retrieve.safetensors", clip)
-    loading.save_model(folder / "plain.safetensors", Clip.create("example_vit"))
+    loading.save_model(folder / "plain.safetensors", create_model("example_vit"))
     return folder
 
 
@@ -227,7 +228,7 @@ def test_a_run_learns_from_what_the_captioner_wrote(runs, small_example):
     train = ["--train.steps", "2", "--train.batch_size", "8", "--train.lr", "1e-4", "--name", "learnt"]
     plain = ["--model.name", "example_vit", "--pairwise.mirror", "false", "--pairwise.anchor", "0"]
     finetune.main(["--method", "pairwise", *plain, *data, *train])
-    start, learnt = Clip.create("example_vit"), loading.load_model("runs/learnt")
+    start, learnt = create_model("example_vit"), loading.load_model("runs/learnt")
     assert learnt.name == start.name
     assert learnt.image_tower_hash() == start.image_tower_hash()
     assert learnt.weights_hash() != start.weights_hash()

@@ -14,7 +14,7 @@ from pc_clip.data.differences import contrast
 from pc_clip.data.registry import open_dataset
 from pc_clip.evals import EvalContext, geometry
 from pc_clip.models import lora
-from pc_clip.models.clip import Clip
+from pc_clip.models.loading import create_model
 
 
 class FakeClip:
@@ -240,7 +240,7 @@ def test_the_untrained_model_stands_beside_a_model_that_differs_from_it_and_only
 
 
 def test_on_the_example_images_and_texts_agree(small_example, example_clip):
-    clip = Clip.create("example")
+    clip = create_model("example")
     with torch.no_grad():
         for parameter in lora.trainable(clip, "text_blocks").values():
             parameter.mul_(0.5)

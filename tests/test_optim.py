@@ -39,8 +39,8 @@ def start():
     return [torch.randn(120, 300, generator=generator) * 0.05, torch.ones(20)]  # a matrix; gains, which start at 1
 
 
-@pytest.mark.parametrize("decoupled", [False, True])
-@pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.slow
+@pytest.mark.parametrize("decoupled, decay", [(False, 0.0), (True, 0.1)])
 def test_at_the_papers_rate_float32_loses_a_tenth_and_more_and_this_a_thousandth_at_most(start, decoupled, decay):
     """Displacement against float64 after 600 steps."""
     kind = torch.optim.AdamW if decoupled else torch.optim.Adam
@@ -118,5 +118,9 @@ def test_learning_rates():
     rates = [optim.learning_rate(train, step, 10, 100) for step in range(100)]
     assert rates[:10] == pytest.approx([0.1 * n for n in range(1, 11)])
     assert rates[55] == pytest.approx(0.5)
-    decayed = [optim.learning_rate(TrainConfig(lr=1.0, decay=0.5), step, 2, 6) for step in range(6)]
-    assert decayed == [1, 1, 0.5, 0.5, 0.25, 0.25]
+    for schedule, expected in (
+        ("constant", [0.5, 1, 1, 1, 1, 1, 1, 1, 1, 1]),
+        ("exponential", [0.5, 1, 1, 0.9, 0.9, 0.9, 0.81, 0.81, 0.81, 0.729]),
+    ):
+        train = TrainConfig(schedule=schedule, lr=1.0, decay=0.9, warmup_steps=2)
+        assert [optim.learning_rate(train, step, 3, 10) for step in range(10)] == pytest.approx(expected)

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import sample_differences
+import runs
 import torch
 
-from pc_clip.core.config.train import FinetuneConfig, PairwiseConfig, SamplerConfig, TrainConfig
+from pc_clip.core.config.train import FinetuneConfig, PairwiseConfig, SamplerConfig
 from pc_clip.core.errors import UserError
 from pc_clip.data import differences
 from pc_clip.data.embeddings import embed_images
@@ -17,14 +17,12 @@ from pc_clip.models.clip import Clip
 from pc_clip.train.loop import finetune
 from pc_clip.train.methods import pairwise
 
+pytestmark = pytest.mark.usefixtures("small_runs")
+
 
 @pytest.fixture
-def config(small_example) -> FinetuneConfig:
-    sample_differences.write(Path("d.jsonl"))
-    found = FinetuneConfig(name="a", device="cpu", train=TrainConfig(batch_size=12, steps=6, lr=1e-3, threads=1))
-    found.data.split, found.data.differences = "train", "d.jsonl"
-    found.pairwise = PairwiseConfig()
-    return found
+def config(tiny) -> FinetuneConfig:
+    return runs.settings("pairwise", tiny, batch_size=12)
 
 
 def make(config: FinetuneConfig, clip: Clip) -> pairwise.Method:
@@ -71,18 +69,12 @@ def test_hardness_and_sentences_that_come_twice_are_in_the_log(config):
         row["text"] = f"The first image shows {('a star', 'two rings')[n // 30]}."  # thirty times each
     Path("d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
     config.train.steps, config.train.log_every = 1, 1
-    (row,) = [json.loads(line) for line in (finetune(config) / "metrics.jsonl").read_text().splitlines()]
+    (row,) = runs.rows(finetune(config))
     assert 0.3 < row["identical_negatives"] < 0.7
     assert -1 < row["mean_negative"] < row["hardest_negative"] < 1
     config.name, config.sampler = "b", SamplerConfig(kind="clusters", cluster_size=4)
     with pytest.raises(UserError, match="only 2 examples differ by text"):
         finetune(config)
-
-
-@pytest.mark.parametrize("similarity", ["text", "image"])
-def test_a_run_in_clusters_ends(config, similarity):
-    config.sampler = SamplerConfig(kind="clusters", cluster_size=4, similarity=similarity)
-    assert (finetune(config) / "model.safetensors").is_file()
 
 
 def test_the_pairs_whose_images_are_most_alike_are_kept(config, example_clip):
@@ -105,18 +97,3 @@ def test_or_as_many_by_chance_which_the_seed_decides(config, example_clip):
         kept.append(make(config, example_clip).pairs.tolist())
     assert kept[0] == kept[1] != kept[2]
     assert len(kept[0]) == 15
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"keep": 0.0}, r"pairwise.keep is 0.0; it is a share of the pairs, above 0 and at most 1"),
-        ({"keep": 1.5}, r"pairwise.keep is 1.5"),
-        ({"keep_by": "alike"}, r"pairwise.keep_by is 'alike'"),
-        ({"keep": 0.1}, r"6 differences do not fill one batch of 12"),
-    ],
-)
-def test_a_choice_that_means_nothing_is_said_in_words(config, example_clip, options, message):
-    config.pairwise = PairwiseConfig(**options)
-    with pytest.raises(UserError, match=message):
-        make(config, example_clip)

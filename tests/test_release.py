@@ -18,8 +18,7 @@ from pc_clip.data.embedding_shards import read_shard
 from pc_clip.data.embeddings import embed_images
 from pc_clip.data.example_sets import example
 from pc_clip.interface import finetune, run
-from pc_clip.models.clip import Clip
-from pc_clip.models.loading import load_model
+from pc_clip.models.loading import create_model, load_model
 from pc_clip.release import authors
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")  # of torch, about hostile files
@@ -86,7 +85,7 @@ def test_the_authors_checkpoint_becomes_one_of_ours_that_run_py_takes(small_exam
 
 def test_the_papers_model_keeps_the_tag_of_the_weights_it_was_finetuned_from(tiny, monkeypatch):
     monkeypatch.setattr(authors, "MODEL", tiny)  # ViT-L-14 itself has 428 million weights
-    model = Clip.create(tiny, load_weights=False).model
+    model = create_model(tiny, load_weights=False).model
     torch.save(model.state_dict(), "theirs.pt")
     authors.main(["checkpoint", "--from", "theirs.pt", "--out", "out/model.safetensors"])
     assert load_model("out/model.safetensors").pretrained == "datacomp_xl_s13b_b90k"

@@ -19,6 +19,7 @@ from pc_clip.data.dataset import Dataset
 from pc_clip.data.differences import Difference, contrast, to_line
 from pc_clip.data.embeddings import Embeddings, save_embeddings
 from pc_clip.models.clip import Clip
+from pc_clip.models.loading import create_model
 from pc_clip.train.methods import contrastive, pairwise
 from pc_clip.train.methods.base import Texts, _equal_rows
 
@@ -313,7 +314,7 @@ def test_images_without_a_caption_are_left_out_and_counted(example_clip):
 def test_a_tower_with_the_same_weights_and_other_heads_gets_no_anchors_of_the_first(make):
     write_differences()
     make(anchor=1.0)
-    other = Clip.create("example")
+    other = create_model("example")
     for block in other.model.transformer.resblocks:
         block.attn.num_heads, block.attn.head_dim = 2 * block.attn.num_heads, block.attn.head_dim // 2
     method = make(clip=other, anchor=1.0)

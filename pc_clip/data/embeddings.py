@@ -44,6 +44,7 @@ from pc_clip.data.embedding_shards import (
 from pc_clip.data.images import once, plain
 from pc_clip.data.registry import READERS
 from pc_clip.models.clip import Clip
+from pc_clip.models.loading import create_model
 
 if TYPE_CHECKING:
     from pc_clip.core.config.settings import DataConfig, EmbedConfig
@@ -270,7 +271,7 @@ def embed(config: EmbedConfig, processes: Processes | None = None) -> Made | Non
     work = _tars(config.data) if data is None else blocks(data, config.shard_size)
     device = resolve_device(config.device)
     device = f"cuda:{processes.local_rank}" if device == "cuda" and processes.size > 1 else device
-    clip = Clip.create(*config.model.source(config.data.dataset), device=device)
+    clip = create_model(*config.model.source(config.data.dataset), device=device)
 
     cached = _look_up(clip, data, cache) if data is not None and not options.suffix else None
     processes.wait()  # all have looked before one writes

@@ -38,6 +38,7 @@ from pc_clip.data.dataset import Attribute, Dataset, subset
 from pc_clip.data.embeddings import embed_images
 from pc_clip.data.registry import held_out, open_dataset
 from pc_clip.models.clip import SCRATCH, Clip
+from pc_clip.models.loading import create_model
 
 log = logging.getLogger(__name__)
 
@@ -154,7 +155,7 @@ def base_of(clip: Clip) -> Clip | None:
     if clip.pretrained == SCRATCH:
         return None
     try:
-        return Clip.create(clip.name, clip.pretrained, device=clip.device)
+        return create_model(clip.name, clip.pretrained, device=clip.device)
     except UserError:
         return None
 

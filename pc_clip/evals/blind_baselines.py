@@ -45,6 +45,7 @@ from pc_clip.data.views import located
 from pc_clip.evals import EvalContext
 from pc_clip.metrics import intervals
 from pc_clip.models.clip import Clip
+from pc_clip.models.loading import create_model
 
 log = logging.getLogger(__name__)
 
@@ -279,7 +280,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of contradictions that are drawn, folds and intervals")
     parser.add_argument("--out", type=Path, help="a CSV of the same columns as a study's")
     arguments = parser.parse_args(argv)
-    clip = Clip.create(arguments.model, arguments.pretrained)
+    clip = create_model(arguments.model, arguments.pretrained)
     rows = []
     for path in arguments.files:
         name = f"{path.resolve().parent.name}/{label_of([path])}"

@@ -30,7 +30,7 @@ from pc_clip.data.statements import label_of, read_statements
 from pc_clip.evals import EvalContext, Result
 from pc_clip.evals.comparative import FOLDER as COMPARISONS
 from pc_clip.models.clip import Clip
-from pc_clip.models.loading import describe_checkpoint, load_model
+from pc_clip.models.loading import create_model, describe_checkpoint, load_model
 from pc_clip.write import prompts
 
 log = logging.getLogger(__name__)
@@ -114,7 +114,7 @@ def _open_data(config: EvaluateConfig) -> Dataset:
 def _open_model(config: EvaluateConfig) -> Clip:
     device = resolve_device(config.device)
     if config.checkpoint is None:
-        return Clip.create(*config.model.source(config.dataset if config.images is None else ""), device=device)
+        return create_model(*config.model.source(config.dataset if config.images is None else ""), device=device)
     return load_model(config.checkpoint, config.model.name or None, config.model.pretrained, device=device)
 
 

@@ -26,6 +26,7 @@ from pc_clip.interface import finetune as finetune_script
 from pc_clip.interface import generate_diffs, run
 from pc_clip.models import loading
 from pc_clip.models.clip import Clip
+from pc_clip.models.loading import create_model
 from pc_clip.report.results import long_table
 
 Images = str | Path | Sequence[str | Path | Image.Image]
@@ -55,7 +56,7 @@ def load(name_or_checkpoint: str | Path, pretrained: str | None = None, device: 
     device = resolve_device(device or "")
     if Path(name_or_checkpoint).exists():
         return Model(loading.load_model(name_or_checkpoint, None, pretrained, device=device))
-    return Model(Clip.create(str(name_or_checkpoint), pretrained, device=device))
+    return Model(create_model(str(name_or_checkpoint), pretrained, device=device))
 
 
 class Model:

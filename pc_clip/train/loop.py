@@ -33,6 +33,7 @@ from pc_clip.data.dataset import Dataset
 from pc_clip.data.training_data import load_dataset
 from pc_clip.models import loading, lora
 from pc_clip.models.clip import Clip
+from pc_clip.models.loading import create_model
 from pc_clip.train import methods, run_folder, state
 from pc_clip.train.optim import check_settings, learning_rate, make_optimizer, resolve_precision
 from pc_clip.train.state import BestCheckpoint
@@ -119,7 +120,7 @@ def _start(config: FinetuneConfig, device: torch.device | str) -> Clip:
     model = config.model
     if model.start:
         return loading.load_model(model.start, model.name or None, device=device)
-    return Clip.create(*model.source(config.data.dataset), device=device, seed=config.seed)
+    return create_model(*model.source(config.data.dataset), device=device, seed=config.seed)
 
 
 def _loop(accelerator: Accelerator, method: nn.Module, config: FinetuneConfig, run: Path, stop: _Stop) -> None:

@@ -35,6 +35,7 @@ from pc_clip.data.dataset import Dataset
 from pc_clip.data.embeddings import embed_images
 from pc_clip.data.training_data import load_dataset
 from pc_clip.models.clip import Clip
+from pc_clip.models.loading import create_model
 from pc_clip.write import prompts
 from pc_clip.write.cleaning import Checked
 from pc_clip.write.progress import Progress
@@ -83,7 +84,7 @@ def generate_rank(config: GenerateConfig, processes: Processes) -> Path:
     rank = config.rank
     data = load_dataset(DataConfig(config.dataset, config.root, config.split, rank.missing, captions=config.captions))
     device = resolve_device(rank.device, "rank.device") if processes.is_main else "cpu"
-    clip = Clip.create(*config.model.source(config.dataset), device=device, seed=config.seed)
+    clip = create_model(*config.model.source(config.dataset), device=device, seed=config.seed)
     settings, model = json.loads(json.dumps(_settings(config, data, clip, asked))), clip.describe()
     progress = Progress(out, ".rank.parts")
     drawn = progress.folder / "candidates.json"
