@@ -20,7 +20,7 @@ from pc_clip.core.config.evaluate import EvaluateConfig
 from pc_clip.core.errors import UserError
 from pc_clip.core.random import stream
 from pc_clip.data import pairs
-from pc_clip.data.change_table import NoSplit
+from pc_clip.data.changes import NoSplit
 from pc_clip.data.dataset import Dataset
 from pc_clip.data.registry import beside
 from pc_clip.evals import EvalContext, Picture, Result

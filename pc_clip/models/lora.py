@@ -12,7 +12,7 @@ At the end `merge` leaves the sums under the weights' own names.
 from __future__ import annotations
 
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +23,6 @@ from pc_clip.core.errors import UserError, check_at_least, check_choice
 from pc_clip.core.random import seed_of
 from pc_clip.models import torchvision_compat  # noqa: F401  (before peft, which imports transformers)
 from pc_clip.models.parameters import TRAINABLE, parameters_of
-
-if TYPE_CHECKING:
-    from pc_clip.models.clip import Clip
 
 _NAME = "default"  # peft's for an adapter that is the only one
 _MATRICES = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "text_projection", "proj")
@@ -106,7 +103,14 @@ def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-def trainable(clip: Clip, which: str) -> dict[str, nn.Parameter]:
+class Named(Protocol):
+    """A model and the name that messages call it by: a Clip."""
+
+    model: nn.Module
+    name: str
+
+
+def trainable(clip: Named, which: str) -> dict[str, nn.Parameter]:
     """The parameters that learn, by name: the adapters' where there are some, else those of `which` (parameters.py).
 
     Raises UserError for an unknown `which`, and where the model has no such parameters.
