@@ -51,13 +51,6 @@ class Clip:
     _fast: tuple[nn.Module | None, FastText | str] | None = field(default=None, repr=False, compare=False)
     _memory: dict[Any, Any] | None = field(default=None, repr=False, compare=False)
 
-    @classmethod
-    def create(cls, name: str, pretrained: str | None = None, **options: Any) -> Clip:
-        """A model by name: loading.create_model, which lists the options and the errors."""
-        from pc_clip.models import loading  # not above: it imports this module
-
-        return loading.create_model(name, pretrained, **options)
-
     def remembering(self) -> Clip:
         """The same model for when its weights stay as they are: hashes and embeddings of texts are computed once.
 
