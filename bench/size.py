@@ -1,4 +1,4 @@
-"""How large the house is: lines and files a room, floors and circles of its imports, functions used once.
+"""How large the house is: lines and files a room, chains and circles of imports, functions used once, CPU of --help.
 
 python bench/size.py
 """
@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import ast
 import re
+import resource
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -67,6 +70,14 @@ def used_once(trees: dict[str, ast.Module]) -> tuple[int, int]:
     return len(once), sum(node.end_lineno - node.lineno + 1 < 5 for node in once)
 
 
+def help_seconds(script: str) -> float:
+    """CPU seconds, user and system, of `python SCRIPT --help`."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, str(ROOT / script), "--help"], check=True, capture_output=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
 def main() -> None:
     rooms = sorted(path for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__")
     files = {room.name: [p for p in room.rglob("*") if p.suffix in SUFFIXES] for room in rooms}
@@ -79,8 +90,10 @@ def main() -> None:
     height, circle = floors(imports(trees))
     print(f"{'package':<12}{len(package):>4} files{lines(package):>8} lines")
     print(f"{'tests':<12}{len(tests):>4} files{lines(tests):>8} lines")
-    print(f"floors {height}; modules on circles: {', '.join(circle) or 'none'}")
+    print(f"longest chain of modules {height}; modules on circles: {', '.join(circle) or 'none'}")
     print("private functions used once: {}, under five lines: {}".format(*used_once(trees)))
+    for script in ("generate_diffs.py", "finetune.py", "run.py"):
+        print(f"{script} --help: {help_seconds(script):.2f} CPU seconds")
 
 
 if __name__ == "__main__":

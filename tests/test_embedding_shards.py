@@ -91,7 +91,7 @@ def write_tar(path, rows):
 def run(data, monkeypatch, clip=None, processes=None, **settings):
     """`python -m pc_clip embeddings` in blocks of 10 images."""
     monkeypatch.setattr("pc_clip.data.training_data.load_dataset", lambda config: data)
-    monkeypatch.setattr(Clip, "create", lambda *_, **__: clip or make_clip())
+    monkeypatch.setattr(embeddings, "create_model", lambda *_, **__: clip or make_clip())
     config = EmbedConfig(device="cpu", shard_size=10, batch_size=5, cache="cache", **settings)
     return embeddings.embed(config, processes)
 
@@ -231,7 +231,7 @@ def test_a_webdataset_is_embedded_tar_by_tar_and_each_process_takes_its_own_gpu(
     assert [unit.name for unit in tars(tmp_path / "pets", "test").units] == ["0", "1", "2"]
     devices = []
     monkeypatch.setattr(embeddings, "resolve_device", lambda device: device)
-    monkeypatch.setattr(Clip, "create", lambda *_, device: devices.append(device) or make_clip())
+    monkeypatch.setattr(embeddings, "create_model", lambda *_, device: devices.append(device) or make_clip())
     config = EmbedConfig(device="cuda")
     config.data.dataset, config.data.root, config.data.split = "webdataset", str(tmp_path / "pets"), "test"
     made = embeddings.embed(config)

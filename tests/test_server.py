@@ -239,7 +239,7 @@ def test_what_is_missing_is_named_and_asked_again_by_the_same_command_and_what_w
     server.instead = lambda *_: as_json({"error": {"message": "out of memory"}}, 500) if len(server.seen) > 25 else None
     server_config = ServerConfig(url=[server.url], model="small", retries=0, concurrency=1)
     config = GenerateConfig(name="a", writer="server", n_pairs=30, out=str(tmp_path), server=server_config)
-    with pytest.raises(UserError, match=r"5 of 30 sentences.*same command continues.*out of memory"):
+    with pytest.raises(UserError, match=r"5 of 30 sentences.*out of memory.*same command continues"):
         generate.generate(config)
     server.instead = lambda *_: saying("The first image shows", "length")
     path = generate.generate(config)

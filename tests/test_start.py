@@ -153,7 +153,7 @@ def test_recomputing_keeps_less_and_gives_the_same_gradients():
 
 
 def test_captions_that_cannot_be_scored_stop_a_run_before_it_begins(config, monkeypatch):
-    monkeypatch.setitem(sys.modules, "pycocoevalcap.cider.cider_scorer", None)  # as if it were not installed
+    monkeypatch.setitem(sys.modules, "pycocoevalcap.cider.cider", None)  # as if it were not installed
     config.change.validation = "val"
     with pytest.raises(UserError, match="pip install pycocoevalcap"):
         finetune(config)

@@ -126,7 +126,7 @@ def encode(clip: Clip, data: Dataset, options: Options, seen: Callable[[int], ob
     """
     was_training = clip.model.training
     clip.model.eval()
-    z, done = torch.empty(0, clip.embed_dim, dtype=getattr(torch, options.dtype)), 0
+    z, done = torch.empty(0, 0, dtype=getattr(torch, options.dtype)), 0
     broken: set[int] = set()
     try:
         with closing(once(data, plain(clip.preprocess), options.workers, options.batch_size)) as batches:
