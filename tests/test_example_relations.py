@@ -50,7 +50,7 @@ def test_who_does_not_look_is_right_half_the_time():
     """Neither the relation nor the things named say whether a statement is true."""
     said = example_relations("val", 1000).statements
     assert {s.category for s in said} == {"place", "position", "size"} and {s.kind for s in said} == set(HOLDS)
-    for of in (lambda s: s.relation, lambda s: s.text.split()[1], lambda s: s.text.split()[-1]):
+    for of in (lambda s: s.kind, lambda s: s.text.split()[1], lambda s: s.text.split()[-1]):
         for key, n in Counter(map(of, said)).items():
             true = np.mean([s.true for s in said if of(s) == key])
             assert abs(true - 0.5) < 4 * 0.5 / n**0.5, key

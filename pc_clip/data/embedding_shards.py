@@ -241,7 +241,8 @@ def embed_units(
         with tqdm(desc=what, total=len(data), unit=" images", leave=False, disable=shown) as bar:
             z, ids, left_out = encode(data, bar.update)
         if left_out:
-            log.warning("%s: %d broken images left out, first %s", unit.name, len(left_out), left_out[0])
+            first = left_out[0].encode(errors="backslashreplace").decode()  # names need not be UTF-8
+            log.warning("%s: %d broken images left out, first %s", unit.name, len(left_out), first)
         write_shard(path, z, ids, {**expected, "left_out": json.dumps(left_out)})
     processes.wait()
     if not processes.is_main:
