@@ -146,7 +146,8 @@ def encode(clip: Clip, data: Dataset, options: Options, seen: Callable[[int], ob
     finally:
         clip.model.train(was_training)
     ids = [key for row, key in enumerate(data.ids) if row not in broken]
-    return Encoded(z[:done], ids, [data.ids[row] for row in sorted(broken)])
+    z = z[:done] if done else torch.empty(0, clip.embed_dim, dtype=z.dtype)
+    return Encoded(z, ids, [data.ids[row] for row in sorted(broken)])
 
 
 # -- the cache -----------------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ import hashlib
 import json
 import logging
 import shutil
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,17 @@ log = logging.getLogger(__name__)
 LOCK = ".lock"  # in the run's folder while it is trained
 
 
-def locked(run: Path) -> AbstractContextManager[None]:
-    """The folder for this process alone. Raises UserError while another has it."""
+@contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """The folder for this process alone, without what killed writers left. Raises UserError while another has it."""
     busy = (
         f"another process is training {run}; let it finish or stop it, or choose another --name "
         f"(on a file system without locks, if there surely is none, delete {run / LOCK})"
     )
-    return exclusive_lock(run / LOCK, busy)
+    with exclusive_lock(run / LOCK, busy):
+        for partial in run.glob("*.partial"):
+            shutil.rmtree(partial)
+        yield
 
 
 def already_done(run: Path, config: FinetuneConfig, learnt_from: dict[str, str]) -> bool:
