@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from pc_clip.core.errors import UserError
+from pc_clip.core.paths import package_data
+
 ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "open_clip", "transformers", "accelerate", "pandas", "sklearn")
 PROGRAM = """
@@ -57,3 +60,8 @@ def test_help_of_run_shows_the_settings_of_the_mode_it_is_asked_about():
     assert "--caption.beams" in mode and "--seed" not in mode and "--probe.shots" not in mode
     assert all(flag in every for flag in ("--caption.beams", "--seed", "--probe.shots", "--comparative.server.url"))
     assert len(short.splitlines()) < 120
+
+
+def test_an_installation_that_lost_its_yaml_says_so(tmp_path):
+    with pytest.raises(UserError, match="is missing or empty: this installation of pc_clip is not whole"):
+        package_data(tmp_path / "prompts")
