@@ -247,6 +247,15 @@ def test_what_is_missing_is_named_and_asked_again_by_the_same_command_and_what_w
     assert json.loads(path.with_suffix(".meta.json").read_text())["counts"] == {"kept": 25, "cut": 5}
 
 
+def test_missing_sentences_may_be_left_out_and_are_counted(server, tmp_path):
+    server.instead = lambda *_: as_json({"error": {"message": "out of memory"}}, 500) if len(server.seen) > 25 else None
+    server_config = ServerConfig(url=[server.url], model="small", retries=0, concurrency=1)
+    config = GenerateConfig(writer="server", n_pairs=30, out=str(tmp_path), server=server_config, allow_missing=True)
+    path = generate.generate(config)
+    assert len(path.read_text().splitlines()) == 25
+    assert json.loads(path.with_suffix(".meta.json").read_text())["counts"] == {"kept": 25, "missing": 5}
+
+
 @pytest.mark.parametrize("status", ["answer", 200, 400, 401, 429, 500])
 def test_the_key_is_in_no_log_no_error_and_no_answer(server, status, monkeypatch, caplog):
     def echo(path, headers, body):

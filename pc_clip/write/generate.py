@@ -107,7 +107,8 @@ def compare_classes(
     kind: rules or transformers, what the writer is.
     """
     jobs = [_class_job(kind, data, question, a, b, job_seed(seed, n)) for n, (a, b) in enumerate(pairs)]
-    return [clean(raw, min_characters=MIN_OF_CLASSES)[0] for raw in writer.write(jobs)]
+    answers = writer.write(jobs)
+    return [None if getattr(raw, "cut", False) else clean(raw, MIN_OF_CLASSES)[0] for raw in answers]
 
 
 def write_missing_example(data: DataConfig) -> None:

@@ -77,7 +77,7 @@ def write_all(config: GenerateConfig, task: Task, out: Path, settings: dict[str,
         processes.wait()
         if processes.is_main:
             writer = read_json(progress.writer) or (task.make_writer or make_writer)(config).describe()
-            _merge(progress, items, {"settings": settings, "writer": writer}, task.to_line, error)
+            _merge(progress, items, {"settings": settings, "writer": writer}, task.to_line, error, config.allow_missing)
         processes.wait()
     return out
 
@@ -221,23 +221,28 @@ def _samples(rejected: Sequence[dict[str, Any]]) -> str:
 
 
 def _merge(
-    progress: Progress, items: list[Item], about: dict[str, Any], to_line: Callable[..., str], error: str
+    progress: Progress,
+    items: list[Item],
+    about: dict[str, Any],
+    to_line: Callable[..., str],
+    error: str,
+    allow_missing: bool,
 ) -> None:
     """All sentences in the order of their items, into their place; then the working folder goes.
 
     error: the last failure of a job that was left out, named where sentences are missing.
     """
     out, lines = progress.out, progress.lines(items)
-    if missing := len(items) - len(lines):
+    if (missing := len(items) - len(lines)) and not allow_missing:
         raise UserError(
             f"{missing} of {len(items)} sentences are not in {progress.folder}"
             + f" (the last error: {error})" * bool(error)
-            + "; the same command continues"
+            + "; the same command continues, --allow_missing true leaves them out"
         )
     kept, rejected = [], []
     reasons: Counter[str] = Counter()
     trims: Counter[str] = Counter()
-    for n in range(len(items)):
+    for n in sorted(lines):
         row = json.loads(lines[n])
         reasons[row["reason"]] += 1
         trims.update(row.pop("trims", ()))
@@ -247,7 +252,7 @@ def _merge(
             rejected.append({name: value for name, value in row.items() if name not in ("n", "text")})
     if not kept:
         raise UserError(f"none of the {len(items)} sentences could be used{_samples(rejected)}")
-    counts = dict(reasons.most_common())
+    counts = dict(reasons.most_common()) | ({"missing": missing} if missing else {})
     progress.merging()
     put_aside(out, rejected)
     meta = {**about, "counts": counts, "trims": dict(trims.most_common()), **environment.describe()}

@@ -153,6 +153,7 @@ class GenerateConfig:
         seed: Of every random choice.
         out: Where the sentences are kept.
         overwrite: Write again what is there already.
+        allow_missing: Finish the file without the sentences that no server could write; they are counted.
     """
 
     name: str = ""
@@ -173,6 +174,7 @@ class GenerateConfig:
     seed: int = 0
     out: str = runtime("llm_diffs")
     overwrite: bool = runtime(False)
+    allow_missing: bool = runtime(False)
     rank: RankDataConfig = field(default_factory=RankDataConfig, metadata={"tasks": ("rank",)})
     model: PretrainedConfig = field(default_factory=PretrainedConfig, metadata={"tasks": ("rank",)})
     transformers: LanguageModelConfig = field(default_factory=LanguageModelConfig)
