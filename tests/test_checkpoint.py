@@ -2,15 +2,18 @@
 
 import os
 import pickle
+import shutil
 from pathlib import Path
 
 import open_clip
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from pc_clip.core.errors import UserError
 from pc_clip.models import loading
-from pc_clip.models.clip import Clip
+from pc_clip.models.clip import Clip, model_folder
+from pc_clip.models.loading import create_model
 
 
 def test_a_saved_model_comes_back_with_its_name_and_weights(example_clip, tmp_path):
@@ -85,3 +88,53 @@ def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path):
         with pytest.raises(UserError, match="more than weights|not a whole"):
             loading.load_model(tmp_path / name, name="example")
     assert not Path("attacked").exists()
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A model folder without weights: the config of the shipped one."""
+    made = tmp_path / "mine"
+    made.mkdir()
+    shutil.copy(model_folder("example") / "open_clip_config.json", made)
+    return made
+
+
+def test_weights_come_from_the_file_that_is_named_or_it_is_an_error(folder, example_clip, tmp_path):
+    state, name = example_clip.model.state_dict(), f"local-dir:{folder}"
+    with pytest.raises(UserError, match="holds no weights under a name that is known"):
+        create_model(name)
+    torch.save({"state_dict": state}, folder / "epoch_10.pt")
+    with pytest.raises(UserError, match=r"it has epoch_10\.pt: name one with --model\.pretrained"):
+        create_model(name)
+    for pretrained in (str(folder / "epoch_10.pt"), None):
+        if pretrained is None:
+            save_file(state, folder / "open_clip_model.safetensors")
+        clip = create_model(name, pretrained)
+        assert all(torch.equal(value, state[key]) for key, value in clip.model.state_dict().items())
+    with pytest.raises(UserError, match="'laion2b' is not a file; .* takes the weights in its folder"):
+        create_model(name, "laion2b")
+    del state["text_projection"]
+    torch.save(state, tmp_path / "cut.pt")
+    with pytest.raises(UserError, match="Missing key.*text_projection"):
+        create_model(name, str(tmp_path / "cut.pt"))
+
+
+def test_every_door_takes_the_same_files(folder, example_clip, tmp_path):
+    """What wrappers put before names, a logit_scale of one dimension, and both kinds of file."""
+    state, name, bad = dict(example_clip.model.state_dict()), f"local-dir:{folder}", []
+    for prefix in ("", "module.", "_orig_mod.", "_orig_mod.module.", "model.", "clip."):
+        wrapped = {f"{prefix}{key}": value for key, value in state.items()}
+        wrapped[f"{prefix}logit_scale"] = state["logit_scale"].reshape(1)
+        torch.save({"model": wrapped}, tmp_path / "a.pt")
+        save_file(wrapped, tmp_path / "a.safetensors")
+        for file in (tmp_path / "a.pt", tmp_path / "a.safetensors"):
+            for clip in (create_model(name, str(file)), loading.load_model(file, name)):
+                same = all(torch.equal(value, state[key]) for key, value in clip.model.state_dict().items())
+                bad += [] if same else [(prefix, file.name)]
+    assert not bad
+
+
+def test_a_torchscript_archive_is_told_to_be_one(tmp_path):
+    torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "openai.pt")
+    with pytest.raises(UserError, match=r"is a TorchScript archive.*torch\.jit\.load"):
+        loading.load_model(tmp_path / "openai.pt")

@@ -29,9 +29,17 @@ from pc_clip.core.random import seed_of
 from pc_clip.models.change_model import PREFIX, ChangeClip, ChangeModel
 from pc_clip.models.clip import SCRATCH, SHIPPED, Clip, model_folder, open_clip
 
+from open_clip.convert import convert_state_dict  # isort: skip
+from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed, resize_text_pos_embed  # isort: skip
 from open_clip.transform import PreprocessCfg, image_transform_v2  # isort: skip
 
 log = logging.getLogger(__name__)
+
+WEIGHT_FILES = (
+    "open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin",
+    "model.safetensors", "pytorch_model.bin",
+)  # fmt: skip
+WRAPPERS = ("module.", "_orig_mod.", "model.", "clip.")  # what DDP, torch.compile and others put before every name
 
 # -- by name -------------------------------------------------------------------------------------------
 
@@ -54,28 +62,25 @@ def create_model(
     architecture = f"local-dir:{model_folder(name)}" if name in SHIPPED else name
     load_weights = load_weights and pretrained != SCRATCH
     _check(name, architecture, pretrained, load_weights)
-    split_file = name == "example_vit" and load_weights  # its file has the image tower alone
+    file = _weights_file(name, architecture, pretrained) if load_weights else None
+    by_tag = load_weights and file is None  # then open_clip reads the weights, and all that it warns of is heard
     options = _resolve_local_text_tower(architecture) | ({"force_preprocess_cfg": preprocess} if preprocess else {})
     try:
-        with _quiet_open_clip(), torch.random.fork_rng(devices=[]):
+        with _quiet_open_clip(logging.INFO if by_tag else logging.WARNING), torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed_of(seed, "weights"))  # torch.manual_seed would seed the GPUs too
             model = open_clip.create_model(
-                architecture,
-                pretrained if load_weights and not split_file else None,
-                load_weights=load_weights and not split_file,
-                pretrained_text=False,
-                **options,
+                architecture, pretrained if by_tag else None, load_weights=by_tag, pretrained_text=False, **options
             )
-            if split_file:
-                model.load_state_dict(_example_vit())
     except Exception as error:
         raise _cannot_load(architecture, pretrained, error) from error
+    if file is not None:
+        _load_strictly(model, _example_vit() if name == "example_vit" else _read(file)[0], file, name)
     return complete(model, name, pretrained, device)
 
 
 def complete(model: nn.Module, name: str, pretrained: str | None, device: str | torch.device = "cpu") -> Clip:
     """A model of open_clip's with its own tokenizer and image transform."""
-    with _quiet_open_clip():
+    with _quiet_open_clip(logging.INFO):
         tokenizer = open_clip.get_tokenizer(f"local-dir:{model_folder(name)}" if name in SHIPPED else name)
     # JSON has no tuples: without this, one transform would have two names, and so two caches.
     settings = {k: tuple(v) if isinstance(v, list) else v for k, v in model.visual.preprocess_cfg.items()}
@@ -104,6 +109,28 @@ def _check(name: str, architecture: str, pretrained: str | None, load_weights: b
             f"model {name} was asked for without weights. Give --model.pretrained a file or one of its tags: "
             f"{', '.join(_tags(name)) or 'it has none'}; or --checkpoint a finetuned one."
         )
+
+
+def _weights_file(name: str, architecture: str, pretrained: str | None) -> Path | None:
+    """The file that all weights come from; None for a tag of open_clip's. Raises UserError where there is none."""
+    if pretrained and Path(pretrained).is_file():
+        return Path(pretrained)
+    if not architecture.startswith("local-dir:"):
+        return None
+    folder = Path(architecture.removeprefix("local-dir:"))
+    if pretrained:
+        raise UserError(f"{pretrained!r} is not a file; {name} takes the weights in its folder, or a file of weights")
+    files = [folder / file for file in WEIGHT_FILES if (folder / file).is_file()]
+    if not files:
+        others = sorted(
+            path.name for path in folder.glob("*.*") if path.suffix in (".pt", ".pth", ".bin", ".safetensors")
+        )
+        there = f"; it has {', '.join(others)}: name one with --model.pretrained" if others else ""
+        raise UserError(
+            f"{folder} holds no weights under a name that is known ({', '.join(WEIGHT_FILES)}){there}; "
+            "--model.pretrained scratch draws them at random"
+        )
+    return files[0]
 
 
 def _tags(name: str) -> list[str]:
@@ -148,9 +175,9 @@ def _cannot_load(name: str, pretrained: str | None, error: Exception) -> UserErr
 
 
 @contextmanager
-def _quiet_open_clip() -> Iterator[None]:
-    """open_clip logs each step of loading, and warns about weights that are loaded a moment later."""
-    logging.disable(logging.WARNING)
+def _quiet_open_clip(level: int) -> Iterator[None]:
+    """Leave out open_clip's log of each step; with WARNING also that weights are random, which are read afterwards."""
+    logging.disable(level)
     try:
         yield
     finally:
@@ -182,7 +209,7 @@ def load_model(path: str | Path, name: str | None = None, pretrained: str | None
     Raises UserError for a file that is absent, cut short, of another architecture, or not only weights.
     """
     path = checkpoint_file(path)
-    state, about = _read_safetensors(path) if path.suffix == ".safetensors" else (_read_torch(path), {})
+    state, about = _read(path)
     saved = about.get("model")
     moved = any((each or "").startswith("local-dir:") for each in (name, saved))  # folders may have been moved
     if name and saved and name != saved and not moved:  # activations differ without a trace in the weights' shapes
@@ -205,12 +232,39 @@ def load_model(path: str | Path, name: str | None = None, pretrained: str | None
     return clip
 
 
-def _load_strictly(model: nn.Module, state: Mapping[str, Tensor], path: Path, name: str) -> None:
+def _load_strictly(model: nn.Module, state: dict[str, Tensor], path: Path, name: str) -> None:
+    """Every tensor of the model comes from `state`, and every tensor of `state` goes into the model, or UserError."""
     try:
-        model.load_state_dict(state)
+        model.load_state_dict(_as_open_clip(model, state) if hasattr(model, "logit_scale") else state)
     except RuntimeError as error:
         reason = textwrap.shorten(str(error).partition(":")[2], 300, placeholder=" ...")
         raise UserError(f"{path} does not fit {name}: {reason} Name its architecture with --model.name.") from error
+
+
+def _as_open_clip(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights under open_clip's names and in its shapes, as open_clip's own loader brings them there."""
+    state = convert_state_dict(model, dict(state))
+    if "positional_embedding" in state and not hasattr(model, "positional_embedding"):
+        state = convert_to_custom_text_state_dict(state)
+    for scalar in ("logit_scale", "logit_bias"):
+        there = getattr(model, scalar, None)
+        if scalar in state and there is not None and there.ndim != state[scalar].ndim:
+            state[scalar] = state[scalar].reshape(there.shape)
+    state.pop("text.transformer.embeddings.position_ids", None)  # of transformers before 4.31
+    before = {name: value.shape for name, value in state.items()}
+    resize_pos_embed(state, model)
+    resize_text_pos_embed(state, model)
+    for name in (name for name, value in state.items() if value.shape != before[name]):
+        log.warning("%s is resized from %s to %s", name, list(before[name]), list(state[name].shape))
+    return state
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The weights in a file without what wrappers put before their names, and what a file of ours says of itself."""
+    state, about = _read_safetensors(path) if path.suffix == ".safetensors" else (_read_torch(path), {})
+    while prefix := next((p for p in WRAPPERS if all(name.startswith(p) for name in state)), None):
+        state = {name.removeprefix(prefix): value for name, value in state.items()}
+    return state, about
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -234,6 +288,11 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
             "Ask for it as safetensors, or as a plain state dict."
         ) from error
     except (RuntimeError, EOFError, ValueError, OSError) as error:
+        if "TorchScript" in str(error):
+            raise UserError(
+                f"{path} is a TorchScript archive, a program and not a file of weights. If you trust it, convert it: "
+                f'torch.save(torch.jit.load("{path}", "cpu").state_dict(), "weights.pt")'
+            ) from error
         reason = textwrap.shorten(str(error), 200, placeholder=" ...") or "it ends too early"
         raise UserError(f"{path} is not a whole checkpoint ({reason}); it may have been cut short") from error
     for key in ("state_dict", "model_state_dict", "model"):
@@ -241,7 +300,7 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
             state = state[key]
     if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
         raise UserError(f"{path} is not a state dict of a model: it holds {type(state).__name__}")
-    return {name.removeprefix("module.").removeprefix("_orig_mod."): value for name, value in state.items()}
+    return state
 
 
 def _preprocess_of_tag(name: str, pretrained: str | None) -> dict[str, Any] | None:
@@ -288,7 +347,7 @@ def guess_architecture(state: Mapping[str, Tensor]) -> str:
         width = config["text_cfg"].get("width", 512)
         if projection != (width, config["embed_dim"]) or "timm_model_name" in config["vision_cfg"]:
             continue
-        with _quiet_open_clip(), torch.device("meta"):
+        with _quiet_open_clip(logging.WARNING), torch.device("meta"):
             model = open_clip.create_model(name, load_weights=False, device="meta")
         if {key: value.shape for key, value in model.state_dict().items()} == shapes:
             log.info("this state dict has the shapes of %s; if its activations differ, use --model.name", name)

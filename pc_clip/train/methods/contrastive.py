@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pc_clip.core.config.train import FinetuneConfig
-from pc_clip.core.errors import UserError
+from pc_clip.core.errors import UserError, check_at_least
 from pc_clip.data.dataset import Dataset
 from pc_clip.data.overlap import likely_false
 from pc_clip.models import lora
@@ -44,6 +44,7 @@ class Method(BaseMethod):
 
     def __init__(self, clip: Clip, data: Dataset, config: FinetuneConfig) -> None:
         super().__init__(clip, config)
+        check_at_least("train.batch_size", config.train.batch_size, 2)  # one image has no negative
         temperature = config.contrastive.temperature
         if temperature is not None and not temperature > 0:
             raise UserError(
@@ -86,7 +87,8 @@ class Method(BaseMethod):
     def trainable(self) -> dict[str, nn.Parameter]:
         fixed = self.config.contrastive.temperature is not None
         found = lora.trainable(self.clip, self.config.model.train)
-        return {n: p for n, p in found.items() if not (fixed and n.startswith("logit_"))}
+        idle = ("logit_bias", "text_decoder.") + (("logit_scale",) if fixed else ())  # no loss reaches these
+        return {n: p for n, p in found.items() if not n.startswith(idle)}
 
     def embeddings(self, similarity: str, now: bool) -> Tensor:
         """What makes images similar: themselves, or the mean over their captions.  -> [N, D] float32, unit length"""

@@ -58,6 +58,8 @@ class Method(BaseMethod):
         super().__init__(clip, config)
         self.options: PairwiseConfig = config.pairwise
         check_choice("pairwise.loss", self.options.loss, ("info_nce", "mse"))
+        if self.options.loss == "info_nce":
+            check_at_least("train.batch_size", config.train.batch_size, 2)  # one pair has no negative
         check_at_least("pairwise.anchor_batch", self.options.anchor_batch, 1)
         check_at_least("pairwise.anchor_captions", self.options.anchor_captions, 1)
         if self.options.mirror and config.train.batch_size % 2:
@@ -163,9 +165,8 @@ class Method(BaseMethod):
             self.notes.append(f"{count} {what}")
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        return {
-            n: p for n, p in lora.trainable(self.clip, self.config.model.train).items() if not n.startswith("logit_")
-        }
+        learn = lora.trainable(self.clip, self.config.model.train)
+        return {n: p for n, p in learn.items() if not n.startswith(("logit_", "text_decoder."))}
 
     # -- the epoch -------------------------------------------------------------------------------------
 
