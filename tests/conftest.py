@@ -12,7 +12,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 import hypothesis
-import runs
+import tiny_runs
 import torch
 from accelerate.state import AcceleratorState
 
@@ -45,19 +45,19 @@ def small_example(monkeypatch):
 @pytest.fixture
 def small_runs(monkeypatch):
     """A world in which finetuning takes half a second."""
-    runs.make_small(monkeypatch)
+    tiny_runs.make_small(monkeypatch)
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> str:
     """The name of a tiny CLIP with random weights: towers of two layers, 16 wide."""
-    return runs.tiny_clip(tmp_path_factory.mktemp("models") / "tiny")
+    return tiny_runs.tiny_clip(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture(scope="session")
 def tiny_resnet(tmp_path_factory) -> str:
     """The same with a convolutional image tower, which has batch statistics."""
-    return runs.tiny_clip(tmp_path_factory.mktemp("models") / "resnet", vision_cfg=runs.RESNET)
+    return tiny_runs.tiny_clip(tmp_path_factory.mktemp("models") / "resnet", vision_cfg=runs.RESNET)
 
 
 @pytest.fixture(scope="session")

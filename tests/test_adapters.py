@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import runs
+import tiny_runs
 import torch
-from runs import weights
+from tiny_runs import weights
 from torch.nn.functional import normalize
 
 from pc_clip.core.config.settings import ModelConfig
@@ -50,8 +50,8 @@ def built(tmp_path_factory) -> dict[str, Clip]:
     (folder / "bert").mkdir()
     tower = hugging_face_tower(folder / "bert")
     parts = {"resnet": {"vision_cfg": runs.RESNET | {"image_size": 64}}, "vit": {}, "timm": {"vision_cfg": TIMM}}
-    names = {kind: runs.tiny_clip(folder / kind, **part) for kind, part in parts.items()}
-    names["hugging face"] = runs.tiny_clip(folder / "hf", copied=folder / "bert", text_cfg=tower)
+    names = {kind: tiny_runs.tiny_clip(folder / kind, **part) for kind, part in parts.items()}
+    names["hugging face"] = tiny_runs.tiny_clip(folder / "hf", copied=folder / "bert", text_cfg=tower)
     clips = {kind: create_model(name) for kind, name in names.items()}
     for name, p in clips["resnet"].model.named_parameters():
         if name.endswith("bn3.weight"):  # zero at first, so that nothing before it has a gradient
@@ -252,7 +252,7 @@ def test_what_cannot_be_adapted_is_refused(example_clip, monkeypatch):
 @pytest.fixture
 def config(tiny) -> FinetuneConfig:
     """A run of six steps that trains adapters of the text blocks."""
-    config = runs.settings("pairwise", tiny, lr=1e-2)
+    config = tiny_runs.settings("pairwise", tiny, lr=1e-2)
     config.model = ModelConfig(name=tiny, train="text_blocks", lora_rank=2)
     return config
 
@@ -262,7 +262,7 @@ def test_a_run_changes_the_adapted_weights_alone_and_by_their_rank(config):
     start = clip.model.state_dict()
     expected = lora.weights_to_adapt(clip.model, config.model.train, "tiny")
     assert run.keys() == start.keys()
-    assert runs.changed(run, start) == set(expected) and len(expected) == 4 * 2  # of two blocks
+    assert tiny_runs.changed(run, start) == set(expected) and len(expected) == 4 * 2  # of two blocks
     assert {int(torch.linalg.matrix_rank(run[name] - start[name], rtol=1e-3)) for name in expected} == {2}
     about = json.loads(Path("runs/a/environment.json").read_text())
     assert "adapters of rank 2 on 8 weights" in about["notes"]
@@ -277,7 +277,9 @@ def test_with_both_towers_adapters_change_what_train_names(config):
     config.method, config.model.train, config.train.steps = "contrastive", "attention", 2
     config.train.precision, config.contrastive = "bf16", ContrastiveConfig()
     named = set(lora.trainable(create_model(config.model.name), "attention"))
-    assert runs.changed(weights(finetune(config)), runs.start(config)) == {n for n in named if n.endswith("weight")}
+    assert tiny_runs.changed(weights(finetune(config)), tiny_runs.start(config)) == {
+        n for n in named if n.endswith("weight")
+    }
     config.name, config.model.lora_rank = "b", 0  # biases learn too
-    found = runs.changed(weights(finetune(config)), runs.start(config))
+    found = tiny_runs.changed(weights(finetune(config)), tiny_runs.start(config))
     assert found <= named and "visual.transformer.resblocks.0.attn.in_proj_weight" in found

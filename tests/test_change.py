@@ -8,11 +8,11 @@ import json
 from pathlib import Path
 
 import pytest
-import runs
+import tiny_runs
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from runs import rows, same, weights
+from tiny_runs import rows, same, weights
 
 from pc_clip.core.config.train import ChangeConfig, FinetuneConfig
 from pc_clip.core.errors import UserError
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.usefixtures("small_runs")
 @pytest.fixture
 def config(tiny) -> FinetuneConfig:
     """Two epochs of three steps of the second stage, by a small decoder; the best is chosen on six pairs."""
-    config = runs.settings("change", tiny, steps=None, epochs=2, max_steps_per_epoch=3)
+    config = tiny_runs.settings("change", tiny, steps=None, epochs=2, max_steps_per_epoch=3)
     config.change.validation, config.change.validate_on = "val", 6
     return config
 
@@ -159,7 +159,7 @@ def test_clips_own_weights_learn_at_their_share_of_the_rate(config):
     config.train.steps, config.train.schedule, config.change.validation = 1, "constant", "none"
     name, moved = "visual.transformer.resblocks.0.mlp.c_fc.weight", []
     for config.name, config.change.clip_rate in (("a", 0.1), ("b", 0.0)):
-        moved.append((weights(finetune(config))[name] - runs.start(config)[name]).abs().median())
+        moved.append((weights(finetune(config))[name] - tiny_runs.start(config)[name]).abs().median())
     assert moved == [pytest.approx(1e-4, rel=0.05), 0]  # Adam's first step is the learning rate
 
 
@@ -234,7 +234,7 @@ def test_the_best_epoch_is_kept_not_the_last(config, monkeypatch):
 
 
 def test_a_run_whose_validation_pairs_have_changed_is_not_continued(config, monkeypatch):
-    runs.interrupt(config, 4)
+    tiny_runs.interrupt(config, 4)
     config.resume = True
     monkeypatch.setattr(example_sets, "CHANGES_SIZES", example_sets.CHANGES_SIZES | {"val": 15})
     with pytest.raises(UserError, match="chose its best epoch on other validation data"):

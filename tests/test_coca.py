@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import runs
+import tiny_runs
 import torch
 from safetensors.torch import save_file
 from torch.nn.functional import log_softmax
@@ -160,7 +160,7 @@ def config(small_runs, monkeypatch) -> FinetuneConfig:
     monkeypatch.setattr(example_sets, "EXAMPLE_SIZES", {"train": 40, "val": 8, "test": 8})
     content = build(Path("coca-run")).model.state_dict()
     save_file({name: value.contiguous() for name, value in content.items()}, "coca-run/open_clip_model.safetensors")
-    config = runs.settings("preference", "local-dir:coca-run", steps=3, lr=1e-2)
+    config = tiny_runs.settings("preference", "local-dir:coca-run", steps=3, lr=1e-2)
     config.preference = PreferenceConfig(captioning=0.5, beta=1.0)
     return config
 
@@ -169,15 +169,15 @@ def config(small_runs, monkeypatch) -> FinetuneConfig:
 def test_it_begins_at_log_2_and_learns_what_model_train_names(config, train, crop, rank):
     config.model.train, config.data.min_crop, config.model.lora_rank = train, crop, rank
     run = finetune(config)
-    first, *_, last = [row["loss"] for row in runs.rows(run)]
+    first, *_, last = [row["loss"] for row in tiny_runs.rows(run)]
     assert abs(first - math.log(2)) < 1e-3 < abs(last - math.log(2))
-    changed = {name.split(".")[0] for name in runs.changed(runs.weights(run), runs.start(config))}
+    changed = {name.split(".")[0] for name in tiny_runs.changed(runs.weights(run), tiny_runs.start(config))}
     assert ("text_decoder" in changed) == (train != "text_blocks") and ("visual" in changed) == (train == "both")
 
 
 def test_without_captions_to_weigh_the_decoder_gets_no_adapters(config):
     config.preference.captioning, config.model.lora_rank = 0.0, 2
-    changed = runs.changed(runs.weights(finetune(config)), runs.start(config))
+    changed = tiny_runs.changed(runs.weights(finetune(config)), tiny_runs.start(config))
     assert changed and not any(name.startswith("text_decoder.") for name in changed)
 
 

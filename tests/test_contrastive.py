@@ -5,9 +5,9 @@ from itertools import islice
 
 import numpy as np
 import pytest
-import runs
+import tiny_runs
 import torch
-from runs import same, weights
+from tiny_runs import same, weights
 
 from pc_clip.core.config.train import FinetuneConfig, SamplerConfig
 from pc_clip.core.errors import UserError
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("small_runs")
 @pytest.fixture
 def config(tiny) -> FinetuneConfig:
     """Three epochs of four steps each, in clusters of similar captions."""
-    config = runs.settings("contrastive", tiny, batch_size=24, steps=None, epochs=3, max_steps_per_epoch=4)
+    config = tiny_runs.settings("contrastive", tiny, batch_size=24, steps=None, epochs=3, max_steps_per_epoch=4)
     config.sampler = SamplerConfig(kind="clusters", cluster_size=4)
     return config
 
@@ -120,7 +120,7 @@ def test_online_looks_at_the_weights_when_all_steps_before_an_epoch_are_done_and
     assert begun == [(0, 0), (1, 4), (2, 8), (0, 12), (1, 16), (2, 20)]
     assert (plans["on", 0] == plans["off", 0]).mean() > 0.9  # but for rounding
     assert (plans["on", 2] == plans["off", 2]).mean() < 0.9
-    log = runs.rows(run)
+    log = tiny_runs.rows(run)
     assert len(log) == 12
     assert all(-1 < row["mean_negative"] < row["hardest_negative"] < 1 for row in log)
 

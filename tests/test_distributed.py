@@ -20,13 +20,13 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-import runs
+import tiny_runs
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
-from runs import rows, same, weights
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny_runs import rows, same, weights
 
 from pc_clip.core.config.train import ChangeConfig, FinetuneConfig, PairwiseConfig, PreferenceConfig, SamplerConfig
 from pc_clip.core.errors import UserError
@@ -75,12 +75,12 @@ def together(processes: int, work: Callable[[int], object]) -> None:
 def gradient_cases(tiny: str) -> dict[str, tuple[FinetuneConfig, set[str]]]:
     """Settings, and weights of which a gradient must be there and not small."""
     text, image = "transformer.resblocks.0.attn.in_proj_weight", "visual.conv1.weight"
-    squared_error, everything, adapters = (runs.settings("pairwise", tiny) for _ in range(3))
+    squared_error, everything, adapters = (tiny_runs.settings("pairwise", tiny) for _ in range(3))
     squared_error.pairwise.loss, squared_error.model.train = "mse", "text_blocks"
     everything.pairwise = PairwiseConfig(anchor=1.0, anchor_captions=40, anchor_batch=4, mirror=True)
     everything.train.recompute = True
     adapters.model.lora_rank = 2
-    both_towers, clusters = (runs.settings("contrastive", tiny) for _ in range(2))
+    both_towers, clusters = (tiny_runs.settings("contrastive", tiny) for _ in range(2))
     both_towers.model.train = clusters.model.train = "both"
     clusters.sampler = SamplerConfig(kind="clusters", similarity="image", cluster_size=4, share=0.5)
     cases = {
@@ -91,12 +91,12 @@ def gradient_cases(tiny: str) -> dict[str, tuple[FinetuneConfig, set[str]]]:
         "clusters of similar images": (clusters, {text, image, "logit_scale"}),  # embedded by both, each its part
     }
     for loss in ("dpo", "contrastive"):
-        config = runs.settings("preference", tiny)
+        config = tiny_runs.settings("preference", tiny)
         config.model.train, config.preference = "both", PreferenceConfig(loss)
         cases[f"preferences by {loss}"] = config, {text, image}
     for stage, learning in (("retrieve", {text, "logit_scale"}), ("caption", {"change.decoder.words.weight"})):
         # Sentences of unequal lengths in both processes; those that hold for several pairs are none's negatives.
-        config = runs.settings("change", tiny)
+        config = tiny_runs.settings("change", tiny)
         config.change = ChangeConfig(stage, width=16, heads=2, layers=1, dropout=0.0, clip_rate=1.0, validation="none")
         cases[f"changes, {stage}"] = config, {image, "change.encoder.before"} | learning
     for config, _ in cases.values():
@@ -196,16 +196,19 @@ def saved_step(name: str) -> int:
 
 def stopped_cases(tiny: str, tiny_resnet: str) -> dict[str, FinetuneConfig]:
     """Random batches; clusters by a model from scratch, of whose statistics each process has its own in an epoch."""
-    clusters = runs.settings("contrastive", tiny_resnet, steps=6, max_steps_per_epoch=3)
+    clusters = tiny_runs.settings("contrastive", tiny_resnet, steps=6, max_steps_per_epoch=3)
     clusters.model.pretrained, clusters.model.train = SCRATCH, "both"
     clusters.sampler = SamplerConfig(kind="clusters", similarity="image", cluster_size=4, share=0.5)
-    return {"random": runs.settings("pairwise", tiny), "clusters": clusters}
+    return {"random": tiny_runs.settings("pairwise", tiny), "clusters": clusters}
 
 
 @pytest.mark.slow
 def test_two_processes_stop_together_and_resuming_loses_nothing(tiny, tiny_resnet):
     """By SIGTERM, which schedulers send to one process or to all; by a loss that is no number; by wrong settings."""
-    cases, best = stopped_cases(tiny, tiny_resnet), runs.settings("change", tiny, steps=None, max_steps_per_epoch=2)
+    cases, best = (
+        stopped_cases(tiny, tiny_resnet),
+        tiny_runs.settings("change", tiny, steps=None, max_steps_per_epoch=2),
+    )
     best.change.validation, best.train.epochs, best.name = "val", 2, "best"
     pair, ends = cases["random"], {}
 
@@ -266,7 +269,7 @@ def test_two_processes_stop_together_and_resuming_loses_nothing(tiny, tiny_resne
 @pytest.mark.slow
 def test_what_two_processes_began_is_continued_by_one(tiny):
     """The state does not depend on their number, nor does the loss, up to the order of summation."""
-    config, straight = (runs.settings("pairwise", tiny) for _ in range(2))
+    config, straight = (tiny_runs.settings("pairwise", tiny) for _ in range(2))
 
     def work(rank: int) -> None:
         with pytest.MonkeyPatch.context() as patch:
@@ -280,6 +283,6 @@ def test_what_two_processes_began_is_continued_by_one(tiny):
     assert [row["loss"] for row in rows("runs/a")] == pytest.approx(
         [r["loss"] for r in rows("runs/straight")], rel=1e-3
     )
-    one, two, begin = weights("runs/straight"), weights("runs/a"), runs.start(config)
+    one, two, begin = weights("runs/straight"), weights("runs/a"), tiny_runs.start(config)
     moved, apart = (torch.cat([(one[k] - other[k]).flatten() for k in begin]).norm() for other in (begin, two))
     assert apart < 0.05 * moved  # Adam's first steps are signs, so gradients near zero may part

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import runs
 import safetensors.torch
+import tiny_runs
 import torch
 
 from pc_clip.core import files
@@ -38,7 +38,7 @@ STEPS, SAVE_EVERY, LOG_EVERY = 72, 3, 2
 @pytest.fixture
 def config(tiny) -> FinetuneConfig:
     """A run named a, with anchor and mirror pairs."""
-    config = runs.settings("pairwise", tiny, steps=STEPS, save_every=SAVE_EVERY, log_every=LOG_EVERY)
+    config = tiny_runs.settings("pairwise", tiny, steps=STEPS, save_every=SAVE_EVERY, log_every=LOG_EVERY)
     config.pairwise = PairwiseConfig(anchor=1.0, anchor_captions=40, anchor_batch=2, mirror=True)
     config.model.train = "text_blocks"
     return config
@@ -119,7 +119,7 @@ def assert_same_run(found: dict[str, bytes], expected: dict[str, bytes]) -> None
     """The same files; weights and state bit for bit, and the log but for its times."""
     assert found.keys() == expected.keys()
     for name in ("model.safetensors", "state.safetensors"):
-        assert runs.same(safetensors.torch.load(found[name]), safetensors.torch.load(expected[name])), name
+        assert tiny_runs.same(safetensors.torch.load(found[name]), safetensors.torch.load(expected[name])), name
     assert rows(found) == rows(expected)
 
 
@@ -314,12 +314,12 @@ def test_no_byte_of_a_state_can_change_unseen(tmp_path):
             assert "--overwrite true" in str(error)
             assert not any(p.any() for p in fresh.values())  # and nothing of it was used
         else:  # a blank between two words of the header
-            assert step == 2 and runs.same(fresh, expected)
+            assert step == 2 and tiny_runs.same(fresh, expected)
 
 
 def test_what_cannot_be_continued_says_what_to_do(config):
     config = changed(config, steps=6)
-    runs.interrupt(config, 4)
+    tiny_runs.interrupt(config, 4)
     path = Path("runs/a/state.safetensors")
     whole = path.read_bytes()
     for content, message in (

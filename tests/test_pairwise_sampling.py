@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import runs
+import tiny_runs
 import torch
 
 from pc_clip.core.config.train import FinetuneConfig, PairwiseConfig, SamplerConfig
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("small_runs")
 
 @pytest.fixture
 def config(tiny) -> FinetuneConfig:
-    return runs.settings("pairwise", tiny, batch_size=12)
+    return tiny_runs.settings("pairwise", tiny, batch_size=12)
 
 
 def make(config: FinetuneConfig, clip: Clip) -> pairwise.Method:
@@ -69,7 +69,7 @@ def test_hardness_and_sentences_that_come_twice_are_in_the_log(config):
         row["text"] = f"The first image shows {('a star', 'two rings')[n // 30]}."  # thirty times each
     Path("d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
     config.train.steps, config.train.log_every = 1, 1
-    (row,) = runs.rows(finetune(config))
+    (row,) = tiny_runs.rows(finetune(config))
     assert 0.3 < row["identical_negatives"] < 0.7
     assert -1 < row["mean_negative"] < row["hardest_negative"] < 1
     config.name, config.sampler = "b", SamplerConfig(kind="clusters", cluster_size=4)

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import runs
+import tiny_runs
 import torch
 import torch.nn.functional as F
-from runs import rows
+from tiny_runs import rows
 
 from pc_clip.core.config.train import FinetuneConfig, PreferenceConfig, SamplerConfig
 from pc_clip.core.errors import UserError
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("small_runs")
 @pytest.fixture
 def config(tiny, monkeypatch) -> FinetuneConfig:
     monkeypatch.setattr(example_sets, "EXAMPLE_SIZES", {"train": 40, "val": 10, "test": 20})
-    return runs.settings("preference", tiny, batch_size=16, optimizer="adamw")
+    return tiny_runs.settings("preference", tiny, batch_size=16, optimizer="adamw")
 
 
 @pytest.fixture

@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import runs
+import tiny_runs
 import torch
-from runs import weights
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny_runs import weights
 
 from pc_clip.core.config.train import FinetuneConfig
 from pc_clip.core.errors import UserError
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("small_runs")
 @pytest.fixture
 def config(tiny) -> FinetuneConfig:
     """Two steps of method change by a small decoder."""
-    return runs.settings("change", tiny, steps=2)
+    return tiny_runs.settings("change", tiny, steps=2)
 
 
 def captioner(config: FinetuneConfig, texts: list[str], shape: Shape) -> str:
@@ -56,7 +56,7 @@ def sentences() -> list[str]:
 
 
 def test_averaging_is_with_the_checkpoint_that_the_run_began_with(tiny):
-    config = runs.settings("pairwise", tiny, steps=2, lr=1e-2)
+    config = tiny_runs.settings("pairwise", tiny, steps=2, lr=1e-2)
     config.model.start = str(finetune(config))
     config.overwrite = True
     with pytest.raises(UserError, match="model.start runs/a lies in the run that would take its place"):
@@ -129,7 +129,7 @@ def test_what_a_decoder_cannot_say_or_cuts_is_counted(config):
 def test_adapters_learn_in_the_towers_that_a_stage_reaches(config, stage, towers):
     config.change.stage, config.model.lora_rank, config.change.clip_rate = stage, 2, 1.0
     saved = weights(finetune(config))
-    moved = runs.changed(saved, runs.start(config))
+    moved = tiny_runs.changed(saved, tiny_runs.start(config))
     assert {name.split(".")[0] for name in moved} - {"text_projection"} == towers
     assert ("visual.proj" in moved) == (stage == "retrieve")
     assert not any("lora" in name or "parametrizations" in name for name in saved)

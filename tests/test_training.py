@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import runs
+import tiny_runs
 import torch
 import yaml
 from accelerate.state import AcceleratorState
-from runs import rows, same, weights
 from safetensors.torch import load_file
+from tiny_runs import rows, same, weights
 
 from pc_clip.core.cli import dump
 from pc_clip.core.config.train import FinetuneConfig, PairwiseConfig, SamplerConfig
@@ -38,9 +38,9 @@ def finished(tiny, tmp_path_factory) -> tuple[FinetuneConfig, Path]:
     folder = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        runs.make_small(patch)
+        tiny_runs.make_small(patch)
         AcceleratorState._reset_state(reset_partial_state=True)
-        config = runs.settings("pairwise", tiny, batch_size=16, steps=12, save_every=5, log_every=2)
+        config = tiny_runs.settings("pairwise", tiny, batch_size=16, steps=12, save_every=5, log_every=2)
         config.model.train = "text_blocks"
         config.pairwise = PairwiseConfig(anchor=1.0, anchor_captions=40, anchor_batch=4, mirror=True)
         finetune(config)
@@ -146,7 +146,7 @@ def test_only_what_was_named_changes(config, which):
     config.name, config.model.train, config.train.steps = "b", which, 2
     clip = create_model(config.model.name)
     expected = {n for n in lora.trainable(clip, which) if not n.startswith("logit_")}
-    changed = runs.changed(weights(finetune(config)), clip.model.state_dict())
+    changed = tiny_runs.changed(weights(finetune(config)), clip.model.state_dict())
     learnt_from = {n for n in expected if not n.startswith("visual.")}  # images come from the cache
     assert changed <= expected and len(changed) > 0.8 * len(learnt_from)
 
@@ -172,7 +172,7 @@ def test_every_ablation_learns(config, option, monkeypatch):
 
 def test_averaging_with_the_start_is_halfway_between(config):
     config.name, config.train.blend = "b", 0.5
-    half, end, start = weights(finetune(config)), weights("runs/a"), runs.start(config)
+    half, end, start = weights(finetune(config)), weights("runs/a"), tiny_runs.start(config)
     name = "transformer.resblocks.0.mlp.c_fc.weight"
     assert not torch.equal(start[name], end[name])
     assert torch.allclose(half[name], (start[name] + end[name]) / 2, atol=1e-7)
@@ -184,7 +184,7 @@ def test_averaging_with_the_start_is_halfway_between(config):
 def test_a_run_that_is_interrupted_and_continued_ends_the_same_bit_for_bit(config, monkeypatch):
     """Between two saves, by Ctrl-C, which ends the step and saves it, and between two saves again."""
     config.name = "b"
-    runs.interrupt(config, 6)
+    tiny_runs.interrupt(config, 6)
     with pytest.raises(UserError, match="was interrupted. Continue it with --resume true"):
         finetune(config)
     config.resume, steps, original = True, [], pairwise.Method.forward
@@ -199,23 +199,23 @@ def test_a_run_that_is_interrupted_and_continued_ends_the_same_bit_for_bit(confi
         patch.setattr(pairwise.Method, "forward", forward)
         finetune(config)
     assert len(steps) == 3
-    runs.interrupt(config, 11)
+    tiny_runs.interrupt(config, 11)
     assert same(weights("runs/a"), weights(finetune(config)))
     assert [row["step"] for row in rows("runs/b")] == [2, 4, 6, 8, 10, 12]
 
 
 def compensated(tiny: str, tiny_resnet: str) -> FinetuneConfig:
-    return runs.settings("pairwise", tiny, compensated=True, lr=1e-8)  # most of each step is owed
+    return tiny_runs.settings("pairwise", tiny, compensated=True, lr=1e-8)  # most of each step is owed
 
 
 def adapters(tiny: str, tiny_resnet: str) -> FinetuneConfig:
-    config = runs.settings("pairwise", tiny, lr=1e-2)
+    config = tiny_runs.settings("pairwise", tiny, lr=1e-2)
     config.model.lora_rank = 2
     return config
 
 
 def clusters(tiny: str, tiny_resnet: str) -> FinetuneConfig:
-    config = runs.settings("contrastive", tiny, batch_size=24)
+    config = tiny_runs.settings("contrastive", tiny, batch_size=24)
     config.sampler = SamplerConfig(kind="clusters", cluster_size=4)
     return config
 
@@ -233,19 +233,19 @@ def from_scratch(tiny: str, tiny_resnet: str) -> FinetuneConfig:
 
 
 def crops(tiny: str, tiny_resnet: str) -> FinetuneConfig:
-    config = runs.settings("preference", tiny)
+    config = tiny_runs.settings("preference", tiny)
     config.model.train, config.data.min_crop = "both", 0.5
     return config
 
 
 def bf16(tiny: str, tiny_resnet: str) -> FinetuneConfig:
-    config = runs.settings("preference", tiny, precision="bf16", optimizer="adamw")
+    config = tiny_runs.settings("preference", tiny, precision="bf16", optimizer="adamw")
     config.model.train = "both"
     return config
 
 
 def change(tiny: str, tiny_resnet: str) -> FinetuneConfig:
-    config = runs.settings("change", tiny)
+    config = tiny_runs.settings("change", tiny)
     config.change.dropout, config.change.validation = 0.3, "val"
     return config
 
@@ -260,7 +260,7 @@ def test_a_run_continued_within_an_epoch_and_between_two_ends_the_same(
 ):
     config = make_config(tiny, tiny_resnet)
     config.train.steps, config.train.max_steps_per_epoch, config.train.save_every = 6, 3, 1
-    runs.assert_resume_is_exact(config, 3, 5)
+    tiny_runs.assert_resume_is_exact(config, 3, 5)
     state = load_file("runs/resumed/state.safetensors")
     if config.train.compensated:
         carries = [value for name, value in state.items() if name.endswith(".carry")]
@@ -275,7 +275,7 @@ def test_a_run_keeps_the_precision_that_was_settled(config, monkeypatch, quick, 
     """So that it is continued as it began, and known again, on a machine of another kind."""
     monkeypatch.setattr(optim, "multiplies_bf16", lambda device: quick)
     config.name, config.train.precision, config.train.steps = "b", "auto", 6
-    runs.interrupt(config, 3)
+    tiny_runs.interrupt(config, 3)
     monkeypatch.setattr(optim, "multiplies_bf16", lambda device: not quick)
     config.resume = True
     run = finetune(config)
@@ -347,7 +347,7 @@ def test_every_pair_comes_once_an_epoch_and_epochs_differ(config):
 @pytest.mark.parametrize("method", ["pairwise", "contrastive"])
 def test_an_epoch_can_be_joined_later_without_making_what_came_before(config, method, monkeypatch):
     if method == "contrastive":
-        config = runs.settings("contrastive", config.model.name)
+        config = tiny_runs.settings("contrastive", config.model.name)
     found = make(config)
     whole = list(found.loader(1))
     assert len(whole) == found.steps_per_epoch > 4
