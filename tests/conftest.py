@@ -57,7 +57,7 @@ def tiny(tmp_path_factory) -> str:
 @pytest.fixture(scope="session")
 def tiny_resnet(tmp_path_factory) -> str:
     """The same with a convolutional image tower, which has batch statistics."""
-    return tiny_runs.tiny_clip(tmp_path_factory.mktemp("models") / "resnet", vision_cfg=runs.RESNET)
+    return tiny_runs.tiny_clip(tmp_path_factory.mktemp("models") / "resnet", vision_cfg=tiny_runs.RESNET)
 
 
 @pytest.fixture(scope="session")

@@ -49,7 +49,7 @@ def built(tmp_path_factory) -> dict[str, Clip]:
     folder = tmp_path_factory.mktemp("built")
     (folder / "bert").mkdir()
     tower = hugging_face_tower(folder / "bert")
-    parts = {"resnet": {"vision_cfg": runs.RESNET | {"image_size": 64}}, "vit": {}, "timm": {"vision_cfg": TIMM}}
+    parts = {"resnet": {"vision_cfg": tiny_runs.RESNET | {"image_size": 64}}, "vit": {}, "timm": {"vision_cfg": TIMM}}
     names = {kind: tiny_runs.tiny_clip(folder / kind, **part) for kind, part in parts.items()}
     names["hugging face"] = tiny_runs.tiny_clip(folder / "hf", copied=folder / "bert", text_cfg=tower)
     clips = {kind: create_model(name) for kind, name in names.items()}

@@ -171,13 +171,13 @@ def test_it_begins_at_log_2_and_learns_what_model_train_names(config, train, cro
     run = finetune(config)
     first, *_, last = [row["loss"] for row in tiny_runs.rows(run)]
     assert abs(first - math.log(2)) < 1e-3 < abs(last - math.log(2))
-    changed = {name.split(".")[0] for name in tiny_runs.changed(runs.weights(run), tiny_runs.start(config))}
+    changed = {name.split(".")[0] for name in tiny_runs.changed(tiny_runs.weights(run), tiny_runs.start(config))}
     assert ("text_decoder" in changed) == (train != "text_blocks") and ("visual" in changed) == (train == "both")
 
 
 def test_without_captions_to_weigh_the_decoder_gets_no_adapters(config):
     config.preference.captioning, config.model.lora_rank = 0.0, 2
-    changed = tiny_runs.changed(runs.weights(finetune(config)), tiny_runs.start(config))
+    changed = tiny_runs.changed(tiny_runs.weights(finetune(config)), tiny_runs.start(config))
     assert changed and not any(name.startswith("text_decoder.") for name in changed)
 
 
