@@ -236,8 +236,8 @@ def _load_strictly(model: nn.Module, state: dict[str, Tensor], path: Path, name:
     """Every tensor of the model comes from `state`, and every tensor of `state` goes into the model, or UserError."""
     try:
         model.load_state_dict(_as_open_clip(model, state) if hasattr(model, "logit_scale") else state)
-    except RuntimeError as error:
-        reason = textwrap.shorten(str(error).partition(":")[2], 300, placeholder=" ...")
+    except (RuntimeError, AssertionError) as error:  # load_state_dict raises the first, open_clip's resizing the second
+        reason = textwrap.shorten(str(error).partition(":")[2] or f"{error}.", 300, placeholder=" ...")
         raise UserError(f"{path} does not fit {name}: {reason} Name its architecture with --model.name.") from error
 
 
