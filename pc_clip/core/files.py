@@ -46,8 +46,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
 def _replacing(path: Path) -> Iterator[Path]:
     """A file to write, which then replaces `path` at once: a reader sees the old content or all of the new.
 
-    It lies in a folder of its own beside `path`, NAME.XXX.partial, because safetensors has a temporary file too. What
-    killed writers left is removed after a day.
+    It lies in a folder of its own beside `path`, NAME.RANDOM.partial, because safetensors has a temporary file too.
+    What killed writers left is removed after a day.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     for stale in path.parent.glob("[!.]*.partial"):
