@@ -66,7 +66,7 @@ def create_model(
     by_tag = load_weights and file is None  # then open_clip reads the weights, and all that it warns of is heard
     options = _resolve_local_text_tower(architecture) | ({"force_preprocess_cfg": preprocess} if preprocess else {})
     try:
-        with _quiet_open_clip(logging.INFO if by_tag else logging.WARNING), torch.random.fork_rng(devices=[]):
+        with _quiet_open_clip(random_weights=not by_tag), torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed_of(seed, "weights"))  # torch.manual_seed would seed the GPUs too
             model = open_clip.create_model(
                 architecture, pretrained if by_tag else None, load_weights=by_tag, pretrained_text=False, **options
@@ -80,7 +80,7 @@ def create_model(
 
 def complete(model: nn.Module, name: str, pretrained: str | None, device: str | torch.device = "cpu") -> Clip:
     """A model of open_clip's with its own tokenizer and image transform."""
-    with _quiet_open_clip(logging.INFO):
+    with _quiet_open_clip():
         tokenizer = open_clip.get_tokenizer(f"local-dir:{model_folder(name)}" if name in SHIPPED else name)
     # JSON has no tuples: without this, one transform would have two names, and so two caches.
     settings = {k: tuple(v) if isinstance(v, list) else v for k, v in model.visual.preprocess_cfg.items()}
@@ -175,12 +175,24 @@ def _cannot_load(name: str, pretrained: str | None, error: Exception) -> UserErr
 
 
 @contextmanager
-def _quiet_open_clip(level: int) -> Iterator[None]:
-    """Leave out open_clip's log of each step; with WARNING also that weights are random, which are read afterwards."""
-    logging.disable(level)
+def _quiet_open_clip(random_weights: bool = False) -> Iterator[None]:
+    """Leave out open_clip's log of each step; with `random_weights` also its warning that it read none.
+
+    Every other warning of open_clip is heard.
+    """
+    expected = "No pretrained weights loaded", "Local config loaded, but no CLIP weights found"
+
+    def keep(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(expected)
+
+    root = logging.getLogger()  # open_clip logs there
+    logging.disable(logging.INFO)
+    if random_weights:
+        root.addFilter(keep)
     try:
         yield
     finally:
+        root.removeFilter(keep)
         logging.disable(logging.NOTSET)
 
 
@@ -347,7 +359,7 @@ def guess_architecture(state: Mapping[str, Tensor]) -> str:
         width = config["text_cfg"].get("width", 512)
         if projection != (width, config["embed_dim"]) or "timm_model_name" in config["vision_cfg"]:
             continue
-        with _quiet_open_clip(logging.WARNING), torch.device("meta"):
+        with _quiet_open_clip(random_weights=True), torch.device("meta"):
             model = open_clip.create_model(name, load_weights=False, device="meta")
         if {key: value.shape for key, value in model.state_dict().items()} == shapes:
             log.info("this state dict has the shapes of %s; if its activations differ, use --model.name", name)
