@@ -59,7 +59,7 @@ def cached(
 def write_checked(path: Path, tensors: Mapping[str, Tensor], made_by: Mapping[str, str]) -> None:
     """A safetensors file with a checksum, written atomically and without a copy of tensors that are on the CPU."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_tensors(path, tensors, {**made_by, "checksum": _checksum(tensors, made_by)})
+    write_tensors(path, tensors, {**made_by, "checksum": tensor_checksum(tensors, made_by)})
 
 
 def read_checked(path: Path, verify: bool | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -76,13 +76,13 @@ def read_checked(path: Path, verify: bool | None = None) -> tuple[dict[str, Tens
     checksum = made_by.pop("checksum", None)
     if verify is None:
         verify = path.stat().st_size <= VERIFY_UP_TO
-    if verify and checksum and checksum != _checksum(tensors, made_by):
+    if verify and checksum and checksum != tensor_checksum(tensors, made_by):
         raise CorruptFileError(f"{path} is damaged: its checksum is wrong")
     return tensors, made_by
 
 
-def _checksum(tensors: Mapping[str, Tensor], made_by: Mapping[str, str]) -> str:
-    """CRC-32 of the metadata and all tensors with their shapes; 13 ms for 86 MB."""
+def tensor_checksum(tensors: Mapping[str, Tensor], made_by: Mapping[str, str]) -> str:
+    """CRC-32 of the metadata and of names, types, shapes and values; a GiB takes 0.16 s."""
     total = zlib.crc32(json.dumps(sorted(made_by.items())).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
