@@ -1,5 +1,6 @@
 """Checkpoints: what was saved comes back, and what is no checkpoint is refused without running it."""
 
+import argparse
 import os
 import pickle
 import shutil
@@ -138,3 +139,20 @@ def test_a_torchscript_archive_is_told_to_be_one(tmp_path):
     torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "openai.pt")
     with pytest.raises(UserError, match=r"is a TorchScript archive.*torch\.jit\.load"):
         loading.load_model(tmp_path / "openai.pt")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"<html>404</html>", r"not written by torch\.save: it begins with b'<html>404"),
+        (b"version https://git-lfs.github.com/spec/v1", "a pointer of Git LFS, fetch the file itself"),
+        (b"", "not a whole checkpoint"),
+        (b"\x80\x02(X\x01", "not a whole checkpoint"),
+        (pickle.dumps({"a": argparse.Namespace()}, protocol=2), r"\(Unsupported global: GLOBAL argparse\.Namespace"),
+    ],
+)
+def test_a_file_that_holds_no_weights_is_told_by_what_it_holds(tmp_path, content, message):
+    (tmp_path / "weights.pt").write_bytes(content)
+    with pytest.raises(UserError, match=message) as error:
+        loading.load_model(tmp_path / "weights.pt")
+    assert "weights_only" not in str(error.value)  # torch's advice would run the file

@@ -10,6 +10,7 @@ import difflib
 import json
 import logging
 import pickle
+import struct
 import textwrap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -289,17 +290,25 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _read_torch(path: Path) -> dict[str, Tensor]:
+    with path.open("rb") as file:
+        start = file.read(40)
+    if start and not start.startswith((b"PK", b"\x80")):  # a zip archive, or a pickle of before torch 1.6
+        raise UserError(
+            f"{path} was not written by torch.save: it begins with {start!r}. If that is a page or a pointer of "
+            f"Git LFS, fetch the file itself; weights of safetensors need the ending .safetensors"
+        )
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except PermissionError:
         raise
     except pickle.UnpicklingError as error:
-        reason = str(error).strip().splitlines()[0]
+        # What torch says before this is how to load it unsafely.
+        reason = str(error).partition("WeightsUnpickler error:")[2].strip().partition(". Please use")[0].split("\n")[0]
         raise UserError(
-            f"{path} holds more than weights and was not opened, because such a file can run code: {reason[:200]}. "
+            f"{path} holds more than weights and was not opened, because such a file can run code ({reason[:200]}). "
             "Ask for it as safetensors, or as a plain state dict."
         ) from error
-    except (RuntimeError, EOFError, ValueError, OSError) as error:
+    except (RuntimeError, EOFError, ValueError, OSError, LookupError, struct.error) as error:
         if "TorchScript" in str(error):
             raise UserError(
                 f"{path} is a TorchScript archive, a program and not a file of weights. If you trust it, convert it: "
