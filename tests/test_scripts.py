@@ -12,7 +12,6 @@ import torch
 import yaml
 from test_writers import TEMPLATE, save_llama
 
-from pc_clip.core.config.settings import DataConfig
 from pc_clip.core.config.write import GenerateConfig
 from pc_clip.core.errors import UserError, run_script
 from pc_clip.core.paths import configs_folder
@@ -50,20 +49,6 @@ def test_with_no_argument_each_runs_in_any_order_and_says_what_it_made(small_exa
     assert "caption_subtraction" in shown
     with pytest.raises(UserError, match="written with other settings"):
         generate_diffs.main([])  # the shipped settings are not the small ones of this test
-
-
-def test_a_run_says_how_it_is_measured():
-    Path("mine.jsonl").write_text("{}")
-    for dataset, split, measured_on in (
-        ("example", "train", []),
-        ("spot_the_diff", "reformat_train", ["--split", "reformat_test"]),
-        ("changes", "mine.jsonl", ["--split", "HELD_OUT"]),
-        ("tsv", "train", ["--split", "HELD_OUT"]),
-    ):
-        words = finetune._how(DataConfig(dataset, None, split), Path("runs/a")).split()
-        hint = words[6 + len(measured_on) :]
-        assert words == ["python", "run.py", "--dataset", dataset, *measured_on, "--checkpoint", "runs/a", *hint]
-        assert bool(hint) == ("HELD_OUT" in measured_on), split
 
 
 def test_an_evaluation_that_is_done_is_skipped_and_done_again_on_request(small_example, caplog):
@@ -239,7 +224,7 @@ def test_unknown_names_in_run():
 
 
 def test_no_permission_and_no_space_are_said(small_example, monkeypatch, capsys):
-    for number, words in ((13, "permission denied"), (28, "no space is left"), (30, "read-only")):
+    for number, words in ((13, "permission denied"), (28, "no space left"), (30, "read-only")):
 
         def fail(number=number):
             raise OSError(number, "x", "runs/a/model.safetensors")

@@ -16,18 +16,9 @@ import pc_clip
 from pc_clip.core.errors import UserError, check_choice
 
 PACKAGES = (
-    "torch",
-    "open_clip_torch",
-    "transformers",
-    "accelerate",
-    "numpy",
-    "safetensors",
-    "tokenizers",
-    "pillow",
-    "timm",
-    "pandas",
-    "pyarrow",
-)
+    "torch", "open_clip_torch", "transformers", "accelerate", "numpy", "safetensors", "tokenizers", "pillow", "timm",
+    "pandas", "pyarrow",
+)  # fmt: skip
 
 
 def describe() -> dict[str, Any]:
@@ -47,13 +38,15 @@ def describe() -> dict[str, Any]:
 
 def commit() -> str | None:
     """The git commit of the code, with + when it had changes; None outside a checkout."""
-    here = Path(__file__).parents[1]
+
+    def git(*words: str) -> str:
+        here = Path(__file__).parents[1]
+        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
-        changed = subprocess.run(["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, check=True)
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain") else "")
     except (OSError, subprocess.CalledProcessError):
         return None
-    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 
 def _version(name: str) -> str | None:

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import difflib
 import errno
+import os
 import sys
 from collections.abc import Callable, Iterable
+
+MENDABLE = {  # errors of files that a user can mend; any other one is a fault of ours
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EEXIST,
+    errno.EISDIR,
+}  # fmt: skip
 
 
 class UserError(Exception):
@@ -44,26 +50,14 @@ def run_script(main: Callable[[], None]) -> None:
     except UserError as error:
         _stop(str(error))
     except KeyboardInterrupt:
-        print(
-            "\ninterrupted; what is done is kept. The same command continues (finetune.py with --resume true).",
-            file=sys.stderr,
-        )
+        message = "interrupted; what is done is kept. The same command continues (finetune.py with --resume true)."
+        print(f"\n{message}", file=sys.stderr)
         sys.exit(130)
     except OSError as error:
-        what = {
-            errno.ENOSPC: "no space is left on the disk",
-            errno.EDQUOT: "the disk quota is used up",
-            errno.EACCES: "permission denied",
-            errno.EPERM: "permission denied",
-            errno.EROFS: "the file system is read-only",
-            errno.ENOENT: "there is no such folder",
-            errno.ENOTDIR: "a file stands where a folder is wanted",
-            errno.EEXIST: "a file stands where a folder is wanted",
-            errno.EISDIR: "a folder stands where a file is wanted",
-        }.get(error.errno)
-        if what is None:
+        if error.errno not in MENDABLE:
             raise
-        _stop(f"cannot write or read {error.filename or 'a file'}: {what}. Mend that, or choose another folder.")
+        reason = f"{error.filename or 'a file'}: {os.strerror(error.errno).lower()}"
+        _stop(f"cannot write or read {reason}. Mend that, or choose another folder.")
     except Exception as error:
         if "No space left on device" in str(error):  # safetensors reports it in a class of its own
             _stop(f"no space is left on the disk ({error}). Free some space; the same command continues.")

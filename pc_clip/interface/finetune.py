@@ -15,8 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pc_clip.core.cli import configure, peek
-from pc_clip.core.config.settings import DataConfig
+from pc_clip.core.cli import configure, given
 from pc_clip.core.config.train import METHODS, FinetuneConfig
 from pc_clip.core.errors import check_choice, run_script
 from pc_clip.core.paths import checkpoint_file, configs_folder
@@ -33,14 +32,15 @@ def main(argv: Sequence[str] | None = None) -> Path:
     """Read the settings, then train; returns the run's folder."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     argv = list(sys.argv[1:] if argv is None else argv)
-    method = peek(argv, "method", None, FinetuneConfig.method)
+    method = given(argv).get("method", FinetuneConfig.method)
     check_choice("method", method, METHODS)
     default = configs_folder() / DEFAULTS[method]
     config = configure(FinetuneConfig, "finetune.py", __doc__, argv, default=default, options={method: METHODS[method]})
     if config.model.start:
         checkpoint_file(config.model.start)
     run = train(config)
-    print(f"the model is in {run}; evaluate it: {_how(config.data, run)}")
+    words = ["--dataset", config.data.dataset, *(["--root", config.data.root] if config.data.root else [])]
+    print(f"the model is in {run}; evaluate it: python run.py {shlex.join([*words, '--checkpoint', str(run)])}")
     return run
 
 
@@ -54,20 +54,6 @@ def train(config: FinetuneConfig) -> Path:
     with PartialState(cpu=config.device == "cpu", **PATIENCE.to_kwargs()).main_process_first():
         write_missing_example(config.data)
     return finetune(config)
-
-
-def _how(data: DataConfig, run: Path) -> str:
-    """The command that measures a run on what was held out of its data."""
-    from pc_clip.data.registry import READERS
-
-    words = ["--dataset", data.dataset, *(["--root", data.root] if data.root else [])]
-    reader, split, told = READERS[data.dataset], data.split or "", ""
-    kind, _, _ = split.rpartition("_")
-    if data.dataset == "tsv" or (reader.is_table and reader.is_table(Path(split))):
-        words, told = [*words, "--split", "HELD_OUT"], " (HELD_OUT: the name or path of the file held out)"
-    elif f"{kind}_test" in reader.splits:  # of reformat_train
-        words += ["--split", f"{kind}_test"]
-    return f"python run.py {shlex.join([*words, '--checkpoint', str(run)])}{told}"
 
 
 def command() -> None:

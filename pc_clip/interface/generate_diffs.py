@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pc_clip.core.cli import configure, peek
+from pc_clip.core.cli import configure, given
 from pc_clip.core.config.write import GenerateConfig
 from pc_clip.core.errors import run_script
 from pc_clip.core.paths import configs_folder
@@ -27,8 +27,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
     """Read the settings, then write; returns the finished file."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     argv = list(sys.argv[1:] if argv is None else argv)
-    of_the_example = peek(argv, "task", None, "pairs") == "pairs" and not peek(argv, "captions", None, "")
-    of_the_example &= peek(argv, "writer", None, "rules") != "change"
+    settings = {"task": "pairs", "captions": None, "writer": "rules"} | given(argv)
+    of_the_example = settings["task"] == "pairs" and not settings["captions"] and settings["writer"] != "change"
     default = configs_folder() / "diffs_example.yaml" if of_the_example else None
     config = configure(GenerateConfig, "generate_diffs.py", __doc__, argv, default=default)
 

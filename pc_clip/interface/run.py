@@ -20,8 +20,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from pc_clip.core.cli import configure, peek
+from pc_clip.core.cli import configure, given
 from pc_clip.core.config.evaluate import EVALUATIONS, EvaluateConfig
+from pc_clip.core.config.settings import is_group
 from pc_clip.core.errors import UserError, check_choice, run_script
 from pc_clip.core.paths import checkpoint_file
 
@@ -45,13 +46,15 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
 
 def settings(argv: Sequence[str]) -> EvaluateConfig:
     """Settings from a command line. Raises UserError for what does not fit, and for a checkpoint that is not there."""
-    modes = [mode.strip() for mode in peek(argv, "mode", None, "").split(",") if mode.strip()]
+    modes = [mode.strip() for mode in str(given(argv).get("mode", "")).split(",") if mode.strip()]
     for mode in modes:
         check_choice("mode", mode, EVALUATIONS)
     description = __doc__.format(modes="\n".join(f"    {name:<18}{line}" for name, line in EVALUATIONS.items()))
+    hidden = {f.name for f in dataclasses.fields(EvaluateConfig) if is_group(f)} - {"model"}
     if modes:
         description = f"Settings of --mode {','.join(modes)}; run.py --help lists those that all evaluations share."
-    config = configure(EvaluateConfig, "run.py", description, argv, shown=modes or ["model"], only=bool(modes))
+        hidden = {f.name for f in dataclasses.fields(EvaluateConfig)} - set(modes)
+    config = configure(EvaluateConfig, "run.py", description, argv, hidden=hidden)
     if config.checkpoint:
         checkpoint_file(config.checkpoint)
     return config

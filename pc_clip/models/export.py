@@ -1,8 +1,8 @@
 """Export a model for other programs: `python -m pc_clip export CHECKPOINT --out FOLDER`.
 
 The folder loads in open_clip, and here, as `local-dir:FOLDER`; where transformers knows the architecture it also
-holds a CLIPModel with its tokenizer and image processor. Two things of transformers' own differ from open_clip,
-and no file can change that:
+holds a CLIPModel with its tokenizer and image processor, compared with the model before it is handed out. Two things
+of transformers' own differ from open_clip, and no file can change that:
 
 - Text is not cleaned. open_clip mends broken characters (ftfy: curly quotes, ligatures, full-width letters, wrongly
   decoded text) and HTML entities before it tokenizes; CLIPTokenizer takes them as they stand. It also lowercases
@@ -23,7 +23,7 @@ import re
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,123 +32,94 @@ from PIL import Image
 from torch import Tensor, nn
 
 import pc_clip
-from pc_clip.core.errors import UserError, check_choice
+from pc_clip.core.errors import UserError
 from pc_clip.core.files import write_json, write_tensors, write_text
-from pc_clip.models import loading as checkpoints
 from pc_clip.models.change_model import change_of
 from pc_clip.models.clip import SHIPPED, Clip, model_folder
+from pc_clip.models.loading import describe_checkpoint, load_model
 
 import open_clip  # isort: skip
-from open_clip.push_to_hf_hub import save_for_hf  # isort: skip
+from open_clip.push_to_hf_hub import save_config_for_hf  # isort: skip
 from open_clip.transformer import QuickGELU, TextTransformer, VisionTransformer  # isort: skip
 
-FORMATS = ("open_clip", "transformers", "all")
-ABOUT_FILE = "pc_clip.json"
 TOLERANCE = 1e-5  # of a unit embedding's coordinate, between CLIPModel and open_clip
 SPECIAL = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}  # open_clip's name: OpenAI's
-PARTS = {  # open_clip's name inside a tower: CLIPModel's
+RENAMED = {  # open_clip's names inside a tower: CLIPModel's
+    "transformer.resblocks": "encoder.layers",
     "class_embedding": "embeddings.class_embedding",
-    "conv1.weight": "embeddings.patch_embedding.weight",
+    "conv1": "embeddings.patch_embedding",
     "positional_embedding": "embeddings.position_embedding.weight",
-    "token_embedding.weight": "embeddings.token_embedding.weight",
+    "token_embedding": "embeddings.token_embedding",
     "ln_pre": "pre_layrnorm",  # spelt so there
     "ln_post": "post_layernorm",
     "ln_final": "final_layer_norm",
-}
-BLOCK_PARTS = {
     "ln_1": "layer_norm1",
     "ln_2": "layer_norm2",
-    "attn.out_proj": "self_attn.out_proj",
+    "attn.": "self_attn.",
     "mlp.c_fc": "mlp.fc1",
     "mlp.c_proj": "mlp.fc2",
 }
 
 
-class Exported(NamedTuple):
-    """What a folder was given: formats, those left out with the reason, the largest difference of CLIPModel."""
-
-    formats: list[str]
-    left_out: dict[str, str]
-    difference: float | None
+class Unfit(Exception):
+    """Why a model cannot be a CLIPModel."""
 
 
-def export(clip: Clip, out: Path, wanted: str = "all", *, source: str = "", overwrite: bool = False) -> Exported:
+def export(clip: Clip, out: Path, source: str = "") -> float | str:
     """Write a model's folder, whole or not at all.
 
-    wanted: open_clip, transformers, or all that can be written. source: what the weights came from, a name to keep.
-    Raises UserError for a folder that is there (unless it is an export and `overwrite` is set), and for an
-    architecture that transformers does not know when nothing else was asked for.
+    source: what the weights came from, a name to keep. Raises UserError where `out` is there and not empty.
+    Returns the largest difference between the CLIPModel's unit embeddings and the model's own, or why there is no
+    CLIPModel in the folder.
     """
-    check_choice("format", wanted, FORMATS)
-    check_place(out, overwrite)
-    left_out, difference = {}, None
+    check_place(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as temporary:
-        new = Path(temporary) / "new"
-        new.mkdir()
-        if wanted != "open_clip":
-            try:
-                difference = write_transformers(clip, new)
-            except Unfit as unfit:
-                if wanted == "transformers":
-                    raise UserError(
-                        f"{clip.name} cannot be a CLIPModel of transformers: {unfit}. Use --format open_clip."
-                    ) from unfit
-                left_out["transformers"] = str(unfit)
-                shutil.rmtree(new)
-                new.mkdir()
-        if wanted != "transformers":
-            write_open_clip(clip, new)
-        formats = [kind for kind in FORMATS[:2] if wanted in (kind, "all") and kind not in left_out]
-        write_json(new / ABOUT_FILE, describe(clip, formats, source))
-        for path in new.iterdir():
+        folder = Path(temporary) / "new"
+        try:
+            outcome: float | str = write_transformers(clip, folder)
+        except Unfit as unfit:
+            outcome = str(unfit)
+            shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(exist_ok=True)
+        write_open_clip(clip, folder)
+        about = {
+            "pc_clip": pc_clip.__version__, "checkpoint": source or None, "model": _without_path(clip.name),
+            "pretrained": _without_path(clip.pretrained), "weights": clip.weights_hash(),
+        }  # fmt: skip
+        write_json(folder / "pc_clip.json", about)
+        for path in folder.iterdir():
             path.chmod(0o644)  # safetensors' files are readable by their owner alone
-        if out.exists():
-            out.rename(Path(temporary) / "old")
-        new.rename(out)
-    return Exported(formats, left_out, difference)
+        folder.rename(out)
+    return outcome
 
 
-def check_place(out: Path, overwrite: bool) -> None:
+def check_place(out: Path) -> None:
     """Raise UserError unless a folder may be written at `out`."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    if not (out / ABOUT_FILE).is_file():
-        raise UserError(f"{out} holds something else than an export; give --out another folder")
-    if not overwrite:
-        raise UserError(f"{out} is there already; --overwrite replaces it, or give --out another folder")
-
-
-def describe(clip: Clip, formats: list[str], source: str) -> dict[str, Any]:
-    """What made an export. Names only: a path would mean nothing on another machine."""
-    return {
-        "pc_clip": pc_clip.__version__,
-        "checkpoint": source or None,
-        "model": _without_path(clip.name),
-        "pretrained": _without_path(clip.pretrained),
-        "weights": clip.weights_hash(),
-        "image_tower": clip.image_tower_hash(),
-        "formats": formats,
-    }
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"{out} is there already; give --out another folder")
 
 
 def _without_path(name: str | None) -> str | None:
-    if not name or name.startswith("hf-hub:"):
-        return name
-    scheme = "local-dir:" if name.startswith("local-dir:") else ""
-    return scheme + Path(name.removeprefix("local-dir:")).name
+    """A path would mean nothing on another machine."""
+    return name if not name or name.startswith("hf-hub:") else Path(name).name
 
 
 # -- open_clip -----------------------------------------------------------------------------------------
 
 
 def write_open_clip(clip: Clip, folder: Path) -> None:
-    """The files of a `local-dir:` model: configuration, weights, and what its tokenizer and text tower need."""
+    """The files of a `local-dir:` model: configuration, weights, and what its tokenizer and text tower need.
+
+    A Hugging Face text tower is named "." in it: open_clip finds it when started inside of the folder, we anywhere.
+    """
     name = f"local-dir:{model_folder(clip.name)}" if clip.name in SHIPPED else clip.name
     config = open_clip.get_model_config(name)
-    tokenizer = clip.tokenizer if hasattr(clip.tokenizer, "save_pretrained") else _Nothing()
-    save_for_hf(clip.model, tokenizer, config, folder, safe_serialization=True)
-    if config["text_cfg"].get("hf_model_name") == ".":  # the tower's architecture lies in the folder
+    save_config_for_hf(clip.model, folder / "open_clip_config.json", config)
+    write_tensors(folder / "open_clip_model.safetensors", clip.model.state_dict(), {"format": "pt"})
+    if hasattr(clip.tokenizer, "save_pretrained"):  # open_clip's own comes with it and is in no folder
+        clip.tokenizer.save_pretrained(folder)
+    if config["text_cfg"].get("hf_model_name") == ".":
         clip.model.text.config.save_pretrained(folder)
     if name.startswith("local-dir:"):  # what the weights come from may ask that its licence stays with them
         for path in Path(name.removeprefix("local-dir:")).iterdir():
@@ -156,136 +127,94 @@ def write_open_clip(clip: Clip, folder: Path) -> None:
                 shutil.copyfile(path, folder / path.name)
 
 
-class _Nothing:
-    """In place of open_clip's own tokenizer, which comes with it and is in no folder."""
-
-    def save_pretrained(self, folder: Path) -> None:
-        pass
-
-
 # -- transformers --------------------------------------------------------------------------------------
-
-
-class Unfit(Exception):
-    """Why a model cannot be a CLIPModel."""
 
 
 def write_transformers(clip: Clip, folder: Path) -> float:
     """The files of a CLIPModel with tokenizer and image processor.
 
-    Returns the largest difference between its unit embeddings and the model's own, loaded again and tried on a
-    made-up picture and texts. Raises Unfit where that is above TOLERANCE, and where weights have no place.
+    Returns the largest difference between its unit embeddings and the model's own.
+    Raises Unfit where that is above TOLERANCE, and where weights have no place.
     """
-    if reason := why_not_transformers(clip):
-        raise Unfit(reason)
-    write_tensors(folder / "model.safetensors", rename_weights(clip.model.state_dict()), {"format": "pt"})
-    clip_config(clip).save_pretrained(folder)
+    from transformers import CLIPModel
+
+    model = CLIPModel(clip_config(clip)).eval()
+    try:
+        model.load_state_dict(rename_weights(clip.model.state_dict()))
+    except RuntimeError as error:
+        raise Unfit(f"CLIPModel has other weights: {' '.join(str(error).partition(':')[2].split())[:200]}") from error
+    model.save_pretrained(folder)
     write_tokenizer(clip, folder)
     image_processor(clip).save_pretrained(folder)
-    difference = compare(clip, folder)
+    difference = compare(clip, model, folder)
     if not difference <= TOLERANCE:
         raise Unfit(f"its embeddings as a CLIPModel differ by {difference:.1e}")
     return difference
 
 
-def why_not_transformers(clip: Clip) -> str | None:
-    """What of this model's parts transformers' CLIPModel has no place for; None when there is nothing obvious.
-
-    The rest is found by trying: weights without a place, and embeddings that differ.
-    """
-    image, text, tokenizer = clip.model.visual, _text_tower(clip.model), clip.tokenizer
-    if not isinstance(image, VisionTransformer):
-        return f"its image tower is a {type(image).__name__}, and CLIPModel has a plain vision transformer"
-    if not isinstance(text, (open_clip.CLIP, TextTransformer)):
-        return f"its text tower is a {type(text).__name__}, and CLIPModel has a plain causal transformer"
-    if any(len(set(size)) > 1 for size in (image.image_size, image.patch_size)):
-        return "its images or patches are not square"
-    plain = isinstance(tokenizer, open_clip.SimpleTokenizer) and tokenizer.reduction_fn is None
-    if not plain or [tokenizer.decoder[i] for i in tokenizer.all_special_ids] != list(SPECIAL):
-        return "its tokenizer is not CLIP's"
-    if not all(_activation(tower.transformer.resblocks[0]) for tower in (image, text)):
-        return "its activation is none that CLIPModel knows"
-    return None
-
-
-def _text_tower(model: nn.Module) -> nn.Module:
-    return model if hasattr(model, "transformer") else model.text
-
-
-def _activation(block: nn.Module) -> str | None:
-    """transformers' name of the activation."""
-    if isinstance(block.mlp.gelu, QuickGELU):
-        return "quick_gelu"
-    kinds = {"none": "gelu", "tanh": "gelu_pytorch_tanh"}
-    return kinds.get(block.mlp.gelu.approximate) if isinstance(block.mlp.gelu, nn.GELU) else None
-
-
 def clip_config(clip: Clip) -> Any:
-    """transformers' CLIPConfig of a model, read off its modules."""
+    """transformers' CLIPConfig of a model, read off its modules. Raises Unfit where CLIPModel has no such part."""
     from transformers import CLIPConfig
 
-    image, text = clip.model.visual, _text_tower(clip.model)
-    width = text.text_projection.shape[1]
+    image, tokenizer = clip.model.visual, clip.tokenizer
+    text = clip.model if hasattr(clip.model, "transformer") else clip.model.text
+    if not isinstance(image, VisionTransformer):
+        raise Unfit(f"its image tower is a {type(image).__name__}, and CLIPModel has a plain vision transformer")
+    if not isinstance(text, (open_clip.CLIP, TextTransformer)):
+        raise Unfit(f"its text tower is a {type(text).__name__}, and CLIPModel has a plain causal transformer")
+    if not isinstance(tokenizer, open_clip.SimpleTokenizer) or tokenizer.reduction_fn is not None:
+        raise Unfit("its tokenizer is not CLIP's")
     vision_config = {
-        **_tower_config(image, image.ln_post), "projection_dim": width,
+        **_tower_config(image, image.ln_post), "projection_dim": image.output_dim,
         "image_size": image.image_size[0], "patch_size": image.patch_size[0],
     }  # fmt: skip
     text_config = {
-        **_tower_config(text, text.ln_final), "projection_dim": width,
+        **_tower_config(text, text.ln_final), "projection_dim": image.output_dim,
         "vocab_size": text.token_embedding.num_embeddings, "max_position_embeddings": len(text.positional_embedding),
         # The text is read at its first end-of-text token. (An eos_token_id of 2 would mean the highest token.)
-        "bos_token_id": clip.tokenizer.sot_token_id, "eos_token_id": clip.tokenizer.eot_token_id,
-        "pad_token_id": clip.tokenizer.eot_token_id,
+        "bos_token_id": tokenizer.sot_token_id, "eos_token_id": tokenizer.eot_token_id,
+        "pad_token_id": tokenizer.eot_token_id,
     }  # fmt: skip
     return CLIPConfig(
-        vision_config=vision_config,
-        text_config=text_config,
-        projection_dim=width,
-        architectures=["CLIPModel"],
-        dtype="float32",
+        vision_config=vision_config, text_config=text_config, projection_dim=image.output_dim, dtype="float32"
     )
 
 
 def _tower_config(tower: nn.Module, norm: nn.LayerNorm) -> dict[str, Any]:
     first = tower.transformer.resblocks[0]
+    gelu = {"none": "gelu", "tanh": "gelu_pytorch_tanh"}.get(getattr(first.mlp.gelu, "approximate", None))
+    activation = "quick_gelu" if isinstance(first.mlp.gelu, QuickGELU) else gelu
+    if activation is None:
+        raise Unfit("its activation is none that CLIPModel knows")
     return {
         "hidden_size": norm.normalized_shape[0],
         "intermediate_size": first.mlp.c_fc.out_features,
         "num_hidden_layers": len(tower.transformer.resblocks),
         "num_attention_heads": first.attn.num_heads,
-        "hidden_act": _activation(first),
+        "hidden_act": activation,
         "layer_norm_eps": norm.eps,
     }
 
 
 def rename_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of a plain CLIP model of open_clip's under CLIPModel's names. Raises Unfit for others."""
+    """The weights of a plain CLIP model of open_clip's under CLIPModel's names; those it does not know as they are."""
     renamed: dict[str, Tensor] = {}
     for name, value in state.items():
-        name = name.removeprefix("text.")
-        tower = "vision_model" if name.startswith("visual.") else "text_model"
-        name = name.removeprefix("visual.")
-        if name == "logit_scale":
-            renamed[name] = value.reshape(())
-        elif name in ("proj", "text_projection"):  # a matrix there, the weight of a linear layer here
-            renamed[f"{'visual' if name == 'proj' else 'text'}_projection.weight"] = value.T
-        elif found := re.fullmatch(r"transformer\.resblocks\.(\d+)\.attn\.in_proj_(\w+)", name):
-            for part, rows in zip("qkv", value.chunk(3)):
-                renamed[f"{tower}.encoder.layers.{found[1]}.self_attn.{part}_proj.{found[2]}"] = rows
-        elif found := re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.+)\.(\w+)", name):
-            renamed[f"{tower}.encoder.layers.{found[1]}.{_part(BLOCK_PARTS, found[2])}.{found[3]}"] = value
-        elif "." not in name or name in PARTS:
-            renamed[f"{tower}.{_part(PARTS, name)}"] = value
+        tower, part = ("vision_model", name[7:]) if name.startswith("visual.") else ("text_model", name)
+        part = part.removeprefix("text.")
+        if part == "logit_scale":
+            renamed[part] = value.reshape(())
+        elif part in ("proj", "text_projection"):  # a matrix there, the weight of a linear layer here
+            renamed[f"{'visual' if part == 'proj' else 'text'}_projection.weight"] = value.T
         else:
-            norm, leaf = name.rsplit(".", 1)
-            renamed[f"{tower}.{_part(PARTS, norm)}.{leaf}"] = value
-    return {name: value.float() for name, value in renamed.items()}
-
-
-def _part(names: dict[str, str], name: str) -> str:
-    if name not in names:
-        raise Unfit(f"CLIPModel has no place for its weights {name}")
-    return names[name]
+            for ours, theirs in RENAMED.items():
+                part = part.replace(ours, theirs)
+            if ".in_proj_" in part:
+                for letter, rows in zip("qkv", value.chunk(3)):
+                    renamed[f"{tower}.{part.replace('in_proj_', f'{letter}_proj.')}"] = rows
+            else:
+                renamed[f"{tower}.{part}"] = value
+    return renamed
 
 
 def write_tokenizer(clip: Clip, folder: Path) -> None:
@@ -319,30 +248,25 @@ def image_processor(clip: Clip) -> Any:
 
 
 @torch.no_grad()
-def compare(clip: Clip, folder: Path) -> float:
-    """The largest difference of a coordinate between unit embeddings of a model and of its CLIPModel folder.
+def compare(clip: Clip, model: nn.Module, folder: Path) -> float:
+    """The largest difference of a coordinate between unit embeddings of a model and of its CLIPModel.
 
-    Both begin with a picture and with texts, so that transform and tokenizer are compared too. The picture is one
-    that both crop at the same place. Raises Unfit for a CLIPModel that lacks weights.
+    Both begin with a picture and with texts, so that the transform and the tokenizer in the folder are compared too.
+    The picture is one that both crop at the same place.
     """
-    import transformers
+    from transformers import CLIPProcessor
 
-    transformers.utils.logging.disable_progress_bar()
-    model, loading = transformers.CLIPModel.from_pretrained(folder, local_files_only=True, output_loading_info=True)
-    if loading["missing_keys"] or loading["mismatched_keys"]:
-        raise Unfit(f"it lacks what CLIPModel has: {', '.join(sorted(loading['missing_keys']))[:200]}")
-    processor = transformers.CLIPProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
+    processor = CLIPProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
     side = model.config.vision_config.image_size
     noise = np.random.default_rng(0).integers(0, 256, (2 * side, 2 * side + 8, 3), dtype=np.uint8)
     picture = Image.fromarray(noise)
     texts = ["a photo of a cat", "Two LARGE dogs: one sleeps, isn't it?"]
-    given = processor(text=texts, images=picture, padding="max_length", truncation=True, return_tensors="pt")
-    model.eval()
+    inputs = processor(text=texts, images=picture, padding="max_length", truncation=True, return_tensors="pt")
     pairs = [
         (clip.model.encode_image(clip.preprocess(picture)[None].to(clip.device)),
-         model.get_image_features(given.pixel_values)),
+         model.get_image_features(inputs.pixel_values)),
         (clip.model.encode_text(clip.tokenizer(texts).to(clip.device)),
-         model.get_text_features(given.input_ids)),
+         model.get_text_features(inputs.input_ids)),
     ]  # fmt: skip
     return max(
         float((F.normalize(own.float().cpu(), dim=-1) - F.normalize(other.pooler_output, dim=-1)).abs().max())
@@ -356,29 +280,21 @@ def compare(clip: Clip, folder: Path) -> float:
 def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     parser = argparse.ArgumentParser(
-        prog="python -m pc_clip export",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="python -m pc_clip export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("checkpoint", help="a run's folder, a .safetensors or a .pt file")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
-    parser.add_argument("--format", choices=FORMATS, default="all", help="all (the default): whatever can be written")
     parser.add_argument("--model", help="the architecture, for a checkpoint that does not say; guessed by its shapes")
     parser.add_argument("--pretrained", help="the tag whose image transform such a checkpoint was trained with")
-    parser.add_argument("--overwrite", action="store_true", help="replace an export that is there")
     arguments = parser.parse_args(argv)
-    check_place(arguments.out, arguments.overwrite)  # before a large checkpoint is read
-    clip = checkpoints.load_model(arguments.checkpoint, arguments.model, arguments.pretrained)
-    source = checkpoints.describe_checkpoint(arguments.checkpoint) or arguments.checkpoint
-    done = export(clip, arguments.out, arguments.format, source=source, overwrite=arguments.overwrite)
+    check_place(arguments.out)  # before a large checkpoint is read
+    clip = load_model(arguments.checkpoint, arguments.model, arguments.pretrained)
+    outcome = export(clip, arguments.out, describe_checkpoint(arguments.checkpoint))
     print(f"wrote {arguments.out}")
-    if "open_clip" in done.formats:
-        print(f"  open_clip: open_clip.create_model_and_transforms('local-dir:{arguments.out}')")
-        if (arguments.out / "config.json").is_file() and "transformers" not in done.formats:
-            print("  (its text tower lies in the folder: open_clip finds it only when started inside; run.py anywhere)")
-    if "transformers" in done.formats:
-        print(f"  transformers: CLIPModel.from_pretrained('{arguments.out}'), equal to within {done.difference:.0e}")
-    for kind, reason in done.left_out.items():
-        print(f"  {kind}: not written, {reason}")
+    print(f"  open_clip: open_clip.create_model_and_transforms('local-dir:{arguments.out}')")
+    if isinstance(outcome, str):
+        print(f"  transformers: not written, {outcome}")
+    else:
+        print(f"  transformers: CLIPModel.from_pretrained('{arguments.out}'), equal to within {outcome:.0e}")
     if change_of(clip) is not None:
         print("  what reads pairs of images and writes about them is not part of it; run.py takes the run itself")

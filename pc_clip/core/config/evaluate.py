@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 from pc_clip.core.config.settings import LoaderConfig, PretrainedConfig, runtime
 from pc_clip.core.config.write import LanguageModelConfig, ServerConfig
@@ -175,26 +174,6 @@ class EvaluateConfig(LoaderConfig):
         again: Evaluate again what has been evaluated.
         threads: CPU threads; 0 leaves the choice to torch.
     """
-
-    # Settings by their earlier names.
-    MOVED: ClassVar[dict[str, str]] = {
-        "differences": "difference.sentences",
-        "n_pairs": "difference.n_pairs (or geometry.n_pairs)",
-        "draws": "difference.draws (or probe.draws)",
-        "attribute": "rank.attribute",
-        "against": "rank.against",
-        "retrieval_batch": "batches.size",
-        "beams": "caption.beams",
-        "length_penalty": "caption.length_penalty",
-        "spice": "caption.spice",
-        "alphas": "comparative.alphas (or average.alphas)",
-        "pairs": "comparative.pairs",
-        "n_comparisons": "comparative.n_comparisons",
-        "calibrate": "comparative.calibrate",
-        "writer": "comparative.writer",
-        "descriptions": "extended.descriptions",
-        "shots": "probe.shots",
-    }
 
     dataset: str = "example"
     root: str | None = runtime(None)

@@ -17,16 +17,19 @@ def is_group(f: dataclasses.Field) -> bool:
     return dataclasses.is_dataclass(f.default_factory)
 
 
+def as_dict(value: Any, whole: bool = True) -> Any:
+    """Settings as nested dicts. whole: with those that are declared `runtime`."""
+    if isinstance(value, list | tuple):
+        return [as_dict(each, whole) for each in value]
+    if not dataclasses.is_dataclass(value):
+        return value
+    left_out = {f.name for f in dataclasses.fields(value) if not (whole or f.metadata.get("identity", True))}
+    return {name: as_dict(each, whole) for name, each in vars(value).items() if name not in left_out}
+
+
 def identity(config: Any) -> dict[str, Any]:
     """All that the outcome depends on, as a nested dict: every setting and group but those declared `runtime`."""
-    left_out = {f.name for f in dataclasses.fields(config) if not f.metadata.get("identity", True)}
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, list):
-            return [plain(each) for each in value]
-        return identity(value) if dataclasses.is_dataclass(value) else value
-
-    return {name: plain(value) for name, value in vars(config).items() if name not in left_out}
+    return as_dict(config, whole=False)
 
 
 @dataclass
