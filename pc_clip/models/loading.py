@@ -6,7 +6,6 @@ people's .pt files are read with torch's weights-only loader.
 
 from __future__ import annotations
 
-import difflib
 import json
 import logging
 import pickle
@@ -41,6 +40,7 @@ WEIGHT_FILES = (
     "model.safetensors", "pytorch_model.bin",
 )  # fmt: skip
 WRAPPERS = ("module.", "_orig_mod.", "model.", "clip.")  # what DDP, torch.compile and others put before every name
+RANDOM_WEIGHTS = ("No pretrained weights loaded", "Local config loaded, but no CLIP weights found")
 
 # -- by name -------------------------------------------------------------------------------------------
 
@@ -60,12 +60,11 @@ def create_model(
     weights where `pretrained` is SCRATCH.
     Raises UserError for an unknown name, an unknown tag, or weights that cannot be had.
     """
-    architecture = f"local-dir:{model_folder(name)}" if name in SHIPPED else name
     load_weights = load_weights and pretrained != SCRATCH
-    _check(name, architecture, pretrained, load_weights)
-    file = _weights_file(name, architecture, pretrained) if load_weights else None
+    file = _weights_file(name, pretrained) if load_weights else None
     by_tag = load_weights and file is None  # then open_clip reads the weights, and all that it warns of is heard
-    options = _resolve_local_text_tower(architecture) | ({"force_preprocess_cfg": preprocess} if preprocess else {})
+    architecture = _architecture(name)
+    options = _local_text_tower(architecture) | ({"force_preprocess_cfg": preprocess} if preprocess else {})
     try:
         with _quiet_open_clip(random_weights=not by_tag), torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed_of(seed, "weights"))  # torch.manual_seed would seed the GPUs too
@@ -73,79 +72,80 @@ def create_model(
                 architecture, pretrained if by_tag else None, load_weights=by_tag, pretrained_text=False, **options
             )
     except Exception as error:
-        raise _cannot_load(architecture, pretrained, error) from error
+        reason = textwrap.shorten(str(error) or type(error).__name__, 160, placeholder=" ...")
+        tag = open_clip.get_pretrained_cfg(name, pretrained) if by_tag else {}
+        source = tag.get("hf_hub", "").rstrip("/") or tag.get("url")
+        by_hand = (
+            f". Without a network, fetch the weights at {source} elsewhere and pass --model.pretrained PATH/TO/FILE"
+        )
+        raise UserError(f"{name} could not be loaded: {reason}{by_hand if source else ''}") from error
     if file is not None:
-        _load_strictly(model, _example_vit() if name == "example_vit" else _read(file)[0], file, name)
+        state = _example_vit() if file.parent == model_folder("example_vit") else _read(file)[0]
+        _load_strictly(model, state, file, name)
     return complete(model, name, pretrained, device)
 
 
 def complete(model: nn.Module, name: str, pretrained: str | None, device: str | torch.device = "cpu") -> Clip:
     """A model of open_clip's with its own tokenizer and image transform."""
     with _quiet_open_clip():
-        tokenizer = open_clip.get_tokenizer(f"local-dir:{model_folder(name)}" if name in SHIPPED else name)
+        tokenizer = open_clip.get_tokenizer(_architecture(name))
     # JSON has no tuples: without this, one transform would have two names, and so two caches.
     settings = {k: tuple(v) if isinstance(v, list) else v for k, v in model.visual.preprocess_cfg.items()}
     preprocess = image_transform_v2(PreprocessCfg(**settings), is_train=False)
     return Clip(model.to(device).eval(), tokenizer, preprocess, name, pretrained)
 
 
-def _check(name: str, architecture: str, pretrained: str | None, load_weights: bool) -> None:
+def _architecture(name: str) -> str:
+    """open_clip's name of a model. Raises UserError where there is none."""
+    architecture = f"local-dir:{model_folder(name)}" if name in SHIPPED else name
     if architecture.startswith("local-dir:"):
         folder = Path(architecture.removeprefix("local-dir:"))
         if not (folder / "open_clip_config.json").is_file():
             raise UserError(f"{folder} is not an open_clip model folder: it has no open_clip_config.json")
     elif architecture not in open_clip.list_models() and not architecture.startswith("hf-hub:"):
-        close = difflib.get_close_matches(name, open_clip.list_models(), n=4, cutoff=0.4)
-        raise UserError(
-            f"unknown model {name!r}. Nearest: {', '.join(close) or 'none'}. open_clip.list_models() lists all; "
-            "local-dir:FOLDER names your own."
-        )
-    if name in SHIPPED and load_weights and pretrained is not None:
-        raise UserError(
-            f"model {name} has weights of its own; leave model.pretrained {pretrained} out "
-            "(model.start names a checkpoint to train from, --checkpoint one to evaluate)"
-        )
-    if load_weights and not architecture.startswith("local-dir:") and pretrained is None:
-        raise UserError(
-            f"model {name} was asked for without weights. Give --model.pretrained a file or one of its tags: "
-            f"{', '.join(_tags(name)) or 'it has none'}; or --checkpoint a finetuned one."
-        )
+        close = nearest(name, open_clip.list_models())
+        raise UserError(f"unknown model {name!r}. {close} local-dir:FOLDER names your own.")
+    return architecture
 
 
-def _weights_file(name: str, architecture: str, pretrained: str | None) -> Path | None:
-    """The file that all weights come from; None for a tag of open_clip's. Raises UserError where there is none."""
+def _weights_file(name: str, pretrained: str | None) -> Path | None:
+    """The file that all weights come from; None for a tag of open_clip's. Raises UserError where there is neither."""
+    architecture = _architecture(name)
     if pretrained and Path(pretrained).is_file():
         return Path(pretrained)
     if not architecture.startswith("local-dir:"):
+        tags = [tag for known, tag in open_clip.list_pretrained() if known == name]
+        if pretrained is None:
+            raise UserError(
+                f"model {name} was asked for without weights. Give --model.pretrained a file or one of its tags: "
+                f"{', '.join(tags) or 'it has none'}; or --checkpoint a finetuned one."
+            )
+        if not name.startswith("hf-hub:") and not open_clip.get_pretrained_cfg(name, pretrained):
+            raise UserError(
+                f"{pretrained!r} is neither a file nor a pretrained tag of {name}. {nearest(pretrained, tags)}"
+            )
         return None
     folder = Path(architecture.removeprefix("local-dir:"))
     if pretrained:
         raise UserError(f"{pretrained!r} is not a file; {name} takes the weights in its folder, or a file of weights")
-    files = [folder / file for file in WEIGHT_FILES if (folder / file).is_file()]
-    if not files:
-        others = sorted(
-            path.name for path in folder.glob("*.*") if path.suffix in (".pt", ".pth", ".bin", ".safetensors")
-        )
-        there = f"; it has {', '.join(others)}: name one with --model.pretrained" if others else ""
-        raise UserError(
-            f"{folder} holds no weights under a name that is known ({', '.join(WEIGHT_FILES)}){there}; "
-            "--model.pretrained scratch draws them at random"
-        )
-    return files[0]
+    for file in WEIGHT_FILES:
+        if (folder / file).is_file():
+            return folder / file
+    others = sorted(path.name for path in folder.glob("*.*") if path.suffix in (".pt", ".pth", ".bin", ".safetensors"))
+    raise UserError(
+        f"{folder} holds no weights under a name that is known ({', '.join(WEIGHT_FILES)}); it has "
+        f"{', '.join(others) or 'no others'}: name one with --model.pretrained, or scratch for random ones"
+    )
 
 
-def _tags(name: str) -> list[str]:
-    return [tag for architecture, tag in open_clip.list_pretrained() if architecture == name]
-
-
-def _resolve_local_text_tower(name: str) -> dict[str, Any]:
+def _local_text_tower(architecture: str) -> dict[str, Any]:
     """A Hugging Face text tower that lies in the model's own folder is written as "." in its config.
 
     open_clip would look for it from the working directory, so a folder could not be moved.
     """
-    if not name.startswith("local-dir:"):
+    if not architecture.startswith("local-dir:"):
         return {}
-    folder = Path(name.removeprefix("local-dir:"))
+    folder = Path(architecture.removeprefix("local-dir:"))
     text = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"].get("text_cfg", {})
     if text.get("hf_model_name") != ".":
         return {}
@@ -158,38 +158,19 @@ def _example_vit() -> dict[str, Tensor]:
     return {name: value for name, value in text.items() if not name.startswith("visual.")} | image
 
 
-def _cannot_load(name: str, pretrained: str | None, error: Exception) -> UserError:
-    reason = textwrap.shorten(str(error) or type(error).__name__, 160, placeholder=" ...")
-    config = open_clip.get_pretrained_cfg(name, pretrained) if pretrained else {}
-    if config:
-        source = config.get("hf_hub", "").rstrip("/") or config.get("url", "")
-        return UserError(
-            f"the weights {pretrained!r} of {name} could not be fetched ({reason}). Without a network, download "
-            f"open_clip_model.safetensors (or open_clip_pytorch_model.bin) from {source} elsewhere and pass "
-            f"--model.pretrained PATH/TO/FILE."
-        )
-    if pretrained and not Path(pretrained).exists():
-        return UserError(
-            f"{pretrained!r} is neither a file nor a pretrained tag of {name}. {nearest(pretrained, _tags(name))}"
-        )
-    return UserError(f"{name} could not be loaded: {reason}")
-
-
 @contextmanager
 def _quiet_open_clip(random_weights: bool = False) -> Iterator[None]:
     """Leave out open_clip's log of each step; with `random_weights` also its warning that it read none.
 
     Every other warning of open_clip is heard.
     """
-    expected = "No pretrained weights loaded", "Local config loaded, but no CLIP weights found"
 
     def keep(record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith(expected)
+        return not (random_weights and record.getMessage().startswith(RANDOM_WEIGHTS))
 
     root = logging.getLogger()  # open_clip logs there
     logging.disable(logging.INFO)
-    if random_weights:
-        root.addFilter(keep)
+    root.addFilter(keep)
     try:
         yield
     finally:
@@ -205,12 +186,8 @@ def save_model(path: Path, clip: Clip) -> None:
 
     The weights of a change model lie there too, under names that begin with change.
     """
-    about = {
-        "model": clip.name,
-        "pretrained": clip.pretrained,
-        "preprocess": clip.model.visual.preprocess_cfg,
-        "pc_clip": pc_clip.__version__,
-    }
+    transform = clip.model.visual.preprocess_cfg
+    about = {"model": clip.name, "pretrained": clip.pretrained, "preprocess": transform, "pc_clip": pc_clip.__version__}
     weights = clip.model.state_dict() | clip.extra_weights()
     write_tensors(path, weights, {"format": "pt", "pc_clip": json.dumps(about | clip.about())})
 
@@ -232,16 +209,11 @@ def load_model(path: str | Path, name: str | None = None, pretrained: str | None
     preprocess = about.get("preprocess") or _preprocess_of_tag(name, pretrained)
     clip = create_model(name, load_weights=False, device=device, preprocess=preprocess)
     clip.pretrained = pretrained
-    change = {key.removeprefix(PREFIX): state.pop(key) for key in list(state) if key.startswith(PREFIX)}
-    _load_strictly(clip.model, state, path, name)
-    if change and "change" not in about:
-        raise UserError(
-            f"{path} has {len(change)} weights for pairs of images, but not what describes them: it was written again "
-            "by a program that dropped the file's metadata; take the file as it was"
-        )
     if "change" in about:
+        change = {key.removeprefix(PREFIX): state.pop(key) for key in list(state) if key.startswith(PREFIX)}
         clip = ChangeClip.of(clip, ChangeModel.build(clip, about["change"]))
         _load_strictly(clip.change, change, path, name)
+    _load_strictly(clip.model, state, path, name)
     return clip
 
 
