@@ -22,7 +22,7 @@ import open_clip  # isort: skip
 
 SHIPPED = ("example", "example_vit")  # models inside the package
 SCRATCH = "scratch"  # in place of a tag of pretrained weights: weights drawn at random
-REMEMBERED = 100_000  # texts whose embeddings are kept, at most: 300 MB at 768 numbers each
+REMEMBERED = 100_000  # texts of a list whose embeddings are kept, at most: 300 MB at 768 numbers each
 _SAMPLES = ("a dog", "two large red circles on a striped background", "A photo. " * 30)  # of every kind of length
 
 
@@ -119,12 +119,10 @@ class Clip:
     def embed_texts(self, texts: Sequence[str], batch_size: int = 256) -> Tensor:
         """Unit embeddings of texts, each distinct text encoded once, on the CPU.  -> [N, D] float32"""
         distinct = {text: row for row, text in enumerate(dict.fromkeys(texts))}
-        key = tuple(distinct)
-        rows = (self._memory or {}).get(key)
-        if rows is None:
+        if len(distinct) > REMEMBERED:
             rows = self._embed_distinct(distinct, batch_size)
-            if self._memory is not None and sum(map(len, self._memory)) + len(key) <= REMEMBERED:
-                self._memory[key] = rows
+        else:
+            rows = self._remembered(tuple(distinct), lambda: self._embed_distinct(distinct, batch_size))
         return rows[[distinct[text] for text in texts]]
 
     def _embed_distinct(self, distinct: Mapping[str, int], batch_size: int) -> Tensor:
@@ -198,19 +196,14 @@ class Clip:
 
     def image_tower_hash(self) -> str:
         """Identifies the image tower: its weights and the transform of its input."""
-        return self._remembered(
-            "image tower", lambda: hash_tensors(self.model.visual.state_dict(), repr(self.preprocess))
-        )
+        weights = self.model.visual.state_dict()
+        return self._remembered("image tower", lambda: hash_tensors(weights, repr(self.preprocess)))
 
     def weights_hash(self) -> str:
         """Identifies the whole model: its weights and the transform of its input. Contains the image tower's hash."""
-
-        def compute() -> str:
-            rest = {name: value for name, value in self.model.state_dict().items() if not name.startswith("visual.")}
-            described = "".join(map(repr, self.about().values()))
-            return hash_tensors(rest | self.extra_weights(), extra=self.image_tower_hash() + described)
-
-        return self._remembered("weights", compute)
+        rest = {name: value for name, value in self.model.state_dict().items() if not name.startswith("visual.")}
+        extra = self.image_tower_hash() + "".join(map(repr, self.about().values()))
+        return self._remembered("weights", lambda: hash_tensors(rest | self.extra_weights(), extra))
 
     def extra_weights(self) -> dict[str, Tensor]:
         """Weights in addition to those of `model`, by name; empty for a plain CLIP."""

@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pc_clip.models import torchvision_compat  # noqa: F401  (before open_clip)
 from pc_clip.models.lora import is_plain
-from pc_clip.models.packing import Group, Packed, pack, pack_shared
+from pc_clip.models.packing import Group, Packed, pack
 
 from open_clip.transformer import LayerNorm, LayerNormFp32, QuickGELU, ResidualAttentionBlock  # isort: skip
 
@@ -60,17 +60,8 @@ class FastText:
             return "it is no plain causal transformer of open_clip's"
         if any(m._forward_hooks or m._forward_pre_hooks or not is_plain(m) for m in tower.modules()):
             return "it has hooks or parametrizations"
-        for block in tower.transformer.resblocks:
-            if type(block) is not ResidualAttentionBlock or {type(block.ls_1), type(block.ls_2)} != {nn.Identity}:
-                return f"its blocks are {type(block).__name__}, or scaled"
-            attn = block.attn
-            if _type(attn) is not nn.MultiheadAttention or attn.in_proj_weight is None or attn.dropout:
-                return f"its attention is {type(attn).__name__}, or drops out"
-            layers = [(name, _type(layer)) for name, layer in block.mlp.named_children()]
-            if layers[::2] != [("c_fc", nn.Linear), ("c_proj", nn.Linear)] or layers[1][1] not in (nn.GELU, QuickGELU):
-                return "its MLP has other layers"
-            if {type(norm) for norm in (block.ln_1, block.ln_2, tower.ln_final)} - {LayerNorm, LayerNormFp32}:
-                return "its norms are not layer norms"
+        if not all(map(_is_plain_block, tower.transformer.resblocks)):
+            return "its blocks have other layers"
         mask, length = tower.attn_mask, tower.positional_embedding.shape[0]
         if not torch.equal(mask.cpu(), torch.full((length, length), float("-inf")).triu_(1)):
             return "its mask is not the causal one"
@@ -94,10 +85,8 @@ class FastText:
             return torch.cat(parts)[order.argsort()]
 
     def _encode(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
-        # On a GPU prompts take no time, and shared rows would keep FlashAttention out.
-        share = tokens.device.type == "cpu" and not torch.is_grad_enabled()
         tower = self.tower
-        packed = pack_shared(tokens) if share else pack(tokens, grouped=not _has_kernel(tower, tokens.device, dtype))
+        packed = pack(tokens, grouped=not _has_kernel(tower, tokens.device, dtype))
         x = tower.token_embedding(packed.tokens) + tower.positional_embedding[packed.positions]  # [T, W]
         *blocks, last = tower.transformer.resblocks
         for block in blocks:
@@ -137,6 +126,19 @@ def _values_and_gradients(
 
 
 # -- blocks --------------------------------------------------------------------------------------------
+
+
+def _is_plain_block(block: nn.Module) -> bool:
+    """Whether a block of a text tower is one that `_block` computes."""
+    attn = block.attn
+    if type(block) is not ResidualAttentionBlock or {type(block.ls_1), type(block.ls_2)} != {nn.Identity}:
+        return False
+    if {type(block.ln_1), type(block.ln_2)} - {LayerNorm, LayerNormFp32}:
+        return False
+    if _type(attn) is not nn.MultiheadAttention or attn.in_proj_weight is None or attn.dropout:
+        return False
+    layers = [(name, _type(layer)) for name, layer in block.mlp.named_children()]
+    return layers[::2] == [("c_fc", nn.Linear), ("c_proj", nn.Linear)] and layers[1][1] in (nn.GELU, QuickGELU)
 
 
 def _block(block: nn.Module, x: Tensor, packed: Packed, dtype: torch.dtype) -> Tensor:

@@ -12,7 +12,7 @@ At the end `merge` leaves the sums under the weights' own names.
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -103,15 +103,8 @@ def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-class Named(Protocol):
-    """A model and the name that messages call it by: a Clip."""
-
-    model: nn.Module
-    name: str
-
-
-def trainable(clip: Named, which: str) -> dict[str, nn.Parameter]:
-    """The parameters that learn, by name: the adapters' where there are some, else those of `which` (parameters.py).
+def trainable(clip: Any, which: str) -> dict[str, nn.Parameter]:
+    """The parameters of a Clip that learn, by name: the adapters' where there are some, else those of `which`.
 
     Raises UserError for an unknown `which`, and where the model has no such parameters.
     """
