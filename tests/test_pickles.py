@@ -55,9 +55,8 @@ def same(a, b):
 
 grid, line = torch.arange(12).reshape(3, 4), torch.arange(5.0)
 DATA = {
-    "plain": [None, True, 0, -1, 255, 65536, 10**40, 1.5, float("inf"), 2 - 3j, "é\n\u2028", "", b"", b"\xff\0"],
-    "containers": {"a": [1, (2, (3,))], ("k", 1): {}, "set": {1, 2}, "frozen": frozenset("ab"), "b": bytearray(b"x")},
-    "many": [list(range(1000)), {n: str(n) for n in range(1000)}, "x" * 100_000, b"y" * 100_000],
+    "plain": [None, True, 0, -1, 255, 65536, 10**40, 1.5, float("inf"), "é\n\u2028", "", b"", b"\xff\0"],
+    "containers": {"a": [1, (2, (3,))], ("k", 1): {}, "many": list(range(1000)), "x": "x" * 100_000},
     "ordered": collections.OrderedDict(b=1, a=2),
     "arrays": [np.arange(6.0).reshape(2, 3), np.array(["ab", "c"]), np.array([True]), np.array(3), np.empty((0, 2))],
     "layouts": [np.asfortranarray(np.ones((2, 3))), np.arange(6).reshape(2, 3).T[::2]],
@@ -70,13 +69,12 @@ DATA = {
 
 
 def test_data_comes_back_as_it_was():
-    wrong = [(name, p) for name, data in DATA.items() for p in (0, *PROTOCOLS, 5)
+    wrong = [(name, p) for name, data in DATA.items() for p in (0, *PROTOCOLS)
              if not same(data, load(pickle.dumps(data, p)))]  # fmt: skip
     assert not wrong
     of_numpy_1 = pickle.dumps([np.arange(3.0), np.float32(2)], 2).replace(b"numpy._core.", b"numpy.core.")
     assert same([np.arange(3.0), np.float32(2)], load(of_numpy_1))
     assert load(pickle.dumps(np.arange(3, dtype=">f8"), 4)).tolist() == [0, 1, 2]
-    assert type(load(pickle.dumps(torch.nn.Parameter(torch.ones(2))))) is torch.Tensor
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -134,9 +132,9 @@ OBJECTS = {  # pickled with each protocol
     "nested in a large one": nested(pickle.dumps(["x" * 100_000, SYSTEM], 2)),
     "nested, of a path": nested("other.pt"), "nested, too long": nested(legacy(BIG_STORAGE)),
     "object array": np.array([SYSTEM, 1], dtype=object), "object array of data": np.array([{}, 1], dtype=object),
-    "key of a dict": {SYSTEM: 1}, "set": {SYSTEM}, "inside of data": {"z": torch.ones(2), "captions": [[SYSTEM]]},
+    "key of a dict": {SYSTEM: 1}, "inside of data": {"z": torch.ones(2), "captions": [[SYSTEM]]},
     "bytes of a length": Call(bytes, 10**12), "bytearray of a length": Call(bytearray, 10**12),
-    "set of a string": Call(set, "abc"), "complex of strings": Call(complex, "1", "2"),
+    "set": {SYSTEM}, "set of data": Call(set, [1]), "complex": Call(complex, 1.0, 2.0),
     "OrderedDict of a string": Call(collections.OrderedDict, "ab"), "zlib": Call(codecs.encode, b"x", "zlib"),
     "idna": Call(codecs.encode, "x", "idna"), "dtype of objects": Call(np.dtype, "O8"),
     "dtype of fields": Call(np.dtype, "i4,O"), "dtype of a list": Call(np.dtype, []), "void": Call(np.dtype, "V8"),
@@ -220,12 +218,12 @@ def test_attributes_of_an_ordered_dict_are_left_out_and_a_large_memo_number_clai
 # -- damage --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_a_file_cut_short_anywhere_is_an_error_of_the_user(protocol):
-    content = pickle.dumps({"z": torch.arange(40_000.0), "captions": [{"caption": "é", "row": 1}]}, protocol)
-    for keep in [*range(0, 60), len(content) // 2, len(content) - 3, len(content) - 1]:
-        with pytest.raises(UserError, match=r"^file\.pkl (is not a whole pickle|asks for)"):
-            load(content[:keep])
+def test_a_file_cut_short_anywhere_is_an_error_of_the_user():
+    for protocol in PROTOCOLS:
+        content = pickle.dumps({"z": torch.arange(40_000.0), "captions": [{"caption": "é", "row": 1}]}, protocol)
+        for keep in [*range(0, 60), len(content) // 2, len(content) - 3, len(content) - 1]:
+            with pytest.raises(UserError, match=r"^file\.pkl (is not a whole pickle|asks for)"):
+                load(content[:keep])
 
 
 def test_no_file_and_other_files_are_errors_of_the_user():

@@ -15,12 +15,11 @@ import logging
 import operator
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import requests
-import torch
 from torch import Tensor
 
 from pc_clip.core import environment
@@ -79,36 +78,14 @@ def obtain(what: str, source: str | None) -> Path:
     return path
 
 
-def _check_free(paths: Iterable[Path], overwrite: bool) -> None:
+def _check_free(*paths: Path, overwrite: bool) -> None:
     if not overwrite and (there := [str(path) for path in paths if path.exists()]):
         raise UserError(f"already there: {', '.join(there)}; --overwrite replaces")
 
 
-def _read(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
-    content = safe_pickle.load(path)
-    if not isinstance(content, dict) or not set(keys) <= content.keys():
-        has = ", ".join(str(key)[:40] for key in list(content)[:8]) if isinstance(content, dict) else ""
-        raise UserError(
-            f"{path} holds a {type(content).__name__} ({has}); a dict with {', '.join(keys)} was expected. "
-            "Is it another of the three files?"
-        )
-    return content
-
-
-def _list(value: Any, where: str) -> list:
-    """A list, also of a tensor or an array."""
-    value = value.tolist() if hasattr(value, "tolist") else value
-    if not isinstance(value, list | tuple):
-        raise UserError(f"{where} is a {type(value).__name__}; a list was expected")
-    return list(value)
-
-
-def _whole(value: Any, where: str) -> int:
-    """A whole number, also of numpy or of a tensor with one element."""
-    try:
-        return operator.index(value)
-    except TypeError as error:
-        raise UserError(f"{where} is {str(value)[:40]!r}; a whole number was expected") from error
+def _whole(value: Any) -> int:
+    """A whole number, also of numpy, of a tensor with one element, or written out."""
+    return int(value) if isinstance(value, str) else operator.index(value)
 
 
 # -- the model -----------------------------------------------------------------------------------------
@@ -117,7 +94,7 @@ def _whole(value: Any, where: str) -> int:
 def convert_checkpoint(source: str | None, out: Path, model: str, pretrained: str | None, overwrite: bool) -> None:
     """The authors' state dict as a checkpoint of ours, which says what it is. Every weight must fit `model`."""
     file = out if out.suffix == ".safetensors" else out / MODEL_FILE
-    _check_free([file], overwrite)
+    _check_free(file, overwrite=overwrite)
     try:
         clip = load_model(obtain("checkpoint", source), model, pretrained)
     except UserError as error:
@@ -134,35 +111,21 @@ def convert_embeddings(source: str | None, out: Path, model: str, pretrained: st
     """The authors' embeddings as ours, their captions as a COCO file, and what their image numbers mean.
 
     A caption names a row of the tensor, and rows may repeat an image, once a caption: the first one is kept. `inds`
-    has the number of each row by which the differences name it. A file cut out of a larger one has those numbers in
-    its captions too, one caption a row.
+    has the number of each row by which the differences name it.
     """
     captions_file, indices_file = out.with_name("captions_release.json"), out.with_name("indices.json")
-    _check_free([out, captions_file, indices_file], overwrite)
+    _check_free(out, captions_file, indices_file, overwrite=overwrite)
     path = obtain("embeddings", source)
-    content = _read(path, ("clip_embedding", "captions", "inds"))
-    z = _check_tensor(content["clip_embedding"], path, model)
-    inds = [_whole(n, f"{path}: inds[{k}]") for k, n in enumerate(_list(content["inds"], f"{path}: inds"))]
-    captions = _read_captions(content["captions"], len(z), inds, path)  # [(image, row, text), ...]
-    image_of_row: dict[int, int] = {}
-    for image, row, _ in captions:
-        if image_of_row.setdefault(row, image) != image:
-            raise UserError(f"{path}: row {row} is of two images, {image_of_row[row]} and {image}")
-    images: dict[int, int] = {}
-    for row, number in enumerate(inds):
-        if row in image_of_row:
-            image = image_of_row[row]
-            if images.setdefault(number, image) != image:
-                raise UserError(f"{path}: inds gives the number {number} to two images, {images[number]} and {image}")
-    first: dict[int, int] = {}
+    z, captions, inds = _read_embeddings(path, model)
+    image_of_row = _one_each(((row, image) for image, row, _ in captions), f"{path}: row")
+    numbers = ((number, image_of_row[row]) for row, number in enumerate(inds) if row in image_of_row)
+    images = _one_each(numbers, f"{path}: inds number")
+    first: dict[int, int] = {}  # image -> row
     for row in sorted(image_of_row):
         once = first.setdefault(image_of_row[row], row)
-        if once != row and (z[row].float() - z[once].float()).norm() > SAME * z[once].float().norm():
-            raise UserError(f"{path}: rows {once} and {row} are both of image {image_of_row[row]}, but they differ")
-    rows = list(first.values())
-    total, z = len(z), z[rows].float()
-    if not torch.isfinite(z).all():
-        raise UserError(f"{path}: clip_embedding is not finite for {int((~torch.isfinite(z).all(1)).sum())} images")
+        if not (z[row] - z[once]).norm() <= SAME * z[once].norm():
+            image = image_of_row[row]
+            raise UserError(f"{path}: rows {once} and {row} are of image {image}, but they differ, or are not finite")
 
     sha256 = file_digest(path, "sha256")
     made_by = {
@@ -177,50 +140,49 @@ def convert_embeddings(source: str | None, out: Path, model: str, pretrained: st
     write_text(captions_file, json.dumps(coco, ensure_ascii=False))
     about = {"embeddings": out.name, "sha256": sha256, "images": {str(k): str(v) for k, v in images.items()}}
     write_json(indices_file, about)
-    save_embeddings(out, Embeddings(z, [str(image) for image in first]), made_by)
-    print(f"{out}: {len(rows)} images, {z.shape[1]} numbers each, said to be of {made_by['model']}")
-    if total > len(rows):
-        repeated, unknown = len(image_of_row) - len(rows), total - len(image_of_row)
-        print(f"left out: {repeated} rows that repeat an image, {unknown} rows without a caption")
+    save_embeddings(out, Embeddings(z[list(first.values())], [str(image) for image in first]), made_by)
+    print(f"{out}: {len(first)} images, {z.shape[1]} numbers each, said to be of {made_by['model']}")
+    repeated, unknown = len(image_of_row) - len(first), len(z) - len(image_of_row)
+    print(f"left out: {repeated} rows that repeat an image, {unknown} rows without a caption")
     print(f"{captions_file}: {len(captions)} captions\n{indices_file}: what the numbers in the differences mean")
     print("next: python -m pc_clip release differences")
 
 
-def _check_tensor(z: Any, path: Path, model: str) -> Tensor:
-    if not isinstance(z, Tensor) or z.ndim != 2 or not z.is_floating_point() or not z.numel():
-        shape = f" {list(z.shape)} of {z.dtype}" if isinstance(z, Tensor) else ""
-        raise UserError(
-            f"{path}: clip_embedding is a {type(z).__name__}{shape}; a tensor [images, numbers] was expected"
-        )
+def _read_embeddings(path: Path, model: str) -> tuple[Tensor, list[tuple[int, int, str]], list[int]]:
+    """[rows, numbers] float32; image id, row and text of each caption; the number of each row.
+
+    A file cut out of a larger one has those numbers in its captions too, one caption a row.
+    Raises UserError for another layout.
+    """
+    content = safe_pickle.load(path)
+    try:
+        z, inds = content["clip_embedding"].float(), [_whole(n) for n in content["inds"]]
+        rows, width = z.shape
+        captions = [(_whole(c["image_id"]), _whole(c["clip_embedding"]), c["caption"]) for c in content["captions"]]
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} is not laid out as the authors' embeddings ({error})") from error
+    if len(inds) == rows and [row for _, row, _ in captions] == inds:
+        captions = [(image, row, text) for row, (image, _, text) in enumerate(captions)]
+    wrong = [c for c in captions if not 0 <= c[1] < rows or not isinstance(c[2], str)]
+    if wrong or not captions or len(inds) > rows:
+        odd = f", of which one is {wrong[0]!r}" if wrong else ""
+        raise UserError(f"{path} has {rows} rows of embeddings, {len(inds)} inds and {len(captions)} captions{odd}")
     config = open_clip.get_model_config(f"local-dir:{model_folder(model)}" if model in SHIPPED else model)
-    if config and z.shape[1] != config["embed_dim"]:
+    if config and width != config["embed_dim"]:
         raise UserError(
-            f"{path} has {z.shape[1]} numbers an image, and {model} gives {config['embed_dim']}; name the model that "
+            f"{path} has {width} numbers an image, and {model} gives {config['embed_dim']}; name the model that "
             "made it with --model and --pretrained"
         )
-    return z
+    return z, captions, inds
 
 
-def _read_captions(entries: Any, n_rows: int, inds: list[int], path: Path) -> list[tuple[int, int, str]]:
-    """Image id, row and text of each caption."""
-    captions = []
-    for n, entry in enumerate(_list(entries, f"{path}: captions")):
-        where = f"{path}: captions[{n}]"
-        if not isinstance(entry, dict) or not isinstance(entry.get("caption"), str):
-            raise UserError(f"{where} is {str(entry)[:80]}; a dict with a text as caption was expected")
-        image = entry.get("image_id")
-        image = int(image) if isinstance(image, str) and image.isdecimal() else _whole(image, f"{where}: image_id")
-        row = _whole(entry.get("clip_embedding"), f"{where}: clip_embedding")
-        captions.append((image, row, entry["caption"]))
-    if len(inds) == n_rows and [row for _, row, _ in captions] == inds:
-        captions = [(image, row, text) for row, (image, _, text) in enumerate(captions)]
-    wrong = [row for _, row, _ in captions if not 0 <= row < n_rows]
-    if wrong or not captions or len(inds) > n_rows:
-        raise UserError(
-            f"{path} has {n_rows} rows of clip_embedding, {len(inds)} inds and {len(captions)} captions"
-            + (f", of which one is of row {wrong[0]}" if wrong else "")
-        )
-    return captions
+def _one_each(pairs: Iterable[tuple[Hashable, int]], what: str) -> dict[Any, int]:
+    """Pairs as a dict. Raises UserError where a key has two values."""
+    images: dict[Any, int] = {}
+    for key, image in pairs:
+        if images.setdefault(key, image) != image:
+            raise UserError(f"{what} {key} is of two images, {images[key]} and {image}")
+    return images
 
 
 # -- the differences -----------------------------------------------------------------------------------
@@ -234,23 +196,25 @@ def convert_differences(source: str | None, out: Path, indices: Path, keep_all: 
     reject or trim; an empty text is still left out.
     """
     meta = out.with_suffix(".meta.json")
-    _check_free([out, meta], overwrite)
+    _check_free(out, meta, overwrite=overwrite)
     images, embeddings = _read_indices(indices)
     path = obtain("differences", source)
-    content = _read(path, ("indices", "llm_diffs"))
-    pairs, texts = (_list(content[key], f"{path}: {key}") for key in ("indices", "llm_diffs"))
+    content = safe_pickle.load(path)
+    try:
+        pairs = [(_whole(first), _whole(second)) for first, second in content["indices"]]
+        texts = list(content["llm_diffs"])
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is not laid out as the authors' differences ({error})") from error
     if len(texts) != len(pairs):
         raise UserError(f"{path} has {len(texts)} llm_diffs for {len(pairs)} indices; which is of which is not known")
     counts: Counter[str] = Counter()
     lines = []
-    for n, (pair, text) in enumerate(zip(pairs, texts)):
-        ends = [images.get(_whole(end, f"{path}: indices[{n}]")) for end in _list(pair, f"{path}: indices[{n}]")]
-        if len(ends) != 2:
-            raise UserError(f"{path}: indices[{n}] is {str(pair)[:40]!r}; two whole numbers were expected")
-        usable, reason = _judge(*ends, text, keep_all)
+    for pair, text in zip(pairs, texts):
+        first, second = (images.get(number) for number in pair)
+        usable, reason = _judge(first, second, text, keep_all)
         counts[reason] += 1
         if usable is not None:
-            lines.append(to_line(Difference(*ends, usable)))
+            lines.append(to_line(Difference(first, second, usable)))
     summary = ", ".join(f"{n} {reason}" for reason, n in counts.most_common()) or "there are none"
     if not lines:
         raise UserError(

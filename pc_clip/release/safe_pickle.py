@@ -33,12 +33,11 @@ class _Refused(Exception):
 
 
 def load(path: Path) -> Any:
-    """The content of a pickle, or of a file of torch.save. Tensors come to the CPU, parameters as tensors.
+    """The content of a pickle, or of a file of torch.save. Tensors come to the CPU.
 
     Raises UserError for a file that is absent, cut short or no pickle, and for one that asks for anything but data,
     with the name of what it asks for. Nothing of such a file has been called then.
     """
-    path = Path(path)
     if not path.is_file():
         raise UserError(f"no file at {path}")
     try:
@@ -128,16 +127,12 @@ class _Dtype:
         self.real = np.dtype(code)
 
 
-def _reconstruct(kind: object, shape: tuple, code: bytes) -> np.ndarray:
-    return np.empty(0)  # BUILD fills it
-
-
-def _array(data: Any, dtype: Any, shape: Any, order: Any = "C") -> np.ndarray:
+def _array(data: Any, dtype: Any, shape: Any) -> np.ndarray:
     """An array whose bytes are exactly as many as its shape says."""
     whole = type(shape) is tuple and all(type(n) is int and n >= 0 for n in shape)
-    _check(isinstance(dtype, _Dtype) and type(data) in (bytes, bytearray) and whole, "an odd array")
+    _check(isinstance(dtype, _Dtype) and type(data) is bytes and whole, "an odd array")
     _check(len(data) == math.prod(shape) * dtype.real.itemsize, "an array that does not fit its shape")
-    return np.frombuffer(data, dtype.real).reshape(shape, order=order)
+    return np.frombuffer(data, dtype.real).reshape(shape)
 
 
 def _storage(data: bytes) -> Tensor:
@@ -157,19 +152,13 @@ def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Tenso
 
 
 _ALLOWED: dict[tuple[str, str], Any] = {
-    ("builtins", "set"): _typed(set, list),
-    ("builtins", "frozenset"): _typed(frozenset, list),
-    ("builtins", "complex"): _typed(complex, float, float),
     ("builtins", "bytes"): _typed(bytes),
-    ("builtins", "bytearray"): _typed(bytearray, bytes),
     ("collections", "OrderedDict"): _typed(OrderedDict),
     ("_codecs", "encode"): _typed(_encode, str, str),
     ("numpy", "dtype"): lambda *arguments: _Dtype(*arguments),
     ("numpy", "ndarray"): _NDARRAY,
-    ("numpy._core.multiarray", "_reconstruct"): _typed(_reconstruct, object, tuple, bytes),
+    ("numpy._core.multiarray", "_reconstruct"): _typed(lambda *_: np.empty(0), object, tuple, bytes),  # for BUILD
     ("numpy._core.multiarray", "scalar"): lambda dtype, data: _array(data, dtype, ())[()],
-    ("numpy._core.numeric", "_frombuffer"): _array,
     ("torch.storage", "_load_from_bytes"): _typed(_storage, bytes),
     ("torch._utils", "_rebuild_tensor_v2"): _tensor,
-    ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
 }
