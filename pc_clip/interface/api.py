@@ -33,25 +33,17 @@ Images = str | Path | Sequence[str | Path | Image.Image]
 
 
 def load(name_or_checkpoint: str | Path, pretrained: str | None = None, device: str | None = None) -> Model:
-    """Load a CLIP model to use.
+    """Load a CLIP model to use, in evaluation mode.
 
-    Args:
-        name_or_checkpoint: A run's folder, a .safetensors or .pt file; or open_clip's name of an architecture,
-            "local-dir:FOLDER", or "example" for the model that comes with the package.
-        pretrained: One of open_clip's tags for that architecture, or a file of weights.
-        device: "cpu" or "cuda"; the GPU if there is one unless given.
+    name_or_checkpoint: a run's folder, a .safetensors or .pt file; or open_clip's name of an architecture,
+    "local-dir:FOLDER", or "example" for the model that comes with the package. pretrained: one of open_clip's tags for
+    that architecture, or a file of weights. device: "cpu" or "cuda"; the GPU if there is one unless given.
+    Raises UserError for an unknown name, weights that cannot be had, or a file that does not fit.
 
-    Returns:
-        The model, in evaluation mode.
-
-    Raises:
-        UserError: For an unknown name, weights that cannot be had, or a file that does not fit.
-
-    Example:
-        >>> import pc_clip
-        >>> model = pc_clip.load("example")
-        >>> model.embed_texts(["a large red circle", "a small blue square"]).shape
-        torch.Size([2, 128])
+    >>> import pc_clip
+    >>> model = pc_clip.load("example")
+    >>> model.embed_texts(["a large red circle", "a small blue square"]).shape
+    torch.Size([2, 128])
     """
     device = resolve_device(device or "")
     if Path(name_or_checkpoint).exists():
@@ -63,34 +55,21 @@ class Model:
     """A CLIP model with what PC-CLIP's evaluations do, on your own images and texts.
 
     Images are a folder, or a sequence of paths and PIL images. Embeddings of a folder are kept in data/cache. All
-    embeddings are float32 on the CPU, with length 1.
-
-    Args:
-        clip: The model, its transform and its tokenizer.
+    embeddings are float32 on the CPU, with length 1. clip: the model, its transform and its tokenizer.
     """
 
     def __init__(self, clip: Clip) -> None:
         self.clip = clip
 
     def embed_images(self, images: Images, batch_size: int = 128, workers: int = 0) -> Tensor:
-        """Embed images.
+        """Embed images, batch_size at a time, decoded by so many worker processes.  -> [N, D] unit embeddings
 
-        Args:
-            images: A folder, or paths and PIL images.
-            batch_size: Images encoded together.
-            workers: Processes that decode them.
+        Raises UserError for an image that cannot be read, with its path.
 
-        Returns:
-            [N, D] unit embeddings.
-
-        Raises:
-            UserError: For an image that cannot be read, with its path.
-
-        Example:
-            >>> from PIL import Image
-            >>> model = pc_clip.load("example")
-            >>> model.embed_images([Image.new("RGB", (64, 64), "red"), Image.new("RGB", (64, 64), "blue")]).shape
-            torch.Size([2, 128])
+        >>> from PIL import Image
+        >>> model = pc_clip.load("example")
+        >>> model.embed_images([Image.new("RGB", (64, 64), "red"), Image.new("RGB", (64, 64), "blue")]).shape
+        torch.Size([2, 128])
         """
         if isinstance(images, str | Path):
             data = open_dataset("folder", images)
@@ -98,37 +77,25 @@ class Model:
         return F.normalize(encode(self.clip, _dataset(images), Options(batch_size, workers)).z, dim=-1)
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """Embed texts.
+        """Embed texts; one that is longer than the context length is cut.  -> [N, D] unit embeddings
 
-        Args:
-            texts: N texts; a longer one than the context length is cut.
-
-        Returns:
-            [N, D] unit embeddings.
-
-        Example:
-            >>> z = pc_clip.load("example").embed_texts(["a red circle", "a red circle"])
-            >>> bool((z[0] == z[1]).all())
-            True
+        >>> z = pc_clip.load("example").embed_texts(["a red circle", "a red circle"])
+        >>> bool((z[0] == z[1]).all())
+        True
         """
         return self.clip.embed_texts(texts)
 
     def rank(self, images: Images, sentence: str, against: str | None = None) -> pd.DataFrame:
         """Put images in the order of a sentence or phrase, as `run.py --mode rank --images` does.
 
-        Args:
-            images: A folder, or paths and PIL images.
-            sentence: What the images are compared with.
-            against: Its opposite; scores are then cosines with the difference of the two embeddings.
+        against: the sentence's opposite; scores are then cosines with the difference of the two embeddings.
+        Returns a row an image, the best first: `rank` from 1, `image` (its path, or its place among the images),
+        `score`.
 
-        Returns:
-            A row an image, the best first: `rank` from 1, `image` (its path, or its place among the images), `score`.
-
-        Example:
-            >>> red, blue = (Image.new("RGB", (64, 64), colour) for colour in ("red", "blue"))
-            >>> model = pc_clip.load("example")
-            >>> model.rank([red, blue], "a red object", against="a blue object").image.tolist()
-            ['0', '1']
+        >>> red, blue = (Image.new("RGB", (64, 64), colour) for colour in ("red", "blue"))
+        >>> model = pc_clip.load("example")
+        >>> model.rank([red, blue], "a red object", against="a blue object").image.tolist()
+        ['0', '1']
         """
         z = self.embed_images(images)
         return rank.order_of(_ids(images), rank.scores_of(self.clip, z, sentence, against))
@@ -136,21 +103,14 @@ class Model:
     def difference(self, first: Images, second: Images, texts: Sequence[str]) -> Tensor:
         """Score sentences on how an image differs from another one.
 
-        Args:
-            first: P images.
-            second: P images, each to be compared with the one at the same place of `first`.
-            texts: T sentences, such as "The first image shows a larger dog than the second."
+        first, second: P images each, compared place by place. texts: T sentences, such as "The first image shows a
+        larger dog than the second."
+        Returns [P, T] cosines of each sentence with the unit difference of the two embeddings, first minus second.
+        Raises UserError where there are not as many first as second images.
 
-        Returns:
-            [P, T] cosines of each sentence with the unit difference of the two embeddings, first minus second.
-
-        Raises:
-            UserError: Where there are not as many first as second images.
-
-        Example:
-            >>> scores = pc_clip.load("example").difference([red], [blue], ["a red object", "a blue object"])
-            >>> scores.shape, bool(scores[0, 0] > scores[0, 1])
-            (torch.Size([1, 2]), True)
+        >>> scores = pc_clip.load("example").difference([red], [blue], ["a red object", "a blue object"])
+        >>> scores.shape, bool(scores[0, 0] > scores[0, 1])
+        (torch.Size([1, 2]), True)
         """
         a, b = self.embed_images(first), self.embed_images(second)
         if len(a) != len(b):
@@ -166,23 +126,16 @@ class Model:
         templates: Sequence[str] = ("This is a photo of a {}.",),
         alpha: float = 0.5,
     ) -> pd.DataFrame:
-        """Classify images by prompts.
+        """Classify images by prompts, the mean of whose embeddings stands for a class.
 
-        Args:
-            images: A folder, or paths and PIL images.
-            classes: C names.
-            comparisons: What is known of how two classes differ, for PC-CLIP's comparative prompting: `class_a`,
-                `class_b`, and `text`, which says how a differs from b.
-            templates: Prompts with {} for the class; the mean of their embeddings stands for it.
-            alpha: With comparisons, the weight of the ordinary prompt.
+        comparisons: what is known of how two classes differ, for PC-CLIP's comparative prompting: `class_a`, `class_b`,
+        and `text`, which says how a differs from b. templates: prompts with {} for the class. alpha: with comparisons,
+        the weight of the ordinary prompt.
+        Returns a row an image, a column a class: the softmax of the cosines times the model's logit scale.
 
-        Returns:
-            A row an image, a column a class: the softmax of the cosines times the model's logit scale.
-
-        Example:
-            >>> found = pc_clip.load("example").zeroshot([red, blue], ["red", "blue"], templates=["a {} object"])
-            >>> found.idxmax(axis=1).tolist()
-            ['red', 'blue']
+        >>> shares = pc_clip.load("example").zeroshot([red, blue], ["red", "blue"], templates=["a {} object"])
+        >>> shares.idxmax(axis=1).tolist()
+        ['red', 'blue']
         """
         question = Question("yours", tuple(classes), np.empty(0, int), np.empty(0, int), tuple(templates))
         z = self.embed_images(images)
@@ -195,24 +148,16 @@ class Model:
 
 
 def finetune(config: str | Path | None = None, **settings: Any) -> Path:
-    """Finetune a model, as finetune.py does.
+    """Finetune a model, as finetune.py does.  -> the run's folder, which `load` and `evaluate` take
 
-    Args:
-        config: A YAML file of settings, or the name of a recipe such as "pc_clip_coco.yaml"; the embedded example's
-            unless given.
-        settings: Any settings again; groups as dictionaries.
+    config: a YAML file of settings, or the name of a recipe such as "pc_clip_coco.yaml"; the embedded example's unless
+    given. settings: any settings again; groups as dictionaries.
+    Raises UserError for a setting that is unknown or does not fit, with the nearest known one.
 
-    Returns:
-        The run's folder, which `load` and `evaluate` take.
-
-    Raises:
-        UserError: For a setting that is unknown or does not fit, with the nearest known one.
-
-    Example:
-        >>> pc_clip.finetune(name="mine", train={"steps": 2, "batch_size": 4})
-        step 2/2  loss ...
-        the model is in runs/mine; evaluate it: python run.py --dataset example --checkpoint runs/mine
-        PosixPath('runs/mine')
+    >>> pc_clip.finetune(name="mine", train={"steps": 2, "batch_size": 4})
+    step 2/2  loss ...
+    the model is in runs/mine; evaluate it: python run.py --dataset example --checkpoint runs/mine
+    PosixPath('runs/mine')
     """
     return finetune_script.main(_flags(config, settings))
 
@@ -222,20 +167,15 @@ def evaluate(
 ) -> pd.DataFrame:
     """Evaluate a model, as run.py does: results are kept in results/ and not computed again.
 
-    Args:
-        checkpoint: A run's folder or a file; None for the pretrained model that `model` names.
-        dataset: A name that `python -m pc_clip datasets` lists.
-        modes: Evaluations; all that the data set allows unless given.
-        settings: Any settings of run.py; those of an evaluation as a dictionary under its name.
+    checkpoint: a run's folder or a file; None for the pretrained model that `model` names. dataset: a name that
+    `python -m pc_clip datasets` lists. modes: evaluations; all that the data set allows unless given. settings: any
+    settings of run.py; those of an evaluation as a dictionary under its name.
+    Returns a row a figure: model, evaluation, dataset, about, metric, value (a fraction), n, and the ends low and high
+    of its 95 % interval, NaN where it has none.
 
-    Returns:
-        A row a figure: model, evaluation, dataset, about, metric, value (a fraction), n, and the ends low and high
-        of its 95 % interval, NaN where it has none.
-
-    Example:
-        >>> figures = pc_clip.evaluate(dataset="example", modes=["zeroshot"], split="val")
-        >>> figures.metric.tolist()[:3]
-        ['zeroshot', 'zeroshot_colour', 'top5_colour']
+    >>> figures = pc_clip.evaluate(dataset="example", modes=["zeroshot"], split="val")
+    >>> figures.metric.tolist()[:3]
+    ['zeroshot', 'zeroshot_colour', 'top5_colour']
     """
     known = {"dataset": dataset, "mode": ",".join(modes), "checkpoint": checkpoint and str(checkpoint)}
     argv = _flags(None, {name: value for name, value in known.items() if value} | settings)
@@ -245,17 +185,13 @@ def evaluate(
 def write_differences(captions: str | Path | Mapping[str, Sequence[str]], **settings: Any) -> pd.DataFrame:
     """Write how images differ, from their captions, as generate_diffs.py does.
 
-    Args:
-        captions: A COCO captions JSON or a SimCLIP TSV; or image -> its captions.
-        settings: Any settings of generate_diffs.py: name, n_pairs, writer, ...
+    captions: a COCO captions JSON or a SimCLIP TSV; or image -> its captions. settings: any settings of
+    generate_diffs.py: name, n_pairs, writer, ...
+    Returns a row a sentence: first, second, text. They are kept in llm_diffs/NAME.jsonl.
 
-    Returns:
-        A row a sentence: first, second, text. They are kept in llm_diffs/NAME.jsonl.
-
-    Example:
-        >>> found = pc_clip.write_differences({"a.jpg": ["a dog on a sofa"], "b.jpg": ["two cats"]}, name="pets")
-        >>> found.text[0]
-        'In the first image one sees a dog on a sofa, in the second image two cats.'
+    >>> written = pc_clip.write_differences({"a.jpg": ["a dog on a sofa"], "b.jpg": ["two cats"]}, name="pets")
+    >>> written.text[0]
+    'In the first image one sees a dog on a sofa, in the second image two cats.'
     """
     if isinstance(captions, Mapping):
         captions = _written(captions, Path(settings.get("out", "llm_diffs")) / f"{settings.get('name', 'mine')}.json")

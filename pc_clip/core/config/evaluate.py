@@ -44,11 +44,10 @@ class ComparativeConfig:
 
     Args:
         alphas: The weights of the ordinary prompt that are tried.
-        pairs: Which classes are compared: file for the comparisons that come with the data set, auto for those most
-            confused on validation images, described by the writer.
+        pairs: Which classes are compared: file for those that come with the data set, auto for those most confused on
+            validation images, described by the writer.
         n_comparisons: How many confused pairs of classes auto compares.
-        calibrate: How comparisons are brought to the scale of prompts, one or more of none, norm, offset, centred and
-            shuffled (evals/comparative.py says what they are).
+        calibrate: How comparisons are brought to the scale of prompts: none, norm, offset, centred, shuffled.
         writer: What writes comparisons when pairs is auto: rules, transformers or server.
     """
 
@@ -165,7 +164,7 @@ class EvaluateConfig(LoaderConfig):
         images: A folder of images in place of a data set, for --mode rank.
         tasks: Attributes to ask about, by name; empty for all that fit the data set.
         statements: Files of what is true and false of images, or folders of such files, for --mode relations and
-            compositional (VSR, SugarCrepe, ARO, your own); empty for the data set's own.
+            compositional; empty for the data set's own.
         prompts: paper for "This is a photo of a {}.", several for the mean over the data set's own list of prompts.
         templates: Prompts with {} for the class, in place of either.
         seed: Of every random choice.

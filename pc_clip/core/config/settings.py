@@ -37,9 +37,8 @@ class PretrainedConfig:
     """A model as it was published.
 
     Args:
-        name: open_clip's name of the architecture, "example" or "example_vit" for the embedded models, or
-            local-dir:FOLDER; empty for the embedded ones on the example, and PC-CLIP's (ViT-L-14,
-            datacomp_xl_s13b_b90k) on anything else.
+        name: open_clip's name of the architecture, example, example_vit or local-dir:FOLDER; empty for the embedded
+            one on the example, and PC-CLIP's (ViT-L-14, datacomp_xl_s13b_b90k) on anything else.
         pretrained: One of open_clip's tags for it, a file of weights, or scratch for weights drawn by the seed.
     """
 
@@ -62,15 +61,12 @@ class ModelConfig(PretrainedConfig):
     """The model a run starts from, and what of it learns.
 
     Args:
-        start: A checkpoint to start from instead of published weights: a run's folder, a .safetensors or .pt file. It
-            names its architecture itself.
-        train: Which parameters learn: text_blocks, text, all_text_but_embeddings or both; attention for the query,
-            key and value projections of both towers (A-CLIP), text_attention for those of the text tower alone.
-        lora_rank: Train LoRA adapters of this rank on the weights that `train` names instead of the weights; 0 for
-            none. Needs the package peft. When training is done they are added to the weights.
-        lora_alpha: What adapters add is multiplied by lora_alpha / lora_rank; null for 1, peft's own default.
-        fast_text: Encode texts without padding (models/fast_text.py) where the text tower allows it; the results are
-            the same but for rounding.
+        start: A checkpoint to start from instead of published weights: a run's folder, a .safetensors or .pt file.
+        train: What learns: text_blocks, text, all_text_but_embeddings or both; attention for the query, key and value
+            projections of both towers (A-CLIP), text_attention for those of the text tower.
+        lora_rank: Train LoRA adapters of this rank on the weights that `train` names; 0 for none. Needs peft.
+        lora_alpha: What adapters add is multiplied by lora_alpha / lora_rank; null for 1.
+        fast_text: Encode texts without padding where the text tower allows it; the same but for rounding.
     """
 
     start: str = ""
@@ -99,7 +95,7 @@ class LoaderConfig:
 
 @dataclass
 class MixConfig:
-    """Images of another data set that are mixed into those that are learnt from, to see what becomes of a rare kind.
+    """Images of another data set that are mixed into those that are learnt from.
 
     Args:
         dataset: A name that `python -m pc_clip datasets` lists.
@@ -124,19 +120,14 @@ class DataConfig:
         dataset: A name that `python -m pc_clip datasets` lists.
         root: The folder it is in, unless it is where that list says.
         split: Which part of it, or the path of a file for tsv and changes; empty for train.
-        missing: What pictures mean that the files of a data set name and that are absent, error or skip.
-        differences: The JSONL file of difference sentences; only methods that learn from them read it.
+        missing: What a picture means that is named and absent, error or skip.
+        differences: The JSONL file of difference sentences, for methods that learn from them.
         statements: Files of what is true and false of images, for method preference; empty for the data set's own.
-            pc_clip/statements.py says which formats.
-        captions: A file of captions in place of the data set's own, rewritten ones for instance; images without one
-            are left out.
-        embeddings: A file of image embeddings, or the index.json of many, to use in place of the images. The pictures
-            of coco then need not be there, and tar files without captions are listed but not opened.
-        broken: What a picture means that is there but does not decode, error or skip; for skip all are decoded once
-            before the run, and those left out are counted. Which they are is remembered until a file changes.
-        mix: Images of other data sets to learn from as well: a list of {dataset: ..., n: ...}.
-        min_crop: Where the image tower learns, each image is a random crop of at least this share of its area; 1 for
-            the transform of the evaluations.
+        captions: A file of captions in place of the data set's own; images without one are left out.
+        embeddings: A file of image embeddings, or the index.json of many, in place of the images (docs/scale.md).
+        broken: What a picture means that does not decode, error or skip; for skip all are decoded once before the run.
+        mix: Images of other data sets to learn from as well, a list such as '[{"dataset": "mnist", "n": 500}]'.
+        min_crop: Where the image tower learns, the least share of an image's area that its random crop has.
         workers: Processes that read images.
     """
 
@@ -163,8 +154,7 @@ class EmbedConfig:
         shard_size: Images a file, where there are more than that; a WebDataset has a file a tar.
         precision: "no" for float32, or bf16 for mixed precision.
         dtype: What is kept, float32 or float16.
-        broken: What an image means that does not decode, error or skip; what the disk or network did not give always
-            stops.
+        broken: What an image means that does not decode, error or skip.
         cache: The folder of the files; empty for the one where training and evaluations look for them.
         device: cpu or cuda; empty for the GPU if there is one.
     """

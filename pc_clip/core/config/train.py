@@ -14,15 +14,13 @@ class SamplerConfig:
     Args:
         kind: random or clusters.
         similarity: What makes examples similar, their text or their image.
-        online: Similar by the model as it is at the beginning of each epoch; otherwise as it was before training.
+        online: Similar by the model at the beginning of each epoch; otherwise as it was before training.
         cluster_size: Examples a cluster (k).
         clusters: Clusters a batch, in place of cluster_size: k is then share * batch_size / clusters.
         share: The share of a batch that is in clusters (p); the rest is drawn at random.
-        double_at: Epochs (the first is 0) at which the share doubles, so that it ends at exactly `share`; for three
-            of them it begins at an eighth of it. Empty for the same share always.
+        double_at: Epochs (the first is 0) at which the share doubles, ending at `share`; empty for the same always.
         neighbourhood: The k - 1 partners are drawn from the `neighbourhood` * k nearest (s); 1 for the nearest.
-        cover: No example comes twice in an epoch, so that all come but for those that fill no whole batch, and late
-            clusters are less alike; otherwise clusters are drawn anew for each batch, and many are not seen in it.
+        cover: No example comes twice in an epoch, and late clusters are less alike; otherwise each batch draws anew.
         index: How neighbours are found, exact, or faiss where that is installed.
     """
 
@@ -57,12 +55,10 @@ class TrainConfig:
         warmup_steps: Steps of linear warm-up.
         warmup_share: The same as a share of all steps; one of the two.
         clip_norm: Largest gradient norm; 0 for none.
-        precision: "no" for float32, bf16 for mixed precision, where the weights stay float32, or auto for bf16 where
-            this machine multiplies in it and float32 elsewhere.
-        compensated: Add steps to the weights by compensated summation, so that float32 does not lose small ones; for
-            learning rates like the paper's 1e-8.
-        recompute: Compute texts again in the backward pass, some at a time, instead of keeping all that it needs: less
-            memory, more time.
+        precision: "no" for float32, bf16 for mixed precision (weights stay float32), or auto for bf16 where this
+            machine multiplies in it.
+        compensated: Add steps to the weights by compensated summation, for learning rates like the paper's 1e-8.
+        recompute: Compute texts again in the backward pass: less memory, more time.
         blend: Averages the weights with the start at the end: 1 is as trained, 0.5 half way, 0 the start.
         log_every: Steps between two lines of the log.
         save_every: Steps between two saves of the state that --resume continues from.
@@ -136,13 +132,12 @@ class PreferenceConfig:
 
     Args:
         loss: dpo, ipo, reward (Bradley-Terry), or contrastive for CLIP's own with the rejected texts as hard negatives.
-        beta: How dear it is to leave the reference: dpo's beta, ipo's tau. Small values move the model far.
+        beta: dpo's beta, ipo's tau: the cost of leaving the reference. Small values move the model far.
         label_smoothing: For dpo, the share of statements believed to be labelled wrongly.
         reference_free: For dpo and ipo, count from even odds in place of the reference's.
         alpha: Factor of the similarities in the reward loss; null for the logit scale.
         logit_scale: Factor of cosines in log-odds; null for the model's own, 1 for bare cosines. It does not learn.
-        captioning: For dpo and ipo of a CoCa model, the weight in log-odds of how much likelier its decoder finds the
-            preferred caption, given the image; 0 for none. Images are then read in each step, even frozen ones.
+        captioning: For dpo and ipo of a CoCa model, the weight in log-odds of its decoder's likelihoods; 0 for none.
     """
 
     loss: str = "dpo"
@@ -159,24 +154,22 @@ class ChangeConfig:
     """Sentences on what changed against pairs of images.
 
     Args:
-        stage: retrieve, which adapts CLIP to pairs, or caption, which learns to write; the latter begins with an
-            adapted model where model.start names one.
+        stage: retrieve, which adapts CLIP to pairs, or caption, which learns to write, from model.start or CLIP.
         intra_layers: Blocks of the image tower that see each image alone; empty for three quarters of them (9 of 12).
-        counterparts: Whether each token that enters the other blocks is also given the one at its own place in the
-            other image, which the paper's are not; empty for as the model has it that the run begins with, else false.
+        counterparts: Give each token the one at its own place in the other image, which the paper does not; empty for
+            as the model has it that the run begins with, else false.
         clip_rate: The learning rate of CLIP's own weights, as a share of train.lr.
-        freeze: In stage caption the encoder stays as it is; what it sees is found once and kept in data/cache.
+        freeze: In stage caption the encoder stays as it is, and what it sees is kept in data/cache.
         layers: Of the decoder.
         heads: Of each of its layers.
         width: Of the decoder.
         max_length: Of a sentence in pieces of words, its beginning and end included.
         dropout: In the decoder.
         label_smoothing: The share of probability that goes to all other words.
-        sentences: In stage caption, how many sentences of a pair a step learns from, drawn anew each epoch: what takes
-            time is to see the pair, which is done once for all of them.
+        sentences: In stage caption, how many sentences of a pair a step learns from, drawn anew each epoch.
         false_negatives: Count a sentence as wrong for a pair of which it is said too, if it came with another pair.
-        validation: The split that the best epoch is chosen on, or a file of pairs; empty for the data set's val
-            (reformat_val of reformat_train), and for none where data.split is a file; none to keep the last epoch.
+        validation: The split, or file of pairs, that the best epoch is chosen on; empty for the data set's val, and for
+            none where data.split is a file; none to keep the last epoch.
         validate_on: How many of its pairs, drawn by the run's seed; empty for all.
     """
 

@@ -47,25 +47,20 @@ class ServerConfig:
     """A language model behind one or several OpenAI-compatible servers.
 
     Args:
-        url: Where the servers are, separated by commas, each with its path (http://localhost:8000/v1). All must have
-            the model; each gets as many requests as it answers.
+        url: Where the servers are, separated by commas, each with its path (http://localhost:8000/v1).
         model: The model's name there; empty for the only one that is served.
         chat: Whether the model is asked through its chat template; false for a base model, which gets worked examples
             through the completions endpoint.
-        system_role: Whether the system prompt is a message of its own; false puts it before the question, for chat
-            templates without that role. A server that says that there is none is understood without this.
+        system_role: Whether the system prompt is a message of its own; false puts it before the question.
         concurrency: Requests under way at once, for each URL.
         timeout: Seconds a request may take.
         retries: How often a request that fails is tried again, with waits of 0.5 s to 8 s, or as the server asks.
-        api_key_env: The environment variable that holds the key, which goes to every URL; local servers mostly need
-            none.
+        api_key_env: The environment variable that holds the key, which goes to every URL.
         max_tokens: The longest answer.
-        temperature: 0 for the most likely answer; above it, answers are drawn, by each job's seed where the server
-            keeps to seeds.
+        temperature: 0 for the most likely answer; above it, answers are drawn, by each job's seed where that is known.
         top_p: Draw from the likeliest tokens that make up this share.
         stop: Strings that end an answer; empty for none, and for the end of the line where chat is false.
-        rename: Fields of a request under other names, for servers that want them so: max_tokens=max_completion_tokens;
-            seed= leaves seed out.
+        rename: Fields of a request under other names, max_tokens=max_completion_tokens; seed= leaves seed out.
     """
 
     url: list[str] = field(default_factory=lambda: ["http://localhost:8000/v1"], metadata={"identity": False})
@@ -91,8 +86,7 @@ class ChangeWriterConfig(LoaderConfig):
         checkpoint: Its run's folder, or a .safetensors file.
         beams: Sentences kept open while one is looked for; 1 takes the likeliest word each time.
         length_penalty: Beams are compared by log-likelihood / length ** length_penalty.
-        told: Write what the data set itself says of its changes, one sentence of each drawn by seed; no captioner is
-            needed then. What people wrote of CLEVR-Change, say, can be learnt from so.
+        told: Write what the data set itself says of its changes, one sentence of each drawn by seed; no captioner.
     """
 
     checkpoint: str = ""
@@ -110,10 +104,8 @@ class RankDataConfig(LoaderConfig):
         margin: Candidates are the images whose cosine with the caption is within this of the best one's.
         most: No more candidates than these, the caption's own image among them.
         pairs_each: How many pairs of a caption's candidates are drawn; empty for all.
-        pictures: Whether the writer server is shown the pictures; false sends it their captions alone, for models that
-            see none.
-        order_prompt: What a language model is asked for an order, a YAML like write/prompts/rank_order.yaml; empty
-            for that one. --prompt is for the descriptions.
+        pictures: Whether the writer server is shown the pictures; false sends it their captions alone.
+        order_prompt: What a language model is asked for an order, a YAML; empty for write/prompts/rank_order.yaml.
     """
 
     n_queries: int | None = None
@@ -129,26 +121,22 @@ class GenerateConfig:
     """Write sentences on how one image, or class, differs from another: from captions, names or pictures.
 
     Args:
-        name: The sentences go to {out}/{name}.jsonl; empty for example, or for the data set and the task, or the data
-            set and the writer change.
+        name: The sentences go to {out}/{name}.jsonl; empty for example, or for the data set and the task.
         task: pairs (of images, from their captions), compare (how one class differs from another), describe (what
             images of a class look like), rewrite (captions in other words) or rank (which images fit a caption better
             than others, to {out}/{name}.parquet).
-        captions: A COCO captions JSON or a SimCLIP TSV; empty for the captions of the embedded example, or of the data
-            set whose images are ranked.
+        captions: A COCO captions JSON or a SimCLIP TSV; empty for those of the example, or of the ranked data set.
         dataset: Whose classes are compared or described, or whose images are ranked, or looked at by the writer change.
         root: The folder it is in, unless it is where `python -m pc_clip datasets` says.
         question: Which of its classifications, where it has several (the example has).
         split: Which split of the data set; the first, train, unless named.
         n_images: How many images are drawn; empty for all.
-        n_pairs: How many pairs of them, or of classes, are drawn; empty for all. The writer change takes pairs before
-            and after a change, where the data set has them.
+        n_pairs: How many pairs of them, or of classes, are drawn; empty for all.
         n_each: Descriptions a class.
         both_orders: Whether each pair is written about in both orders.
         caption: Which of an image's captions is used: random (drawn for each pair, or query) or longest (it says most).
         writer: rules, transformers, server, or change, which is a captioner of changes and looks at the pictures.
-        min_characters: Shorter sentences are rejected; empty for 60, and 20 where classes or single captions are
-            written about.
+        min_characters: Shorter sentences are rejected; empty for 60, and 20 for classes and single captions.
         prompt: What a language model is asked, a YAML like those in write/prompts/; empty for the task's.
         seed: Of every random choice.
         out: Where the sentences are kept.
