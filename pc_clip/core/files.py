@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import logging
 import os
 import shutil
 import tempfile
@@ -20,10 +18,7 @@ from torch import Tensor
 
 from pc_clip.core.errors import UserError
 
-log = logging.getLogger(__name__)
-
 DAY = 24 * 3600  # seconds
-NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EINVAL, errno.ENOLCK}  # of file systems that cannot lock
 
 
 def write_text(path: Path, text: str) -> None:
@@ -79,10 +74,6 @@ def exclusive_lock(path: Path, busy: str) -> Iterator[None]:
         lock.acquire()
     except Timeout:
         raise UserError(busy) from None
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
-        log.warning("%s cannot be locked (%s): make sure that no two processes write there", path, error)
     try:
         yield
     finally:

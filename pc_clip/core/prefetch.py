@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import queue
-import threading
+from collections import deque
 from collections.abc import Iterator
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -15,37 +14,13 @@ _END = object()
 def ahead(items: Iterator[Item], depth: int = 2) -> Iterator[Item]:
     """The same items in the same order, up to `depth` of them made before they are asked for.
 
-    An exception is raised where its item would have come. Closing this iterator ends the thread; a thread that hangs
-    within an item does not keep the program alive.
+    An exception is raised where its item would have come. Closing this iterator ends the thread.
     """
-    ready: queue.Queue = queue.Queue(depth)
-    closed = threading.Event()
-
-    def put(item: object, error: BaseException | None = None) -> None:
-        while not closed.is_set():
-            with suppress(queue.Full):
-                return ready.put((item, error), timeout=0.1)
-
-    def work() -> None:
-        try:
-            for item in items:
-                put(item)
-                if closed.is_set():
-                    return
-            put(_END)
-        except BaseException as error:
-            put(_END, error)
-
-    thread = threading.Thread(target=work, name="batches", daemon=True)
-    thread.start()
+    thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
     try:
-        while True:
-            item, error = ready.get()
-            if error is not None:
-                raise error
-            if item is _END:
-                return
+        coming = deque(thread.submit(next, items, _END) for _ in range(depth))
+        while (item := coming.popleft().result()) is not _END:
+            coming.append(thread.submit(next, items, _END))
             yield item
     finally:
-        closed.set()
-        thread.join(timeout=5)
+        thread.shutdown(cancel_futures=True)
