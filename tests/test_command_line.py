@@ -33,14 +33,9 @@ def call(module: str, *argv: str) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize(
     ("module", "argv", "code", "said"),
     [
-        ("run", ["--help"], 0, "python run.py --dataset cifar100 --checkpoint ckpt.pt"),
         ("finetune", ["--help"], 0, "--pairwise.anchor"),
         ("generate_diffs", ["--help"], 0, "--server.url"),
-        ("run", ["--chekpoint", "x"], 2, "no setting chekpoint. Did you mean 'checkpoint'"),
-        ("run", ["--mode", "zeroshott"], 2, "mode is 'zeroshott'. Did you mean 'zeroshot'"),
         ("run", ["--checkpoint", "absent.pt"], 2, "no checkpoint at absent.pt"),
-        ("finetune", ["--config", "absent.yaml"], 2, "no config at absent.yaml"),
-        ("finetune", ["--train.lr", "fast"], 2, "train.lr"),
         ("finetune", ["--method", "dreaming"], 2, "method is 'dreaming'"),
         ("generate_diffs", ["--n_pair", "3"], 2, "Did you mean 'n_pairs'"),
     ],
@@ -59,7 +54,7 @@ def test_help_of_run_shows_the_settings_of_the_mode_it_is_asked_about():
     assert "--caption.beams" not in short and "--seed" in short
     assert "--caption.beams" in mode and "--seed" not in mode and "--probe.shots" not in mode
     assert all(flag in every for flag in ("--caption.beams", "--seed", "--probe.shots", "--comparative.server.url"))
-    assert len(short.splitlines()) < 120
+    assert "python run.py --dataset cifar100 --checkpoint ckpt.pt" in short and len(short.splitlines()) < 120
 
 
 def test_an_installation_that_lost_its_yaml_says_so(tmp_path):

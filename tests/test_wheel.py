@@ -37,18 +37,7 @@ def installed(tmp_path_factory) -> Path:
             target = copy / name
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes((ROOT / name).read_bytes())
-    build = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--no-deps",
-        "--no-build-isolation",
-        "-q",
-        "-w",
-        str(folder),
-        str(copy),
-    ]
+    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", folder, copy]
     found = subprocess.run(build, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
     (wheel,) = folder.glob("*.whl")
