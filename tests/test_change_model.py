@@ -209,13 +209,6 @@ def test_attention_is_that_of_the_last_layer():
     torch.testing.assert_close(looks[:1], sum(heads) / 2)
 
 
-def test_impossible_shapes():
-    with pytest.raises(UserError, match="change.width 10 cannot be shared by 4 heads"):
-        Shape(width=10, heads=4)
-    with pytest.raises(UserError, match="change.layers is 0; it must be at least 1"):
-        Shape(layers=0)
-
-
 # -- the file ------------------------------------------------------------------------------------------
 
 
@@ -238,7 +231,11 @@ def test_a_saved_captioner_says_the_same(vit, pictures, tmp_path, counterparts):
     assert again.change.maps(torch.tensor([[3, END]] * 3), seen).shape == (3, 2, 2, 8, 8)
 
 
-def test_weights_of_other_sizes_and_other_towers_are_refused(tmp_path):
+def test_impossible_shapes_weights_of_other_sizes_and_other_towers_are_refused(tmp_path):
+    with pytest.raises(UserError, match="change.width 10 cannot be shared by 4 heads"):
+        Shape(width=10, heads=4)
+    with pytest.raises(UserError, match="change.layers is 0; it must be at least 1"):
+        Shape(layers=0)
     clip = create_model("example_vit")
     clip = ChangeClip.of(clip, fresh(clip, 2, seed=0))
     clip.change.encoder.register_parameter("before", torch.nn.Parameter(torch.zeros(3)))

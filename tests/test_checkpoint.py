@@ -120,9 +120,9 @@ def test_weights_come_from_the_file_that_is_named_or_it_is_an_error(folder, exam
         create_model(name, str(tmp_path / "cut.pt"))
 
 
-def test_every_door_takes_the_same_files(folder, example_clip, tmp_path):
+def test_every_door_takes_the_same_files(tiny, tmp_path):
     """What wrappers put before names, a logit_scale of one dimension, and both kinds of file."""
-    state, name, bad = dict(example_clip.model.state_dict()), f"local-dir:{folder}", []
+    state, name, bad = dict(create_model(tiny).model.state_dict()), tiny, []
     for prefix in ("", "module.", "_orig_mod.", "_orig_mod.module.", "model.", "clip."):
         wrapped = {f"{prefix}{key}": value for key, value in state.items()}
         wrapped[f"{prefix}logit_scale"] = state["logit_scale"].reshape(1)
