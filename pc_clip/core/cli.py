@@ -139,10 +139,13 @@ def _parser(
         prog=program, usage=f"{program} [--config FILE] [--SETTING VALUE ...]", description=description,
         formatter_class=_Formatter, exit_on_error=False,
     )  # fmt: skip
-    parser.add_argument("--config", action="config", help="A YAML file with any of these settings.")
+    parser.add_argument("--config", metavar="FILE", help="A YAML file with any of these settings.")
     parser.add_class_arguments(kind, None, skip=set(hidden))
     for name, group in options.items():
         parser.add_class_arguments(group, name)
+    for action in parser._actions:  # jsonargparse also takes a file for each group, which `given` does not
+        if action.help == "Path to a configuration file.":
+            action.help = argparse.SUPPRESS
     return parser
 
 

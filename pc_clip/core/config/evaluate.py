@@ -2,134 +2,87 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
-from pc_clip.core.config.settings import LoaderConfig, PretrainedConfig, runtime
+from pc_clip.core.config.settings import LoaderConfig, PretrainedConfig, group, runtime, setting, settings
 from pc_clip.core.config.write import LanguageModelConfig, ServerConfig
 
 ALPHAS = tuple(n / 10 for n in range(11))
 
 
-@dataclass
+@settings
 class DifferenceConfig:
-    """Does a difference sentence point along the difference of two images?
+    """Does a difference sentence point along the difference of two images?"""
 
-    Args:
-        sentences: A JSONL file of sentences about this data set's images or classes, in place of its attributes.
-        n_pairs: Pairs of images drawn for each attribute, each time.
-        draws: How often pairs are drawn anew; the mean is reported.
-    """
-
-    sentences: str | None = None
-    n_pairs: int = 2000
-    draws: int = 5
+    sentences: str | None = setting(None, "A JSONL file of sentences, in place of the data set's attributes.")
+    n_pairs: int = setting(2000, "Pairs of images drawn for each attribute, each time.")
+    draws: int = setting(5, "How often pairs are drawn anew; the mean is reported.")
 
 
-@dataclass
+@settings
 class RankConfig:
-    """Images in the order of a sentence.
+    """Images in the order of a sentence."""
 
-    Args:
-        attribute: The sentence or phrase that the images of --images are ordered by.
-        against: Its opposite, if there is one.
-    """
-
-    attribute: str | None = None
-    against: str | None = None
+    attribute: str | None = setting(None, "The sentence or phrase that the images of --images are ordered by.")
+    against: str | None = setting(None, "Its opposite, if there is one.")
 
 
-@dataclass
+@settings
 class ComparativeConfig:
-    """What is known of how two classes differ, put into their prompts.
+    """What is known of how two classes differ, put into their prompts."""
 
-    Args:
-        alphas: The weights of the ordinary prompt that are tried.
-        pairs: Which classes are compared: file for those that come with the data set, auto for those most confused on
-            validation images, described by the writer.
-        n_comparisons: How many confused pairs of classes auto compares.
-        calibrate: How comparisons are brought to the scale of prompts: none, norm, offset, centred, shuffled.
-        writer: What writes comparisons when pairs is auto: rules, transformers or server.
-    """
-
-    alphas: list[float] = field(default_factory=lambda: list(ALPHAS))
-    pairs: str = "file"
-    n_comparisons: int = 10
-    calibrate: list[str] = field(default_factory=lambda: ["none", "norm", "offset", "centred", "shuffled"])
-    writer: str = "rules"
-    transformers: LanguageModelConfig = field(default_factory=LanguageModelConfig)
-    server: ServerConfig = field(default_factory=ServerConfig)
+    alphas: list[float] = setting(list(ALPHAS), "The weights of the ordinary prompt that are tried.")
+    pairs: str = setting("file", "Which classes are compared: file for the data set's own, auto for the most confused.")
+    n_comparisons: int = setting(10, "How many confused pairs of classes auto compares.")
+    calibrate: list[str] = setting(
+        ["none", "norm", "offset", "centred", "shuffled"], "How comparisons are brought to the scale of prompts."
+    )
+    writer: str = setting("rules", "What writes comparisons when pairs is auto: rules, transformers or server.")
+    transformers: LanguageModelConfig = group(LanguageModelConfig)
+    server: ServerConfig = group(ServerConfig)
 
 
-@dataclass
+@settings
 class ExtendedConfig:
-    """Classes by their descriptions.
+    """Classes by their descriptions."""
 
-    Args:
-        descriptions: A file of class descriptions (generate_diffs.py --task describe).
-    """
-
-    descriptions: str | None = None
+    descriptions: str | None = setting(None, "A file of class descriptions (generate_diffs.py --task describe).")
 
 
-@dataclass
+@settings
 class AverageConfig:
-    """Weights averaged with the start (WiSE-FT).
+    """Weights averaged with the start (WiSE-FT)."""
 
-    Args:
-        alphas: The shares of the finetuned weights that are tried.
-    """
-
-    alphas: list[float] = field(default_factory=lambda: list(ALPHAS))
+    alphas: list[float] = setting(list(ALPHAS), "The shares of the finetuned weights that are tried.")
 
 
-@dataclass
+@settings
 class ProbeConfig:
-    """Logistic regression on few labelled images.
+    """Logistic regression on few labelled images."""
 
-    Args:
-        shots: Labelled images a class.
-        draws: How often these are drawn anew; the mean is reported.
-    """
-
-    shots: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16])
-    draws: int = 5
+    shots: list[int] = setting([1, 2, 4, 8, 16], "Labelled images a class.")
+    draws: int = setting(5, "How often these are drawn anew; the mean is reported.")
 
 
-@dataclass
+@settings
 class GeometryConfig:
-    """How differences lie in the embedding space.
+    """How differences lie in the embedding space."""
 
-    Args:
-        n_pairs: Pairs of images drawn for each attribute.
-    """
-
-    n_pairs: int = 2000
+    n_pairs: int = setting(2000, "Pairs of images drawn for each attribute.")
 
 
-@dataclass
+@settings
 class BatchesConfig:
-    """Retrieval within batches, as SimCLIP reports it.
+    """Retrieval within batches, as SimCLIP reports it."""
 
-    Args:
-        size: Images searched among.
-    """
-
-    size: int = 64
+    size: int = setting(64, "Images searched among.")
 
 
-@dataclass
+@settings
 class CaptionConfig:
-    """Sentences on what changed between two images.
+    """Sentences on what changed between two images."""
 
-    Args:
-        beams: Sentences kept open while one is looked for; 1 takes the likeliest word each time.
-        length_penalty: Beams are compared by log-likelihood / length ** length_penalty.
-        spice: Score sentences by SPICE too, which needs Java 8 and a download (docs/change.md).
-    """
-
-    beams: int = 1
-    length_penalty: float = 1.0
-    spice: bool = False
+    beams: int = setting(1, "Sentences kept open while one is looked for; 1 takes the likeliest word each time.")
+    length_penalty: float = setting(1.0, "Beams are compared by log-likelihood / length ** length_penalty.")
+    spice: bool = setting(False, "Score sentences by SPICE too, which needs Java 8 and a download (docs/change.md).")
 
 
 EVALUATIONS: dict[str, str] = {  # --mode NAME, in a line each
@@ -150,53 +103,37 @@ EVALUATIONS: dict[str, str] = {  # --mode NAME, in a line each
 }
 
 
-@dataclass
+@settings
 class EvaluateConfig(LoaderConfig):
-    """Evaluate a model.
+    """Evaluate a model."""
 
-    Args:
-        dataset: A name that `python -m pc_clip datasets` lists.
-        root: The folder it is in, unless it is where that list says.
-        split: Which part of it, or the path of a table for tsv; empty for the test split.
-        download: Fetch the data set if it is not there.
-        mode: Evaluations, separated by commas; empty for all that the data set allows.
-        checkpoint: A run's folder, a .safetensors or .pt file; empty for the model as it was pretrained.
-        images: A folder of images in place of a data set, for --mode rank.
-        tasks: Attributes to ask about, by name; empty for all that fit the data set.
-        statements: Files of what is true and false of images, or folders of such files, for --mode relations and
-            compositional; empty for the data set's own.
-        prompts: paper for "This is a photo of a {}.", several for the mean over the data set's own list of prompts.
-        templates: Prompts with {} for the class, in place of either.
-        seed: Of every random choice.
-        label: The name of the results' folder; empty for the checkpoint's.
-        out: Where results are kept.
-        again: Evaluate again what has been evaluated.
-        threads: CPU threads; 0 leaves the choice to torch.
-    """
-
-    dataset: str = "example"
-    root: str | None = runtime(None)
-    split: str | None = None
-    download: bool = runtime(False)
-    mode: str = runtime("")
-    checkpoint: str | None = runtime(None)
-    images: str | None = None
-    tasks: list[str] = field(default_factory=list)
-    statements: list[str] = field(default_factory=list)
-    prompts: str = "paper"
-    templates: list[str] = field(default_factory=list)
-    seed: int = 0
-    label: str | None = runtime(None)
-    out: str = runtime("results")
-    again: bool = runtime(False)
-    threads: int = runtime(0)
-    model: PretrainedConfig = field(default_factory=PretrainedConfig, metadata={"identity": False})
-    difference: DifferenceConfig = field(default_factory=DifferenceConfig, metadata={"identity": False})
-    rank: RankConfig = field(default_factory=RankConfig, metadata={"identity": False})
-    comparative: ComparativeConfig = field(default_factory=ComparativeConfig, metadata={"identity": False})
-    extended: ExtendedConfig = field(default_factory=ExtendedConfig, metadata={"identity": False})
-    average: AverageConfig = field(default_factory=AverageConfig, metadata={"identity": False})
-    probe: ProbeConfig = field(default_factory=ProbeConfig, metadata={"identity": False})
-    geometry: GeometryConfig = field(default_factory=GeometryConfig, metadata={"identity": False})
-    batches: BatchesConfig = field(default_factory=BatchesConfig, metadata={"identity": False})
-    caption: CaptionConfig = field(default_factory=CaptionConfig, metadata={"identity": False})
+    dataset: str = setting("example", "A name that `python -m pc_clip datasets` lists.")
+    root: str | None = runtime(None, "The folder it is in, unless it is where that list says.")
+    split: str | None = setting(None, "Which part of it, or the path of a table for tsv; empty for the test split.")
+    download: bool = runtime(False, "Fetch the data set if it is not there.")
+    mode: str = runtime("", "Evaluations, separated by commas; empty for all that the data set allows.")
+    checkpoint: str | None = runtime(
+        None, "A run's folder, a .safetensors or .pt file; empty for the pretrained model."
+    )
+    images: str | None = setting(None, "A folder of images in place of a data set, for --mode rank.")
+    tasks: list[str] = setting([], "Attributes to ask about, by name; empty for all that fit the data set.")
+    statements: list[str] = setting(
+        [], "Files or folders of true and false statements, in place of the data set's own."
+    )
+    prompts: str = setting("paper", 'paper for "This is a photo of a {}.", several for the data set\'s own list.')
+    templates: list[str] = setting([], "Prompts with {} for the class, in place of either.")
+    seed: int = setting(0, "Of every random choice.")
+    label: str | None = runtime(None, "The name of the results' folder; empty for the checkpoint's.")
+    out: str = runtime("results", "Where results are kept.")
+    again: bool = runtime(False, "Evaluate again what has been evaluated.")
+    threads: int = runtime(0, "CPU threads; 0 leaves the choice to torch.")
+    model: PretrainedConfig = group(PretrainedConfig, identity=False)
+    difference: DifferenceConfig = group(DifferenceConfig, identity=False)
+    rank: RankConfig = group(RankConfig, identity=False)
+    comparative: ComparativeConfig = group(ComparativeConfig, identity=False)
+    extended: ExtendedConfig = group(ExtendedConfig, identity=False)
+    average: AverageConfig = group(AverageConfig, identity=False)
+    probe: ProbeConfig = group(ProbeConfig, identity=False)
+    geometry: GeometryConfig = group(GeometryConfig, identity=False)
+    batches: BatchesConfig = group(BatchesConfig, identity=False)
+    caption: CaptionConfig = group(CaptionConfig, identity=False)

@@ -3,13 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field
 from typing import Any
 
 
-def runtime(default: Any) -> Any:
+def setting(default: Any, doc: str, **metadata: Any) -> Any:
+    """A setting of a group: its default, and what --help says of it."""
+    metadata["doc"] = doc
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def runtime(default: Any, doc: str) -> Any:
     """A setting that says how work is done and not what comes out: it may change between a run and its continuation."""
-    return field(default=default, metadata={"identity": False})
+    return setting(default, doc, identity=False)
+
+
+def group(kind: type, **metadata: Any) -> Any:
+    """A group of settings within another."""
+    return field(default_factory=kind, metadata=metadata)
+
+
+def settings(kind: type) -> type:
+    """A dataclass of settings. Its docstring then lists them, where --help reads them."""
+    kind = dataclass(kind)
+    docs = [f"    {f.name}: {f.metadata['doc']}" for f in dataclasses.fields(kind) if "doc" in f.metadata]
+    kind.__doc__ = "\n".join([str(kind.__doc__), "", "Args:", *docs])
+    return kind
 
 
 def is_group(f: dataclasses.Field) -> bool:
@@ -32,18 +53,16 @@ def identity(config: Any) -> dict[str, Any]:
     return as_dict(config, whole=False)
 
 
-@dataclass
+@settings
 class PretrainedConfig:
-    """A model as it was published.
+    """A model as it was published."""
 
-    Args:
-        name: open_clip's name of the architecture, example, example_vit or local-dir:FOLDER; empty for the embedded
-            one on the example, and PC-CLIP's (ViT-L-14, datacomp_xl_s13b_b90k) on anything else.
-        pretrained: One of open_clip's tags for it, a file of weights, or scratch for weights drawn by the seed.
-    """
-
-    name: str = ""
-    pretrained: str | None = None
+    name: str = setting(
+        "",
+        "open_clip's name of the architecture, example, example_vit or local-dir:FOLDER; empty for the "
+        "embedded one on the example, and PC-CLIP's ViT-L-14 on anything else.",
+    )
+    pretrained: str | None = setting(None, "One of open_clip's tags, a file of weights, or scratch for random ones.")
 
     def source(self, dataset: str) -> tuple[str, str | None]:
         """The architecture and the weights a model is made of, when it is used on `dataset`."""
@@ -56,115 +75,74 @@ class PretrainedConfig:
         return "ViT-L-14", self.pretrained or "datacomp_xl_s13b_b90k"
 
 
-@dataclass
+@settings
 class ModelConfig(PretrainedConfig):
-    """The model a run starts from, and what of it learns.
+    """The model a run starts from, and what of it learns."""
 
-    Args:
-        start: A checkpoint to start from instead of published weights: a run's folder, a .safetensors or .pt file.
-        train: What learns: text_blocks, text, all_text_but_embeddings or both; attention for the query, key and value
-            projections of both towers (A-CLIP), text_attention for those of the text tower.
-        lora_rank: Train LoRA adapters of this rank on the weights that `train` names; 0 for none. Needs peft.
-        lora_alpha: What adapters add is multiplied by lora_alpha / lora_rank; null for 1.
-        fast_text: Encode texts without padding where the text tower allows it; the same but for rounding.
-    """
-
-    start: str = ""
-    train: str = "text_blocks"
-    lora_rank: int = 0
-    lora_alpha: float | None = None
-    fast_text: bool = True
+    start: str = setting("", "A checkpoint to start from instead: a run's folder, a .safetensors or .pt file.")
+    train: str = setting(
+        "text_blocks",
+        "What learns: text_blocks, text, all_text_but_embeddings or both; attention for the query, key and "
+        "value projections of both towers (A-CLIP), text_attention for those of the text tower.",
+    )
+    lora_rank: int = setting(0, "Train LoRA adapters of this rank on what `train` names; 0 for none. Needs peft.")
+    lora_alpha: float | None = setting(None, "What adapters add is multiplied by lora_alpha / lora_rank; null for 1.")
+    fast_text: bool = setting(True, "Encode texts without padding where the text tower allows it.")
 
 
-@dataclass
+@settings
 class LoaderConfig:
-    """How images are read and embedded.
+    """How images are read and embedded."""
 
-    Args:
-        missing: What to do with annotated images that are absent, error or skip.
-        batch_size: Images embedded together.
-        workers: Processes that read images.
-        device: cpu or cuda; empty for the GPU if there is one.
-    """
-
-    missing: str = "error"
-    batch_size: int = runtime(128)
-    workers: int = runtime(0)
-    device: str = runtime("")
+    missing: str = setting("error", "What to do with annotated images that are absent, error or skip.")
+    batch_size: int = runtime(128, "Images embedded together.")
+    workers: int = runtime(0, "Processes that read images.")
+    device: str = runtime("", "cpu or cuda; empty for the GPU if there is one.")
 
 
-@dataclass
+@settings
 class MixConfig:
-    """Images of another data set that are mixed into those that are learnt from.
+    """Images of another data set that are mixed into those that are learnt from."""
 
-    Args:
-        dataset: A name that `python -m pc_clip datasets` lists.
-        n: How many of its images, drawn by the run's seed.
-        root: The folder it is in, unless it is where that list says.
-        split: Which part of it; empty for its train split.
-        caption: What is said of an image that has no captions of its own, with {} for its class.
-    """
-
-    dataset: str
-    n: int
-    root: str | None = None
-    split: str | None = None
-    caption: str = "a photo of a {}"
+    dataset: str = setting(MISSING, "A name that `python -m pc_clip datasets` lists.")
+    n: int = setting(MISSING, "How many of its images, drawn by the run's seed.")
+    root: str | None = setting(None, "The folder it is in, unless it is where that list says.")
+    split: str | None = setting(None, "Which part of it; empty for its train split.")
+    caption: str = setting("a photo of a {}", "What is said of an image without captions, with {} for its class.")
 
 
-@dataclass
+@settings
 class DataConfig:
-    """The images and what was written about them.
+    """The images and what was written about them."""
 
-    Args:
-        dataset: A name that `python -m pc_clip datasets` lists.
-        root: The folder it is in, unless it is where that list says.
-        split: Which part of it, or the path of a file for tsv and changes; empty for train.
-        missing: What a picture means that is named and absent, error or skip.
-        differences: The JSONL file of difference sentences, for methods that learn from them.
-        statements: Files of what is true and false of images, for method preference; empty for the data set's own.
-        captions: A file of captions in place of the data set's own; images without one are left out.
-        embeddings: A file of image embeddings, or the index.json of many, in place of the images (docs/scale.md).
-        broken: What a picture means that does not decode, error or skip; for skip all are decoded once before the run.
-        mix: Images of other data sets to learn from as well, a list such as '[{"dataset": "mnist", "n": 500}]'.
-        min_crop: Where the image tower learns, the least share of an image's area that its random crop has.
-        workers: Processes that read images.
-    """
-
-    dataset: str = "example"
-    root: str | None = None
-    split: str | None = None
-    missing: str = "error"
-    differences: str = ""
-    statements: list[str] = field(default_factory=list)
-    captions: str | None = None
-    embeddings: str | None = None
-    broken: str = "error"
-    mix: list[MixConfig] = field(default_factory=list)
-    min_crop: float = 1.0
-    workers: int = runtime(0)
+    dataset: str = setting("example", "A name that `python -m pc_clip datasets` lists.")
+    root: str | None = setting(None, "The folder it is in, unless it is where that list says.")
+    split: str | None = setting(None, "Which part of it, or the path of a file for tsv and changes; empty for train.")
+    missing: str = setting("error", "What a picture means that is named and absent, error or skip.")
+    differences: str = setting("", "The JSONL file of difference sentences, for methods that learn from them.")
+    statements: list[str] = setting([], "Files of true and false statements, in place of the data set's own.")
+    captions: str | None = setting(None, "A file in place of the data set's own; images without one are left out.")
+    embeddings: str | None = setting(None, "A file of image embeddings, or the index.json of many, in place of images.")
+    broken: str = setting(
+        "error", "What a picture means that does not decode, error or skip (all are then decoded once)."
+    )
+    mix: list[MixConfig] = setting([], 'Other data sets to learn from as well: \'[{"dataset": "mnist", "n": 500}]\'.')
+    min_crop: float = setting(
+        1.0, "Where the image tower learns, the least share of an image that its random crop has."
+    )
+    workers: int = runtime(0, "Processes that read images.")
 
 
-@dataclass
+@settings
 class EmbedConfig:
-    """Embed a data set's images beforehand; docs/scale.md is about large ones.
+    """Embed a data set's images beforehand; docs/scale.md is about large ones."""
 
-    Args:
-        batch_size: Images encoded together.
-        shard_size: Images a file, where there are more than that; a WebDataset has a file a tar.
-        precision: "no" for float32, or bf16 for mixed precision.
-        dtype: What is kept, float32 or float16.
-        broken: What an image means that does not decode, error or skip.
-        cache: The folder of the files; empty for the one where training and evaluations look for them.
-        device: cpu or cuda; empty for the GPU if there is one.
-    """
-
-    batch_size: int = runtime(128)
-    shard_size: int = 65_536
-    precision: str = "no"
-    dtype: str = "float32"
-    broken: str = "error"
-    cache: str = runtime("")
-    device: str = runtime("")
-    model: PretrainedConfig = field(default_factory=PretrainedConfig)
-    data: DataConfig = field(default_factory=DataConfig)
+    batch_size: int = runtime(128, "Images encoded together.")
+    shard_size: int = setting(65_536, "Images a file, where there are more than that; a WebDataset has a file a tar.")
+    precision: str = setting("no", '"no" for float32, or bf16 for mixed precision.')
+    dtype: str = setting("float32", "What is kept, float32 or float16.")
+    broken: str = setting("error", "What an image means that does not decode, error or skip.")
+    cache: str = runtime("", "The folder of the files; empty for the one where training and evaluations look for them.")
+    device: str = runtime("", "cpu or cuda; empty for the GPU if there is one.")
+    model: PretrainedConfig = group(PretrainedConfig)
+    data: DataConfig = group(DataConfig)

@@ -2,192 +2,114 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
-from pc_clip.core.config.settings import DataConfig, ModelConfig, runtime
+from pc_clip.core.config.settings import DataConfig, ModelConfig, group, runtime, setting, settings
 
 
-@dataclass
+@settings
 class SamplerConfig:
-    """Which examples come together in a batch: at random, or in clusters of similar ones (SimCLIP).
+    """Which examples come together in a batch: at random, or in clusters of similar ones (SimCLIP)."""
 
-    Args:
-        kind: random or clusters.
-        similarity: What makes examples similar, their text or their image.
-        online: Similar by the model at the beginning of each epoch; otherwise as it was before training.
-        cluster_size: Examples a cluster (k).
-        clusters: Clusters a batch, in place of cluster_size: k is then share * batch_size / clusters.
-        share: The share of a batch that is in clusters (p); the rest is drawn at random.
-        double_at: Epochs (the first is 0) at which the share doubles, ending at `share`; empty for the same always.
-        neighbourhood: The k - 1 partners are drawn from the `neighbourhood` * k nearest (s); 1 for the nearest.
-        cover: No example comes twice in an epoch, and late clusters are less alike; otherwise each batch draws anew.
-        index: How neighbours are found, exact, or faiss where that is installed.
-    """
-
-    kind: str = "random"
-    similarity: str = "text"
-    online: bool = True
-    cluster_size: int | None = None
-    clusters: int | None = None
-    share: float = 1.0
-    double_at: list[int] = field(default_factory=list)
-    neighbourhood: int = 1
-    cover: bool = False
-    index: str = "exact"
+    kind: str = setting("random", "random or clusters.")
+    similarity: str = setting("text", "What makes examples similar, their text or their image.")
+    online: bool = setting(True, "Similar by the model at the beginning of each epoch, or as it was before training.")
+    cluster_size: int | None = setting(None, "Examples a cluster (k).")
+    clusters: int | None = setting(
+        None, "Clusters a batch, in place of k, which is then share * batch_size / clusters."
+    )
+    share: float = setting(1.0, "The share of a batch that is in clusters (p); the rest is drawn at random.")
+    double_at: list[int] = setting(
+        [], "Epochs, from 0, at which the share doubles, to end at `share`; empty for never."
+    )
+    neighbourhood: int = setting(1, "Partners are drawn from the neighbourhood * k nearest (s); 1 for the nearest.")
+    cover: bool = setting(False, "No example comes twice in an epoch; late clusters are then less alike.")
+    index: str = setting("exact", "How neighbours are found, exact, or faiss where that is installed.")
 
 
-@dataclass
+@settings
 class TrainConfig:
-    """The loop.
+    """The loop."""
 
-    Args:
-        batch_size: Items a step, over all processes.
-        epochs: Passes over the data.
-        steps: Steps in all; overrides epochs.
-        max_steps_per_epoch: An epoch ends after so many steps, even if there is more data; empty for all of it.
-        optimizer: adam or adamw.
-        lr: Learning rate at its highest.
-        betas: Decay rates of the optimizer's two moments.
-        eps: Added to the root of the second moment.
-        weight_decay: As the optimizer understands it.
-        schedule: constant, exponential (lr times `decay` after each epoch) or cosine (to zero).
-        decay: Factor of the exponential schedule.
-        warmup_steps: Steps of linear warm-up.
-        warmup_share: The same as a share of all steps; one of the two.
-        clip_norm: Largest gradient norm; 0 for none.
-        precision: "no" for float32, bf16 for mixed precision (weights stay float32), or auto for bf16 where this
-            machine multiplies in it.
-        compensated: Add steps to the weights by compensated summation, for learning rates like the paper's 1e-8.
-        recompute: Compute texts again in the backward pass: less memory, more time.
-        blend: Averages the weights with the start at the end: 1 is as trained, 0.5 half way, 0 the start.
-        log_every: Steps between two lines of the log.
-        save_every: Steps between two saves of the state that --resume continues from.
-        tracker: One of accelerate's trackers (tensorboard, wandb, ...); empty for none.
-        threads: CPU threads; 0 leaves the choice to torch.
-    """
-
-    batch_size: int = 512
-    epochs: int = 20
-    steps: int | None = None
-    max_steps_per_epoch: int | None = None
-    optimizer: str = "adam"
-    lr: float = 1e-8
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    schedule: str = "exponential"
-    decay: float = 0.9
-    warmup_steps: int = 0
-    warmup_share: float = 0.0
-    clip_norm: float = 0.0
-    precision: str = "no"
-    compensated: bool = False
-    recompute: bool = False
-    blend: float = 1.0
-    log_every: int = runtime(50)
-    save_every: int = runtime(500)
-    tracker: str = ""
-    threads: int = runtime(0)
+    batch_size: int = setting(512, "Items a step, over all processes.")
+    epochs: int = setting(20, "Passes over the data.")
+    steps: int | None = setting(None, "Steps in all; overrides epochs.")
+    max_steps_per_epoch: int | None = setting(None, "An epoch ends after so many steps; empty for all of its data.")
+    optimizer: str = setting("adam", "adam or adamw.")
+    lr: float = setting(1e-8, "Learning rate at its highest.")
+    betas: list[float] = setting([0.9, 0.999], "Decay rates of the optimizer's two moments.")
+    eps: float = setting(1e-8, "Added to the root of the second moment.")
+    weight_decay: float = setting(0.0, "As the optimizer understands it.")
+    schedule: str = setting("exponential", "constant, exponential (times `decay` after each epoch) or cosine.")
+    decay: float = setting(0.9, "Factor of the exponential schedule.")
+    warmup_steps: int = setting(0, "Steps of linear warm-up.")
+    warmup_share: float = setting(0.0, "The same as a share of all steps; one of the two.")
+    clip_norm: float = setting(0.0, "Largest gradient norm; 0 for none.")
+    precision: str = setting("no", "no for float32, bf16 for mixed precision, auto for bf16 where it is native.")
+    compensated: bool = setting(False, "Add steps to weights by compensated summation, for tiny learning rates.")
+    recompute: bool = setting(False, "Compute texts again in the backward pass: less memory, more time.")
+    blend: float = setting(1.0, "Averages the weights with the start at the end: 1 is as trained, 0 the start.")
+    log_every: int = runtime(50, "Steps between two lines of the log.")
+    save_every: int = runtime(500, "Steps between two saves of the state that --resume continues from.")
+    tracker: str = setting("", "One of accelerate's trackers (tensorboard, wandb, ...); empty for none.")
+    threads: int = runtime(0, "CPU threads; 0 leaves the choice to torch.")
 
 
-@dataclass
+@settings
 class PairwiseConfig:
-    """PC-CLIP: sentences against differences of images.
+    """PC-CLIP: sentences against differences of images."""
 
-    Args:
-        loss: info_nce, or mse for the ablation.
-        temperature: Of the InfoNCE loss.
-        anchor: Weight of the term that keeps ordinary captions near the start; 0 for none.
-        anchor_captions: How many captions it holds in all, drawn from the data set's.
-        anchor_batch: How many of them a step.
-        mirror: Put each pair into the batch in both orders, the second with "first" and "second" exchanged.
-        keep: The share of the pairs that is learnt from.
-        keep_by: Which those are: random, or similar for those whose two images are most alike before training.
-    """
-
-    loss: str = "info_nce"
-    temperature: float = 1.0
-    anchor: float = 0.0
-    anchor_captions: int = 20000
-    anchor_batch: int = 64
-    mirror: bool = False
-    keep: float = 1.0
-    keep_by: str = "random"
+    loss: str = setting("info_nce", "info_nce, or mse for the ablation.")
+    temperature: float = setting(1.0, "Of the InfoNCE loss.")
+    anchor: float = setting(0.0, "Weight of the term that keeps ordinary captions near the start; 0 for none.")
+    anchor_captions: int = setting(20000, "How many captions it holds in all, drawn from the data set's.")
+    anchor_batch: int = setting(64, "How many of them a step.")
+    mirror: bool = setting(False, 'Put each pair into the batch in both orders, with "first" and "second" exchanged.')
+    keep: float = setting(1.0, "The share of the pairs that is learnt from.")
+    keep_by: str = setting("random", "Which those are: random, or similar for pairs of images most alike at the start.")
 
 
-@dataclass
+@settings
 class ContrastiveConfig:
-    """Captions against their images.
+    """Captions against their images."""
 
-    Args:
-        temperature: Of the InfoNCE loss; null for the model's own.
-    """
-
-    temperature: float | None = None
+    temperature: float | None = setting(None, "Of the InfoNCE loss; null for the model's own.")
 
 
-@dataclass
+@settings
 class PreferenceConfig:
-    """CLIP-PO: of two texts about an image, the one that holds is preferred.
+    """CLIP-PO: of two texts about an image, the one that holds is preferred."""
 
-    Args:
-        loss: dpo, ipo, reward (Bradley-Terry), or contrastive for CLIP's own with the rejected texts as hard negatives.
-        beta: dpo's beta, ipo's tau: the cost of leaving the reference. Small values move the model far.
-        label_smoothing: For dpo, the share of statements believed to be labelled wrongly.
-        reference_free: For dpo and ipo, count from even odds in place of the reference's.
-        alpha: Factor of the similarities in the reward loss; null for the logit scale.
-        logit_scale: Factor of cosines in log-odds; null for the model's own, 1 for bare cosines. It does not learn.
-        captioning: For dpo and ipo of a CoCa model, the weight in log-odds of its decoder's likelihoods; 0 for none.
-    """
-
-    loss: str = "dpo"
-    beta: float = 0.1
-    label_smoothing: float = 0.0
-    reference_free: bool = False
-    alpha: float | None = None
-    logit_scale: float | None = None
-    captioning: float = 0.0
+    loss: str = setting("dpo", "dpo, ipo, reward (Bradley-Terry), or contrastive with the rejected texts as negatives.")
+    beta: float = setting(0.1, "dpo's beta, ipo's tau: the cost of leaving the reference.")
+    label_smoothing: float = setting(0.0, "For dpo, the share of statements believed to be labelled wrongly.")
+    reference_free: bool = setting(False, "For dpo and ipo, count from even odds in place of the reference's.")
+    alpha: float | None = setting(None, "Factor of the similarities in the reward loss; null for the logit scale.")
+    logit_scale: float | None = setting(
+        None, "Factor of cosines in log-odds, which does not learn; null for the model's own."
+    )
+    captioning: float = setting(0.0, "The weight of a CoCa decoder's likelihoods in log-odds, for dpo and ipo.")
 
 
-@dataclass
+@settings
 class ChangeConfig:
-    """Sentences on what changed against pairs of images.
+    """Sentences on what changed against pairs of images."""
 
-    Args:
-        stage: retrieve, which adapts CLIP to pairs, or caption, which learns to write, from model.start or CLIP.
-        intra_layers: Blocks of the image tower that see each image alone; empty for three quarters of them (9 of 12).
-        counterparts: Give each token the one at its own place in the other image, which the paper does not; empty for
-            as the model has it that the run begins with, else false.
-        clip_rate: The learning rate of CLIP's own weights, as a share of train.lr.
-        freeze: In stage caption the encoder stays as it is, and what it sees is kept in data/cache.
-        layers: Of the decoder.
-        heads: Of each of its layers.
-        width: Of the decoder.
-        max_length: Of a sentence in pieces of words, its beginning and end included.
-        dropout: In the decoder.
-        label_smoothing: The share of probability that goes to all other words.
-        sentences: In stage caption, how many sentences of a pair a step learns from, drawn anew each epoch.
-        false_negatives: Count a sentence as wrong for a pair of which it is said too, if it came with another pair.
-        validation: The split, or file of pairs, that the best epoch is chosen on; empty for the data set's val, and for
-            none where data.split is a file; none to keep the last epoch.
-        validate_on: How many of its pairs, drawn by the run's seed; empty for all.
-    """
-
-    stage: str = "retrieve"
-    intra_layers: int | None = None
-    counterparts: bool | None = None
-    clip_rate: float = 1e-3
-    freeze: bool = False
-    layers: int = 3
-    heads: int = 8
-    width: int = 512
-    max_length: int = 32
-    dropout: float = 0.1
-    label_smoothing: float = 0.0
-    sentences: int = 1
-    false_negatives: bool = False
-    validation: str = ""
-    validate_on: int | None = None
+    stage: str = setting("retrieve", "retrieve, which adapts CLIP to pairs, or caption, which learns to write.")
+    intra_layers: int | None = setting(None, "Blocks that see each image alone; empty for three quarters of them.")
+    counterparts: bool | None = setting(
+        None, "Give each token the one at its place in the other image; empty for as at the start."
+    )
+    clip_rate: float = setting(1e-3, "The learning rate of CLIP's own weights, as a share of train.lr.")
+    freeze: bool = setting(False, "In stage caption the encoder stays as it is; what it sees is cached.")
+    layers: int = setting(3, "Of the decoder.")
+    heads: int = setting(8, "Of each of its layers.")
+    width: int = setting(512, "Of the decoder.")
+    max_length: int = setting(32, "Of a sentence in pieces of words, its beginning and end included.")
+    dropout: float = setting(0.1, "In the decoder.")
+    label_smoothing: float = setting(0.0, "The share of probability that goes to all other words.")
+    sentences: int = setting(1, "In stage caption, how many sentences of a pair a step learns from.")
+    false_negatives: bool = setting(False, "Count a sentence as wrong for a pair of which it is said elsewhere.")
+    validation: str = setting("", "The split, or file, that the best epoch is chosen on; none for the last epoch.")
+    validate_on: int | None = setting(None, "How many of its pairs, drawn by the run's seed; empty for all.")
 
 
 METHODS = {  # --method NAME: its settings are --NAME.setting
@@ -198,28 +120,18 @@ METHODS = {  # --method NAME: its settings are --NAME.setting
 }
 
 
-@dataclass
+@settings
 class FinetuneConfig:
-    """Finetune a CLIP model.
+    """Finetune a CLIP model."""
 
-    Args:
-        name: The run's folder is {out}/{name}.
-        method: How it learns; each method has options of its own under its name.
-        out: Where runs are kept.
-        seed: Of every random choice.
-        resume: Continue the run of that name where it stopped; start it if there is none.
-        overwrite: Delete a run of that name first.
-        device: cpu or cuda; empty for the GPU if there is one.
-    """
-
-    name: str = "example"
-    method: str = "pairwise"
-    out: str = runtime("runs")
-    seed: int = 0
-    resume: bool = runtime(False)
-    overwrite: bool = runtime(False)
-    device: str = runtime("")
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    sampler: SamplerConfig = field(default_factory=SamplerConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
+    name: str = setting("example", "The run's folder is {out}/{name}.")
+    method: str = setting("pairwise", "How it learns; each method has options of its own under its name.")
+    out: str = runtime("runs", "Where runs are kept.")
+    seed: int = setting(0, "Of every random choice.")
+    resume: bool = runtime(False, "Continue the run of that name where it stopped; start it if there is none.")
+    overwrite: bool = runtime(False, "Delete a run of that name first.")
+    device: str = runtime("", "cpu or cuda; empty for the GPU if there is one.")
+    model: ModelConfig = group(ModelConfig)
+    data: DataConfig = group(DataConfig)
+    sampler: SamplerConfig = group(SamplerConfig)
+    train: TrainConfig = group(TrainConfig)
