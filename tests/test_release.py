@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 from pathlib import Path
 
 import gdown
@@ -163,7 +164,8 @@ def test_a_file_cut_out_of_a_larger_one_keeps_the_larger_ones_numbers(tiny):
     assert converted()[1] == ["9", "25", "30"]
     shuffled = {**content, "inds": [2, 0, 1]}
     shuffled["captions"] = [entry(9, "a dog", 2), entry(25, "cats", 0), entry(30, "a bus", 1)]
-    convert_embeddings(shuffled, tiny, "--overwrite")
+    shutil.rmtree("data")
+    convert_embeddings(shuffled, tiny)
     assert converted()[1] == ["9", "25", "30"]
     assert json.loads(INDICES.read_text())["images"] == {"2": "9", "0": "25", "1": "30"}
 
@@ -258,7 +260,7 @@ def test_differences_of_another_layout_are_refused_and_nothing_is_written(tiny):
         with pytest.raises(UserError, match=re.escape(message)):
             authors.main(argv)
     INDICES.write_text("[]")
-    with pytest.raises(UserError, match=r"indices\.json is not what .* writes; run that again with --overwrite"):
+    with pytest.raises(UserError, match=r"indices\.json is not what .* writes; remove it and run that again"):
         authors.main(argv)
     assert not Path("llm_diffs").exists()
 
@@ -266,7 +268,7 @@ def test_differences_of_another_layout_are_refused_and_nothing_is_written(tiny):
 # -- files and the network -----------------------------------------------------------------------------
 
 
-def test_what_is_there_is_replaced_only_on_request(tiny, example_clip):
+def test_what_is_there_is_not_replaced(tiny, example_clip):
     for what in ("embeddings", "differences", "checkpoint"):
         save("embeddings.pkl", per_image())
         save("differences.pkl", {"indices": [(70, 71)], "llm_diffs": [TEXT.format("two")]})
@@ -275,10 +277,9 @@ def test_what_is_there_is_replaced_only_on_request(tiny, example_clip):
         argv += [] if what == "differences" else ["--model", tiny if what == "embeddings" else "example"]
         authors.main(argv)
         made = {path: path.stat().st_mtime_ns for path in Path().rglob("*") if path.parts[0] in ("data", "llm_diffs")}
-        with pytest.raises(UserError, match=r"already there: .*; --overwrite replaces"):
+        with pytest.raises(UserError, match="already there: .*; remove that"):
             authors.main(argv)
         assert all(path.stat().st_mtime_ns == when for path, when in made.items())
-        authors.main([*argv, "--overwrite"])
 
 
 def test_a_file_that_is_none_and_a_web_page_are_errors_of_the_user(tiny):
@@ -316,12 +317,12 @@ def test_the_three_files_are_fetched_by_id_and_once(drive, tiny, example_clip):
     files["1OZGQ8f6N4WuSQFn4-e7kzcEZdpKPbEfp"] = Path("theirs.pt").read_bytes()
     files["1dRap0Ses7SajnGoj8hczvJ_o2Ze6JztX"] = pickle.dumps(per_image())
     files["1yYzHizjCy9ewfagL4uG-iZHQXsWLz48p"] = pickle.dumps({"indices": [(70, 72)], "llm_diffs": [TEXT.format("2")]})
-    for _ in range(2):
-        authors.main(["checkpoint", "--model", "example", "--overwrite"])
-        authors.main(["embeddings", "--model", tiny, "--overwrite"])
-        authors.main(["differences", "--overwrite"])
+    for out in ("a", "data/release/b"):
+        authors.main(["checkpoint", "--model", "example", "--out", out])
+    authors.main(["embeddings", "--model", tiny])
+    authors.main(["differences"])
     assert asked == list(files)
-    assert load_model("data/release/pc_clip").weights_hash() == example_clip.weights_hash()
+    assert load_model("a").weights_hash() == example_clip.weights_hash()
     assert differences.read(DIFFERENCES) == [differences.Difference("9", "30", TEXT.format("2"))]
 
 

@@ -78,9 +78,9 @@ def obtain(what: str, source: str | None) -> Path:
     return path
 
 
-def _check_free(*paths: Path, overwrite: bool) -> None:
-    if not overwrite and (there := [str(path) for path in paths if path.exists()]):
-        raise UserError(f"already there: {', '.join(there)}; --overwrite replaces")
+def _check_free(*paths: Path) -> None:
+    if there := [str(path) for path in paths if path.exists()]:
+        raise UserError(f"already there: {', '.join(there)}; remove that, or choose another --out")
 
 
 def _whole(value: Any) -> int:
@@ -91,10 +91,10 @@ def _whole(value: Any) -> int:
 # -- the model -----------------------------------------------------------------------------------------
 
 
-def convert_checkpoint(source: str | None, out: Path, model: str, pretrained: str | None, overwrite: bool) -> None:
+def convert_checkpoint(source: str | None, out: Path, model: str, pretrained: str | None) -> None:
     """The authors' state dict as a checkpoint of ours, which says what it is. Every weight must fit `model`."""
     file = out if out.suffix == ".safetensors" else out / MODEL_FILE
-    _check_free(file, overwrite=overwrite)
+    _check_free(file)
     try:
         clip = load_model(obtain("checkpoint", source), model, pretrained)
     except UserError as error:
@@ -107,14 +107,14 @@ def convert_checkpoint(source: str | None, out: Path, model: str, pretrained: st
 # -- the embeddings ------------------------------------------------------------------------------------
 
 
-def convert_embeddings(source: str | None, out: Path, model: str, pretrained: str | None, overwrite: bool) -> None:
+def convert_embeddings(source: str | None, out: Path, model: str, pretrained: str | None) -> None:
     """The authors' embeddings as ours, their captions as a COCO file, and what their image numbers mean.
 
     A caption names a row of the tensor, and rows may repeat an image, once a caption: the first one is kept. `inds`
     has the number of each row by which the differences name it.
     """
     captions_file, indices_file = out.with_name("captions_release.json"), out.with_name("indices.json")
-    _check_free(out, captions_file, indices_file, overwrite=overwrite)
+    _check_free(out, captions_file, indices_file)
     path = obtain("embeddings", source)
     z, captions, inds = _read_embeddings(path, model)
     image_of_row = _one_each(((row, image) for image, row, _ in captions), f"{path}: row")
@@ -188,15 +188,14 @@ def _one_each(pairs: Iterable[tuple[Hashable, int]], what: str) -> dict[Any, int
 # -- the differences -----------------------------------------------------------------------------------
 
 
-def convert_differences(source: str | None, out: Path, indices: Path, keep_all: bool, overwrite: bool) -> None:
+def convert_differences(source: str | None, out: Path, indices: Path) -> None:
     """The authors' sentences as JSONL. Those that cannot be used are left out and counted by reason.
 
     Reasons are those of `cleaning.clean`, and same_image (both numbers are of one image: there is no difference to
-    learn), unknown_image (the embeddings have no such number), not_text. keep_all: also keep what the filter would
-    reject or trim; an empty text is still left out.
+    learn), unknown_image (the embeddings have no such number), not_text.
     """
     meta = out.with_suffix(".meta.json")
-    _check_free(out, meta, overwrite=overwrite)
+    _check_free(out, meta)
     images, embeddings = _read_indices(indices)
     path = obtain("differences", source)
     content = safe_pickle.load(path)
@@ -211,7 +210,12 @@ def convert_differences(source: str | None, out: Path, indices: Path, keep_all: 
     lines = []
     for pair, text in zip(pairs, texts):
         first, second = (images.get(number) for number in pair)
-        usable, reason = _judge(first, second, text, keep_all)
+        if first is None or second is None:
+            usable, reason = None, "unknown_image"
+        elif first == second:
+            usable, reason = None, "same_image"
+        else:
+            usable, reason = clean(text) if isinstance(text, str) else (None, "not_text")
         counts[reason] += 1
         if usable is not None:
             lines.append(to_line(Difference(first, second, usable)))
@@ -223,7 +227,7 @@ def convert_differences(source: str | None, out: Path, indices: Path, keep_all: 
         )
     about = {
         "source": DRIVE.format(id=IDS["differences"]), "sha256": file_digest(path, "sha256"),
-        "writer": {"name": "the PC-CLIP authors' language model"}, "keep_all": keep_all,
+        "writer": {"name": "the PC-CLIP authors' language model"},
         "counts": dict(counts.most_common()), **environment.describe(),
     }  # fmt: skip
     write_json(meta, about)
@@ -244,20 +248,7 @@ def _read_indices(path: Path) -> tuple[dict[int, str], Path]:
         about = json.loads(path.read_text(encoding="utf-8"))
         return {int(index): str(image) for index, image in about["images"].items()}, path.parent / about["embeddings"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not what `{command}` writes; run that again with --overwrite") from error
-
-
-def _judge(first: str | None, second: str | None, text: Any, keep_all: bool) -> tuple[str | None, str]:
-    """The text to keep, or None, and the reason."""
-    if first is None or second is None:
-        return None, "unknown_image"
-    if first == second:
-        return None, "same_image"
-    if not isinstance(text, str):
-        return None, "not_text"
-    if not keep_all:
-        return clean(text)
-    return (text, "kept") if text.strip() else (None, "empty")
+        raise UserError(f"{path} is not what `{command}` writes; remove it and run that again") from error
 
 
 # -- the command ---------------------------------------------------------------------------------------
@@ -278,19 +269,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         add = command.add_argument
         add("--from", dest="source", metavar="PATH", help="a copy of their file, in place of fetching it")
         add("--out", type=Path, default=out, metavar="PATH", help="where it is written (%(default)s)")
-        add("--overwrite", action="store_true", help="replace what is there")
         if what == "differences":
             indices = FOLDER / "indices.json"
             add("--indices", type=Path, default=indices, help="written by the command embeddings (%(default)s)")
-            add("--keep_all", action="store_true", help="keep sentences as they are, without the filter")
         else:
             add("--model", default=MODEL, help="open_clip's name or local-dir:FOLDER (%(default)s)")
             add("--pretrained", metavar="TAG", help=f"its weights before finetuning ({PRETRAINED} for {MODEL})")
     given = parser.parse_args(argv)
     if given.what == "differences":
-        convert_differences(given.source, given.out, given.indices, given.keep_all, given.overwrite)
+        convert_differences(given.source, given.out, given.indices)
         return
     # The tag belongs to the paper's model: another one has none unless it is named.
     pretrained = given.pretrained or (PRETRAINED if given.model == MODEL else None)
     convert = convert_checkpoint if given.what == "checkpoint" else convert_embeddings
-    convert(given.source, given.out, given.model, pretrained, given.overwrite)
+    convert(given.source, given.out, given.model, pretrained)
