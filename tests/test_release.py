@@ -175,17 +175,14 @@ BAD_EMBEDDINGS = [  # the file, or what differs in it from a good one; what the 
     ([1, 2], odd),
     ({"indices": [], "llm_diffs": []}, "('clip_embedding')"),
     ({"clip_embedding": rows.flatten()}, odd),
-    ({"clip_embedding": rows.tolist()}, odd),
     ({"clip_embedding": torch.empty(0, 4)}, "has 0 rows of embeddings"),
     ({"clip_embedding": torch.ones(3, 5)}, "has 5 numbers an image, and local-dir:tiny gives 4"),
     ({"clip_embedding": rows / torch.tensor([1.0, 1, 1, 0])}, "are not finite"),
     ({"captions": []}, "3 inds and 0 captions"),
     ({"captions": ["a dog"]}, odd),
-    ({"captions": [{"image_id": 9, "caption": "x"}]}, "('clip_embedding')"),
     ({"captions": [entry(9, "x", 0), entry(9, "x", 3)]}, "2 captions, of which one is (9, 3, 'x')"),
     ({"captions": [entry(9, "x", -1)]}, "one is (9, -1, 'x')"),
     ({"captions": [entry(9, "x", 1.0)]}, "'float' object cannot be interpreted as an integer"),
-    ({"captions": [entry(9, "x", torch.tensor([0, 1]))]}, odd),
     ({"captions": [entry(9, b"x", 0)]}, "one is (9, 0, b'x')"),
     ({"captions": [entry("a.jpg", "x", 0)]}, "'a.jpg'"),
     ({"captions": [entry(9, "x", 0), entry(8, "x", 0)]}, "row 0 is of two images, 9 and 8"),
@@ -193,8 +190,6 @@ BAD_EMBEDDINGS = [  # the file, or what differs in it from a good one; what the 
     ({"inds": [7, 7, 8]}, "inds number 7 is of two images, 9 and 25"),
     ({"inds": [1, 2, 3, 4]}, "3 rows of embeddings, 4 inds"),
     ({"inds": ["a", "b", "c"]}, odd),
-    ({"inds": torch.ones(3)}, odd),
-    ({"inds": 3}, odd),
 ]
 
 
@@ -242,7 +237,6 @@ BAD_DIFFERENCES = [
     ({"indices": [(70, 71)]}, "('llm_diffs')"),
     ({"indices": [(70, 71, 72)], "llm_diffs": ["x"]}, layout),
     ({"indices": [(70, 71), ("a", 71)], "llm_diffs": ["x", "x"]}, "'a'"),
-    ({"indices": [70], "llm_diffs": ["x"]}, layout),
     ({"indices": 5, "llm_diffs": ["x"]}, layout),
     ({"indices": [(1, 2)], "llm_diffs": [TEXT.format("two")]}, "none of the 1 differences"),
     ({"indices": [], "llm_diffs": []}, "none of the 0 differences"),
@@ -268,18 +262,12 @@ def test_differences_of_another_layout_are_refused_and_nothing_is_written(tiny):
 # -- files and the network -----------------------------------------------------------------------------
 
 
-def test_what_is_there_is_not_replaced(tiny, example_clip):
-    for what in ("embeddings", "differences", "checkpoint"):
-        save("embeddings.pkl", per_image())
-        save("differences.pkl", {"indices": [(70, 71)], "llm_diffs": [TEXT.format("two")]})
-        torch.save(example_clip.model.state_dict(), "checkpoint.pkl")
-        argv = [what, "--from", f"{what}.pkl"]
-        argv += [] if what == "differences" else ["--model", tiny if what == "embeddings" else "example"]
-        authors.main(argv)
-        made = {path: path.stat().st_mtime_ns for path in Path().rglob("*") if path.parts[0] in ("data", "llm_diffs")}
+def test_what_is_there_is_not_replaced():
+    for what, out in (("checkpoint", "m.safetensors"), ("embeddings", "e.safetensors"), ("differences", "d.jsonl")):
+        Path(out).write_text("mine")
         with pytest.raises(UserError, match="already there: .*; remove that"):
-            authors.main(argv)
-        assert all(path.stat().st_mtime_ns == when for path, when in made.items())
+            authors.main([what, "--out", out])
+        assert Path(out).read_text() == "mine"
 
 
 def test_a_file_that_is_none_and_a_web_page_are_errors_of_the_user(tiny):

@@ -206,7 +206,9 @@ def load_model(path: str | Path, name: str | None = None, pretrained: str | None
         raise UserError(f"{path} says that it is of {saved}, not {name}; leave --model.name out")
     name = name or saved or guess_architecture(state)
     pretrained = pretrained or about.get("pretrained")
-    preprocess = about.get("preprocess") or _preprocess_of_tag(name, pretrained)
+    tag = open_clip.get_pretrained_cfg(name, pretrained) if pretrained else {}  # its image transform
+    of_tag = {key: tag[key] for key in ("mean", "std", "interpolation", "resize_mode") if key in tag}
+    preprocess = about.get("preprocess") or of_tag or None
     clip = create_model(name, load_weights=False, device=device, preprocess=preprocess)
     clip.pretrained = pretrained
     if "change" in about:
@@ -294,12 +296,6 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
         raise UserError(f"{path} is not a state dict of a model: it holds {type(state).__name__}")
     return state
-
-
-def _preprocess_of_tag(name: str, pretrained: str | None) -> dict[str, Any] | None:
-    """The image transform that belongs to one of open_clip's pretrained tags; None for anything else."""
-    config = open_clip.get_pretrained_cfg(name, pretrained) if pretrained else {}
-    return {key: config[key] for key in ("mean", "std", "interpolation", "resize_mode") if key in config} or None
 
 
 def describe_checkpoint(path: str | Path) -> str:
