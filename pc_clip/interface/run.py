@@ -36,12 +36,12 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     argv = list(sys.argv[1:] if argv is None else argv)
     config = settings(argv)
     checkpoints = [config.checkpoint] if argv else _example_checkpoints()
-    found = [result for each in checkpoints for result in results(dataclasses.replace(config, checkpoint=each))]
+    measured = [result for each in checkpoints for result in results(dataclasses.replace(config, checkpoint=each))]
 
     from pc_clip.report.results import show
 
-    show(found)
-    return found
+    show(measured)
+    return measured
 
 
 def settings(argv: Sequence[str]) -> EvaluateConfig:

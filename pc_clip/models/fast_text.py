@@ -109,11 +109,11 @@ class FastText:
                     p.requires_grad_(True)
                 with torch.autocast(tokens.device.type, enabled=False):
                     exact = _values_and_gradients(plain, tokens, parameters)
-                found = [_values_and_gradients(encode, tokens, parameters) for encode in (self, plain)]
+                outputs = [_values_and_gradients(encode, tokens, parameters) for encode in (self, plain)]
         finally:
             for p, before in zip(parameters, learns):
                 p.requires_grad_(before)
-        fast, usual = (max(float((a - b).norm() / b.norm()) for a, b in zip(each, exact)) for each in found)
+        fast, usual = (max(float((a - b).norm() / b.norm()) for a, b in zip(each, exact)) for each in outputs)
         return fast, usual
 
 
@@ -308,8 +308,8 @@ class _Linear(torch.autograd.Function):
         of_inputs: list[Tensor | None] = [None] * len(inputs)
         if any(wants_inputs):
             wanted = [x for x in inputs if x.requires_grad]
-            found = iter(torch.autograd.grad(h, wanted, g @ weight))
-            of_inputs = [next(found) if x.requires_grad else None for x in inputs]
+            gradients = iter(torch.autograd.grad(h, wanted, g @ weight))
+            of_inputs = [next(gradients) if x.requires_grad else None for x in inputs]
         return None, of_weight, of_bias, *of_inputs
 
 

@@ -55,10 +55,10 @@ def _text(parameters: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
 
 
 def _attention(tower: dict[str, nn.Parameter], name: str, which: str, instead: str = "text") -> dict[str, nn.Parameter]:
-    found = {n: p for n, p in tower.items() if _makes_queries(n.split("."))}
-    if not found:
+    attention = {n: p for n, p in tower.items() if _makes_queries(n.split("."))}
+    if not attention:
         raise UserError(f"the {which} tower of {name} has no attention that is known here; use --model.train {instead}")
-    return found
+    return attention
 
 
 def _makes_queries(path: list[str]) -> bool:
