@@ -57,10 +57,7 @@ def test_yaml_beside_the_code_is_in_the_wheel(installed):
 
 
 def test_the_commands_work_from_there(installed):
-    for module in ("finetune", "run", "generate_diffs"):
-        found = call(installed, "-m", f"pc_clip.interface.{module}", "--help")
-        assert found.returncode == 0, found.stderr
-    found = call(installed, "-m", "pc_clip", "study", "configs/studies/quickstart.yaml", "--dry_run")
-    assert "commands" in found.stdout, found.stderr
-    found = call(installed, "-m", "pc_clip.interface.finetune", "--config", "configs/example.yaml", "--train.lr", "x")
-    assert (found.returncode, "train.lr" in found.stderr) == (2, True), found.stderr
+    called = call(installed, "-m", "pc_clip", "study", "configs/studies/quickstart.yaml", "--dry_run")
+    assert "commands" in called.stdout, called.stderr
+    called = call(installed, "-m", "pc_clip.interface.finetune", "--config", "configs/example.yaml", "--train.lr", "x")
+    assert (called.returncode, "train.lr" in called.stderr) == (2, True), called.stderr
