@@ -15,7 +15,7 @@ from pc_clip.models import fast_text, loading
 from pc_clip.models.clip import Clip
 from pc_clip.models.fast_text import FastText
 from pc_clip.models.loading import create_model
-from pc_clip.models.packing import pack
+from pc_clip.models.packing import STEP, pack, pack_shared
 
 END = 99  # the end-of-text token of the towers below: their largest
 
@@ -132,6 +132,22 @@ def test_packing_keeps_every_token_once_and_no_padding(lengths):
         assert packed.last[k] == ends[k] - 1
     assert sum(group.n for group in packed.groups) == len(lengths)
     assert sum(group.rows for group in packed.groups) == sum(lengths)
+
+
+@given(st.lists(st.tuples(st.integers(1, 30), st.integers(0, 3)), min_size=1, max_size=12))
+def test_without_gradients_texts_that_begin_alike_are_computed_once(parts):
+    """A beginning of some length in common, then tokens of their own. As many rows as there are beginnings."""
+    model, common = tower(), texts([40])[0]
+    tokens = texts([shared + own + 1 for shared, own in parts])
+    for row, (shared, _) in zip(tokens, parts):
+        row[:shared] = common[:shared]
+    packed = pack_shared(tokens)
+    begins = set()
+    for row, length in zip(tokens.tolist(), (tokens.argmax(-1) + 1).tolist()):
+        begins |= {(-(-length // STEP), *row[: n + 1]) for n in range(length)}  # within a group
+    assert len(packed.tokens) == sum(group.rows for group in packed.groups) == len(begins)
+    with torch.no_grad():
+        assert torch.allclose(FastText(model)(tokens), model(tokens), atol=1e-5)
 
 
 def test_the_gpus_kernel_is_asked_for_the_same_attention(monkeypatch):

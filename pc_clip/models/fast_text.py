@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pc_clip.models import torchvision_compat  # noqa: F401  (before open_clip)
 from pc_clip.models.lora import is_plain
-from pc_clip.models.packing import Group, Packed, pack
+from pc_clip.models.packing import Group, Packed, pack, pack_shared
 
 from open_clip.transformer import LayerNorm, LayerNormFp32, QuickGELU, ResidualAttentionBlock  # isort: skip
 
@@ -85,8 +85,10 @@ class FastText:
             return torch.cat(parts)[order.argsort()]
 
     def _encode(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+        # On a GPU prompts take no time, and shared rows would keep FlashAttention out.
+        share = tokens.device.type == "cpu" and not torch.is_grad_enabled()
         tower = self.tower
-        packed = pack(tokens, grouped=not _has_kernel(tower, tokens.device, dtype))
+        packed = pack_shared(tokens) if share else pack(tokens, grouped=not _has_kernel(tower, tokens.device, dtype))
         x = tower.token_embedding(packed.tokens) + tower.positional_embedding[packed.positions]  # [T, W]
         *blocks, last = tower.transformer.resblocks
         for block in blocks:
