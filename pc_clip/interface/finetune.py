@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     """Read the settings, then train; returns the run's folder."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     argv = list(sys.argv[1:] if argv is None else argv)
-    method = given(argv).get("method", FinetuneConfig.method)
+    method = str(given(argv).get("method", FinetuneConfig.method))
     check_choice("method", method, METHODS)
     default = configs_folder() / DEFAULTS[method]
     config = configure(FinetuneConfig, "finetune.py", __doc__, argv, default=default, options={method: METHODS[method]})
