@@ -16,63 +16,43 @@ import pandas
 
 from pc_clip.core.errors import UserError
 from pc_clip.data.classification import photographs
-from pc_clip.data.dataset import Dataset, image_suffixes
+from pc_clip.data.dataset import IMAGE_SUFFIXES, Dataset
 
-CONTINUOUS = "attributes/class_attribute_labels_continuous.txt"
 Grades = dict[str, dict[str, float]]
 
 
 def open_cub(folder: Path, split: str) -> Dataset:
     """The official split; `graded` says of each class in what share of answers people saw an attribute (0 to 1)."""
     classes = _numbered(folder / "classes.txt")
-    images = _joined(folder, classes)
+    files = {"file": "images.txt", "label": "image_class_labels.txt", "train": "train_test_split.txt"}
+    images = pandas.DataFrame({column: _numbered(folder / name, column == "file") for column, name in files.items()})
+    images["class"] = images["label"].map({str(number): name for number, name in classes.items()})
+    images["fits"] = (images["class"] == images["file"].str.split("/").str[0]) & images["train"].isin(["0", "1"])
+    for number, image in images[~images["fits"]].iterrows():
+        raise UserError(
+            f"{folder}: image {number} is {image['file']} in images.txt, has the label {image['label']} in "
+            f"image_class_labels.txt, which classes.txt calls {image['class']}, and {image['train']} (0 or 1) in "
+            "train_test_split.txt; its class must be its folder's"
+        )
+    if without := set(classes) - set(images["class"]):
+        raise UserError(f"{folder / 'images.txt'} has no images of {min(without)}, which is in classes.txt")
     chosen = images[images["train"] == ("1" if split == "train" else "0")].sort_values("file")
     places = [folder / "attributes/attributes.txt", folder / "attributes.txt", folder.parent / "attributes.txt"]
     attributes = _numbered(next((path for path in places if path.is_file()), places[0]))
-    graded = _grades(folder / CONTINUOUS, classes, attributes, 100)
-    files = [folder / "images" / name for name in chosen["file"]]
-    data = photographs("cub", split, folder / "images", files, list(chosen["class"]), sorted(classes), graded)
-    return data
-
-
-def _joined(folder: Path, classes: pandas.Series) -> pandas.DataFrame:
-    """file, class and train ("0" or "1") of each image, by its number."""
-    names = {"file": "images.txt", "label": "image_class_labels.txt", "train": "train_test_split.txt"}
-    columns = {column: _numbered(folder / name, column == "file") for column, name in names.items()}
-    images = pandas.DataFrame(columns)
-    if images.isna().any(axis=None):
-        number, column = images.isna().stack().idxmax()
-        raise UserError(f"{folder / names[column]} has no line for image {number}, which another of its files has")
-    images["class"] = images["label"].map(lambda label: classes.get(int(label) if label.isdecimal() else 0))
-    if (wrong := images[images["class"] != images["file"].str.split("/").str[0]]).size:
-        row = wrong.iloc[0]
-        raise UserError(
-            f"{folder / names['label']} gives {row['file']} the label {row['label']}, which classes.txt calls "
-            f"{row['class']}: another class than its folder's"
-        )
-    if (wrong := images[~images["train"].isin(["0", "1"])]).size:
-        row = wrong.iloc[0]
-        raise UserError(f"{folder / names['train']}: {row['file']} has {row['train']!r}, which is neither 0 nor 1")
-    if without := set(classes) - set(images["class"]):
-        raise UserError(f"{folder / 'images.txt'} has no images of {min(without)}, which is in classes.txt")
-    return images
+    graded = _grades(folder / "attributes/class_attribute_labels_continuous.txt", classes, attributes, 100)
+    examples = ((folder / "images" / file, label) for file, label in zip(chosen["file"], chosen["class"]))
+    return photographs("cub", split, folder / "images", examples, sorted(classes), graded)
 
 
 def open_awa2(folder: Path, split: str) -> Dataset:
     """All images, or a part of our own 90/10 split; `graded` says of each class which predicates it has (0 or 1)."""
     classes = _numbered(folder / "classes.txt")
     graded = _grades(folder / "predicate-matrix-binary.txt", classes, _numbered(folder / "predicates.txt"), 1)
-    images, own = folder / "JPEGImages", sorted(classes)
-    folders = {path.name for path in images.iterdir() if path.is_dir() and not path.name.startswith(".")}
-    files = [
-        path
-        for name in own
-        for path in sorted((images / name).glob("*"))
-        if path.suffix.lower() in image_suffixes() and not path.name.startswith(".")
-    ]
-    if one_sided := folders ^ set(own) or set(own) - {path.parent.name for path in files}:
+    images = folder / "JPEGImages"
+    files = [path for path in images.glob("[!.]*/[!.]*") if path.suffix.lower() in IMAGE_SUFFIXES]
+    if one_sided := {path.parent.name for path in files} ^ set(classes):
         raise UserError(f"images of {min(one_sided)!r} are in one alone of {images} and {folder / 'classes.txt'}")
-    return photographs("awa2", split, images, files, [p.parent.name for p in files], own, graded, split_by_us=True)
+    return photographs("awa2", split, images, ((path, path.parent.name) for path in files), sorted(classes), graded)
 
 
 def _table(path: Path, kind: type) -> pandas.DataFrame:
@@ -102,7 +82,7 @@ def _grades(path: Path, classes: pandas.Series, attributes: pandas.Series, most:
     for names, count, what in ((classes, len(table), "rows"), (attributes, table.shape[1], "columns")):
         if sorted(names.index) != list(range(1, count + 1)):
             raise UserError(f"{path} has {count} {what}, which do not go with the numbers of {len(names)} names")
-    if not table.map(lambda value: 0 <= value <= most and (most > 1 or value in (0, 1))).all(axis=None):
+    if not (table.ge(0) & table.le(most) & (table.isin([0, 1]) if most == 1 else True)).all(axis=None):
         raise UserError(f"{path} has values that are not {'0 or 1' if most == 1 else f'from 0 to {most}'}")
     by_name = table.set_axis(classes.sort_index(), axis=0).set_axis(attributes.sort_index(), axis=1) / most
     return {attribute: by_name[attribute].sort_index().to_dict() for attribute in sorted(attributes)}

@@ -5,21 +5,23 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import io
-import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
-from stat import S_ISREG
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from pc_clip.core.errors import UserError
 
-UNREADABLE = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # that Pillow knows, but opens by other programs alone
+# endings of files that are taken for images
+IMAGE_SUFFIXES = {".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 PHOTO_TEMPLATE = ("This is a photo of a {}.",)
+
+
+class NoSplit(UserError):
+    """The data set is there, and a split of it is not."""
 
 
 class BrokenImage(UserError):
@@ -187,13 +189,6 @@ def _load_row(load: Callable[[int], Image.Image], rows: np.ndarray, place: int) 
 # -- for readers --------------------------------------------------------------------------------------
 
 
-@cache
-def image_suffixes() -> frozenset[str]:
-    """The endings of files that Pillow reads here, in small letters."""
-    known = Image.registered_extensions().items()
-    return frozenset(ending for ending, kind in known if kind in Image.OPEN and kind not in UNREADABLE)
-
-
 def read_image(path: str | Path) -> Image.Image:
     """An RGB image. Raises UserError that names the path: BrokenImage where the fault is in the file's content."""
     try:
@@ -235,48 +230,9 @@ def _in_8_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(((values - low) / step).astype(np.uint8))
 
 
-def read_text(path: Path, content: bytes | None = None) -> str:
-    """The UTF-8 text of a file, or of bytes known by that name, without a byte order mark."""
-    try:
-        return (path.read_bytes() if content is None else content).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is no UTF-8 text ({error.reason} at byte {error.start})") from error
-
-
 def unreadable(path: str | Path, error: OSError) -> UserError:
     """What to say where the system does not let a file or folder be read: nothing is known of its content."""
     return UserError(f"{path} cannot be read ({error.strerror or error}); mend that and run the same command again")
-
-
-class FoundFile(NamedTuple):
-    path: str
-    size: int
-    modified: int  # ns
-
-
-def first_file(places: Iterable[str | Path]) -> FoundFile | None:
-    """The first file that is there."""
-    for path in places:
-        try:
-            status = os.stat(path)
-        except PermissionError:
-            raise
-        except (OSError, ValueError):  # ValueError: a name with a zero byte
-            continue
-        if S_ISREG(status.st_mode):
-            return FoundFile(str(path), status.st_size, status.st_mtime_ns)
-    return None
-
-
-def read_file(files: Sequence[str | Path], row: int) -> Image.Image:
-    """At module level, because worker processes get it pickled."""
-    return read_image(files[row])
-
-
-def stat(path: Path) -> tuple[int, int]:
-    """Size and time of change (ns) of a file."""
-    status = path.stat()
-    return status.st_size, status.st_mtime_ns
 
 
 def digest(*parts: object) -> str:

@@ -19,10 +19,9 @@ import numpy as np
 from PIL import Image
 
 from pc_clip.core.errors import UserError
-from pc_clip.data.dataset import Dataset, Statement, digest, image_suffixes
+from pc_clip.data.dataset import IMAGE_SUFFIXES, Dataset, Statement, digest
 
-_MEANT = re.compile(r"(?P<image>.+)@(?P<how>(?:box|crop|flip)(?!\w).*|\w+=.*)", re.DOTALL)
-_BOX = re.compile(r"box=(-?\d+),(-?\d+),(-?\d+),(-?\d+)")
+_BOX = re.compile(r"-?\d+(,-?\d+){3}")
 _COCO = re.compile(r"(?:COCO_(?:train|val|test)\d{4}_)?0*(\d+)")
 _COCO_FILE = re.compile(r"(?:COCO_(?:train|val|test)\d{4}_)?\d{12}")
 
@@ -33,45 +32,23 @@ Place = tuple[int, Box]  # row of an image, and the part of it
 class Located(NamedTuple):
     """Statements with their images. rows, others: [M] int64 into `data`; others: those of `instead`, else as rows.
 
-    data: the views that are asked about, each once. absent: how many statements were left out for want of an image.
+    data: the views that are asked about, each once; of captions, questions and the like it has none. None where the
+    rows are of ids that were given. absent: how many statements were left out for want of an image.
     """
 
-    data: Dataset
+    data: Dataset | None
     statements: list[Statement]
     rows: np.ndarray
     others: np.ndarray
     absent: int
-
-
-class Matched(NamedTuple):
-    """Statements whose images are among some ids. rows, others: [M] int64 into the ids, as in `Located`."""
-
-    statements: list[Statement]
-    rows: np.ndarray
-    others: np.ndarray
-    absent: int
-
-
-def views(data: Dataset, names: Sequence[str]) -> Dataset:
-    """A data set whose image n is the view names[n] of `data`; of captions, questions and the like it has none.
-
-    Raises UserError for a view of another form, an image that is not in `data`, and one that two are meant by; and
-    `load` does for a box that lies beside its picture.
-    """
-    ids, places = ImageIds(data.ids, data.label), []
-    for name in names:
-        place = ids.find_view(name)
-        if place is None:
-            raise UserError(f"{data.label} has no image {name!r}; {ids.example()}")
-        places.append(place)
-    return _views(data, list(names), places)
 
 
 def located(statements: Sequence[Statement], data: Dataset) -> Located:
     """The statements whose images are in `data`, and a data set of just the views that they are about.
 
     Views are sorted by their image's row, then by box. Raises UserError where no statement's image is there, for a
-    view of another form, and for an image asked for that two of `data` may be.
+    view of another form, and for an image asked for that two of `data` may be; and `load` does for a box that lies
+    beside its picture.
     """
     ids = ImageIds(data.ids, data.label)
     chosen, pairs = _find(statements, ids.find_view, ids)
@@ -79,10 +56,21 @@ def located(statements: Sequence[Statement], data: Dataset) -> Located:
     number = {place: n for n, place in enumerate(places)}
     rows = np.array([[number[place] for place in pair] for pair in pairs], dtype=np.int64)
     names = [f"{data.ids[row]}@box={','.join(map(str, box))}" if box else data.ids[row] for row, box in places]
-    return Located(_views(data, names, places), chosen, rows[:, 0], rows[:, 1], len(statements) - len(chosen))
+    whole = names == data.ids  # the very same pictures: so are their embeddings, which may be there already
+    views = dataclasses.replace(
+        data,
+        ids=names,
+        load=data.load if whole else partial(_load, data.load, data.label, names, places),
+        fingerprint=data.fingerprint if whole else digest(data.fingerprint, names),
+        captions=None,
+        questions=(),
+        attributes=(),
+        statements=(),
+    )
+    return Located(views, chosen, rows[:, 0], rows[:, 1], len(statements) - len(chosen))
 
 
-def match(statements: Sequence[Statement], ids: Sequence[str], label: str = "the file of embeddings") -> Matched:
+def match(statements: Sequence[Statement], ids: Sequence[str], label: str = "the file of embeddings") -> Located:
     """The statements whose images are among `ids`, which are not loaded; a view must be there under its own name.
 
     label: what the ids are of, for the error that is raised where no statement's image is among them.
@@ -90,7 +78,7 @@ def match(statements: Sequence[Statement], ids: Sequence[str], label: str = "the
     known = ImageIds(ids, label)
     chosen, pairs = _find(statements, known.find, known)
     rows = np.array(pairs, dtype=np.int64)
-    return Matched(chosen, rows[:, 0], rows[:, 1], len(statements) - len(chosen))
+    return Located(None, chosen, rows[:, 0], rows[:, 1], len(statements) - len(chosen))
 
 
 class ImageIds:
@@ -102,7 +90,7 @@ class ImageIds:
         self.stems: dict[str, list[int]] = {}
         self.numbers: dict[str, list[int]] = {}
         for row, name in enumerate(ids):
-            if _MEANT.fullmatch(name) is None:  # a view in a file of embeddings stands for nothing but itself
+            if "@box=" not in name:  # a view in a file of embeddings stands for nothing but itself
                 stem = _parts(name)[1]
                 self.stems.setdefault(stem, []).append(row)
                 if number := _COCO.fullmatch(stem):
@@ -112,7 +100,7 @@ class ImageIds:
         """The row of an image; None where it is not there. Raises UserError where two may be meant."""
         if name in self.exact:
             return self.exact[name]
-        if _MEANT.fullmatch(name):
+        if "@box=" in name:
             return None
         folders, stem = _parts(name)
         number = _COCO.fullmatch(stem)
@@ -128,26 +116,19 @@ class ImageIds:
 
     def find_view(self, name: str) -> Place | None:
         """The row of an image and a box of it. Raises UserError for a name that begins as a view and goes on wrong."""
-        meant = _MEANT.fullmatch(name)
-        if name in self.exact or meant is None:  # an id may have an @ of its own
-            image, box = name, ()
-        else:
-            edges = _BOX.fullmatch(meant["how"])
-            image, box = meant["image"], tuple(map(int, edges.groups())) if edges else ()
-            if not box or box[2] <= max(box[0], 0) or box[3] <= max(box[1], 0):
-                raise UserError(f"no view: {name!r}; a part of an image is ID@box=L,T,R,B, four integers, not empty")
+        image, is_view, edges = (name, "", "") if name in self.exact else name.partition("@box=")
+        box = tuple(map(int, edges.split(","))) if _BOX.fullmatch(edges) else ()
+        if is_view and (not box or box[2] <= max(box[0], 0) or box[3] <= max(box[1], 0)):
+            raise UserError(f"no view: {name!r}; a part of an image is ID@box=L,T,R,B, four integers, not empty")
         row = self.find(image)
         return None if row is None else (row, box)
-
-    def example(self) -> str:
-        return f"its ids are like {self.ids[0]!r}" if len(self.ids) else "it has no images"
 
 
 def _parts(name: str) -> tuple[list[str], str]:
     """The folders of a name, and the rest without the ending of an image file."""
     *folders, name = re.split(r"[/\\]", name)
     stem, dot, ending = name.rpartition(".")
-    return folders, stem if dot and f".{ending.lower()}" in image_suffixes() else name
+    return folders, stem if dot and f".{ending.lower()}" in IMAGE_SUFFIXES else name
 
 
 def _fit(folders: list[str], stem: str, of_id: list[str]) -> bool:
@@ -162,30 +143,15 @@ def _find(statements: Sequence[Statement], find: Callable, ids: ImageIds) -> tup
     """Statements whose images are all there, with the places of the image and of `instead`."""
     names = dict.fromkeys(name for s in statements for name in (s.image, s.instead or s.image))
     places = {name: find(name) for name in names}
-    pairs = [(s, places[s.image], places[s.instead or s.image]) for s in statements]
-    there = [(s, first, second) for s, first, second in pairs if first is not None and second is not None]
-    if not statements:
-        raise UserError(f"there are no statements about images of {ids.label}")
+    pairs = [(places[s.image], places[s.instead or s.image]) for s in statements]
+    there = [n for n, pair in enumerate(pairs) if None not in pair]
     if not there:
+        asked = f"they ask for {statements[0].image!r} for instance" if statements else "there are none"
         raise UserError(
-            f"none of the {len(statements)} statements is about an image of {ids.label}: they ask for "
-            f"{statements[0].image!r} for instance, and {ids.example()}"
+            f"none of the {len(statements)} statements is about an image of {ids.label}: {asked}, and its ids are like "
+            f"{next(iter(ids.ids), 'none')!r}"
         )
-    return [s for s, *_ in there], [(first, second) for _, first, second in there]
-
-
-def _views(data: Dataset, names: list[str], places: list[Place]) -> Dataset:
-    whole = names == data.ids  # the very same pictures: so are their embeddings, which may be there already
-    return dataclasses.replace(
-        data,
-        ids=names,
-        load=data.load if whole else partial(_load, data.load, data.label, names, places),
-        fingerprint=data.fingerprint if whole else digest(data.fingerprint, names),
-        captions=None,
-        questions=(),
-        attributes=(),
-        statements=(),
-    )
+    return [statements[n] for n in there], [pairs[n] for n in there]
 
 
 def _load(load: Callable[[int], Image.Image], label: str, names: list[str], places: list[Place], n: int) -> Image.Image:
