@@ -226,7 +226,7 @@ def same(a, b) -> bool:
 def test_a_second_start_reads_no_sentence_and_is_the_same(make, monkeypatch, mirror):
     write_differences()
     first = make(mirror=mirror, anchor=1.0)
-    for name in ("_parse", "swap_roles"):
+    for name in ("json_lines", "swap_roles"):
         monkeypatch.setattr(differences, name, lambda *_: pytest.fail("a sentence was read again"))
     no_tokenizing(monkeypatch)
     monkeypatch.setattr(Texts, "rows", lambda *_: pytest.fail("texts were looked up"))

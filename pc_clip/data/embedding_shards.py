@@ -147,12 +147,13 @@ def read_if_made_by(path: Path, expected: Mapping[str, str]) -> list[Shard]:
 
 class Work(NamedTuple):
     """An image set in units, a shard each. name: of its folder, apart from those of other data, or of the same once it
-    has changed. units: name -> what opens its images."""
+    has changed. units: name -> what opens its images. images: how many there are in all, where that is known."""
 
     name: str
     label: str
     fingerprint: str
     units: dict[str, Callable[[], Dataset]]
+    images: int | None = None
 
 
 def blocks(data: Dataset, shard_size: int = 65536) -> Work:
@@ -161,7 +162,7 @@ def blocks(data: Dataset, shard_size: int = 65536) -> Work:
     parts = [np.arange(start, min(start + shard_size, len(data))) for start in range(0, len(data), shard_size)]
     units = {f"{rows[0]:09d}-{rows[-1] + 1:09d}": partial(subset, pictures, rows) for rows in parts}
     name = printable(f"{data.name}-{data.split or 'all'}-{data.fingerprint}")
-    return Work(name, data.label, data.fingerprint, units)
+    return Work(name, data.label, data.fingerprint, units, len(data))
 
 
 def tars(root: Path, split: str | None) -> Work:
@@ -195,17 +196,16 @@ def embed_units(
     shards = done(folder / INDEX)
     units = {} if shards else {folder / f"{name}.safetensors": images for name, images in work.units.items()}
     mine = list(units.items())[processes.rank :: processes.size]
-    for number, (path, images) in enumerate(mine, 1):
-        if done(path):
-            continue
-        data = images()
-        what = f"embedding {work.label}, {number} of {len(mine)}"
-        shown = None if processes.is_main else True
-        with tqdm(desc=what, total=len(data), unit=" images", leave=False, disable=shown) as bar:
-            z, ids, left_out = encode(data, bar.update)
-        if left_out:
-            log.warning("%s: %d broken images left out, first %s", path.stem, len(left_out), printable(left_out[0]))
-        write_shard(path, z, ids, {**made_by, "left_out": json.dumps(left_out)})
+    total, hidden = work.images if processes.size == 1 else None, None if processes.is_main else True
+    with tqdm(desc=f"embedding {work.label}", total=total, unit=" images", leave=False, disable=hidden) as bar:
+        for number, (path, images) in enumerate(mine, 1):
+            bar.set_postfix_str(f"shard {number} of {len(mine)}", refresh=False)
+            if done(path):
+                continue
+            z, ids, left_out = encode(images(), bar.update)
+            if left_out:
+                log.warning("%s: %d broken images left out, first %s", path.stem, len(left_out), printable(left_out[0]))
+            write_shard(path, z, ids, {**made_by, "left_out": json.dumps(left_out)})
     processes.wait()
     if shards or not processes.is_main:
         return shards if processes.is_main else []

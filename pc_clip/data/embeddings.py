@@ -122,8 +122,7 @@ def encode(clip: Clip, data: Dataset, options: Options, seen: Callable[[int], ob
     """
     was_training = clip.model.training
     clip.model.eval()
-    z = torch.empty(len(data), clip.embed_dim, dtype=getattr(torch, options.dtype))
-    done, broken = 0, []
+    z, done, broken = None, 0, []
     try:
         with closing(once(data, plain(clip.preprocess), options.workers, options.batch_size)) as batches:
             for batch in batches:
@@ -134,6 +133,8 @@ def encode(clip: Clip, data: Dataset, options: Options, seen: Callable[[int], ob
                 if len(batch.pixels):
                     with torch.autocast(clip.device.type, torch.bfloat16, enabled=options.precision == "bf16"):
                         rows = clip.encode_image(batch.pixels.to(clip.device))
+                    if z is None:  # filled batch by batch: torch.cat would hold all of it twice
+                        z = torch.empty(len(data), rows.shape[1], dtype=getattr(torch, options.dtype))
                     z[done : done + len(rows)] = rows  # on the CPU, and rounded if that is wanted
                     done += len(rows)
                 seen(len(batch.rows))
@@ -141,7 +142,8 @@ def encode(clip: Clip, data: Dataset, options: Options, seen: Callable[[int], ob
         clip.model.train(was_training)
     left_out = {data.ids[row] for row in broken}
     ids = [key for key in data.ids if key not in left_out]
-    return Encoded(z[:done], ids, [data.ids[row] for row in broken])
+    z = torch.empty(0, clip.embed_dim) if z is None else z[:done]
+    return Encoded(z, ids, [data.ids[row] for row in broken])
 
 
 # -- the cache and named files -------------------------------------------------------------------------
