@@ -127,10 +127,11 @@ def test_a_cache_that_cannot_be_written_is_a_warning_and_an_error_of_the_command
         embeddings.main(["--device", "cpu", "--data.split", "val", "--cache", "full"])
 
 
-def test_the_command_says_where_the_embeddings_are(small_example, capsys):
+def test_the_command_says_where_the_embeddings_are(small_example, capsys, caplog):
+    caplog.set_level("INFO")
     embeddings.main(["--device", "cpu", "--data.split", "val"])
-    shown = capsys.readouterr().out
-    assert "60 images, 128 numbers each: --data.embeddings data/cache/embeddings/example-val-" in shown
+    assert "--data.embeddings data/cache/embeddings/example-val-" in capsys.readouterr().out
+    assert "60 images, 128 numbers each" in caplog.text
 
 
 # -- files -----------------------------------------------------------------------------------------------

@@ -16,12 +16,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
+from tqdm.contrib.logging import logging_redirect_tqdm
 
+from pc_clip.core.cli import configure
+from pc_clip.core.config.settings import DataConfig, EmbedConfig
 from pc_clip.core.distributed import Processes
 from pc_clip.core.environment import resolve_device
 from pc_clip.core.errors import UserError, check_at_least, check_choice
@@ -40,11 +43,9 @@ from pc_clip.data.embedding_shards import (
 )
 from pc_clip.data.images import once, plain
 from pc_clip.data.registry import READERS
+from pc_clip.data.training_data import load_dataset
 from pc_clip.models.clip import Clip
 from pc_clip.models.loading import create_model
-
-if TYPE_CHECKING:
-    from pc_clip.core.config.settings import DataConfig, EmbedConfig
 
 log = logging.getLogger(__name__)
 
@@ -208,9 +209,9 @@ def load_embeddings(path: str | Path, clip: Clip) -> Embeddings:
         theirs, width = shard.made_by["image_tower"], shard.z.shape[1]
         if theirs != tower and (theirs != claimed or width != clip.embed_dim):
             raise UserError(
-                f"{path} was made by the image tower of {shard.made_by.get('model', '?')} ({theirs}), with {width} numbers "
-                f"an image, but this run uses that of {clip.describe()} ({tower}), with {clip.embed_dim}. Use that model, "
-                "or make the embeddings again."
+                f"{path} was made by the image tower of {shard.made_by.get('model', '?')} ({theirs}), with {width} "
+                f"numbers an image, but this run uses that of {clip.describe()} ({tower}), with {clip.embed_dim}. Use "
+                "that model, or make the embeddings again."
             )
     if claimed in {shard.made_by["image_tower"] for shard in shards}:
         log.info("%s is said to be made by %s; without the images that is taken on trust", path, clip.describe())
@@ -221,21 +222,12 @@ def load_embeddings(path: str | Path, clip: Clip) -> Embeddings:
 # -- python -m pc_clip embeddings ----------------------------------------------------------------------
 
 
-class Made(NamedTuple):
-    """A file of embeddings or an index of them, and what is in it."""
-
-    path: Path
-    images: int
-    width: int
-
-
-def embed(config: EmbedConfig, processes: Processes | None = None) -> Made | None:
+def embed(config: EmbedConfig, processes: Processes | None = None) -> Path | None:
     """Embed what the settings say, together with other processes; None in processes other than the main one.
 
-    Raises UserError for settings that do not fit, for an image that cannot be read, and for what data or model lack.
+    Returns the index of the shards. Raises UserError for settings that do not fit, for an image that cannot be read,
+    and for what data or model lack.
     """
-    from pc_clip.data.training_data import load_dataset
-
     processes = processes or Processes()
     options = Options(config.batch_size, config.data.workers, config.precision, config.dtype, config.broken)
     options.check()
@@ -251,7 +243,8 @@ def embed(config: EmbedConfig, processes: Processes | None = None) -> Made | Non
     shards = _cached(clip, work, options, Path(config.cache) if config.cache else CACHE, processes)
     if not shards:
         return None
-    return Made(shards[0].path.with_name(INDEX), sum(len(shard.z) for shard in shards), shards[0].z.shape[1])
+    log.info("%d images, %d numbers each", sum(len(shard.z) for shard in shards), shards[0].z.shape[1])
+    return shards[0].path.with_name(INDEX)
 
 
 def _check_for_training(data: DataConfig) -> None:
@@ -273,16 +266,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     Many processes share the work, started by `accelerate launch -m pc_clip embeddings`. After an interruption the same
     command continues. A WebDataset may hold images alone.
     """
-    from tqdm.contrib.logging import logging_redirect_tqdm
-
-    from pc_clip.core.cli import configure
-    from pc_clip.core.config.settings import EmbedConfig
-
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     argv = list(sys.argv[1:] if argv is None else argv)
     config = configure(EmbedConfig, "python -m pc_clip embeddings", main.__doc__, argv)
     with logging_redirect_tqdm():  # lines of the log above the bar, not through it
-        made = embed(config, Processes.here())
-    if made:
-        print(f"{made.images} images, {made.width} numbers each: --data.embeddings {made.path}")
-        print("In the usual cache, exact and of all images, they are found without being named.")
+        path = embed(config, Processes.here())
+    if path:
+        print(f"--data.embeddings {path}; in the usual cache, exact and of all images, they are found by themselves")

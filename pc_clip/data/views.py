@@ -2,7 +2,7 @@
 
 A view is the name of an image, or of a part of it: ID@box=L,T,R,B, pixels of the original picture, integers; right and
 bottom are outside. What reaches beyond the picture is cut off at its border. (Pillow's own crop, and so ARO's code,
-fills it with black.) An image is named by the data set's own id, else by the same without ending, else by its number:
+fills it with black.) An image is named by the data set's own id, else by the same without ending, or by its number:
 COCO's "139", "000000000139.jpg" and "COCO_val2014_000000000139.jpg" are one photograph. A folder in a name and one in
 an id must be the same: "cat/001.jpg" is never "dog/001.jpg".
 """
@@ -10,6 +10,7 @@ an id must be the same: "cat/001.jpg" is never "dog/001.jpg".
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -23,7 +24,6 @@ from pc_clip.data.dataset import IMAGE_SUFFIXES, Dataset, Statement, digest
 
 _BOX = re.compile(r"-?\d+(,-?\d+){3}")
 _COCO = re.compile(r"(?:COCO_(?:train|val|test)\d{4}_)?0*(\d+)")
-_COCO_FILE = re.compile(r"(?:COCO_(?:train|val|test)\d{4}_)?\d{12}")
 
 Box = tuple[int, ...]  # left, top, right, bottom; empty for all of the image
 Place = tuple[int, Box]  # row of an image, and the part of it
@@ -87,26 +87,17 @@ class ImageIds:
     def __init__(self, ids: Sequence[str], label: str) -> None:
         self.ids, self.label = ids, label
         self.exact = {name: row for row, name in enumerate(ids)}
-        self.stems: dict[str, list[int]] = {}
-        self.numbers: dict[str, list[int]] = {}
+        self.rows: dict[str, list[int]] = {}
         for row, name in enumerate(ids):
             if "@box=" not in name:  # a view in a file of embeddings stands for nothing but itself
-                stem = _parts(name)[1]
-                self.stems.setdefault(stem, []).append(row)
-                if number := _COCO.fullmatch(stem):
-                    self.numbers.setdefault(number[1], []).append(row)
+                self.rows.setdefault(_parts(name)[1], []).append(row)
 
     def find(self, name: str) -> int | None:
         """The row of an image; None where it is not there. Raises UserError where two may be meant."""
-        if name in self.exact:
-            return self.exact[name]
-        if "@box=" in name:
-            return None
-        folders, stem = _parts(name)
-        number = _COCO.fullmatch(stem)
-        rows = self.stems.get(stem) or (self.numbers.get(number[1], []) if number else [])
-        if folders:
-            rows = [row for row in rows if _fit(folders, stem, _parts(self.ids[row])[0])]
+        if name in self.exact or "@box=" in name:
+            return self.exact.get(name)
+        folders, key = _parts(name)
+        rows = [row for row in self.rows.get(key, []) if _fit(folders, name, _parts(self.ids[row])[0])]
         if len(rows) > 1:
             raise UserError(
                 f"image {name!r} may be {self.ids[rows[0]]!r} or {self.ids[rows[1]]!r} of {self.label}; "
@@ -125,18 +116,20 @@ class ImageIds:
 
 
 def _parts(name: str) -> tuple[list[str], str]:
-    """The folders of a name, and the rest without the ending of an image file."""
+    """The folders of a name, and the rest without the ending of an image file: the number where it is one."""
     *folders, name = re.split(r"[/\\]", name)
-    stem, dot, ending = name.rpartition(".")
-    return folders, stem if dot and f".{ending.lower()}" in IMAGE_SUFFIXES else name
+    stem, ending = os.path.splitext(name)
+    stem = stem if ending.lower() in IMAGE_SUFFIXES else name
+    number = _COCO.fullmatch(stem)
+    return folders, number[1] if number else stem
 
 
-def _fit(folders: list[str], stem: str, of_id: list[str]) -> bool:
+def _fit(folders: list[str], name: str, of_id: list[str]) -> bool:
     """Whether the innermost folders are the same; an id without any fits COCO's files, whose numbers occur once."""
-    if not of_id:
-        return _COCO_FILE.fullmatch(stem) is not None
+    if folders and not of_id:
+        return re.search(r"\d{12}(\.\w+)?$", name) is not None
     depth = min(len(folders), len(of_id))
-    return folders[-depth:] == of_id[-depth:]
+    return depth == 0 or folders[-depth:] == of_id[-depth:]
 
 
 def _find(statements: Sequence[Statement], find: Callable, ids: ImageIds) -> tuple[list[Statement], list[tuple]]:
