@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-import numpy as np
 import yaml
 
 from pc_clip.core.errors import UserError, nearest
@@ -78,10 +77,19 @@ def find_question(data: Dataset, name: str | None) -> Question:
 
 
 def opposed(data: Dataset, question: Question, a: str, b: str, seed: int) -> tuple[str, str]:
-    """Two phrases that set class a against class b, from what the data set's files say of them; else their names."""
+    """Two phrases that set class a against class b, from what the data set's files say of them; else their names.
+
+    CUB's attributes come in families ("has_wing_color::blue"), of which the one with the widest gaps is taken.
+    """
     gaps = {name: of_class[a] - of_class[b] for name, of_class in question.graded.items()}
+    families = defaultdict(dict)
+    for name, gap in gaps.items():
+        family, _, value = name.partition("::")
+        families[family][value] = gap
     if any("::" in name for name in gaps):
-        return _by_family(gaps)
+        family = max(families, key=lambda name: (sum(map(abs, families[name].values())), name))
+        gap = families[family]
+        return _in_words(family, max(gap, key=gap.get)), _in_words(family, min(gap, key=gap.get))
     phrases, rng = _graded_phrases(data), stream(seed, "class text")
     gaps = {name: gaps[name] for name in phrases if name in gaps}
     if not any(gaps.values()):
@@ -94,14 +102,24 @@ def opposed(data: Dataset, question: Question, a: str, b: str, seed: int) -> tup
 def described(data: Dataset, question: Question, name: str, seed: int) -> str:
     """One description of a class by rule: from its grades, or a caption of one of its images that names it.
 
+    Of the grades the five most pronounced are told, one a family; equal ones are drawn.
     Raises UserError where nothing is known of it.
     """
     rng = stream(seed, "class text")
     if question.graded:
+        phrases = _graded_phrases(data)
+        graded = [
+            (of_class[name], rng.random(), attribute)
+            for attribute, of_class in question.graded.items()
+            if of_class[name] > 0 and ("::" in attribute or attribute in phrases)
+        ]
+        parts: dict[str, str] = {}
+        for _, _, attribute in sorted(graded, reverse=True):
+            family, _, value = attribute.partition("::")
+            parts.setdefault(family, _in_words(family, value) if value else phrases[attribute][0])
         whole = phrase(question, name)
         whole = whole[:1].upper() + whole[1:]
-        parts = _most_pronounced(data, question, name, rng)
-        return f"{whole}: {', '.join(parts)}." if parts else whole
+        return f"{whole}: {', '.join(list(parts.values())[:5])}." if parts else whole
     if data.captions:
         rows = question.rows[question.target == question.classes.index(name)]
         if not len(rows):
@@ -126,36 +144,10 @@ def _graded_phrases(data: Dataset) -> dict[str, tuple[str, str]]:
     }
 
 
-def _by_family(gaps: dict[str, float]) -> tuple[str, str]:
-    """CUB's attributes come in families ("has_wing_color::blue"): the family in which two classes differ most."""
-    families = defaultdict(dict)
-    for name, gap in gaps.items():
-        family, value = name.split("::", 1)
-        families[family][value] = gap
-    family = max(families, key=lambda name: (sum(map(abs, families[name].values())), name))
-    of_family = families[family]
-    return _in_words(family, max(of_family, key=of_family.get)), _in_words(family, min(of_family, key=of_family.get))
-
-
 def _in_words(family: str, value: str) -> str:
     part = family.removeprefix("has_").replace("_", " ")
     value = re.sub(r"_?\(.*?\)", "", value).replace("_", " ").strip()
     return f"a bird of {value} {part}" if part in ("size", "shape") else f"a bird with {value} {part}"
-
-
-def _most_pronounced(data: Dataset, question: Question, name: str, rng: np.random.Generator, n: int = 5) -> list[str]:
-    """Up to n phrases of what is most pronounced in a class, one a family; equal ones are drawn."""
-    phrases = _graded_phrases(data)
-    graded = [
-        (of_class[name], rng.random(), attribute)
-        for attribute, of_class in question.graded.items()
-        if of_class[name] > 0 and ("::" in attribute or attribute in phrases)
-    ]
-    parts: dict[str, str] = {}
-    for _, _, attribute in sorted(graded, reverse=True):
-        family, _, value = attribute.partition("::")
-        parts.setdefault(family, _in_words(family, value) if value else phrases[attribute][0])
-    return list(parts.values())[:n]
 
 
 def read_descriptions(path: str | Path) -> dict[str, list[str]]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -158,7 +159,7 @@ def subset(data: Dataset, rows: np.ndarray) -> Dataset:
     return dataclasses.replace(
         data,
         ids=[data.ids[row] for row in rows],
-        load=partial(_load_row, data.load, rows),
+        load=partial(_at, data.load, rows),
         fingerprint=digest(data.fingerprint, rows.tolist()),
         captions=[data.captions[row] for row in rows] if data.captions else None,
         questions=tuple(map(of, data.questions)),
@@ -167,23 +168,24 @@ def subset(data: Dataset, rows: np.ndarray) -> Dataset:
             s for s in data.statements if {i.split("@")[0] for i in (s.image, s.instead or s.image)} <= kept
         ),
         changes=tuple(data.changes[n] for n in changes),
-        judge=data.judge and partial(_judge_row, data.judge, changes),
+        judge=data.judge and partial(_at, data.judge, changes),
     )
+
+
+def images_alone(data: Dataset) -> Dataset:
+    """The same images, without what is known about them."""
+    return Dataset(data.name, data.split, data.ids, data.load, data.fingerprint, note=data.note, part=data.part)
 
 
 def with_changes(data: Dataset, rows: Sequence[int]) -> Dataset:
     """The same images with some of their changes."""
     chosen = tuple(data.changes[row] for row in rows)
-    judge = data.judge and partial(_judge_row, data.judge, list(rows))
+    judge = data.judge and partial(_at, data.judge, list(rows))
     return dataclasses.replace(data, changes=chosen, judge=judge, fingerprint=digest(data.fingerprint, list(rows)))
 
 
-def _judge_row(judge: Callable[[int, str], dict[str, bool]], rows: list[int], place: int, said: str) -> dict[str, bool]:
-    return judge(rows[place], said)
-
-
-def _load_row(load: Callable[[int], Image.Image], rows: np.ndarray, place: int) -> Image.Image:
-    return load(int(rows[place]))
+def _at(function: Callable, rows: Sequence[int], place: int, *others: object) -> Any:
+    return function(int(rows[place]), *others)
 
 
 # -- for readers --------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ and opens is done, so a killed run continues. FOLDER/index.json, written last, l
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +23,7 @@ from pc_clip.core.cache import VERIFY_UP_TO, CorruptFileError, read_checked, wri
 from pc_clip.core.distributed import Processes
 from pc_clip.core.errors import UserError
 from pc_clip.core.files import write_json
-from pc_clip.data.dataset import Dataset, subset
+from pc_clip.data.dataset import Dataset, images_alone, subset
 from pc_clip.data.webdataset import find_tars, fingerprint, open_tar
 
 log = logging.getLogger(__name__)
@@ -158,7 +157,7 @@ class Work(NamedTuple):
 
 def blocks(data: Dataset, shard_size: int = 65536) -> Work:
     """A data set in blocks of so many rows, the last one shorter."""
-    pictures = dataclasses.replace(data, captions=None, questions=(), attributes=(), statements=(), changes=())
+    pictures = images_alone(data)
     parts = [np.arange(start, min(start + shard_size, len(data))) for start in range(0, len(data), shard_size)]
     units = {f"{rows[0]:09d}-{rows[-1] + 1:09d}": partial(subset, pictures, rows) for rows in parts}
     name = printable(f"{data.name}-{data.split or 'all'}-{data.fingerprint}")

@@ -30,7 +30,7 @@ def example(split: str, n: int | None = None) -> Dataset:
         fingerprint=digest(split, n, _digest_of(scenes.draw, shown[:8])),
         captions=[world.captions(split, i) for i in range(n)],
         questions=tuple(_example_question(name, shown) for name in world.CLASSES),
-        attributes=tuple(_example_attribute(name, shown) for name in ("size", "background", "count")),
+        attributes=tuple(_example_attribute(name, shown) for name in _GRADED),
         part=split,
     )
 
@@ -105,17 +105,16 @@ def _example_question(name: str, shown: list[scenes.Scene]) -> Question:
     return Question(name, world.CLASSES[name], rows, target, world.TEMPLATES[name])
 
 
+_GRADED = {  # of much and of little of it; a clear difference is wider than the spread within one class
+    "size": ("a large object", "a small object", 2.4),  # pixels
+    "background": ("an object on a light background", "an object on a dark background", 50.0),  # grey levels
+    "count": ("three objects", "one object", 0.5),
+}
+
+
 def _example_attribute(name: str, shown: list[scenes.Scene]) -> Attribute:
     value = np.array([world.grade(name, scene) for scene in shown])
-    more, less = world.COMPARATIVES[name]
-    high, low = {
-        "size": ("a large object", "a small object"),
-        "background": ("an object on a light background", "an object on a dark background"),
-        "count": ("three objects", "one object"),
-    }[name]
-    # A clear difference is wider than the spread within one class: 2.4 pixels at most, 50 grey levels.
-    gap = {"size": 2.4, "background": 50.0, "count": 0.5}[name]
-    return Attribute(name, value, more, less, high, low, gap)
+    return Attribute(name, value, *world.COMPARATIVES[name], *_GRADED[name])
 
 
 def _load(draw: Callable[[Shown], Image.Image], shown: Sequence[Shown], row: int) -> Image.Image:

@@ -10,10 +10,10 @@ from stat import S_ISREG
 from typing import NoReturn
 
 import numpy as np
-from PIL import Image
 
 from pc_clip.core.errors import UserError
-from pc_clip.data.dataset import IMAGE_SUFFIXES, Dataset, Question, digest, read_image, unreadable
+from pc_clip.data.dataset import IMAGE_SUFFIXES, Dataset, Question, digest, unreadable
+from pc_clip.data.picture_files import read_file
 
 SPLITS = {"train", "test", "val", "valid", "validation"}
 IGNORED = {"lost+found", "__MACOSX"}  # what systems put into folders, beside what is hidden
@@ -61,7 +61,7 @@ def open_folder(root: Path, split: str) -> Dataset:
         split=label,
         part=split,
         ids=ids,
-        load=partial(_load, root, ids),
+        load=partial(read_file, [os.path.join(root, key) for key in ids]),
         fingerprint=digest(*[(key, status.st_size, status.st_mtime_ns) for key, status in files]),
         questions=questions,
         note="; ".join(notes),
@@ -97,7 +97,3 @@ def _find_images(root: Path) -> tuple[list[tuple[str, os.stat_result]], Counter[
 
 def _refuse(error: OSError) -> NoReturn:
     raise unreadable(error.filename, error) from error
-
-
-def _load(root: Path, ids: list[str], row: int) -> Image.Image:
-    return read_image(root / ids[row])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import multiprocessing
 import signal
@@ -21,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from pc_clip.core.errors import UserError, check_at_least
 from pc_clip.core.random import stream
-from pc_clip.data.dataset import BrokenImage, Dataset
+from pc_clip.data.dataset import BrokenImage, Dataset, images_alone
 from pc_clip.models.clip import Clip
 from pc_clip.models.torchvision_compat import torchvision
 
@@ -50,8 +49,7 @@ class Batch(NamedTuple):
 
 class _Pictures(torch.utils.data.Dataset):
     def __init__(self, data: Dataset, transform: Transform) -> None:
-        unused = {"captions": None, "questions": (), "attributes": (), "statements": (), "changes": (), "judge": None}
-        self.data, self.transform = dataclasses.replace(data, **unused), transform
+        self.data, self.transform = images_alone(data), transform
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[int, Tensor | UserError]:
         """An error is returned: a worker process that raises wraps it in a traceback."""

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from pc_clip.core.errors import UserError
-from pc_clip.data.dataset import IMAGE_SUFFIXES, Dataset, Statement, digest
+from pc_clip.data.dataset import IMAGE_SUFFIXES, Dataset, Statement, digest, images_alone
 
 _BOX = re.compile(r"-?\d+(,-?\d+){3}")
 _COCO = re.compile(r"(?:COCO_(?:train|val|test)\d{4}_)?0*(\d+)")
@@ -56,17 +56,10 @@ def located(statements: Sequence[Statement], data: Dataset) -> Located:
     number = {place: n for n, place in enumerate(places)}
     rows = np.array([[number[place] for place in pair] for pair in pairs], dtype=np.int64)
     names = [f"{data.ids[row]}@box={','.join(map(str, box))}" if box else data.ids[row] for row, box in places]
-    whole = names == data.ids  # the very same pictures: so are their embeddings, which may be there already
-    views = dataclasses.replace(
-        data,
-        ids=names,
-        load=data.load if whole else partial(_load, data.load, data.label, names, places),
-        fingerprint=data.fingerprint if whole else digest(data.fingerprint, names),
-        captions=None,
-        questions=(),
-        attributes=(),
-        statements=(),
-    )
+    views = images_alone(data)
+    if names != data.ids:  # else the very same pictures: so are their embeddings, which may be there already
+        load = partial(_load, data.load, data.label, names, places)
+        views = dataclasses.replace(views, ids=names, load=load, fingerprint=digest(data.fingerprint, names))
     return Located(views, chosen, rows[:, 0], rows[:, 1], len(statements) - len(chosen))
 
 
