@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pc_clip.core.errors import UserError
 from pc_clip.data.dataset import Dataset, NoSplit, digest
-from pc_clip.data.picture_files import OR_SKIP, find_list, find_pictures, is_list
+from pc_clip.data.picture_files import OR_SKIP, find_list, find_pictures
 from pc_clip.data.text_files import image_name, json_lines, read_json, read_text, with_keys, words
 
 log = logging.getLogger(__name__)
@@ -168,11 +168,6 @@ def open_tsv(root: Path, split: str, missing: str = "error") -> Dataset:
     """
     path, label = find_list(root, split, TABLES)
     return _with_pictures("tsv", label, split, path, read_simclip_tsv(path), root, path.stem, missing)
-
-
-def is_table(path: Path) -> bool:
-    """Whether there is a file whose name ends as a table's does."""
-    return is_list(path, TABLES)
 
 
 def _with_pictures(

@@ -16,7 +16,7 @@ from typing import Any
 
 from pc_clip.core.errors import UserError
 from pc_clip.data.dataset import Change, Dataset, NoSplit, digest
-from pc_clip.data.picture_files import OR_SKIP, find_list, find_pictures, is_list
+from pc_clip.data.picture_files import OR_SKIP, find_list, find_pictures
 from pc_clip.data.text_files import Entries, image_name, json_lines, read_json, with_keys, words
 
 SPLITS = ("train", "val", "valid", "test")
@@ -109,11 +109,6 @@ def open_lines(root: Path, split: str, missing: str = "error") -> Dataset:
         changes.append(_change(entry["before"], entry["after"], texts, where, kind))
     get = f"Put them where it says, seen from {path.parent}"
     return _data_set("changes", label, split, path, changes, missing, get, lambda key: [path.parent / key])
-
-
-def is_lines(path: Path) -> bool:
-    """Whether there is a file whose name ends as one of changes does."""
-    return is_list(path, LINES)
 
 
 def _find(root: Path, folders: tuple[str, ...], names: tuple[str, ...]) -> Path:

@@ -40,10 +40,10 @@ def read(path: str | Path, content: bytes | None = None) -> list[Difference]:
     Raises UserError for a missing or empty file, and for a line that is no difference (with its number).
     """
     path = find(path)
-    differences = [
-        Difference(str(line["first"]), str(line["second"]), _text(line["text"], where))
-        for where, line in json_lines(path, Difference._fields, content)
-    ]
+    differences = []
+    for where, line in json_lines(path, Difference._fields, content):
+        words(line["text"], where, "text")  # for its error: a sentence is kept as it is written
+        differences.append(Difference(str(line["first"]), str(line["second"]), line["text"]))
     if not differences:
         raise UserError(f"{path} holds no differences; write them again with generate_diffs.py")
     return differences
@@ -55,11 +55,6 @@ def find(path: str | Path) -> Path:
     if not path.is_file():
         raise UserError(f"no differences at {path}. Write them with generate_diffs.py, or name a file that exists.")
     return path
-
-
-def _text(text: object, where: str) -> str:
-    words(text, where, "text")  # for its error: a sentence is kept as it is written
-    return text
 
 
 def to_line(difference: Difference) -> str:

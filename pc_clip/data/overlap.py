@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Sequence
 from functools import lru_cache
-
-import numpy as np
-from scipy.sparse import csr_array
 
 # They say nothing of what is in the picture. Numbers and places ("two", "left") do, and so are not among them.
 _FUNCTION_WORDS = (
@@ -32,18 +30,12 @@ def likely_false(said: Sequence[str], told: Sequence[Sequence[str]]) -> float:
     n = len(said)
     if n < 2:
         return 0.0
-    asked = [content_words(text) for text in said]
-    known = [frozenset().union(*map(content_words, texts)) for texts in told]
-    column = {word: k for k, word in enumerate(frozenset().union(*asked))}
-    common = (_matrix(asked, column) @ _matrix(known, column).T).tocoo()  # [n, n]: words of caption n known of image m
-    sizes = np.array([len(words) for words in asked])
-    true = (common.row != common.col) & (common.data == sizes[common.row])
-    say_nothing = int((sizes == 0).sum()) * (n - 1)  # and so are true of all
-    return (int(true.sum()) + say_nothing) / (n * (n - 1))
-
-
-def _matrix(sets: Sequence[frozenset[str]], column: dict[str, int]) -> csr_array:
-    """A row a set, a column a word; words without a column do not count."""
-    cells = [(row, column[word]) for row, words in enumerate(sets) for word in words if word in column]
-    rows, columns = np.array(cells, dtype=np.int64).reshape(-1, 2).T
-    return csr_array((np.ones(len(cells), np.int32), (rows, columns)), shape=(len(sets), len(column)))
+    images_with: dict[str, set[int]] = defaultdict(set)
+    for image, texts in enumerate(told):
+        for word in frozenset().union(*map(content_words, texts)):
+            images_with[word].add(image)
+    false, everywhere = 0, set(range(n))
+    for image, text in enumerate(said):
+        with_word = sorted((images_with[word] for word in content_words(text)), key=len)  # none: true of all images
+        false += len(set.intersection(*with_word or [everywhere]) - {image})
+    return false / (n * (n - 1))

@@ -18,19 +18,19 @@ import yaml
 
 from pc_clip.core.errors import UserError, check_choice, nearest
 from pc_clip.data import download as archives
-from pc_clip.data.attribute_sets import open_awa2, open_cub
-from pc_clip.data.captions import is_table, open_coco, open_tsv
+from pc_clip.data.captions import TABLES, open_coco, open_tsv
 from pc_clip.data.changes import (
-    is_lines,
+    LINES,
     open_clevr_change,
     open_image_editing_request,
     open_lines,
     open_spot_the_diff,
 )
-from pc_clip.data.classification import KINDS, download_classified, open_classified
+from pc_clip.data.classification import KINDS, download_classified, open_awa2, open_classified, open_cub
 from pc_clip.data.dataset import Dataset
 from pc_clip.data.example_sets import example, example_changes, example_relations
 from pc_clip.data.folder import open_folder
+from pc_clip.data.picture_files import is_list
 from pc_clip.data.webdataset import open_webdataset
 
 
@@ -90,7 +90,7 @@ READERS: dict[str, Reader] = {
     "example_relations": _embedded(example_relations),
     "example_changes": _embedded(example_changes),
     "coco": _reader("coco", open_coco, any_split=True, may_miss=True),
-    "tsv": _reader("tsv", open_tsv, any_split=True, may_miss=True, is_table=is_table),
+    "tsv": _reader("tsv", open_tsv, any_split=True, may_miss=True, is_table=partial(is_list, endings=TABLES)),
     "folder": _reader("folder", open_folder),
     "webdataset": _reader("webdataset", open_webdataset, any_split=True),
     **{name: _reader(name, partial(open_classified, name)) for name in KINDS},
@@ -99,7 +99,7 @@ READERS: dict[str, Reader] = {
     "clevr_change": _reader("clevr_change", open_clevr_change, may_miss=True),
     "spot_the_diff": _reader("spot_the_diff", open_spot_the_diff, may_miss=True),
     "image_editing_request": _reader("image_editing_request", open_image_editing_request, may_miss=True),
-    "changes": _reader("changes", open_lines, any_split=True, may_miss=True, is_table=is_lines),
+    "changes": _reader("changes", open_lines, any_split=True, may_miss=True, is_table=partial(is_list, endings=LINES)),
 }
 
 
