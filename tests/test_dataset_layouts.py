@@ -18,12 +18,10 @@ from scipy.io import savemat
 
 from pc_clip.core.errors import UserError
 from pc_clip.data.class_text import FOLDER, class_names
-from pc_clip.data.classification import split_rows
+from pc_clip.data.classification import SPLIT_BY_US, split_rows
 from pc_clip.data.registry import READERS, held_out, open_dataset
 from pc_clip.data.webdataset import find_tars, open_tar
 from pc_clip.models.torchvision_compat import torchvision
-
-SPLIT_BY_US = ("eurosat", "sun397", "awa2")
 
 
 def picture(path, shade=0):
@@ -160,17 +158,18 @@ def pixels(values):
 
 def mnist_tree(root):
     folder = root / "MNIST" / "raw"
-    folder.mkdir(parents=True)
     for part, labels in (("train", [3, 1, 3]), ("t10k", [7, 0])):
-        for kind, array in (
-            ("images-idx3", np.arange(4 * len(labels)).reshape(-1, 2, 2)),
-            ("labels-idx1", np.array(labels)),
-        ):
-            sizes = b"".join(size.to_bytes(4, "big") for size in array.shape)
-            (folder / f"{part}-{kind}-ubyte").write_bytes(
-                bytes((0, 0, 8, array.ndim)) + sizes + array.astype(np.uint8).tobytes()
-            )
+        images = np.arange(4 * len(labels), dtype=np.uint8).reshape(-1, 2, 2)
+        write_idx(folder / f"{part}-images-idx3-ubyte", images)
+        write_idx(folder / f"{part}-labels-idx1-ubyte", np.array(labels, dtype=np.uint8))
     return folder
+
+
+def write_idx(path, array):
+    """MNIST's format."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sizes = b"".join(size.to_bytes(4, "big") for size in array.shape)
+    path.write_bytes(bytes((0, 0, 8, array.ndim)) + sizes + array.tobytes())
 
 
 def jpeg(shade, kind="jpeg"):
@@ -248,35 +247,36 @@ def test_a_set_opens_by_name_and_its_fingerprint_follows_files_and_split(name, t
         changed.load(next(n for n, key in enumerate(changed.ids) if str(path).endswith(key)))
 
 
-@pytest.mark.parametrize("name", TREES)
-def test_without_one_of_its_files_a_set_is_incomplete_and_says_which(name, tmp_path, monkeypatch):
-    for n, file in enumerate(READERS[name].files):
-        tree(name, tmp_path / str(n), monkeypatch)
-        for path in READERS[name].folder(tmp_path / str(n)).glob(file.split("|")[0]):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        lone = len(READERS[name].files) == 1
-        said = r"is not at .*Fetch" if lone else rf"incomplete: no {re.escape(file)}\. Fetch"
-        with pytest.raises(UserError, match=said):
-            open_dataset(name, tmp_path / str(n))
+def test_without_one_of_its_files_a_set_is_incomplete_and_says_which(tmp_path, monkeypatch):
+    for name in TREES:
+        for n, file in enumerate(READERS[name].files):
+            root = tmp_path / name / str(n)
+            tree(name, root, monkeypatch)
+            for path in READERS[name].folder(root).glob(file.split("|")[0]):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            lone = len(READERS[name].files) == 1
+            said = r"is not at .*Fetch" if lone else rf"incomplete: no {re.escape(file)}\. Fetch"
+            with pytest.raises(UserError, match=said):
+                open_dataset(name, root)
 
 
-@pytest.mark.parametrize("name", ["cub", "flowers102", "food101"])
-def test_images_that_are_listed_but_absent_are_counted_and_the_first_is_named(name, tmp_path, monkeypatch):
-    path = tree(name, tmp_path, monkeypatch)
-    path.unlink()
-    with pytest.raises(UserError, match=rf"1 of the 3 pictures named in .* are absent, first .*{path.name}"):
-        open_dataset(name, tmp_path)
+def test_images_that_are_listed_but_absent_are_counted_and_the_first_is_named(tmp_path, monkeypatch):
+    for name in ("cub", "flowers102", "food101"):
+        path = tree(name, tmp_path, monkeypatch)
+        path.unlink()
+        with pytest.raises(UserError, match=rf"1 of the 3 pictures named in .* are absent, first .*{path.name}"):
+            open_dataset(name, tmp_path)
 
 
-@pytest.mark.parametrize("name", SPLIT_BY_US)
-def test_our_parts_are_disjoint_cover_everything_and_say_what_they_are(name, tmp_path, monkeypatch):
-    tree(name, tmp_path, monkeypatch)
-    train, test = (open_dataset(name, tmp_path, part) for part in ("train", "test"))
-    everything = sorted(p for p in tmp_path.rglob("*.jpg"))
-    assert len(train) + len(test) == len(everything) == len({*train.ids, *test.ids})
-    assert len(test) == max(1, round(len(everything) / 10)) and held_out(test) == "train"
-    assert (train.label, test.label) == (f"{name}/train-90pct-seed0", f"{name}/test-10pct-seed0")
-    assert "tenth" in train.note and "seed 0" in test.note
+def test_our_parts_are_disjoint_cover_everything_and_say_what_they_are(tmp_path, monkeypatch):
+    for name in SPLIT_BY_US:
+        tree(name, tmp_path / name, monkeypatch)
+        train, test = (open_dataset(name, tmp_path / name, part) for part in ("train", "test"))
+        everything = sorted((tmp_path / name).rglob("*.jpg"))
+        assert len(train) + len(test) == len(everything) == len({*train.ids, *test.ids})
+        assert len(test) == max(1, round(len(everything) / 10)) and held_out(test) == "train"
+        assert (train.label, test.label) == (f"{name}/train-90pct-seed0", f"{name}/test-10pct-seed0")
+        assert "tenth" in train.note and "seed 0" in test.note
 
 
 def test_the_split_is_the_same_on_every_machine():

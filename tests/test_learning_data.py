@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from test_dataset_layouts import write_idx
 
 from pc_clip.core.config.settings import DataConfig, EmbedConfig, MixConfig
 from pc_clip.core.errors import UserError
@@ -39,14 +40,9 @@ def tsv(root, shades=SHADES, split="train"):
 def mnist(root="data/mnist", n=40):
     """Digits 0 to 9 in turn, whose brightness is their number."""
     folder = Path(root) / "MNIST" / "raw"
-    folder.mkdir(parents=True)
-    labels = np.arange(n, dtype=np.uint8) % 10
-    images = np.repeat(np.arange(n, dtype=np.uint8), 16).reshape(n, 4, 4)
     for part in ("train", "t10k"):
-        for name, array in (("images-idx3", images), ("labels-idx1", labels)):
-            shape = b"".join(k.to_bytes(4, "big") for k in array.shape)
-            content = bytes((0, 0, 8, array.ndim)) + shape + array.tobytes()
-            (folder / f"{part}-{name}-ubyte").write_bytes(content)
+        write_idx(folder / f"{part}-images-idx3-ubyte", np.repeat(np.arange(n, dtype=np.uint8), 16).reshape(n, 4, 4))
+        write_idx(folder / f"{part}-labels-idx1-ubyte", np.arange(n, dtype=np.uint8) % 10)
 
 
 def red(data, row):

@@ -139,9 +139,8 @@ def _require(name: str, reader: Reader, folder: Path) -> None:
 def held_out(data: Dataset) -> str | None:
     """The split to choose settings on: "val", else "train"; None where none is apart from `data`."""
     part = data.part or data.split
-    if part == "all":
-        return None  # every other split is inside it
-    return next((s for s in (beside(data, "val"), beside(data, "train")) if s not in (None, part)), None)
+    apart = (split for split in (beside(data, "val"), beside(data, "train")) if split not in (None, part))
+    return next(apart, None) if part != "all" else None  # every other split is inside that
 
 
 def beside(data: Dataset, split: str) -> str | None:
@@ -178,10 +177,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--download", metavar="NAME", help="Fetch this data set and unpack it.")
     parser.add_argument("--root", metavar="FOLDER", help="Where to, unless it is where the list says.")
     arguments = parser.parse_args(argv)
+    if arguments.root and not arguments.download:
+        raise UserError("--root goes with --download NAME; to read a data set from there, give it to run.py")
     if arguments.download:
         print(f"{arguments.download} is in {download(arguments.download, arguments.root)}")
-    elif arguments.root:
-        raise UserError("--root goes with --download NAME; to read a data set from there, give it to run.py")
     else:
         print(table())
 
