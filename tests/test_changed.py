@@ -165,7 +165,7 @@ def test_a_file_of_ones_own_may_lie_anywhere_and_name_pictures_by_whole_paths(tm
     assert re.fullmatch(r"changes/mine-[0-9a-f]{6}", data.label) and held_out(data) is None
     lines_tree(tmp_path / "mine")
     assert held_out(open_dataset("changes", tmp_path / "mine", "train")) == "val"
-    with pytest.raises(NoSplit, match=r"has no val \(\.jsonl\); found there: train\. One that lies elsewhere"):
+    with pytest.raises(NoSplit, match=r"has no val\.jsonl; found there: train\. One that lies elsewhere"):
         open_dataset("changes", tmp_path / "mine", "val")
 
 

@@ -40,6 +40,8 @@ class Captions(dict[str, tuple[str, tuple[str, ...]]]):
 def read_captions(path: str | Path) -> Captions:
     """Captions by image id from any of the formats, told apart by the file's ending. What is left out is logged."""
     path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no captions file at {path}. COCO's are in annotations_trainval2017.zip of cocodataset.org.")
     table = path.suffix.lower() in TABLES
     read = read_rewritten if path.suffix == ".jsonl" else read_simclip_tsv if table else read_coco_captions
     captions = read(path)

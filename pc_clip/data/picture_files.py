@@ -93,9 +93,10 @@ def find_list(root: Path, split: str, endings: Sequence[str]) -> tuple[Path, str
     path = next((p for p in (*usual, Path(split), root / split) if is_list(p, endings)), None)
     if path is None:
         present = sorted({p.stem for p in root.glob("*") if is_list(p, endings)})
+        file = split if split.lower().endswith(tuple(endings)) else f"{split}{endings[0]}"
         raise NoSplit(
-            f"{root} has no {split} ({', '.join(endings)}); found there: {', '.join(present) or 'none'}. One that lies "
-            f"elsewhere is named by its path: --data.split FILE{endings[0]} (--split for run.py)."
+            f"{root} has no {file}; found there: {', '.join(present) or 'none'}. One that lies elsewhere is named by its "
+            f"path: --data.split FILE{endings[0]} (--split for run.py)."
         )
     named = next((p for ending in endings if (p := root / f"{path.stem}{ending}").is_file()), None)
     if named and named.samefile(path):
