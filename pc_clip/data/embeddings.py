@@ -163,9 +163,7 @@ def embed_images(
     try:
         shards = _cached(clip, blocks(data), options, cache, Processes())
         if [key for shard in shards for key in shard.ids] == data.ids:
-            return Embeddings(
-                shards[0].z if len(shards) == 1 else Rows([shard.z for shard in shards]).whole(), data.ids
-            )
+            return Embeddings(Rows([shard.z for shard in shards]).whole(), data.ids)
         log.warning("%s holds other images than %s; computing them again", shards[0].path.parent, data.label)
     except (SafetensorError, OSError) as error:
         log.warning("the embeddings cannot be kept (%s); the next run computes them again", error)

@@ -95,8 +95,8 @@ def find_list(root: Path, split: str, endings: Sequence[str]) -> tuple[Path, str
         present = sorted({p.stem for p in root.glob("*") if is_list(p, endings)})
         file = split if split.lower().endswith(tuple(endings)) else f"{split}{endings[0]}"
         raise NoSplit(
-            f"{root} has no {file}; found there: {', '.join(present) or 'none'}. One that lies elsewhere is named by its "
-            f"path: --data.split FILE{endings[0]} (--split for run.py)."
+            f"{root} has no {file}; found there: {', '.join(present) or 'none'}. One that lies elsewhere is named by "
+            f"its path: --data.split FILE{endings[0]} (--split for run.py)."
         )
     named = next((p for ending in endings if (p := root / f"{path.stem}{ending}").is_file()), None)
     if named and named.samefile(path):
