@@ -156,7 +156,7 @@ def test_a_finetuned_checkpoint_through_its_export(keys, benchmark):
 THEIRS = {"t2i": "image_retrieval_recall", "i2t": "text_retrieval_recall"}  # their name says what is retrieved
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(3))
 def test_recall_of_random_embeddings_is_what_its_code_counts(seed):
     rng = np.random.default_rng(seed)
     each = rng.integers(1, 6, 40)  # captions an image
@@ -209,32 +209,23 @@ def captioned(tmp_path) -> int:
     return len(samples)
 
 
-@pytest.mark.parametrize(
-    ("told", "asked"),
-    [
-        ("--dataset wds/web --dataset_root web", "--dataset webdataset --root web"),
-        (
-            "--dataset mscoco_captions --dataset_root coco --annotation_file coco/captions_val2014.json",
-            "--dataset coco --root coco --split val2014",
-        ),
-        (
-            "--dataset mscoco_captions --dataset_root coco",
-            "--dataset coco --root coco/val2014 --split karpathy",
-        ),
-    ],
-)
-def test_retrieval_of_a_finetuned_checkpoint_through_its_export(captioned, told, asked):
+def test_retrieval_of_a_finetuned_checkpoint_through_its_export(captioned):
     loading.save_model(Path("runs/mine/model.safetensors"), perturbed(create_model("example"), 0.5))
     export.main(["runs/mine", "--out", "exported/mine"])
-    command = ["eval", *told.split(), "--task", "zeroshot_retrieval", "--model", "local-dir:exported/mine",
-               "--pretrained", "", "--recall_k", "1", "5", "10", "--no_amp", "--num_workers", "0",
-               "--batch_size", "8", "--output", "theirs.json"]  # fmt: skip
-    with torch.random.fork_rng():
-        benchmark_command.main(command)
-    theirs = json.loads(Path("theirs.json").read_text())["metrics"]
-    ours = measure(*asked.split(), "--checkpoint", "runs/mine", mode="retrieve")
-    assert ours["n"] == captioned == 32
-    for k in (1, 5, 10):
-        for name, other in THEIRS.items():
-            assert ours["metrics"][f"{name}_r{k}"] == pytest.approx(theirs[f"{other}@{k}"], abs=1e-6)
-    assert 0.1 < theirs["text_retrieval_recall@1"] < 1
+    coco = "--dataset mscoco_captions --dataset_root coco"
+    for theirs, ours in {
+        "--dataset wds/web --dataset_root web": "--dataset webdataset --root web",
+        f"{coco} --annotation_file coco/captions_val2014.json": "--dataset coco --root coco --split val2014",
+        coco: "--dataset coco --root coco/val2014 --split karpathy",
+    }.items():
+        command = ["eval", *theirs.split(), "--task", "zeroshot_retrieval", "--model", "local-dir:exported/mine",
+                   "--pretrained", "", "--recall_k", "1", "5", "10", "--no_amp", "--num_workers", "0",
+                   "--batch_size", "8", "--output", "theirs.json"]  # fmt: skip
+        with torch.random.fork_rng():
+            benchmark_command.main(command)
+        metrics = json.loads(Path("theirs.json").read_text())["metrics"]
+        result = measure(*ours.split(), "--checkpoint", "runs/mine", mode="retrieve")
+        assert result["n"] == captioned == 32 and 0.1 < metrics["text_retrieval_recall@1"] < 1
+        for k in (1, 5, 10):
+            for name, other in THEIRS.items():
+                assert result["metrics"][f"{name}_r{k}"] == pytest.approx(metrics[f"{other}@{k}"], abs=1e-6)

@@ -41,7 +41,7 @@ def test_sugar_crepe_is_scored_on_the_photographs_that_are_there():
     assert set(found.intervals) == set(found.metrics)
     assert found.details["sugarcrepe"]["kinds"]["swap_att"]["n"] == 2
     Path("empty").mkdir()
-    with pytest.raises(UserError, match="empty has no files of statements"):
+    with pytest.raises(UserError, match="no file of statements at empty"):
         compositional.evaluate(about([], TEXTS, images=["red0"], config=EvaluateConfig(statements=["empty"])))
 
 

@@ -17,13 +17,11 @@ from PIL import Image
 from scipy.io import savemat
 
 from pc_clip.core.errors import UserError
-from pc_clip.data import hash_split
 from pc_clip.data.class_text import FOLDER, class_names
-from pc_clip.data.registry import READERS, held_out, open_dataset, state
+from pc_clip.data.classification import SPLIT_BY_US, split_rows
+from pc_clip.data.registry import READERS, held_out, open_dataset
 from pc_clip.data.webdataset import find_tars, open_tar
 from pc_clip.models.torchvision_compat import torchvision
-
-SPLIT_BY_US = ("eurosat", "sun397", "awa2")
 
 
 def picture(path, shade=0):
@@ -33,9 +31,10 @@ def picture(path, shade=0):
     return path
 
 
-def write(path, text):
+def write(path, content):
+    """A text, or anything else as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
     return path
 
 
@@ -159,17 +158,18 @@ def pixels(values):
 
 def mnist_tree(root):
     folder = root / "MNIST" / "raw"
-    folder.mkdir(parents=True)
     for part, labels in (("train", [3, 1, 3]), ("t10k", [7, 0])):
-        for kind, array in (
-            ("images-idx3", np.arange(4 * len(labels)).reshape(-1, 2, 2)),
-            ("labels-idx1", np.array(labels)),
-        ):
-            sizes = b"".join(size.to_bytes(4, "big") for size in array.shape)
-            (folder / f"{part}-{kind}-ubyte").write_bytes(
-                bytes((0, 0, 8, array.ndim)) + sizes + array.astype(np.uint8).tobytes()
-            )
+        images = np.arange(4 * len(labels), dtype=np.uint8).reshape(-1, 2, 2)
+        write_idx(folder / f"{part}-images-idx3-ubyte", images)
+        write_idx(folder / f"{part}-labels-idx1-ubyte", np.array(labels, dtype=np.uint8))
     return folder
+
+
+def write_idx(path, array):
+    """MNIST's format."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sizes = b"".join(size.to_bytes(4, "big") for size in array.shape)
+    path.write_bytes(bytes((0, 0, 8, array.ndim)) + sizes + array.tobytes())
 
 
 def jpeg(shade, kind="jpeg"):
@@ -193,18 +193,15 @@ def shard(path, members):
     return path
 
 
-def webdataset_tree(root, nshards=True):
+def webdataset_tree(root):
     write(root / "classnames.txt", "cat\nhot dog\ncow\n")
     write(root / "zeroshot_classification_templates.txt", "a photo of a {c}.\n\nthe {c}\n")
     for n in range(11):  # more than ten: 10.tar comes after 9.tar
         ending, kind = (("jpg", "jpeg"), ("png", "png"), ("webp", "webp"))[n % 3]
-        shard(
-            root / "test" / f"{n}.tar",
-            {f"s{2 * n + k:07}.{e}": c for k in (0, 1) for e, c in (("cls", str(n % 3)), (ending, jpeg(20 * n, kind)))},
-        )
+        sample = {"cls": str(n % 3), ending: jpeg(20 * n, kind)}
+        shard(root / "test" / f"{n}.tar", {f"s{2 * n + k:07}.{e}": c for k in (0, 1) for e, c in sample.items()})
     shard(root / "train" / "0.tar", {"s0000000.jpg": jpeg(9), "s0000000.cls": "2"})
-    if nshards:
-        write(root / "test" / "nshards.txt", "11\n"), write(root / "train" / "nshards.txt", "1\n")
+    write(root / "test" / "nshards.txt", "11\n"), write(root / "train" / "nshards.txt", "1\n")
     return root
 
 
@@ -233,7 +230,7 @@ def test_a_set_opens_by_name_and_its_fingerprint_follows_files_and_split(name, t
     path = tree(name, tmp_path, monkeypatch)
     data, splits = open_dataset(name, tmp_path), READERS[name].splits
     (question,) = data.questions
-    assert state(name, tmp_path) == "found" and data.part == splits[-1]
+    assert READERS[name].state(tmp_path) == "found" and data.part == splits[-1]
     assert question.rows.tolist() == list(range(len(data))) and question.target.dtype == np.int64
     assert question.templates == ("This is a photo of a {}.",) and question.several == class_names(name).several
     own = {said: own for own, said in class_names(name).said.items()}
@@ -250,52 +247,50 @@ def test_a_set_opens_by_name_and_its_fingerprint_follows_files_and_split(name, t
         changed.load(next(n for n, key in enumerate(changed.ids) if str(path).endswith(key)))
 
 
-@pytest.mark.parametrize("name", TREES)
-def test_without_one_of_its_files_a_set_is_incomplete_and_says_which(name, tmp_path, monkeypatch):
-    for n, file in enumerate(READERS[name].files):
-        tree(name, tmp_path / str(n), monkeypatch)
-        folder = READERS[name].folder(tmp_path / str(n))
-        for path in folder.glob(file.split("|")[0]):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        assert state(name, tmp_path / str(n)).startswith("incomplete: no ")
-        lone = len(READERS[name].files) == 1
-        with pytest.raises(
-            UserError, match=r"is not at .*Fetch" if lone else rf"incomplete: no {re.escape(file)}\. Fetch"
-        ):
-            open_dataset(name, tmp_path / str(n))
+def test_without_one_of_its_files_a_set_is_incomplete_and_says_which(tmp_path, monkeypatch):
+    for name in TREES:
+        for n, file in enumerate(READERS[name].files):
+            root = tmp_path / name / str(n)
+            tree(name, root, monkeypatch)
+            for path in READERS[name].folder(root).glob(file.split("|")[0]):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            lone = len(READERS[name].files) == 1
+            said = r"is not at .*Fetch" if lone else rf"incomplete: no {re.escape(file)}\. Fetch"
+            with pytest.raises(UserError, match=said):
+                open_dataset(name, root)
 
 
-@pytest.mark.parametrize("name", ["cub", "flowers102", "food101"])
-def test_images_that_are_listed_but_absent_are_counted_and_the_first_is_named(name, tmp_path, monkeypatch):
-    path = tree(name, tmp_path, monkeypatch)
-    path.unlink()
-    with pytest.raises(UserError, match=rf"1 of the 3 images that {name} lists are absent, first .*{path.name}"):
-        open_dataset(name, tmp_path)
+def test_images_that_are_listed_but_absent_are_counted_and_the_first_is_named(tmp_path, monkeypatch):
+    for name in ("cub", "flowers102", "food101"):
+        path = tree(name, tmp_path, monkeypatch)
+        path.unlink()
+        with pytest.raises(UserError, match=rf"1 of the 3 pictures named in .* are absent, first .*{path.name}"):
+            open_dataset(name, tmp_path)
 
 
-@pytest.mark.parametrize("name", SPLIT_BY_US)
-def test_our_parts_are_disjoint_cover_everything_and_say_what_they_are(name, tmp_path, monkeypatch):
-    tree(name, tmp_path, monkeypatch)
-    train, test = (open_dataset(name, tmp_path, part) for part in ("train", "test"))
-    everything = sorted(p for p in tmp_path.rglob("*.jpg"))
-    assert len(train) + len(test) == len(everything) == len({*train.ids, *test.ids})
-    assert len(test) == max(1, round(len(everything) / 10)) and held_out(test) == "train"
-    assert (train.label, test.label) == (f"{name}/train-90pct-seed0", f"{name}/test-10pct-seed0")
-    assert "tenth" in train.note and "seed 0" in test.note
+def test_our_parts_are_disjoint_cover_everything_and_say_what_they_are(tmp_path, monkeypatch):
+    for name in SPLIT_BY_US:
+        tree(name, tmp_path / name, monkeypatch)
+        train, test = (open_dataset(name, tmp_path / name, part) for part in ("train", "test"))
+        everything = sorted((tmp_path / name).rglob("*.jpg"))
+        assert len(train) + len(test) == len(everything) == len({*train.ids, *test.ids})
+        assert len(test) == max(1, round(len(everything) / 10)) and held_out(test) == "train"
+        assert (train.label, test.label) == (f"{name}/train-90pct-seed0", f"{name}/test-10pct-seed0")
+        assert "tenth" in train.note and "seed 0" in test.note
 
 
 def test_the_split_is_the_same_on_every_machine():
     """The rows below were worked out once, from SHA-256 alone; they must never change."""
-    assert hash_split.split_rows([f"River/River_{n}.jpg" for n in range(40)], "test") == [1, 17, 30, 38]
+    assert split_rows([f"River/River_{n}.jpg" for n in range(40)], "test") == [1, 17, 30, 38]
 
 
-@given(st.sets(st.text("abc/.", min_size=1, max_size=6), min_size=1, max_size=60), st.randoms(), st.integers(0, 3))
-def test_the_split_does_not_depend_on_the_order_of_the_images(ids, shuffler, seed):
+@given(st.sets(st.text("abc/.", min_size=1, max_size=6), min_size=1, max_size=60), st.randoms())
+def test_the_split_does_not_depend_on_the_order_of_the_images(ids, shuffler):
     ids = sorted(ids)
     shuffled = ids[:]
     shuffler.shuffle(shuffled)
-    parts = {part: {ids[row] for row in hash_split.split_rows(ids, part, seed)} for part in ("train", "test", "all")}
-    assert parts == {p: {shuffled[row] for row in hash_split.split_rows(shuffled, p, seed)} for p in parts}
+    parts = {part: {ids[row] for row in split_rows(ids, part)} for part in ("train", "test", "all")}
+    assert parts == {part: {shuffled[row] for row in split_rows(shuffled, part)} for part in parts}
     assert parts["train"] | parts["test"] == parts["all"] == set(ids) and not parts["train"] & parts["test"]
 
 
@@ -329,29 +324,25 @@ def test_cub_joins_birds_and_attributes_by_number_and_name(tmp_path):
     assert known("cub", tmp_path / "two", "train") == before
 
 
-@pytest.mark.parametrize(
-    ("name", "file", "old", "new", "said"),
-    [
+def test_files_that_do_not_fit_are_an_error_with_the_file(tmp_path):
+    for name, file, old, new, said in [
         ("awa2", "predicate-matrix-binary.txt", "0 1 0\n", "", "has 2 rows, which do not go with the numbers of 3"),
         ("awa2", "predicate-matrix-binary.txt", "0 1 0", "0 1", "cannot be read|are not 0 or 1"),
         ("awa2", "predicate-matrix-binary.txt", "0 1 0", "0 2 0", "values that are not 0 or 1"),
         ("awa2", "classes.txt", "antelope", "grizzly+bear", "has grizzly.bear in two lines"),
         ("awa2", "classes.txt", "antelope", "ox", "images of '(antelope|ox)' are in one alone"),
         ("awa2", "predicates.txt", "       2\tbig", "big", "cannot be read|a number and a name in each line"),
-        ("cub", "classes.txt", "1 001", "4 001", "gives 001.* the label 1, .* another class than its folder's"),
-        ("cub", "image_class_labels.txt", "1 1", "1 2", "gives 001.* the label 2, .* another class"),
-        ("cub", "train_test_split.txt", "1 1\n", "", "has no line for image 1"),
-        ("cub", "train_test_split.txt", "1 1\n", "1 x\n", "has 'x', which is neither 0 nor 1"),
+        ("cub", "classes.txt", "1 001", "4 001", "image 1 is 001.*has the label 1"),
+        ("cub", "image_class_labels.txt", "1 1", "1 2", "image 1 is 001.*has the label 2"),
+        ("cub", "train_test_split.txt", "1 1\n", "", "image 1 is .* nan .0 or 1. in train_test_split"),
+        ("cub", "train_test_split.txt", "1 1\n", "1 x\n", "image 1 is .* x .0 or 1. in train_test_split"),
         ("cub", "images.txt", "1 001", "2 001", "has 2 in two lines"),
-    ],
-)  # fmt: skip
-def test_files_that_do_not_fit_are_an_error_with_the_file(tmp_path, monkeypatch, name, file, old, new, said):
-    tree(name, tmp_path, monkeypatch)
-    path = READERS[name].folder(tmp_path) / file
-    assert old in path.read_text()
-    write(path, path.read_text().replace(old, new, 1))
-    with pytest.raises(UserError, match=said):
-        open_dataset(name, tmp_path)
+    ]:
+        folder = (awa2_tree if name == "awa2" else cub_tree)(tmp_path)
+        assert old in (folder / file).read_text()
+        write(folder / file, (folder / file).read_text().replace(old, new, 1))
+        with pytest.raises(UserError, match=said):
+            open_dataset(name, tmp_path)
 
 
 def test_a_class_of_sun397_or_eurosat_without_images_is_an_error(tmp_path):
@@ -361,9 +352,6 @@ def test_a_class_of_sun397_or_eurosat_without_images_is_an_error(tmp_path):
     (eurosat_tree(tmp_path) / "Forest").mkdir()
     with pytest.raises(UserError, match="eurosat at .* Forest"):
         open_dataset("eurosat", tmp_path)
-    shutil.move(tmp_path / "SUN397", tmp_path / "mine")
-    with pytest.raises(UserError, match="mine must be called SUN397"):
-        open_dataset("sun397", tmp_path / "mine")
 
 
 def test_flowers_and_food_have_their_official_splits(tmp_path, monkeypatch):
@@ -415,10 +403,7 @@ def test_a_webdataset_is_read_where_it_is_in_the_order_of_its_shards(tmp_path):
     assert data.ids[0] == "0/s0000000.jpg" and data.ids[-1] == "10/s0000021.png"
     assert question.classes == ("cat", "hot dog", "cow") and question.several == ("a photo of a {}.", "the {}")
     assert question.target.tolist() == [n % 3 for n in range(11) for _ in (0, 1)]
-    assert [data.load(row).getpixel((2, 2))[0] for row in (6, 20)] == [
-        pytest.approx(60, abs=4),
-        pytest.approx(200, abs=4),
-    ]
+    assert [data.load(row).getpixel((2, 2))[0] for row in (6, 20)] == pytest.approx([60, 200], abs=4)
     (tmp_path / "test" / "10.tar").unlink()
     with pytest.raises(UserError, match="has 10 tar files, and .*nshards.txt says '11'"):
         open_dataset("webdataset", tmp_path)
@@ -433,21 +418,20 @@ def test_a_webdataset_for_retrieval_has_captions(tmp_path):
         open_dataset("webdataset", tmp_path)
 
 
-@pytest.mark.parametrize("harm", ["cut in data", "cut in a header", "no end", "zeros in the middle"])
-def test_a_damaged_tar_file_is_never_read_as_if_it_ended_there(tmp_path, harm):
+def test_a_damaged_tar_file_is_never_read_as_if_it_ended_there(tmp_path):
     path = webdataset_tree(tmp_path) / "train" / "0.tar"
     content = path.read_bytes()
     with tarfile.open(path) as tar:
         second = tar.getmembers()[1]
-    end = second.offset_data + 512
-    path.write_bytes({
-        "cut in data": content[: second.offset - 512],
-        "cut in a header": content[: second.offset + 100],
-        "no end": content[:end],
-        "zeros in the middle": content[: second.offset] + bytes(512) + content[second.offset :],
-    }[harm])  # fmt: skip
-    with pytest.raises(UserError, match=r"0\.tar is cut short or no tar file"):
-        open_dataset("webdataset", tmp_path, "train")
+    for damaged in (
+        content[: second.offset - 512],  # cut in data
+        content[: second.offset + 100],  # cut in a header
+        content[: second.offset_data + 512],  # no end
+        content[: second.offset] + bytes(512) + content[second.offset :],  # zeros in the middle
+    ):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"0\.tar is cut short or no tar file"):
+            open_dataset("webdataset", tmp_path, "train")
 
 
 def test_what_does_not_go_together_in_a_webdataset_is_an_error(tmp_path):
@@ -468,7 +452,9 @@ def test_tar_files_in_the_root_are_embedded_and_images_passed_over_are_counted(t
     path = shard(tmp_path / "00000.tar", {"a.jpg": jpeg(1), "b.txt": "x", "c.left.jpg": jpeg(2)})
     assert find_tars(tmp_path, None) == (tmp_path.name, [path]) and open_tar(path).ids == ["00000/a.jpg"]
     assert "1 images are passed over, first c.left.jpg" in caplog.text
-    with pytest.raises(UserError, match=r"its 1 tar files lie in .* itself\. To embed them, --data\.split null"):
+    with pytest.raises(
+        UserError, match="no split 'test'.*to embed the tar files in the folder itself, --data.split null"
+    ):
         open_dataset("webdataset", tmp_path)
 
 

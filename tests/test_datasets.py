@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 from conftest import SHARED
 from PIL import Image
+from test_dataset_layouts import write
 
 from pc_clip.core.errors import UserError
 from pc_clip.data import registry
@@ -26,12 +27,6 @@ real_data = pytest.mark.skipif(not REAL.is_dir(), reason="the real data are not 
 def picture(path, colour=(10, 20, 30), mode="RGB"):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (8, 6), colour).convert(mode).save(path)
-    return path
-
-
-def write(path, content):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
     return path
 
 
@@ -55,18 +50,17 @@ def test_what_is_not_known_or_not_there_says_what_to_do(tmp_path, capsys):
     (tmp_path / "data" / "cub").mkdir(parents=True)
     registry.main([])
     listed = capsys.readouterr().out
-    assert "cub                   incomplete  data/cub" in listed and "wget -c http://images.cocodataset.org" in listed
+    assert "cub                   not found   data/cub" in listed and "wget -c http://images.cocodataset.org" in listed
     assert all(f"\n{name} " in listed for name in registry.READERS)
 
 
-@pytest.mark.parametrize(
-    "name, part, chosen",
-    [("example", "test", "val"), ("example", "val", "train"), ("cifar10", "train", None), ("awa2", "all", None),
-     ("flowers102", "test", "val"), ("folder", "", None), ("spot_the_diff", "reformat_train", "reformat_val"),
-     ("changes", "mine", "val"), ("no reader", "test", None)],
-)  # fmt: skip
-def test_settings_are_chosen_on_images_that_are_not_reported_on(name, part, chosen):
-    assert registry.held_out(Dataset(name, f"{part}-renamed", [], print, "", part=part)) == chosen
+def test_settings_are_chosen_on_images_that_are_not_reported_on():
+    for name, part, chosen in [
+        ("example", "test", "val"), ("example", "val", "train"), ("cifar10", "train", None), ("awa2", "all", None),
+        ("flowers102", "test", "val"), ("folder", "", None), ("spot_the_diff", "reformat_train", "reformat_val"),
+        ("changes", "mine", "val"), ("no reader", "test", None),
+    ]:  # fmt: skip
+        assert registry.held_out(Dataset(name, f"{part}-renamed", [], print, "", part=part)) == chosen, name
 
 
 def test_the_example_has_true_answers_and_splits_apart(small_example):
@@ -92,31 +86,40 @@ def test_coco_captions_come_by_image_whatever_form_its_id_has_and_all_are_counte
     captions = read_coco_captions(path)
     assert captions == {"9": ("0.jpg", ("A cat.",)), "5": ("1.jpg", ("A dog.", "One dog", "?"))}
     assert captions.note == (
-        "c.json: 1 captions are empty; 1 annotations are of images that it does not list; "
+        "c.json: 1 annotations are of images that it does not list; 1 captions are empty; "
         "1 of 3 images have no caption; left out"
     )
 
 
-@pytest.mark.parametrize(
-    "content, said",
-    [
-        ("[", r"is not JSON"),
-        ([1], 'needs the lists "images" and "annotations"'),
-        (coco([1, 1.0], []), "two images have the id 1, 0.jpg and 1.jpg"),
-        (coco([1], [(1, None)]), "entry 0 of annotations lacks image_id or caption"),
-        (coco([1], [(None, "a")]), "entry 0 of annotations lacks"),
-        (
-            {"images": [{"id": 1, "file_name": None}], "annotations": []},
-            "entry 0 of images needs",
-        ),
-        ({"images": [], "annotations": [{"image_id": 1, "bbox": []}]}, "COCO's instances file"),
-        (coco([1], [(1, " ")]), r"holds no captions \(1 captions are empty"),
-    ],
-)
-def test_a_file_that_holds_no_coco_captions_says_why_in_a_line(tmp_path, content, said):
-    with pytest.raises(UserError, match=said) as raised:
-        read_captions(write(tmp_path / "c.json", content))
-    assert "\n" not in str(raised.value) and str(tmp_path / "c.json") in str(raised.value)
+def test_a_file_that_holds_no_captions_says_why_in_a_line(tmp_path):
+    for name, content, said in [
+        ("c.json", "[", r"is not JSON"),
+        ("c.json", [1], "must hold an object"),
+        ("c.json", {}, "no COCO captions file: it must be an object with images, annotations"),
+        ("c.json", coco([1, 1.0], []), "entry 1 of images needs an id that no other image has, found 1.0"),
+        ("c.json", coco([1], [(1, None)]), "entry 0 of annotations: caption must be a text"),
+        ("c.json", coco([1], [(None, "a")]), "entry 0 of annotations needs an image_id"),
+        ("c.json", {"images": [{"id": 1, "file_name": None}], "annotations": []}, "entry 0 of images: file_name must"),
+        ("c.json", {"images": [], "annotations": [{"image_id": 1, "bbox": []}]}, r"captions_\*.json is wanted"),
+        ("c.json", coco([1], [(1, " ")]), r"holds no captions \(1 captions are empty"),
+        ("t.tsv", "image,caption1\na.jpg,A dog\n", r"apart by tabs; found image,caption1"),
+        ("t.tsv", "image\tcaption_id\na.jpg\tA dog\n", r"caption1, caption2.*found image, caption_id"),
+        ("t.tsv", "image\tcaption1\na.jpg\t\n", r"holds no captions"),
+        ("t.tsv", "", r"is no tab-separated table, or it is empty"),
+        ("t.tsv", "image\tcaption1\na\tA dog\n\nb\tA cat\tOne cat\n", r", line 4: 3 fields, but .* 2 columns"),
+        ("t.tsv", "image\tcaption1\na.jpg\tA dog\n\tA cat\n", r", line 3: image must name an image"),
+        ("t.tsv", "image\tcaption1\na.jpg\tA dog\na.jpg\tA cat\n", r"line 3: a second row for 'a\.jpg'"),
+        ("t.tsv", 'image\tcaption1\na.jpg\t"A\ndog"\nb.jpg\t"A cat\n', r"line 3: one field only; is a quote"),
+        ("t.jsonl", {"image": "a", "text": None}, "line 1: text must be a text"),
+        ("t.jsonl", "{", "line 1 is not JSON"),
+        ("t.jsonl", [1], "line 1 must be an object with image, text"),
+    ]:
+        with pytest.raises(UserError, match=said) as raised:
+            read_captions(write(tmp_path / name, content))
+        assert "\n" not in str(raised.value) and str(tmp_path / name) in str(raised.value)
+    (tmp_path / "c.jsonl").write_bytes('{"image": "a", "text": "café"}'.encode("latin-1"))
+    with pytest.raises(UserError, match=r"c\.jsonl is no UTF-8 text"):
+        read_captions(tmp_path / "c.jsonl")
 
 
 SAID = ['A sign that says "STOP"', '"STOP" it says', '"a" and "b"', '"', '""', "5' 2\"", "plain", '"all"', "two\nlines"]
@@ -147,40 +150,16 @@ def test_a_table_is_read_by_its_columns_and_nan_is_no_caption(tmp_path):
     assert captions.note == "t.tsv: 1 of 3 images have no caption; left out"
 
 
-@pytest.mark.parametrize(
-    "text, said",
-    [
-        ("image,caption1\na.jpg,A dog\n", r"found image,caption1 \(one column: separate them by tabs\)"),
-        ("image\tcaption_id\na.jpg\tA dog\n", r"caption1, caption2.*found image, caption_id"),
-        ("image\tcaption1\na.jpg\t\n", r"t\.tsv holds no captions"),
-        ("", r"t\.tsv is no tab-separated table: it is empty"),
-        ("image\tcaption1\na.jpg\tA dog\n\nb.jpg\tA cat\tOne cat\n", r"t\.tsv, line 4: 3 fields, but .* 2 columns"),
-        ("image\tcaption1\na.jpg\tA dog\n\tA cat\n", r"t\.tsv, line 3: no image is named, in 'A cat'"),
-        ("image\tcaption1\na.jpg\tA dog\na.jpg\tA cat\n", r"line 3: a second row for 'a\.jpg'"),
-        ('image\tcaption1\na.jpg\t"A\ndog"\nb.jpg\t"A cat\n', r"line 3: one field only; is a quote before it"),
-    ],
-)
-def test_a_table_that_cannot_be_used_is_an_error_that_says_why(tmp_path, text, said):
-    with pytest.raises(UserError, match=said):
-        read_captions(write(tmp_path / "t.tsv", text))
-
-
 def test_rewritten_captions_are_a_json_a_line(tmp_path):
     lines = [{"image": "a", "text": "A  dog"}, {"image": 7, "text": "A cat"}, {"image": "a", "text": " "}]
     captions = read_captions(write(tmp_path / "c.jsonl", "".join(json.dumps(line) + "\n" for line in lines)))
     assert captions == {"a": ("", ("A dog",)), "7": ("", ("A cat",))} and "1 captions are empty" in captions.note
-    for line in ('{"image": "a", "text": null}', "{", "[1]"):
-        with pytest.raises(UserError, match=r"c\.jsonl, line 1: wanted JSON with image and text, found"):
-            read_captions(write(tmp_path / "c.jsonl", line))
-    (tmp_path / "c.jsonl").write_bytes('{"image": "a", "text": "café"}'.encode("latin-1"))
-    with pytest.raises(UserError, match=r"c\.jsonl is no UTF-8 text"):
-        read_captions(tmp_path / "c.jsonl")
 
 
 @pytest.mark.parametrize("pictures", ["mini", "images/mini", "images", "."])
 def test_captions_are_opened_with_their_pictures_or_count_those_absent(tmp_path, pictures):
     write(tmp_path / "annotations" / "captions_mini.json", coco([4, 5], [(4, "A dog"), (5, "A cat")]))
-    write(tmp_path / "mini.TSV", "image\tcaption1\n0.jpg\tA dog\n1.jpg\tA cat\n")
+    write(tmp_path / "mini.tsv", "image\tcaption1\n0.jpg\tA dog\n1.jpg\tA cat\n")
     for n in (0, 1):
         picture(tmp_path / pictures / f"{n}.jpg", (100 * n, 0, 0))
     for name, ids in (("coco", ["4", "5"]), ("tsv", ["0.jpg", "1.jpg"])):
@@ -190,7 +169,7 @@ def test_captions_are_opened_with_their_pictures_or_count_those_absent(tmp_path,
     before = data.fingerprint
     (tmp_path / pictures / "1.jpg").unlink()
     for name in ("coco", "tsv"):
-        with pytest.raises(UserError, match=r"1 of the 2 pictures in .*first 1\.jpg.*--data\.missing skip \(--missing"):
+        with pytest.raises(UserError, match=r"1 of the 2 pictures named in .*1\.jpg.*--data\.missing skip \(--missing"):
             open_dataset(name, tmp_path, "mini")
         data = open_dataset(name, tmp_path, "mini", missing="skip")
         assert len(data) == 1 and data.fingerprint != before and data.note.endswith("are absent and left out")
@@ -221,45 +200,42 @@ def test_the_published_captions_and_photographs():
 
 
 def test_a_folder_of_folders_has_a_question_about_its_classes(tmp_path):
-    for name in ("pets/hot_dog/a.png", "pets/hot_dog/deep/b.JFIF", "pets/cat/c.ppm", "pets/cat/.thumb.png"):
-        picture(tmp_path / "x.png").replace(tmp_path / "y.png")
+    for name in ("hot_dog/a.png", "hot_dog/deep/b.JFIF", "cat/c.ppm", "cat/.thumb.png"):
         picture((tmp_path / name).with_suffix(".png")).rename(tmp_path / name)
-    (tmp_path / "y.png").unlink()
-    write(tmp_path / "pets" / "cat" / "notes.txt", "x")
-    data = open_dataset("folder", tmp_path)  # the one folder in it is entered
+    write(tmp_path / "cat" / "notes.txt", "x")
+    data = open_dataset("folder", tmp_path)
     (question,) = data.questions
     assert data.ids == ["cat/c.ppm", "hot_dog/a.png", "hot_dog/deep/b.JFIF"] and question.target.tolist() == [0, 1, 1]
     assert question.classes == ("cat", "hot dog") and data.label == f"folder/{tmp_path.name}"
     assert data.note == "1 other files are not read (.txt)"
     fingerprint = data.fingerprint
-    picture(tmp_path / "pets" / "loose.png")
+    picture(tmp_path / "loose.png")
     data = open_dataset("folder", tmp_path)
     assert data.questions == () and "in folders and beside them" in data.note and data.fingerprint != fingerprint
-
-
-def test_a_split_is_a_folder_in_any_case_that_has_to_be_named(tmp_path):
-    for name in ("Train/cat/a.png", "Train/dog/b.png", "Test/cat/c.png"):
-        picture(tmp_path / "set" / name)
-    data = open_dataset("folder", tmp_path, "train")
-    assert (data.ids, data.part, data.questions[0].classes) == (["cat/a.png", "dog/b.png"], "train", ("cat", "dog"))
-    with pytest.raises(UserError, match=r"has a folder a split \(Test, Train\); say which with --split"):
-        open_dataset("folder", tmp_path)
-    with pytest.raises(UserError, match="there is no folder .* for the split 'dev'"):
-        open_dataset("folder", tmp_path, "dev")
+    alone = open_dataset("folder", tmp_path / "hot_dog" / "deep" / "..")
+    assert len(alone) == 2 and alone.questions == ()
+    picture(tmp_path / "pets" / "all" / "cat" / "a.png")
+    alone = open_dataset("folder", tmp_path / "pets")
+    assert alone.questions == () and "in folders of all alone, so no classes" in alone.note
 
 
 def test_folders_that_would_be_read_wrongly_are_refused(tmp_path):
-    for name in ("a/hot_disc/a.png", "a/hot disc/a.png", "b/cat/a.png", "b/bird/x.txt", "c/cat/a.png", "d/x.txt"):
+    for name in ("a/hot_disc/a.png", "a/hot disc/a.png", "b/cat/a.png", "b/bird/x.txt", "c/cat/a.png", "d/x.txt",
+                 "e/Train/cat/a.png", "e/Train/dog/b.png", "e/Test/cat/c.png"):  # fmt: skip
         (picture if name.endswith("png") else lambda path: write(path, "x"))(tmp_path / name)
     os.symlink(tmp_path / "c", tmp_path / "c" / "cat" / "back")
-    for root, said in {
-        "a": "two folders of .* are both the class 'hot disc'",
-        "b": "no images in the class folders bird; fill or remove",
-        "c": "the link .*back leads back",
-        "d": r"holds no images \(.*\.avif.*\.jpg",
-    }.items():
+    for root, split, said in [
+        ("a", None, "two folders of .* are both the class 'hot disc'"),
+        ("b", None, "no images in the class folders bird; fill or remove"),
+        ("c", None, "back leads to .*, which is read already; remove the link"),
+        ("d", None, r"holds no images \(.*\.avif.*\.jpg"),
+        ("e", None, r"has a folder a split \(Test, Train\); say which with --split"),
+        ("e", "dev", "there is no folder .* for the split 'dev'"),
+    ]:
         with pytest.raises(UserError, match=said):
-            open_dataset("folder", tmp_path / root)
+            open_dataset("folder", tmp_path / root, split)
+    data = open_dataset("folder", tmp_path / "e", "Train")
+    assert (data.ids, data.part, data.questions[0].classes) == (["cat/a.png", "dog/b.png"], "Train", ("cat", "dog"))
 
 
 def test_pictures_of_more_than_8_bits_are_scaled_and_not_cut_off(tmp_path):
@@ -282,29 +258,20 @@ def test_pictures_of_more_than_8_bits_are_scaled_and_not_cut_off(tmp_path):
         assert read_image(picture(tmp_path / f"{mode}.png", mode=mode)).mode == "RGB"
 
 
-@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO, errno.EACCES])
-def test_only_what_was_read_and_does_not_decode_is_a_broken_image(tmp_path, monkeypatch, number):
+def test_only_what_was_read_and_does_not_decode_is_a_broken_image(tmp_path, monkeypatch):
     path = picture(tmp_path / "a.png")
     whole = path.read_bytes()
     for content in (b"no image", whole[:40], whole[:-30]):
         path.write_bytes(content)
         with pytest.raises(BrokenImage, match=r"a\.png cannot be read as an image"):
             read_image(path)
-
-    def fail(self, *_):
-        raise OSError(number, os.strerror(number), str(self))
-
-    monkeypatch.setattr(Path, "read_bytes", fail)
-    with pytest.raises(UserError, match=rf"a\.png cannot be read \({os.strerror(number)}\)") as caught:
-        read_image(path)
-    assert not isinstance(caught.value, BrokenImage)
-
-
-def test_memory_that_was_not_there_is_no_fault_of_the_image(tmp_path, monkeypatch):
-    def fail(self, mode):
-        raise OSError("out of memory when reading image file")
-
-    path = picture(tmp_path / "a.png")
-    monkeypatch.setattr(Image.Image, "convert", fail)
+    path.write_bytes(whole)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", lambda self: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error")))
+        with pytest.raises(UserError, match=r"a\.png cannot be read \(Input/output error\)") as caught:
+            read_image(path)
+        assert not isinstance(caught.value, BrokenImage)
+    without = OSError("out of memory when reading image file")
+    monkeypatch.setattr(Image.Image, "convert", lambda self, mode: (_ for _ in ()).throw(without))
     with pytest.raises(MemoryError, match=r"a\.png"):
         read_image(path)

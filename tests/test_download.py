@@ -11,7 +11,7 @@ from test_dataset_layouts import awa2_tree
 
 from pc_clip.core.errors import UserError
 from pc_clip.data import download
-from pc_clip.data.registry import main, open_dataset, state
+from pc_clip.data.registry import READERS, main, open_dataset
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def test_a_set_is_downloaded_once_unpacked_and_opened(tmp_path, address, monkeyp
         if root == "wrong":
             with pytest.raises(UserError, match=r"a\.zip was not fetched: .*hash.* wget -c -P wrong http"):
                 main(["--download", "awa2", "--root", root])
-            assert state("awa2", root).startswith("incomplete")
+            assert READERS["awa2"].state(Path(root)) == "not found"
     main(["--download", "awa2"])
     assert capsys.readouterr().out.endswith("awa2 is in data/awa2\n") and len(open_dataset("awa2", split="all")) == 12
     monkeypatch.setitem(download.ARCHIVES, "awa2", [("http://nowhere", "Animals_with_Attributes2", None)])
@@ -41,9 +41,10 @@ def test_a_set_is_downloaded_once_unpacked_and_opened(tmp_path, address, monkeyp
 
 
 def test_what_cannot_be_downloaded_is_an_error():
-    with pytest.raises(UserError, match=r"folder cannot be downloaded\. Put"):
-        main(["--download", "folder"])
-    with pytest.raises(UserError, match="Did you mean 'awa2'"):
-        main(["--download", "awa1"])
-    with pytest.raises(UserError, match="--root goes with --download"):
-        main(["--root", "x"])
+    for flags, said in [
+        (["--download", "folder"], r"folder cannot be downloaded\. Put"),
+        (["--download", "awa1"], "Did you mean 'awa2'"),
+        (["--root", "x"], "--root goes with --download"),
+    ]:
+        with pytest.raises(UserError, match=said):
+            main(flags)

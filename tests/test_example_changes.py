@@ -219,9 +219,9 @@ def test_pairs_that_are_kept_are_those_that_were_found(monkeypatch):
 
 def test_the_same_pairs_every_time_and_none_in_two_splits(monkeypatch):
     monkeypatch.setattr(example_sets, "CHANGES_SIZES", {"train": 30, "val": 20, "test": 20})
-    one = example_sets.open_changes(None, "val")
+    one = example_changes("val")
     changes.pair.cache_clear()
-    again = example_sets.open_changes(None, "val")
+    again = example_changes("val")
     assert one.changes == again.changes and one.fingerprint == again.fingerprint and one.label == "example_changes/val"
     assert np.array_equal(np.asarray(one.load(7)), np.asarray(again.load(7)))
     assert one.fingerprint != example_changes("val", 19).fingerprint

@@ -354,5 +354,5 @@ def test_training_goes_on_from_the_released_files_without_a_picture(example_clip
     assert (run / "model.safetensors").is_file()
     assert "taken on trust" in caplog.text
     assert json.loads((run / "environment.json").read_text())["data"]["embeddings"]
-    with pytest.raises(UserError, match="pictures in .* are not in"):
+    with pytest.raises(UserError, match="pictures named in .* are absent"):
         finetune.main([*config, "--name", "other"])

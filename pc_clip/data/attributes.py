@@ -19,7 +19,7 @@ attributes are found by name, never by position:
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +33,11 @@ from pc_clip.data.dataset import Attribute, Dataset, Question
 
 FOLDER = package_data(Path(__file__).with_name("attributes"))
 _WORDS = ("more", "less", "high", "low")
-_KEYS = {*_WORDS, "high_classes", "low_classes", "graded", "minus", "gap"}
 
 
 def tasks_of(dataset: str) -> list[str]:
     """The tasks that are defined on a data set."""
-    return [path.stem for path in sorted(FOLDER.glob("*.yaml")) if _read(path)["dataset"] == dataset]
+    return [path.stem for path in sorted(FOLDER.glob("*.yaml")) if read_task(path)["dataset"] == dataset]
 
 
 def of(data: Dataset, config: EvaluateConfig) -> tuple[Attribute, ...]:
@@ -63,32 +62,25 @@ def read(path: Path, data: Dataset) -> list[Attribute]:
 
     Raises UserError for a class or a graded attribute that the data set does not have.
     """
-    found = _read(path)
+    attributes = read_task(path)["attributes"]
     if not data.questions:
         raise UserError(f"{path} asks about classes, and {data.label} has none")
-    question, attributes = data.questions[0], found["attributes"]
-    alone = len(attributes) == 1
-    named = [(path.stem if alone else f"{path.stem}_{name}", about) for name, about in attributes.items()]
-    return [
-        Attribute(
-            name,
-            _by_image(_by_class(about, question, f"{path}: {name}"), question, len(data)),
-            *(about[word] for word in _WORDS),
-            gap=float(about.get("gap", 0.5)),
-            task=path.stem,
-        )
-        for name, about in named
-    ]
+    question, read = data.questions[0], []
+    for name, about in attributes.items():
+        value = np.full(len(data), np.nan)
+        value[question.rows] = _by_class(about, question, f"{path}: {name}")[question.target]
+        name = path.stem if len(attributes) == 1 else f"{path.stem}_{name}"
+        sentences = (about[word] for word in _WORDS)
+        read.append(Attribute(name, value, *sentences, gap=float(about.get("gap", 0.5)), task=path.stem))
+    return read
 
 
 def _by_class(about: dict[str, Any], question: Question, where: str) -> np.ndarray:
     """What is known of each class.  -> [classes], NaN where nothing is"""
-    value = np.full(len(question.classes), np.nan)
     if "graded" in about:
-        value[:] = _graded(about["graded"], question, where)
-        if "minus" in about:
-            value -= _graded(about["minus"], question, where)
-        return value
+        value = _graded(about["graded"], question, where)
+        return value - _graded(about["minus"], question, where) if "minus" in about else value
+    value = np.full(len(question.classes), np.nan)
     place = {name: n for n, name in enumerate(question.classes)}
     for key, amount in (("high_classes", 1.0), ("low_classes", 0.0)):
         for name in about[key]:
@@ -107,27 +99,14 @@ def _graded(attribute: str, question: Question, where: str) -> np.ndarray:
     return np.array([of_class.get(name, np.nan) for name in question.classes])
 
 
-def _by_image(of_class: np.ndarray, question: Question, images: int) -> np.ndarray:
-    value = np.full(images, np.nan)
-    value[question.rows] = of_class[question.target]
-    return value
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return _parse(path.read_text(encoding="utf-8"), path)
-
-
-@lru_cache
-def _parse(text: str, path: Path) -> dict[str, Any]:
-    """Cached by the text, because every evaluation asks which tasks there are. Nobody may change what it returns."""
-    content = yaml.safe_load(text)
+@cache
+def read_task(path: Path) -> dict[str, Any]:
+    """The content of a task's file, which nobody may change: every evaluation asks which tasks there are."""
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(content, dict) or {"dataset", "attributes"} - content.keys():
         raise UserError(f"{path} is no attribute task: it needs dataset and attributes")
     for name, about in content["attributes"].items():
-        missing, extra = set(_WORDS) - about.keys(), about.keys() - _KEYS
-        if missing or extra:
-            what = f"lacks {', '.join(sorted(missing))}" if missing else f"has the unknown {', '.join(sorted(extra))}"
-            raise UserError(f"{path}: {name} {what}")
-        if "graded" not in about and not {"high_classes", "low_classes"} <= about.keys():
-            raise UserError(f"{path}: {name} needs high_classes and low_classes, or graded")
+        needed = {*_WORDS, "graded"} if "graded" in about else {*_WORDS, "high_classes", "low_classes"}
+        if wrong := sorted((needed - about.keys()) | (about.keys() - needed - {"minus", "gap"})):
+            raise UserError(f"{path}: {name} lacks, or has beside {', '.join(sorted(needed))}: {', '.join(wrong)}")
     return content

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import logging
 import os
 import re
 from collections import Counter
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 from pc_clip.core.errors import UserError
-from pc_clip.data.dataset import Dataset, digest, first_file, read_file, read_text
+from pc_clip.data.dataset import Dataset, NoSplit, digest
+from pc_clip.data.picture_files import OR_SKIP, find_list, find_pictures
+from pc_clip.data.text_files import image_name, json_lines, read_json, read_text, with_keys, words
 
 log = logging.getLogger(__name__)
 
@@ -25,10 +24,14 @@ class Captions(dict[str, tuple[str, tuple[str, ...]]]):
     """Image id -> (file name, its captions, at least one). note: what was left out, counted by reason."""
 
     def __init__(self, path: Path, entries: dict[str, tuple[str, list[str]]], left_out: Counter[str]) -> None:
-        super().__init__({key: (file, tuple(texts)) for key, (file, texts) in entries.items() if texts})
-        if without := len(entries) - len(self):
-            left_out[f"of {len(entries)} images have no caption"] += without
-        counts = "; ".join(f"{count} {reason}" for reason, count in left_out.items())
+        """entries: all captions as they are written; those without a word are left out and counted."""
+        super().__init__()
+        for key, (file, texts) in entries.items():
+            if kept := tuple(filter(None, texts)):
+                self[key] = file, kept
+            left_out["captions are empty"] += len(texts) - len(kept)
+        left_out[f"of {len(entries)} images have no caption"] += len(entries) - len(self)
+        counts = "; ".join(f"{count} {reason}" for reason, count in left_out.items() if count)
         self.note = f"{path.name}: {counts}; left out" if counts else ""
         if not self:
             raise UserError(f"{path} holds no captions ({counts or 'it is empty'})")
@@ -37,26 +40,14 @@ class Captions(dict[str, tuple[str, tuple[str, ...]]]):
 def read_captions(path: str | Path) -> Captions:
     """Captions by image id from any of the formats, told apart by the file's ending. What is left out is logged."""
     path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no captions file at {path}. COCO's are in annotations_trainval2017.zip of cocodataset.org.")
     table = path.suffix.lower() in TABLES
     read = read_rewritten if path.suffix == ".jsonl" else read_simclip_tsv if table else read_coco_captions
     captions = read(path)
     if captions.note:
         log.warning("%s", captions.note)
     return captions
-
-
-def _text(path: Path) -> str:
-    if not path.is_file():
-        raise UserError(f"no captions file at {path}. COCO's are in annotations_trainval2017.zip of cocodataset.org.")
-    return read_text(path)
-
-
-def _spaced(text: str) -> str:
-    """With single spaces. JSON may hold half a surrogate pair, which cannot be written again."""
-    return " ".join(text.encode("utf-8", "replace").decode().split())
-
-
-# -- the formats -----------------------------------------------------------------------------------------
 
 
 def image_id(value: object) -> str | None:
@@ -71,39 +62,26 @@ def image_id(value: object) -> str | None:
 
 def read_coco_captions(path: Path) -> Captions:
     """A COCO captions file. Raises UserError that names the entry which is not what it should be."""
-    try:
-        content = json.loads(_text(path))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON ({error}); fetch it again, it may have been cut short") from error
-    lists = [content.get(kind) for kind in ("images", "annotations")] if isinstance(content, dict) else [None]
-    if not all(isinstance(each, list) for each in lists):
-        raise UserError(f'{path} is no COCO captions file: it needs the lists "images" and "annotations"')
+    content = with_keys(read_json(path, dict), f"{path} is no COCO captions file: it", ("images", "annotations"))
     entries: dict[str, tuple[str, list[str]]] = {}
-    for n, image in enumerate(lists[0]):
-        key, name = _fields(image, "id", "file_name")
-        if (key := image_id(key)) is None or not isinstance(name, str) or not name:
-            raise UserError(f"{path}: entry {n} of images needs an id and a file_name: {str(image)[:80]}")
+    for n, image in enumerate(content["images"]):
+        where = f"{path}: entry {n} of images"
+        key = image_id(with_keys(image, where, ("id", "file_name"))["id"])
+        if key is None or key in entries:
+            raise UserError(f"{where} needs an id that no other image has, found {image['id']!r}")
+        entries[key] = (words(image["file_name"], where, "file_name"), [])
+    elsewhere = 0
+    for n, annotation in enumerate(content["annotations"]):
+        where = f"{path} (captions_*.json is wanted): entry {n} of annotations"
+        key = image_id(with_keys(annotation, where, ("image_id", "caption"))["image_id"])
+        text = words(annotation["caption"], where, "caption", may_be_empty=True)
+        if key is None:
+            raise UserError(f"{where} needs an image_id, found {annotation['image_id']!r}")
         if key in entries:
-            raise UserError(f"{path}: two images have the id {key}, {entries[key][0]} and {name}; mend one")
-        entries[key] = (name, [])
-    left_out: Counter[str] = Counter()
-    for n, annotation in enumerate(lists[1]):
-        key, text = _fields(annotation, "image_id", "caption")
-        if (key := image_id(key)) is None or not isinstance(text, str):
-            is_other = not any(isinstance(a, dict) and "caption" in a for a in lists[1])
-            hint = " (COCO's instances file? captions_*.json is wanted)" if is_other else ""
-            raise UserError(f"{path}: entry {n} of annotations lacks image_id or caption: {str(annotation)[:80]}{hint}")
-        if key not in entries:
-            left_out["annotations are of images that it does not list"] += 1
-        elif text := _spaced(text):
             entries[key][1].append(text)
         else:
-            left_out["captions are empty"] += 1
-    return Captions(path, entries, left_out)
-
-
-def _fields(entry: Any, *names: str) -> list[Any]:
-    return [entry.get(name) if isinstance(entry, dict) else None for name in names]
+            elsewhere += 1
+    return Captions(path, entries, Counter({"annotations are of images that it does not list": elsewhere}))
 
 
 def read_simclip_tsv(path: Path) -> Captions:
@@ -114,24 +92,25 @@ def read_simclip_tsv(path: Path) -> Captions:
     (_, head), *rows = _rows(path)
     columns = [n for n, name in enumerate(head) if re.fullmatch(r"caption\d*", name)]
     if "image" not in head or not columns:
-        apart = " (one column: separate them by tabs)" if len(head) == 1 else ""
         raise UserError(
-            f"{path} needs a column image and columns caption1, caption2, ...; found {', '.join(head)}{apart}"
+            f"{path} needs a column image and columns caption1, caption2, ..., apart by tabs; found {', '.join(head)}"
         )
     image = head.index("image")
     named = head.index("id") if "id" in head else image
     entries: dict[str, tuple[str, list[str]]] = {}
     for line, row in rows:
+        where = f"{path}, line {line}"
+        if len(row) == 1 < len(head):
+            raise UserError(f"{where}: one field only; is a quote before it not closed?")
         if any(field.strip() for field in row[len(head) :]):
-            raise UserError(f"{path}, line {line}: {len(row)} fields, but the first line names {len(head)} columns")
+            raise UserError(f"{where}: {len(row)} fields, but the first line names {len(head)} columns")
         row += [""] * (len(head) - len(row))
-        if not row[image].strip():
-            raise UserError(f"{path}, line {line}: no image is named, in {' '.join(row).strip()[:80]!r}")
-        key = row[named] or row[image]
+        file = image_name(row[image], where, "image")
+        key = row[named] or file
         if key in entries:
-            raise UserError(f"{path}, line {line}: a second row for {key!r}; put all captions of an image into one row")
-        texts = [_spaced(row[n]) for n in columns]
-        entries[key] = (row[image], [text for text in texts if text and text.lower() != "nan"])
+            raise UserError(f"{where}: a second row for {key!r}; put all captions of an image into one row")
+        texts = [words(row[n], where, head[n], may_be_empty=True) for n in columns]
+        entries[key] = (file, [text for text in texts if text and text.lower() != "nan"])
     return Captions(path, entries, Counter())
 
 
@@ -141,18 +120,16 @@ def _rows(path: Path) -> list[tuple[int, list[str]]]:
     Fields in quotes are read as pandas writes them, line breaks and all. SimCLIP's own tables have captions with a lone
     quote, which would swallow the rows after it, tabs too: where that happens, quotes are read as characters.
     """
-    text = _text(path)
+    text = read_text(path)
     rows = _csv(text, csv.QUOTE_MINIMAL)
     if rows is None or any("\t" in field and "\n" in field for _, row in rows for field in row):
-        rows = _csv(text, csv.QUOTE_NONE)
         quoted = re.compile(r'"(?:[^"]|"")*"')
-        rows = rows and [
-            (n, [f[1:-1].replace('""', '"') if quoted.fullmatch(f) else f for f in row]) for n, row in rows
+        rows = [
+            (line, [f[1:-1].replace('""', '"') if quoted.fullmatch(f) else f for f in row])
+            for line, row in _csv(text, csv.QUOTE_NONE) or ()
         ]
-        if lone := next((n for n, row in rows or [] if len(row) == 1 < len(rows[0][1])), None):
-            raise UserError(f"{path}, line {lone}: one field only; is a quote before it not closed?")
     if not rows:
-        raise UserError(f"{path} is no tab-separated table: it is empty, or holds bytes that are no text")
+        raise UserError(f"{path} is no tab-separated table, or it is empty")
     return rows
 
 
@@ -167,101 +144,53 @@ def _csv(text: str, quoting: int) -> list[tuple[int, list[str]]] | None:
 def read_rewritten(path: Path) -> Captions:
     """Captions that generate_diffs.py --task rewrite wrote, a JSON a line with image and text; no file names."""
     entries: dict[str, tuple[str, list[str]]] = {}
-    left_out: Counter[str] = Counter()
-    for number, line in enumerate(_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            key, text = _fields(json.loads(line), "image", "text")
-        except json.JSONDecodeError:
-            key = text = None
-        if not isinstance(text, str) or isinstance(key, bool) or not isinstance(key, int | str):
-            raise UserError(f"{path}, line {number}: wanted JSON with image and text, found {line[:80]!r}")
-        texts = entries.setdefault(str(key), ("", []))[1]
-        if text := _spaced(text):
-            texts.append(text)
-        else:
-            left_out["captions are empty"] += 1
-    return Captions(path, entries, left_out)
-
-
-# -- the data sets ---------------------------------------------------------------------------------------
+    for where, entry in json_lines(path, ("image", "text")):
+        texts = entries.setdefault(image_name(entry["image"], where, "image"), ("", []))[1]
+        texts.append(words(entry["text"], where, "text", may_be_empty=True))
+    return Captions(path, entries, Counter())
 
 
 def open_coco(root: Path, split: str, missing: str = "error") -> Dataset:
     """COCO's layout: {root}/[annotations/]captions_{split}.json, pictures in {root}/{split}/.
 
-    missing: an absent picture is an "error", or its image is left out ("skip"), or kept until it is looked at
-    ("keep", for embeddings that were made elsewhere).
+    missing: as for `find_pictures`.
     """
     folders = (root / "annotations", root)
     path = next((p for folder in folders if (p := folder / f"captions_{split}.json").is_file()), None)
     if path is None:
         present = sorted(p.stem.removeprefix("captions_") for f in folders for p in f.glob("captions_*.json"))
-        raise UserError(f"{root} has no captions_{split}.json; splits found there: {', '.join(present) or 'none'}")
-    get = f"Get {split}.zip of cocodataset.org"
-    return _with_pictures("coco", split, split, path, read_coco_captions(path), root, split, missing, get)
+        raise NoSplit(f"{root} has no captions_{split}.json; splits found there: {', '.join(present) or 'none'}")
+    return _with_pictures("coco", split, split, path, read_coco_captions(path), root, split, missing)
 
 
 def open_tsv(root: Path, split: str, missing: str = "error") -> Dataset:
-    """SimCLIP's table, and its pictures below {root}, in the folders where COCO's may be.
+    """SimCLIP's table, and its pictures below {root}, in the folders where COCO's may be, or at whole paths.
 
-    split: NAME for {root}/NAME.tsv (or .csv, .txt), or the path of a table that lies anywhere. missing: as for COCO. A
-    column `image` with whole paths is taken at its word. A table that is not {root}/NAME.tsv has six digits of its path
-    in the label, so that results of two tables of one name are kept apart.
+    split: as for `find_list`; missing: as for `find_pictures`.
     """
-    path = next((p for p in [*_named(root, split), Path(split), root / split] if is_table(p)), None)
-    if path is None:
-        present = sorted({p.stem for p in root.glob("*") if is_table(p)})
-        file = split if Path(split).suffix.lower() in TABLES else f"{split}.tsv"
-        raise UserError(
-            f"{root} has no {file}; tables found there: {', '.join(present) or 'none'}. "
-            "A table elsewhere is named by its path: --data.split FILE.tsv (--split for run.py)."
-        )
-    first = next((p for p in _named(root, path.stem) if is_table(p)), None)  # what its bare name would open
-    label = path.stem
-    if first is None or first.resolve() != path.resolve():
-        label += f"-{digest(str(path.resolve()))[:6]}"
-    captions = read_simclip_tsv(path)
-    return _with_pictures("tsv", label, split, path, captions, root, path.stem, missing, "Put them there")
-
-
-def is_table(path: Path) -> bool:
-    """Whether there is a file whose name ends as a table's does."""
-    return path.suffix.lower() in TABLES and path.is_file()
-
-
-def _named(root: Path, name: str) -> list[Path]:
-    """Where a table may be that is named without its ending."""
-    return [root / f"{name}{ending}" for ending in (*TABLES, *map(str.upper, TABLES))]
+    path, label = find_list(root, split, TABLES)
+    return _with_pictures("tsv", label, split, path, read_simclip_tsv(path), root, path.stem, missing)
 
 
 def _with_pictures(
-    name: str, split: str, part: str, path: Path, captions: Captions, root: Path, inner: str, missing: str, get: str
+    name: str, split: str, part: str, path: Path, captions: Captions, root: Path, inner: str, missing: str
 ) -> Dataset:
-    """A data set of captions by image id, and of pictures that are looked for below `root`.
-
-    path: the file of the captions. inner: the folder below `root` where pictures are looked for first. get: how they
-    are had, for the error.
-    """
+    """A data set of the captions in `path`, and of pictures that are looked for below `root`, in `inner` first."""
     folders = [str(folder) for folder in (root / inner, root / "images" / inner, root / "images", root)]
-    files = {key: first_file(os.path.join(folder, file) for folder in folders) for key, (file, _) in captions.items()}
-    absent = [captions[key][0] for key, file in files.items() if file is None]
-    if absent and missing != "keep" and (missing == "error" or len(absent) == len(files)):
-        raise UserError(
-            f"{len(absent)} of the {len(files)} pictures in {path} are not in {root / inner}, first {absent[0]}. "
-            f"{get}, or use only those that are there with --data.missing skip (--missing for run.py)."
-        )
-    ids = [key for key, file in files.items() if file is not None or missing == "keep"]
-    places = [files[key] or (os.path.join(folders[0], captions[key][0]),) for key in ids]
-    note = f"{len(absent)} pictures named in {path.name} are absent{'' if missing == 'keep' else ' and left out'}"
+    pictures = find_pictures(
+        captions, lambda key: [os.path.join(folder, captions[key][0]) for folder in folders], path, missing,
+        f"Put them into {root / inner}, {OR_SKIP}",
+    )  # fmt: skip
+    ids = [key for key, file in pictures.files.items() if file is not None or missing == "keep"]
+    kept = "" if missing == "keep" else " and left out"
+    note = f"{pictures.absent} pictures named in {path.name} are absent{kept}" if pictures.absent else ""
     return Dataset(
         name=name,
         split=split,
         ids=ids,
-        load=partial(read_file, [place[0] for place in places]),  # says which one is absent
-        fingerprint=digest(*[(key, *place[1:]) for key, place in zip(ids, places)]),
+        load=pictures.load(ids),
+        fingerprint=digest(*pictures.stamps(ids)),
         captions=[captions[key][1] for key in ids],
-        note="; ".join(filter(None, (captions.note, note if absent else ""))),
+        note="; ".join(filter(None, (captions.note, note))),
         part=part,
     )

@@ -10,24 +10,20 @@ Your own: a JSON a line, {"before": path, "after": path, "sentences": [...]}, wi
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from pc_clip.core.errors import UserError
-from pc_clip.data.dataset import Change, Dataset, digest, first_file, read_file, read_text
+from pc_clip.data.dataset import Change, Dataset, NoSplit, digest
+from pc_clip.data.picture_files import OR_SKIP, find_list, find_pictures
+from pc_clip.data.text_files import Entries, image_name, json_lines, read_json, with_keys, words
 
 SPLITS = ("train", "val", "valid", "test")
 JOINED = "reformat_"  # before the name of a split, as in the names of the files that CLIP4IDC makes of these
 CLEVR = {"semantic": "change_captions.json", "nonsemantic": "no_change_captions.json"}
 CLEVR_FOLDERS = {"default": "images", "semantic": "sc_images", "nonsemantic": "nsc_images"}
-Entries = Iterator[tuple[str, dict[str, Any]]]  # each with where it stands
-
-
-class NoSplit(UserError):
-    """The data set is there, and a split of it is not."""
+LINES = (".jsonl",)
 
 
 def open_spot_the_diff(root: Path, split: str, missing: str = "error") -> Dataset:
@@ -40,7 +36,7 @@ def open_spot_the_diff(root: Path, split: str, missing: str = "error") -> Datase
     path = _find(root, (".", "annotations", "data", "data/annotations"), (split, name))
     changes = []
     for where, entry in _entries(path, ("img_id", "sentences")):
-        key = _image(entry, "img_id", where)
+        key = image_name(entry["img_id"], where, "img_id")
         changes.append(Change(key, f"{key}_2", _sentences(entry["sentences"], where)))
     if split != name:
         sentences: dict[tuple[str, str], tuple[str, ...]] = {}
@@ -58,12 +54,12 @@ def open_spot_the_diff(root: Path, split: str, missing: str = "error") -> Datase
 def open_image_editing_request(root: Path, split: str, missing: str = "error") -> Dataset:
     """Image-Editing-Request: what was asked for to make the second picture of the first.
 
-    split: "val" is read from val.json or valid.json, and may be called either. missing: as for Spot-the-Diff.
+    split: "val" is read from valid.json or val.json, and may be called either. missing: as for Spot-the-Diff.
     """
     split = "val" if split == "valid" else split
     path = _find(root, (".", "data", "dataset", "dataset/adobe"), ("valid", "val") if split == "val" else (split,))
     changes = [
-        Change(_image(entry, "img0", where), _image(entry, "img1", where), _sentences(entry["sents"], where))
+        _change(entry["img0"], entry["img1"], entry["sents"], where)
         for where, entry in _entries(path, ("img0", "img1", "sents"))
     ]
     folders = [root / inner for inner in ("images", "data/images", "dataset/images", ".")]
@@ -75,22 +71,19 @@ def open_image_editing_request(root: Path, split: str, missing: str = "error") -
 
 def open_clevr_change(folder: Path, split: str, missing: str = "error") -> Dataset:
     """Of every scene of a split two changes: to the picture with the change, and to the one without, of kind "none"."""
-    path, kinds = folder / "splits.json", {}
-    for kind, names in _json(folder / "type_mapping.json", dict).items():
-        for name in names:
-            if kinds.setdefault(Path(name).stem, kind) != kind:
-                raise UserError(f"{folder / 'type_mapping.json'}: {name} is {kinds[Path(name).stem]} and {kind}")
-    captions = {which: _json(folder / file, dict) for which, file in CLEVR.items()}
-    splits = _json(path, dict)
-    if not isinstance(splits.get(split), list) or not all(type(n) is int for n in splits[split]):
-        raise UserError(f"{path} needs a list of numbers of scenes for {split!r}; it has {', '.join(splits)}")
-    scenes, changes = [f"{number:06d}" for number in splits[split]], []
+    path, types = folder / "splits.json", read_json(folder / "type_mapping.json", dict)
+    kinds = {Path(name).stem: kind for kind, names in types.items() for name in names}
+    if len(kinds) < sum(map(len, types.values())):
+        raise UserError(f"{folder / 'type_mapping.json'} names a scene twice; unpack it again")
+    captions = {which: read_json(folder / file, dict) for which, file in CLEVR.items()}
+    numbers = with_keys(read_json(path, dict), str(path), (split,))[split]
+    if not isinstance(numbers, list) or not all(type(number) is int for number in numbers):
+        raise UserError(f"{path} needs a list of numbers of scenes for {split!r}")
+    scenes, changes = [f"{number:06d}" for number in numbers], []
     for scene in scenes:
         before = f"CLEVR_default_{scene}.png"
         for which, file in CLEVR.items():
-            if before not in captions[which]:
-                raise UserError(f"{folder / file} has no sentences for {before}, which splits.json counts to {split}")
-            texts = _sentences(captions[which][before], f"{folder / file}, {before}")
+            texts = _sentences(captions[which].get(before), f"{folder / file}, {before}")
             kind = "none" if which == "nonsemantic" else kinds.get(scene, "")
             changes.append(Change(before, f"CLEVR_{which}_{scene}.png", texts, kind))
     unknown = sum(scene not in kinds for scene in scenes)
@@ -104,42 +97,18 @@ def open_clevr_change(folder: Path, split: str, missing: str = "error") -> Datas
 def open_lines(root: Path, split: str, missing: str = "error") -> Dataset:
     """Changes from a file of JSON lines, and the pictures that it names, by whole paths or from the file's own folder.
 
-    split: NAME for {root}/NAME.jsonl, or the path of a file that lies anywhere; then six digits of it are in the label,
-    so that results of two files of one name are kept apart. missing: as for Spot-the-Diff.
+    split: as for `find_list`; missing: as for Spot-the-Diff.
     """
-    path = next((p for p in (root / f"{split}.jsonl", Path(split), root / split) if is_lines(p)), None)
-    if path is None:
-        present = sorted(p.stem for p in root.glob("*") if is_lines(p))
-        file = split if split.lower().endswith(".jsonl") else f"{split}.jsonl"
-        raise NoSplit(
-            f"{root} has no {file}; files found there: {', '.join(present) or 'none'}. "
-            "One that lies elsewhere is named by its path: --data.split FILE.jsonl (--split for run.py)."
-        )
-    label = path.stem
-    if path.resolve() != (root / f"{label}.jsonl").resolve():
-        label += f"-{digest(str(path.resolve()))[:6]}"
-    return _data_set(
-        "changes", label, split, path, [_own_change(where, entry) for where, entry in _lines(path)], missing,
-        f"Put them where it says, seen from {path.parent}", lambda key: [path.parent / key],
-    )  # fmt: skip
-
-
-def is_lines(path: Path) -> bool:
-    """Whether there is a file whose name ends as one of changes does."""
-    return path.suffix.lower() == ".jsonl" and path.is_file()
-
-
-def _own_change(where: str, entry: dict[str, Any]) -> Change:
-    if ("sentences" in entry) == ("sentence" in entry):
-        raise UserError(f'{where}: wanted either "sentences" or "sentence", found {", ".join(entry)}')
-    texts = _sentences(entry["sentences"] if "sentences" in entry else [entry["sentence"]], where)
-    kind = entry.get("kind") or ""
-    if not texts or not isinstance(kind, str):
-        raise UserError(f"{where}: wanted a sentence with a word in it, and a kind that is a text: {str(entry)[:80]}")
-    return Change(_image(entry, "before", where), _image(entry, "after", where), texts, kind.strip())
-
-
-# -- files, read strictly --------------------------------------------------------------------------------
+    path, label = find_list(root, split, LINES)
+    changes = []
+    for where, entry in json_lines(path, ("before", "after")):
+        if ("sentences" in entry) == ("sentence" in entry):
+            raise UserError(f'{where}: wanted either "sentences" or "sentence", found {", ".join(entry)}')
+        texts = entry["sentences"] if "sentences" in entry else [entry["sentence"]]
+        kind = words(entry.get("kind") or "", where, "kind", may_be_empty=True)
+        changes.append(_change(entry["before"], entry["after"], texts, where, kind))
+    get = f"Put them where it says, seen from {path.parent}"
+    return _data_set("changes", label, split, path, changes, missing, get, lambda key: [path.parent / key])
 
 
 def _find(root: Path, folders: tuple[str, ...], names: tuple[str, ...]) -> Path:
@@ -152,59 +121,23 @@ def _find(root: Path, folders: tuple[str, ...], names: tuple[str, ...]) -> Path:
     return path
 
 
-def _json(path: Path, kind: type) -> Any:
-    """The content of a file, a list or a dict as `kind` says, that is not empty."""
-    try:
-        content = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON ({error}); fetch it again, it may have been cut short") from error
-    if not isinstance(content, kind) or not content:
-        wanted = "a list" if kind is list else "an object"
-        raise UserError(f"{path} must hold {wanted} with entries, found {json.dumps(content)[:60]}; fetch it again")
-    return content
-
-
 def _entries(path: Path, keys: tuple[str, ...]) -> Entries:
     """A list of objects that have `keys`. Places count from 1."""
-    for n, entry in enumerate(_json(path, list), 1):
-        if not isinstance(entry, dict) or not set(keys) <= entry.keys():
-            raise UserError(f"{path}, entry {n} must be an object with {', '.join(keys)}, found {str(entry)[:80]}")
-        yield f"{path}, entry {n}", entry
+    for number, entry in enumerate(read_json(path, list), 1):
+        where = f"{path}, entry {number}"
+        yield where, with_keys(entry, where, keys)
 
 
-def _lines(path: Path) -> Entries:
-    """The JSON of each line that is not blank."""
-    text = read_text(path).replace("\r\n", "\n").replace("\r", "\n")
-    for n, line in enumerate(text.split("\n"), 1):  # splitlines splits at U+2028 too
-        if line.strip():
-            try:
-                entry = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(
-                    f"{path}, line {n} is not JSON ({error.msg} at column {error.colno}); mend it"
-                ) from error
-            if not isinstance(entry, dict) or not {"before", "after"} <= entry.keys():
-                raise UserError(f'{path}, line {n}: wanted {{"before", "after", "sentences"}}, found {line[:80]}')
-            yield f"{path}, line {n}", entry
-
-
-def _image(entry: dict[str, Any], key: str, where: str) -> str:
-    """The name of an image, or its number."""
-    value = str(entry[key]) if type(entry[key]) is int else entry[key]
-    if not isinstance(value, str) or not value.strip():
-        raise UserError(f"{where}: {key} must name an image, found {str(value)[:60]!r}")
-    return value.strip()
+def _change(before: Any, after: Any, sentences: Any, where: str, kind: str = "") -> Change:
+    names = image_name(before, where, "the first image"), image_name(after, where, "the second image")
+    return Change(*names, _sentences(sentences, where), kind)
 
 
 def _sentences(value: object, where: str) -> tuple[str, ...]:
     """Texts with single spaces. Those without a word are left out, so that there may be none."""
-    if not isinstance(value, list) or not value or not all(isinstance(text, str) for text in value):
+    if not isinstance(value, list) or not value:
         raise UserError(f"{where}: sentences must be a list of texts, found {str(value)[:60]!r}")
-    whole = (text.encode("utf-8", "replace").decode() for text in value)  # JSON may hold half a surrogate pair
-    return tuple(text for text in (" ".join(text.split()) for text in whole) if text)
-
-
-# -- the data set ----------------------------------------------------------------------------------------
+    return tuple(filter(None, (words(text, where, "a sentence", may_be_empty=True) for text in value)))
 
 
 def _data_set(
@@ -213,29 +146,21 @@ def _data_set(
 ) -> Dataset:  # fmt: skip
     """Changes, and the images that they name, each once.
 
-    path: the file that lists them. places: where the picture of an id may be, the first that is there counts. get: how
-    the pictures are had, for the error where some are absent. A change without words and one that was there before,
-    word for word, are left out and counted. Raises UserError where no change remains.
+    path: the file that lists them. places, get: as for `find_pictures`. A change without words and one that was there
+    before, word for word, are left out and counted. Raises UserError where no change remains.
     """
     worded = [change for change in changes if change.sentences]
     distinct = list(dict.fromkeys(worded))
-    if not distinct:
-        raise UserError(f"{path} tells of no change: {len(changes)} entries, none with a word")
-    files = {key: first_file(places(key)) for change in distinct for key in (change.before, change.after)}
-    absent = [key for key, file in files.items() if file is None]
+    named = [key for change in distinct for key in (change.before, change.after)]
+    pictures = find_pictures(named, places, path, missing, f"{get}, {OR_SKIP}")
+    files = pictures.files
     shown = [c for c in distinct if missing != "skip" or (files[c.before] and files[c.after])]
-    if absent and missing != "keep" and (missing == "error" or not shown):
-        pair = next(c for c in distinct if files[c.before] is None or files[c.after] is None)
-        here, gone = (pair.before, pair.after) if files[pair.after] is None else (pair.after, pair.before)
-        raise UserError(
-            f"{len(absent)} of the {len(files)} pictures named in {path} are absent, first {places(gone)[0]}, "
-            f"the pair of {here}. "
-            f"{get}, or use only those that are there with --data.missing skip (--missing for run.py)."
-        )
+    if not shown:
+        raise UserError(f"{path} tells of no change with words and both pictures; it has {len(changes)} entries")
     counted = {
         f"of {len(changes)} changes in {path.name} have no words and are left out": len(changes) - len(worded),
         f"of {len(changes)} changes in {path.name} are there twice and taken once": len(worded) - len(distinct),
-        f"pictures named in {path.name} are absent": len(absent),
+        f"pictures named in {path.name} are absent": pictures.absent,
         f"of {len(distinct)} changes are left out for want of a picture": len(distinct) - len(shown),
     }
     ids = list(dict.fromkeys(key for change in shown for key in (change.before, change.after)))
@@ -243,8 +168,8 @@ def _data_set(
         name=name,
         split=split,
         ids=ids,
-        load=partial(read_file, [file.path if (file := files[key]) else places(key)[0] for key in ids]),
-        fingerprint=digest([(key, *(files[key] or ())[1:]) for key in ids], shown),
+        load=pictures.load(ids),
+        fingerprint=digest(pictures.stamps(ids), shown),
         note="; ".join(filter(None, (note, *(f"{count} {reason}" for reason, count in counted.items() if count)))),
         part=part,
         changes=tuple(shown),

@@ -7,7 +7,6 @@ images (the example).
 
 from __future__ import annotations
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable
@@ -15,7 +14,6 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-import numpy as np
 import yaml
 
 from pc_clip.core.errors import UserError, nearest
@@ -23,6 +21,7 @@ from pc_clip.core.paths import package_data
 from pc_clip.core.random import stream
 from pc_clip.data import attributes
 from pc_clip.data.dataset import Dataset, Question
+from pc_clip.data.text_files import json_lines, words
 
 FOLDER = package_data(Path(__file__).with_name("classnames"))
 _OPENING = re.compile(r"^this is an? (?:photo|picture|image) of ", re.IGNORECASE)
@@ -78,30 +77,49 @@ def find_question(data: Dataset, name: str | None) -> Question:
 
 
 def opposed(data: Dataset, question: Question, a: str, b: str, seed: int) -> tuple[str, str]:
-    """Two phrases that set class a against class b, from what the data set's files say of them; else their names."""
-    if any("::" in attribute for attribute in question.graded):
-        return _by_family(question, a, b)
-    words = _graded_phrases(data)
-    rng = stream(seed, "class text")
-    gaps = {name: question.graded[name][a] - question.graded[name][b] for name in words if name in question.graded}
+    """Two phrases that set class a against class b, from what the data set's files say of them; else their names.
+
+    CUB's attributes come in families ("has_wing_color::blue"), of which the one with the widest gaps is taken.
+    """
+    gaps = {name: of_class[a] - of_class[b] for name, of_class in question.graded.items()}
+    families = defaultdict(dict)
+    for name, gap in gaps.items():
+        family, _, value = name.partition("::")
+        families[family][value] = gap
+    if any("::" in name for name in gaps):
+        family = max(families, key=lambda name: (sum(map(abs, families[name].values())), name))
+        gap = families[family]
+        return _in_words(family, max(gap, key=gap.get)), _in_words(family, min(gap, key=gap.get))
+    phrases, rng = _graded_phrases(data), stream(seed, "class text")
+    gaps = {name: gaps[name] for name in phrases if name in gaps}
     if not any(gaps.values()):
         return phrase(question, a), phrase(question, b)
     name = max(gaps, key=lambda name: (abs(gaps[name]), rng.random(), name))
-    high, low = words[name]
+    high, low = phrases[name]
     return (high, low) if gaps[name] > 0 else (low, high)
 
 
 def described(data: Dataset, question: Question, name: str, seed: int) -> str:
     """One description of a class by rule: from its grades, or a caption of one of its images that names it.
 
+    Of the grades the five most pronounced are told, one a family; equal ones are drawn.
     Raises UserError where nothing is known of it.
     """
     rng = stream(seed, "class text")
     if question.graded:
+        phrases = _graded_phrases(data)
+        graded = [
+            (of_class[name], rng.random(), attribute)
+            for attribute, of_class in question.graded.items()
+            if of_class[name] > 0 and ("::" in attribute or attribute in phrases)
+        ]
+        parts: dict[str, str] = {}
+        for _, _, attribute in sorted(graded, reverse=True):
+            family, _, value = attribute.partition("::")
+            parts.setdefault(family, _in_words(family, value) if value else phrases[attribute][0])
         whole = phrase(question, name)
         whole = whole[:1].upper() + whole[1:]
-        parts = _most_pronounced(data, question, name, rng)
-        return f"{whole}: {', '.join(parts)}." if parts else whole
+        return f"{whole}: {', '.join(list(parts.values())[:5])}." if parts else whole
     if data.captions:
         rows = question.rows[question.target == question.classes.index(name)]
         if not len(rows):
@@ -117,24 +135,13 @@ def described(data: Dataset, question: Question, name: str, seed: int) -> str:
 
 def _graded_phrases(data: Dataset) -> dict[str, tuple[str, str]]:
     """Graded attribute -> what shows much of it, and what little, from data/attributes/."""
-    phrases = {}
-    for task in attributes.tasks_of(data.name):
-        content = yaml.safe_load((attributes.FOLDER / f"{task}.yaml").read_text(encoding="utf-8"))
-        for about in content["attributes"].values():
-            if "graded" in about and "minus" not in about:
-                phrases[about["graded"]] = (about["high"], about["low"])
-    return phrases
-
-
-def _by_family(question: Question, a: str, b: str) -> tuple[str, str]:
-    """CUB's attributes come in families ("has_wing_color::blue"): the family in which two classes differ most."""
-    families = defaultdict(dict)
-    for name, of_class in question.graded.items():
-        family, value = name.split("::", 1)
-        families[family][value] = of_class[a] - of_class[b]
-    family = max(families, key=lambda name: (sum(abs(gap) for gap in families[name].values()), name))
-    gaps = families[family]
-    return _in_words(family, max(gaps, key=gaps.get)), _in_words(family, min(gaps, key=gaps.get))
+    tasks = (attributes.read_task(attributes.FOLDER / f"{task}.yaml") for task in attributes.tasks_of(data.name))
+    return {
+        about["graded"]: (about["high"], about["low"])
+        for task in tasks
+        for about in task["attributes"].values()
+        if "graded" in about and "minus" not in about
+    }
 
 
 def _in_words(family: str, value: str) -> str:
@@ -143,36 +150,14 @@ def _in_words(family: str, value: str) -> str:
     return f"a bird of {value} {part}" if part in ("size", "shape") else f"a bird with {value} {part}"
 
 
-def _most_pronounced(data: Dataset, question: Question, name: str, rng: np.random.Generator, n: int = 5) -> list[str]:
-    """Up to n phrases of what is most pronounced in a class, one a family; equal ones are drawn."""
-    words = _graded_phrases(data)
-    graded = [
-        (of_class[name], rng.random(), attribute)
-        for attribute, of_class in question.graded.items()
-        if of_class[name] > 0 and ("::" in attribute or attribute in words)
-    ]
-    parts: dict[str, str] = {}
-    for _, _, attribute in sorted(graded, reverse=True):
-        family, _, value = attribute.partition("::")
-        parts.setdefault(family, _in_words(family, value) if value else words[attribute][0])
-    return list(parts.values())[:n]
-
-
 def read_descriptions(path: str | Path) -> dict[str, list[str]]:
     """A file of class descriptions, one JSON a line with class and text: class -> its descriptions.
 
-    Raises UserError for a file that is absent, or a line that is none.
+    Raises UserError for a file that is absent or empty, and for a line that is none.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"no descriptions at {path}; generate_diffs.py --task describe writes them")
     descriptions: dict[str, list[str]] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            row = json.loads(line)
-            descriptions.setdefault(row["class"], []).append(row["text"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}, line {number}: wanted JSON with class and text, found {line[:80]!r}") from error
+    for where, line in json_lines(Path(path), ("class", "text")):
+        descriptions.setdefault(words(line["class"], where, "class"), []).append(words(line["text"], where, "text"))
     if not descriptions:
         raise UserError(f"{path} is empty; generate_diffs.py --task describe --overwrite true writes it again")
     return descriptions

@@ -1,23 +1,30 @@
-"""Data sets of labelled photographs: those that torchvision reads and downloads, and what their readers share.
+"""Data sets of labelled photographs: those that torchvision reads and downloads, CUB (2011), Animals with Attributes 2.
 
 The classes are named by `classnames/`, joined by the set's own names.
+CUB_200_2011: images.txt, image_class_labels.txt and train_test_split.txt share the numbers of the images; row n of
+attributes/class_attribute_labels_continuous.txt is of the class that classes.txt numbers n, column n of the attribute
+that attributes.txt (in attributes/, or beside the folder, as the archive has it) numbers n.
+AwA2: row n of predicate-matrix-binary.txt is of the class that classes.txt numbers n, column n of the predicate that
+predicates.txt numbers n; JPEGImages/CLASS/ has the images of a class.
 """
 
 from __future__ import annotations
 
+import csv
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas
 from PIL import Image
 
 from pc_clip.core.errors import UserError
-from pc_clip.data import hash_split
 from pc_clip.data.class_text import class_names
-from pc_clip.data.dataset import Dataset, Question, digest, first_file, read_file
+from pc_clip.data.dataset import IMAGE_SUFFIXES, Dataset, Question, digest
+from pc_clip.data.picture_files import find_pictures
 
 # torchvision's class, and where it looks for the set below its root
 KINDS = {
@@ -30,7 +37,8 @@ KINDS = {
     "food101": ("Food101", "food-101"),
 }
 ARRAYS = ("cifar10", "cifar100", "mnist")
-SPLIT_BY_US = ("eurosat", "sun397")
+SPLIT_BY_US = {"eurosat", "sun397", "awa2"}
+SHARES = {"train": ("train-90pct", "nine tenths"), "test": ("test-10pct", "a tenth")}
 
 
 def download_classified(name: str, root: Path) -> None:
@@ -48,13 +56,13 @@ def open_classified(name: str, folder: Path, split: str) -> Dataset:
     data = _read(name, folder, split)
     if name in ARRAYS:
         return _of_arrays(name, data, split)
-    pairs = [data[row] for row in range(len(data))]  # files and labels, since they are not loaded
+    examples = [data[row] for row in range(len(data))]  # files and labels, since they are not loaded
     own = data.classes
     if name == "sun397":  # torchvision takes the letter before each away
         own = [f"/{class_name[0]}/{class_name}" for class_name in own]
-    if name in SPLIT_BY_US and (empty := set(range(len(own))) - {label for _, label in pairs}):
+    if name in SPLIT_BY_US and (empty := set(range(len(own))) - {label for _, label in examples}):
         raise UserError(f"{folder} has no images of {own[min(empty)]!r}; unpack the archive again")
-    return photographs(name, split, folder, [Path(p) for p, _ in pairs], [own[k] for _, k in pairs], own)
+    return photographs(name, split, folder, ((path, own[label]) for path, label in examples), own)
 
 
 def _read(name: str, folder: Path, split: str) -> Any:
@@ -63,18 +71,17 @@ def _read(name: str, folder: Path, split: str) -> Any:
 
     kind, inner = KINDS[name]
     depth = len(Path(inner).parts)
-    if name != "eurosat" and folder.resolve().parts[-depth:] != Path(inner).parts:
-        raise UserError(f"{folder} must be called {inner}, as the archive has it; rename it")
     try:
         if name == "eurosat":  # two layouts more than torchvision's own
             return torchvision.datasets.ImageFolder(folder, loader=Path)
         make, root = getattr(torchvision.datasets, kind), folder.resolve().parents[depth - 1]
         if name in ARRAYS:
             return make(root, train=split == "train")
-        return make(root, loader=Path) if name in SPLIT_BY_US else make(root, split, loader=Path)
+        return make(root, loader=Path) if name == "sun397" else make(root, split, loader=Path)
     except (RuntimeError, ValueError, LookupError, TypeError, AssertionError, OSError) as error:
-        what = str(error).split(". You can use")[0].split(". Supp")[0]
-        raise UserError(f"{name} at {folder} is damaged, or not as it is published ({what}); fetch it again") from error
+        raise UserError(
+            f"{name} at {folder} is damaged, or not as it is published ({error}); fetch it again"
+        ) from error
 
 
 def _of_arrays(name: str, data: Any, split: str) -> Dataset:
@@ -99,44 +106,126 @@ def _load(data: Any, row: int) -> Image.Image:
 
 
 def photographs(
-    name: str, part: str, folder: Path, files: Sequence[Path], labels: Sequence[str], own: Sequence[str],
-    graded: Mapping[str, Mapping[str, float]] | None = None, split_by_us: bool = False,
+    name: str, part: str, folder: Path, examples: Iterable[tuple[Path, str]], own: Sequence[str],
+    graded: Mapping[str, Mapping[str, float]] | None = None,
 ) -> Dataset:  # fmt: skip
     """A data set of image files with a class each; an id is a file's path below `folder`.
 
-    labels: of each file, the set's own name of its class, one of `own`. graded: attribute -> own name of a class ->
-    how much of it. split_by_us: whether `part` is of our own 90/10 split of all the files.
+    examples: files, each with the set's own name of its class, one of `own`. graded: attribute -> own name of a class
+    -> how much of it. Of the sets in SPLIT_BY_US `part` is of our own split of all the files.
     Raises UserError for files that are not there, counted, and for a part without images.
     """
-    ours = split_by_us or name in SPLIT_BY_US
-    rows = list(range(len(files)))
-    ids = [path.relative_to(folder).as_posix() for path in map(Path, files)]
+    labels = {path.relative_to(folder).as_posix(): label for path, label in examples}
+    ours = name in SPLIT_BY_US
+    ids = list(labels)
     if ours:
-        rows.sort(key=ids.__getitem__)
-        rows = [rows[n] for n in hash_split.split_rows([ids[row] for row in rows], part)]
-    if not rows:
+        ids.sort()
+        ids = [ids[row] for row in split_rows(ids, part)]
+    if not ids:
         raise UserError(f"{name} at {folder} has no image in its part {part!r}; unpack the archive again")
-    there = [first_file([files[row]]) for row in rows]
-    if absent := [files[row] for row, file in zip(rows, there) if file is None]:
-        raise UserError(
-            f"{len(absent)} of the {len(rows)} images that {name} lists are absent, first {absent[0]}; "
-            "unpack the archive again"
-        )
-    names, ids = class_names(name), [ids[row] for row in rows]
+    pictures = find_pictures(ids, lambda key: [folder / key], folder, "error", "Unpack the archive again")
+    names = class_names(name)
     said = dict(zip(own, names.say(own)))
     number = {class_name: n for n, class_name in enumerate(own)}
-    target = np.array([number[labels[row]] for row in rows], dtype=np.int64)
+    target = np.array([number[labels[key]] for key in ids], dtype=np.int64)
     grades = {a: {said[c]: amount for c, amount in of_class.items()} for a, of_class in (graded or {}).items()}
     question = Question(
-        "class", tuple(said.values()), np.arange(len(rows)), target, graded=grades, several=names.several
+        "class", tuple(said.values()), np.arange(len(ids)), target, graded=grades, several=names.several
     )
+    label, note = part, ""
+    if ours and part in SHARES:
+        label = f"{SHARES[part][0]}-seed0"
+        note = f"{part} is {SHARES[part][1]} of the images, drawn by us with seed 0: not anyone else's split"
     return Dataset(
         name=name,
-        split=hash_split.split_label(part) if ours else part,
+        split=label,
         ids=ids,
-        load=partial(read_file, [files[row] for row in rows]),
-        fingerprint=digest(part, list(own), target.tolist(), grades, [(key, *f[1:]) for key, f in zip(ids, there)]),
+        load=pictures.load(ids),
+        fingerprint=digest(part, list(own), target.tolist(), grades, pictures.stamps(ids)),
         questions=(question,),
-        note=hash_split.split_note(part) if ours else "",
+        note=note,
         part=part,
     )
+
+
+def split_rows(ids: Sequence[str], part: str) -> list[int]:
+    """The rows of one part of a 90/10 split, in their order: part is "train", "test" or "all".
+
+    Images are ordered by the SHA-256 of "0 {id}" (0 is the seed), and the first tenth of them (rounded, at least one)
+    is test. So nothing depends on a random generator's version or on the order in which a file system lists files.
+    """
+    if part == "all":
+        return list(range(len(ids)))
+    order = sorted(range(len(ids)), key=lambda row: hashlib.sha256(f"0 {ids[row]}".encode()).digest())
+    n_test = max(1, (len(ids) + 5) // 10)
+    return sorted(order[:n_test] if part == "test" else order[n_test:])
+
+
+# -- sets whose own files grade their classes by attributes, joined by name -----------------------------
+
+
+def open_cub(folder: Path, split: str) -> Dataset:
+    """The official split; `graded` says of each class in what share of answers people saw an attribute (0 to 1)."""
+    classes = _numbered(folder / "classes.txt")
+    files = {"file": "images.txt", "label": "image_class_labels.txt", "train": "train_test_split.txt"}
+    images = pandas.DataFrame({column: _numbered(folder / name, column == "file") for column, name in files.items()})
+    images["class"] = images["label"].map({str(number): name for number, name in classes.items()})
+    images["fits"] = (images["class"] == images["file"].str.split("/").str[0]) & images["train"].isin(["0", "1"])
+    for number, image in images[~images["fits"]].iterrows():
+        raise UserError(
+            f"{folder}: image {number} is {image['file']} in images.txt, has the label {image['label']} in "
+            f"image_class_labels.txt, which classes.txt calls {image['class']}, and {image['train']} (0 or 1) in "
+            "train_test_split.txt; its class must be its folder's"
+        )
+    if without := set(classes) - set(images["class"]):
+        raise UserError(f"{folder / 'images.txt'} has no images of {min(without)}, which is in classes.txt")
+    chosen = images[images["train"] == ("1" if split == "train" else "0")].sort_values("file")
+    places = [folder / "attributes/attributes.txt", folder / "attributes.txt", folder.parent / "attributes.txt"]
+    attributes = _numbered(next((path for path in places if path.is_file()), places[0]))
+    graded = _grades(folder / "attributes/class_attribute_labels_continuous.txt", classes, attributes, 100)
+    examples = ((folder / "images" / file, label) for file, label in zip(chosen["file"], chosen["class"]))
+    return photographs("cub", split, folder / "images", examples, sorted(classes), graded)
+
+
+def open_awa2(folder: Path, split: str) -> Dataset:
+    """All images, or a part of our own 90/10 split; `graded` says of each class which predicates it has (0 or 1)."""
+    classes = _numbered(folder / "classes.txt")
+    graded = _grades(folder / "predicate-matrix-binary.txt", classes, _numbered(folder / "predicates.txt"), 1)
+    images = folder / "JPEGImages"
+    files = [path for path in images.glob("[!.]*/[!.]*") if path.suffix.lower() in IMAGE_SUFFIXES]
+    if one_sided := {path.parent.name for path in files} ^ set(classes):
+        raise UserError(f"images of {min(one_sided)!r} are in one alone of {images} and {folder / 'classes.txt'}")
+    return photographs("awa2", split, images, ((path, path.parent.name) for path in files), sorted(classes), graded)
+
+
+def _table(path: Path, kind: type) -> pandas.DataFrame:
+    try:
+        return pandas.read_csv(
+            path, sep=r"\s+", header=None, dtype=kind, keep_default_na=False, quoting=csv.QUOTE_NONE, encoding="utf-8"
+        )
+    except (OSError, ValueError) as error:  # pandas' own errors and that of another encoding are ValueErrors
+        raise UserError(f"{path} cannot be read ({error}); unpack the archive again") from error
+
+
+def _numbered(path: Path, distinct: bool = True) -> pandas.Series:
+    """Lines "NUMBER VALUE": the values by their numbers. distinct: whether no value may come twice."""
+    table = _table(path, str)
+    if table.shape[1] != 2 or table.isna().any(axis=None) or not table[0].str.isdecimal().all():
+        raise UserError(f"{path} must have a number and a name in each line")
+    table[0] = table[0].astype(int)
+    for column in (0, 1) if distinct else (0,):
+        if (again := table[column][table[column].duplicated()]).size:
+            raise UserError(f"{path} has {again.iloc[0]} in two lines")
+    return table.set_index(0)[1]
+
+
+def _grades(path: Path, classes: pandas.Series, attributes: pandas.Series, most: int) -> dict[str, dict[str, float]]:
+    """attribute -> class -> its share, 0 to 1, of a table whose rows and columns go by the numbers of the names."""
+    table = _table(path, float)
+    for names, count, what in ((classes, len(table), "rows"), (attributes, table.shape[1], "columns")):
+        if sorted(names.index) != list(range(1, count + 1)):
+            raise UserError(f"{path} has {count} {what}, which do not go with the numbers of {len(names)} names")
+    if not (table.ge(0) & table.le(most) & (table.isin([0, 1]) if most == 1 else True)).all(axis=None):
+        raise UserError(f"{path} has values that are not {'0 or 1' if most == 1 else f'from 0 to {most}'}")
+    by_name = table.set_axis(classes.sort_index(), axis=0).set_axis(attributes.sort_index(), axis=1) / most
+    return {attribute: by_name[attribute].sort_index().to_dict() for attribute in sorted(attributes)}

@@ -5,21 +5,24 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import io
-import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
-from stat import S_ISREG
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from pc_clip.core.errors import UserError
 
-UNREADABLE = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # that Pillow knows, but opens by other programs alone
+# endings of files that are taken for images
+IMAGE_SUFFIXES = {".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 PHOTO_TEMPLATE = ("This is a photo of a {}.",)
+
+
+class NoSplit(UserError):
+    """The data set is there, and a split of it is not."""
 
 
 class BrokenImage(UserError):
@@ -156,7 +159,7 @@ def subset(data: Dataset, rows: np.ndarray) -> Dataset:
     return dataclasses.replace(
         data,
         ids=[data.ids[row] for row in rows],
-        load=partial(_load_row, data.load, rows),
+        load=partial(_at, data.load, rows),
         fingerprint=digest(data.fingerprint, rows.tolist()),
         captions=[data.captions[row] for row in rows] if data.captions else None,
         questions=tuple(map(of, data.questions)),
@@ -165,33 +168,27 @@ def subset(data: Dataset, rows: np.ndarray) -> Dataset:
             s for s in data.statements if {i.split("@")[0] for i in (s.image, s.instead or s.image)} <= kept
         ),
         changes=tuple(data.changes[n] for n in changes),
-        judge=data.judge and partial(_judge_row, data.judge, changes),
+        judge=data.judge and partial(_at, data.judge, changes),
     )
+
+
+def images_alone(data: Dataset) -> Dataset:
+    """The same images, without what is known about them."""
+    return Dataset(data.name, data.split, data.ids, data.load, data.fingerprint, note=data.note, part=data.part)
 
 
 def with_changes(data: Dataset, rows: Sequence[int]) -> Dataset:
     """The same images with some of their changes."""
     chosen = tuple(data.changes[row] for row in rows)
-    judge = data.judge and partial(_judge_row, data.judge, list(rows))
+    judge = data.judge and partial(_at, data.judge, list(rows))
     return dataclasses.replace(data, changes=chosen, judge=judge, fingerprint=digest(data.fingerprint, list(rows)))
 
 
-def _judge_row(judge: Callable[[int, str], dict[str, bool]], rows: list[int], place: int, said: str) -> dict[str, bool]:
-    return judge(rows[place], said)
-
-
-def _load_row(load: Callable[[int], Image.Image], rows: np.ndarray, place: int) -> Image.Image:
-    return load(int(rows[place]))
+def _at(function: Callable, rows: Sequence[int], place: int, *others: object) -> Any:
+    return function(int(rows[place]), *others)
 
 
 # -- for readers --------------------------------------------------------------------------------------
-
-
-@cache
-def image_suffixes() -> frozenset[str]:
-    """The endings of files that Pillow reads here, in small letters."""
-    known = Image.registered_extensions().items()
-    return frozenset(ending for ending, kind in known if kind in Image.OPEN and kind not in UNREADABLE)
 
 
 def read_image(path: str | Path) -> Image.Image:
@@ -235,48 +232,9 @@ def _in_8_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(((values - low) / step).astype(np.uint8))
 
 
-def read_text(path: Path, content: bytes | None = None) -> str:
-    """The UTF-8 text of a file, or of bytes known by that name, without a byte order mark."""
-    try:
-        return (path.read_bytes() if content is None else content).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is no UTF-8 text ({error.reason} at byte {error.start})") from error
-
-
 def unreadable(path: str | Path, error: OSError) -> UserError:
     """What to say where the system does not let a file or folder be read: nothing is known of its content."""
     return UserError(f"{path} cannot be read ({error.strerror or error}); mend that and run the same command again")
-
-
-class FoundFile(NamedTuple):
-    path: str
-    size: int
-    modified: int  # ns
-
-
-def first_file(places: Iterable[str | Path]) -> FoundFile | None:
-    """The first file that is there."""
-    for path in places:
-        try:
-            status = os.stat(path)
-        except PermissionError:
-            raise
-        except (OSError, ValueError):  # ValueError: a name with a zero byte
-            continue
-        if S_ISREG(status.st_mode):
-            return FoundFile(str(path), status.st_size, status.st_mtime_ns)
-    return None
-
-
-def read_file(files: Sequence[str | Path], row: int) -> Image.Image:
-    """At module level, because worker processes get it pickled."""
-    return read_image(files[row])
-
-
-def stat(path: Path) -> tuple[int, int]:
-    """Size and time of change (ns) of a file."""
-    status = path.stat()
-    return status.st_size, status.st_mtime_ns
 
 
 def digest(*parts: object) -> str:

@@ -13,7 +13,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from pc_clip.core import cache
 from pc_clip.core.errors import UserError
 from pc_clip.core.random import stream
 from pc_clip.data import tokens
+from pc_clip.data.text_files import json_lines, words
 
 
 class Difference(NamedTuple):
@@ -33,23 +34,19 @@ class Difference(NamedTuple):
     text: str
 
 
-# -- files ---------------------------------------------------------------------------------------------
-
-
-def read(path: str | Path) -> list[Difference]:
-    """All differences of a file, in order.
+def read(path: str | Path, content: bytes | None = None) -> list[Difference]:
+    """All differences of a file, in order, or of its content.
 
     Raises UserError for a missing or empty file, and for a line that is no difference (with its number).
     """
     path = find(path)
-    return _parse_all(path.read_bytes(), path)
-
-
-def _parse_all(content: bytes, path: Path) -> list[Difference]:
-    found = [_parse(line, f"{path} line {n}") for n, line in enumerate(_lines(content, path), 1) if line.strip()]
-    if not found:
+    differences = []
+    for where, line in json_lines(path, Difference._fields, content):
+        words(line["text"], where, "text")  # for its error: a sentence is kept as it is written
+        differences.append(Difference(str(line["first"]), str(line["second"]), line["text"]))
+    if not differences:
         raise UserError(f"{path} holds no differences; write them again with generate_diffs.py")
-    return found
+    return differences
 
 
 def find(path: str | Path) -> Path:
@@ -60,33 +57,8 @@ def find(path: str | Path) -> Path:
     return path
 
 
-def _lines(content: bytes, path: Path) -> Iterator[str]:
-    try:
-        text = content.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
-        yield from text.split("\n")  # splitlines() would also split at U+2028
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
-
-
-def _parse(line: str, where: str) -> Difference:
-    try:
-        item = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{where} is not JSON ({error.msg} at column {error.colno}); mend or delete the line"
-        ) from error
-    if not isinstance(item, dict) or not {"first", "second", "text"} <= item.keys():
-        raise UserError(f'{where} is no difference: expected {{"first", "second", "text"}}, found {line[:80]}')
-    if not isinstance(item["text"], str) or not item["text"].strip():
-        raise UserError(f"{where} has no text")
-    return Difference(str(item["first"]), str(item["second"]), item["text"])
-
-
 def to_line(difference: Difference) -> str:
     return json.dumps(difference._asdict(), ensure_ascii=False) + "\n"
-
-
-# -- pairs ---------------------------------------------------------------------------------------------
 
 
 MOST_PAIRS = 20_000_000
@@ -98,9 +70,8 @@ def choose_pairs(ids: list[str], n_pairs: int | None, seed: int, both_orders: bo
     A drawn pair comes in a random order; with `both_orders` its mirror image follows it directly, so
     the list is twice as long. Raises UserError when fewer pairs exist than were asked for.
     """
-    n = len(ids)
+    n, rng = len(ids), stream(seed, "pairs")
     total = n * (n - 1) // 2
-    rng = stream(seed, "pairs")
     if (n_pairs or total) > MOST_PAIRS:
         raise UserError(f"{n} images make {total:,} pairs, too many to hold; set --n_images, or --n_pairs")
     if n_pairs is None:
@@ -141,12 +112,12 @@ _OF_AN_IMAGE = re.compile(  # what follows an ordinal that stands for an image: 
 def swap_roles(text: str) -> str | None:
     """The sentence with "first" and "second" exchanged: of (i, j) it is false, of (j, i) it is true.
 
-    None when the sentence does not name both images, because then the exchange may say nothing new, and
-    when it has an ordinal that may not be an image's ("a runner on second base").
+    None when the sentence does not name both images, and when it has an ordinal that may not be an image's ("a runner
+    on second base").
     """
-    found = list(_ORDINAL.finditer(text))
-    named = {match.group().lower() for match in found}
-    words = [match for match in found if match.group().lower() in ("first", "second")]
+    ordinals = list(_ORDINAL.finditer(text))
+    named = {match.group().lower() for match in ordinals}
+    words = [match for match in ordinals if match.group().lower() in ("first", "second")]
     if not any(_SWAP[word] in named for word in named) or not all(_OF_AN_IMAGE.match(text, m.end()) for m in words):
         return None
 
@@ -173,37 +144,34 @@ WORDINGS = (
 UNSEEN = ("{a} in the first image, {b} in the second.", "{b} in the second image, {a} in the first.")  # only evaluated
 
 
-def rows(differences: Iterable[Difference], ids: Collection[str], source: str) -> np.ndarray:
+def rows(differences: Iterable[Difference], ids: Collection[str], source: str | Path) -> np.ndarray:
     """Differences as row numbers into `ids`.  -> [N, 2] int64
 
     Raises UserError for the first difference whose image is not among them.
     """
-    differences = list(differences)
-    row = _rows_of((key for difference in differences for key in difference[:2]), ids)
-    pairs = []
-    for n, difference in enumerate(differences, 1):
-        for key in difference[:2]:
-            if key not in row:
-                raise _unknown(n, key, ids, source)
-        pairs.append((row[difference.first], row[difference.second]))
-    return np.asarray(pairs, dtype=np.int64).reshape(-1, 2)
+    names, places = _places(differences)
+    return _rows(names, places, ids, source)
 
 
-def _rows_of(wanted: Iterable[str], ids: Iterable[str]) -> dict[str, int]:
-    """The rows of some ids. A table of these alone, because there may be very many others."""
-    wanted = set(wanted)
-    return {key: n for n, key in enumerate(ids) if key in wanted}
+def _places(differences: Iterable[Difference]) -> tuple[list[str], np.ndarray]:
+    """The distinct images of differences, and the two of each difference as rows of these.  -> names, [N, 2] int64"""
+    place: dict[str, int] = {}
+    pairs = [[place.setdefault(key, len(place)) for key in difference[:2]] for difference in differences]
+    return list(place), np.array(pairs, dtype=np.int64).reshape(-1, 2)
 
 
-def _unknown(n: int, key: str, ids: Collection[str], source: str | Path) -> UserError:
-    known = ", ".join(itertools.islice(ids, 3))
-    return UserError(
-        f"difference {n} of {source} is about image {key!r}, which the data set does not hold "
-        f"({len(ids)} images: {known}, ...). Use the data set the differences were written for."
-    )
-
-
-# -- compiled ------------------------------------------------------------------------------------------
+def _rows(names: list[str], places: np.ndarray, ids: Collection[str], source: str | Path) -> np.ndarray:
+    """places: rows of `names`  ->  rows of `ids`, where there may be very many others."""
+    wanted = set(names)
+    row = {key: n for n, key in enumerate(ids) if key in wanted}
+    pairs = np.array([row.get(name, -1) for name in names], dtype=np.int64)[places]
+    for n, side in np.argwhere(pairs < 0)[:1]:
+        known = ", ".join(itertools.islice(ids, 3))
+        raise UserError(
+            f"difference {n + 1} of {source} is about image {names[places[n, side]]!r}, which the data set does not "
+            f"hold ({len(ids)} images: {known}, ...). Use the data set the differences were written for."
+        )
+    return pairs
 
 
 class Compiled(NamedTuple):
@@ -230,33 +198,23 @@ def compiled(path: str | Path, ids: Sequence[str], tokenizer: Any, *, mirror: bo
     content = path.read_bytes()  # once, so that what is parsed is what the key names
 
     def make() -> dict[str, np.ndarray]:
-        found = _parse_all(content, path)
-        rows(found, ids, str(path))  # said before a minute goes into tokens
-        return _compile(found, tokenizer, mirror)
+        differences = read(path, content)
+        names, places = _places(differences)
+        _rows(names, places, ids, path)  # its error before a minute goes into tokens
+        texts = [difference.text for difference in differences]
+        mirrored = [swap_roles(text) for text in texts] if mirror else []
+        distinct = list(dict.fromkeys(texts + [text for text in mirrored if text is not None]))
+        row = {text: n for n, text in enumerate(distinct)}
+        arrays = {
+            "names": np.frombuffer(bytearray(json.dumps(names).encode()), dtype=np.uint8),
+            "places": places.astype(np.int32),
+            "text": np.array([row[text] for text in texts], dtype=np.int32),
+            "tokens": tokens.make(tokenizer, distinct),
+        }
+        return arrays | ({"mirror": np.array([row.get(text, -1) for text in mirrored], np.int32)} if mirror else {})
 
     made_by = tokens.identity(tokenizer)
     key = {"file": hashlib.sha256(content).hexdigest(), "tokenizer": made_by or "", "mirror": str(mirror)}
-    told = cache.cached("differences", key, make) if made_by else make()
-    names = json.loads(told["names"].tobytes())
-    row = _rows_of(names, ids)
-    places = np.array([row.get(name, -1) for name in names], dtype=np.int64)
-    pairs = places[told["pairs"]]  # [N, 2]
-    for n, side in np.argwhere(pairs < 0)[:1]:
-        raise _unknown(n + 1, names[told["pairs"][n, side]], ids, path)
-    return Compiled(pairs, told["text"], told.get("mirror"), told["tokens"])
-
-
-def _compile(found: list[Difference], tokenizer: Any, mirror: bool) -> dict[str, np.ndarray]:
-    """What `compiled` keeps. names: the images' as JSON; pairs: [N, 2] rows of them; text, mirror, tokens."""
-    names = {key: None for difference in found for key in difference[:2]}
-    texts = [difference.text for difference in found]
-    swapped = [swap_roles(text) for text in texts] if mirror else []
-    distinct = list(dict.fromkeys(texts + [text for text in swapped if text is not None]))
-    row = {text: n for n, text in enumerate(distinct)}
-    made = {
-        "names": np.frombuffer(bytearray(json.dumps(list(names)).encode()), dtype=np.uint8),
-        "pairs": rows(found, names, "").astype(np.int32),
-        "text": np.array([row[text] for text in texts], dtype=np.int32),
-        "tokens": tokens.make(tokenizer, distinct),
-    }
-    return made | ({"mirror": np.array([row.get(text, -1) for text in swapped], dtype=np.int32)} if mirror else {})
+    arrays = cache.cached("compiled", key, make) if made_by else make()
+    pairs = _rows(json.loads(arrays["names"].tobytes()), arrays["places"], ids, path)
+    return Compiled(pairs, arrays["text"], arrays.get("mirror"), arrays["tokens"])

@@ -7,7 +7,6 @@ and opens is done, so a killed run continues. FOLDER/index.json, written last, l
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -23,8 +22,8 @@ from tqdm import tqdm
 from pc_clip.core.cache import VERIFY_UP_TO, CorruptFileError, read_checked, write_checked
 from pc_clip.core.distributed import Processes
 from pc_clip.core.errors import UserError
-from pc_clip.core.files import write_text
-from pc_clip.data.dataset import Dataset, digest, stat, subset
+from pc_clip.core.files import write_json
+from pc_clip.data.dataset import Dataset, images_alone, subset
 from pc_clip.data.webdataset import find_tars, fingerprint, open_tar
 
 log = logging.getLogger(__name__)
@@ -54,17 +53,12 @@ def write_shard(path: Path, z: Tensor, ids: Sequence[str], made_by: Mapping[str,
 def read_shard(path: Path, verify: bool | None = None) -> Shard:
     """Raises CorruptFileError for what is damaged or no file of embeddings. verify: as `read_checked`."""
     tensors, made_by = read_checked(path, verify)
-    z, names = tensors.get("z"), tensors.get("ids")
-    if z is None or names is None or "image_tower" not in made_by:
-        raise CorruptFileError(
-            f"{path} is no file of embeddings made by pc_clip: it does not say which images or tower"
-        )
     try:
-        ids = json.loads(names.numpy().tobytes())
-    except ValueError as error:
-        raise CorruptFileError(f"{path} is damaged: its ids are no JSON ({error})") from error
-    if z.ndim != 2 or not z.is_floating_point() or not isinstance(ids, list) or len(ids) != len(z):
-        raise CorruptFileError(f"{path} is damaged: z is {list(z.shape)} of {z.dtype}, with {len(ids)} ids")
+        z, ids = tensors["z"], json.loads(tensors["ids"].numpy().tobytes())
+        if "image_tower" not in made_by or z.ndim != 2 or len(ids) != len(z):
+            raise ValueError(f"z is {list(z.shape)}, with {len(ids)} ids")
+    except (KeyError, ValueError, TypeError) as error:
+        raise CorruptFileError(f"{path} is damaged, or no file of embeddings made by pc_clip ({error})") from error
     return Shard(path, z, ids, made_by)
 
 
@@ -109,54 +103,35 @@ def index_of(path: str | Path) -> Path:
     return Path(path) / INDEX if Path(path).is_dir() else Path(path)
 
 
-def write_index(folder: Path, shards: Sequence[Shard], made_by: dict[str, str]) -> None:
-    content = {"made_by": made_by, "shards": [_entry(shard) for shard in shards]}
-    write_text(folder / INDEX, json.dumps(content, indent=1) + "\n")
-
-
 def _entry(shard: Shard) -> dict[str, Any]:
-    return {
-        "name": shard.path.name, "rows": len(shard.z), "bytes": shard.path.stat().st_size,
-        "fingerprint": shard.made_by.get("fingerprint"),
-    }  # fmt: skip
+    return {"name": shard.path.name, "rows": len(shard.z), "bytes": shard.path.stat().st_size}
 
 
-def read_index(path: Path) -> tuple[dict[str, str], list[Shard]]:
-    """What made the shards of an index, and the shards. Raises CorruptFileError, with the shard that is absent."""
-    again = "run python -m pc_clip embeddings again: it keeps the shards that are whole"
+def read(path: Path) -> tuple[dict[str, str], list[Shard]]:
+    """What made a file or the shards of an index, and the shards. Raises CorruptFileError, with the shard at fault."""
+    if path.suffix != ".json":
+        shard = read_shard(path)
+        return shard.made_by, [shard]
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         made_by, entries = dict(content["made_by"]), content["shards"]
-        paths = [path.parent / Path(entry["name"]).name for entry in entries]
         verify = sum(entry["bytes"] for entry in entries) <= VERIFY_UP_TO
-    except (ValueError, KeyError, TypeError) as error:
-        raise CorruptFileError(f"{path} is damaged, or no index of embeddings; {again}") from error
-    try:
-        shards = [read_shard(path, verify) for path in paths]
-    except CorruptFileError as error:
-        raise CorruptFileError(f"{error}; {again}") from error
-    for shard, entry in zip(shards, entries):
-        if _entry(shard) != entry:
-            raise CorruptFileError(f"{shard.path} is another one than {path} says; {again}")
-    if len({(shard.z.shape[1], shard.z.dtype) for shard in shards}) != 1:
-        raise CorruptFileError(f"the shards of {path} are of different models, or there are none; {again}")
+        shards = [read_shard(path.parent / Path(entry["name"]).name, verify) for entry in entries]
+        for shard, entry in zip(shards, entries):
+            if _entry(shard) != entry or any(shard.made_by[name] != made_by[name] for name in IDENTITY):
+                raise CorruptFileError(f"{shard.path} is another one than {path} says")
+    except (ValueError, KeyError, TypeError, CorruptFileError) as error:
+        what = error if isinstance(error, CorruptFileError) else f"{path} is no whole index of embeddings ({error})"
+        raise CorruptFileError(f"{what}; run python -m pc_clip embeddings again: it keeps whole shards") from error
     return made_by, shards
 
 
-def read(path: Path, verify: bool | None = None) -> tuple[dict[str, str], list[Shard]]:
-    """What made a file or the shards of an index, and the shards. Raises CorruptFileError."""
-    if path.suffix == ".json":
-        return read_index(path)
-    shard = read_shard(path, verify)
-    return shard.made_by, [shard]
-
-
-def read_if_made_by(path: Path, expected: Mapping[str, str], verify: bool | None = None) -> list[Shard]:
+def read_if_made_by(path: Path, expected: Mapping[str, str]) -> list[Shard]:
     """The shards of a file or an index; none, with a warning, where it is damaged or something else was expected."""
     if not path.is_file():
         return []
     try:
-        made_by, shards = read(path, verify)
+        made_by, shards = read(path)
     except CorruptFileError as error:
         log.warning("%s; computing it again", error)
         return []
@@ -169,49 +144,32 @@ def read_if_made_by(path: Path, expected: Mapping[str, str], verify: bool | None
 # -- units of work -------------------------------------------------------------------------------------
 
 
-class Unit(NamedTuple):
-    """One shard's images, which `open` reads."""
-
-    name: str
-    fingerprint: str
-    open: Callable[[], Dataset]
-
-
 class Work(NamedTuple):
-    """An image set in units. name: of its files, and apart from those of other data. opens: whether a reader does."""
+    """An image set in units, a shard each. name: of its folder, apart from those of other data, or of the same once it
+    has changed. units: name -> what opens its images. images: how many there are in all, where that is known."""
 
     name: str
     label: str
     fingerprint: str
-    units: list[Unit]
-    opens: bool = True
+    units: dict[str, Callable[[], Dataset]]
+    images: int | None = None
 
 
-def blocks(data: Dataset, shard_size: int) -> Work:
+def blocks(data: Dataset, shard_size: int = 65536) -> Work:
     """A data set in blocks of so many rows, the last one shorter."""
-    pictures = dataclasses.replace(data, captions=None, questions=(), attributes=(), statements=(), changes=())
-    units = []
-    for start in range(0, len(data), shard_size):
-        rows = np.arange(start, min(start + shard_size, len(data)))
-        name = f"{start:09d}-{rows[-1] + 1:09d}"
-        units.append(Unit(name, digest(data.fingerprint, name), partial(subset, pictures, rows)))
-    return Work(name_of(data), data.label, data.fingerprint, units)
-
-
-def name_of(data: Dataset) -> str:
-    """What its files begin with: apart from those of any other data, or of the same once it has changed."""
-    return printable(f"{data.name}-{data.split or 'all'}-{data.fingerprint}")
+    pictures = images_alone(data)
+    parts = [np.arange(start, min(start + shard_size, len(data))) for start in range(0, len(data), shard_size)]
+    units = {f"{rows[0]:09d}-{rows[-1] + 1:09d}": partial(subset, pictures, rows) for rows in parts}
+    name = printable(f"{data.name}-{data.split or 'all'}-{data.fingerprint}")
+    return Work(name, data.label, data.fingerprint, units, len(data))
 
 
 def tars(root: Path, split: str | None) -> Work:
     """A WebDataset, a unit a tar. None of them is opened before its turn; labels and captions need not be there."""
     label, files = find_tars(root, split)
-    units = []
-    for path in files:
-        units.append(Unit(printable(path.stem), digest(path.name, *stat(path)), partial(open_tar, path)))
     known = fingerprint(root, files)
-    in_a_split = files[0].parent != root
-    return Work(printable(f"webdataset-{label}-{known}"), f"webdataset/{label}", known, units, opens=in_a_split)
+    units = {printable(path.stem): partial(open_tar, path) for path in files}
+    return Work(printable(f"webdataset-{label}-{known}"), f"webdataset/{label}", known, units)
 
 
 def embed_units(
@@ -225,42 +183,37 @@ def embed_units(
     """Do this process's units; the main process then writes the index.
 
     encode: a unit's images -> z, ids, ids of images that do not decode. made_by: what a shard must say of its making.
-    Returns the shards; nothing in processes other than the main one, which do not see the index being written.
+    A unit whose shard is there and opens is done. Returns the shards; nothing in processes other than the main one,
+    which do not see the index being written.
     """
-    index = {**made_by, "fingerprint": work.fingerprint}
-    shards = _done(folder / INDEX, index, may_leave_out)
-    mine = [] if shards else work.units[processes.rank :: processes.size]
-    for number, unit in enumerate(mine, 1):
-        expected = {**made_by, "fingerprint": unit.fingerprint}
-        path = folder / f"{unit.name}.safetensors"
-        if _done(path, expected, may_leave_out):
-            continue
-        data = unit.open()
-        what = f"embedding {work.label}, {number} of {len(mine)}"
-        shown = None if processes.is_main else True
-        with tqdm(desc=what, total=len(data), unit=" images", leave=False, disable=shown) as bar:
-            z, ids, left_out = encode(data, bar.update)
-        if left_out:
-            first = left_out[0].encode(errors="backslashreplace").decode()  # names need not be UTF-8
-            log.warning("%s: %d broken images left out, first %s", unit.name, len(left_out), first)
-        write_shard(path, z, ids, {**expected, "left_out": json.dumps(left_out)})
+    made_by = {**made_by, "fingerprint": work.fingerprint}
+
+    def done(path: Path) -> list[Shard]:
+        shards = read_if_made_by(path, made_by)
+        return shards if may_leave_out or not any(shard.left_out for shard in shards) else []
+
+    shards = done(folder / INDEX)
+    units = {} if shards else {folder / f"{name}.safetensors": images for name, images in work.units.items()}
+    mine = list(units.items())[processes.rank :: processes.size]
+    total, hidden = work.images if processes.size == 1 else None, None if processes.is_main else True
+    with tqdm(desc=f"embedding {work.label}", total=total, unit=" images", leave=False, disable=hidden) as bar:
+        for number, (path, images) in enumerate(mine, 1):
+            bar.set_postfix_str(f"shard {number} of {len(mine)}", refresh=False)
+            if done(path):
+                continue
+            z, ids, left_out = encode(images(), bar.update)
+            if left_out:
+                log.warning("%s: %d broken images left out, first %s", path.stem, len(left_out), printable(left_out[0]))
+            write_shard(path, z, ids, {**made_by, "left_out": json.dumps(left_out)})
     processes.wait()
-    if not processes.is_main:
-        return []
-    if shards:
-        return shards
-    paths = [folder / f"{unit.name}.safetensors" for unit in work.units]
-    if absent := [path for path in paths if not path.is_file()]:
+    if shards or not processes.is_main:
+        return shards if processes.is_main else []
+    if absent := [path for path in units if not path.is_file()]:
         raise UserError(f"{absent[0]} of another process is not seen here; all processes need one shared folder")
-    shards = [read_shard(path) for path in paths]
+    shards = [read_shard(path) for path in units]
     if not any(len(shard.z) for shard in shards):
         raise UserError(f"{work.label} holds no image that can be read")
     if lost := sum(len(shard.left_out) for shard in shards):
         log.warning("%d broken images were left out in all", lost)
-    write_index(folder, shards, index)
+    write_json(folder / INDEX, {"made_by": made_by, "shards": [_entry(shard) for shard in shards]})
     return shards
-
-
-def _done(path: Path, made_by: dict[str, str], may_leave_out: bool) -> list[Shard]:
-    shards = read_if_made_by(path, made_by, verify=True)
-    return shards if may_leave_out or not any(shard.left_out for shard in shards) else []

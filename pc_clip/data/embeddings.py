@@ -4,8 +4,8 @@ Finetuning the text tower and every evaluation read images from here, so a secon
 image tower never encodes an image. `python -m pc_clip embeddings --data.dataset coco` fills it beforehand, on as
 many processes and machines as there are (docs/scale.md).
 
-A set is one file, NAME.safetensors, or a folder NAME of shards with an index (`data/embedding_shards.py`). A cache file
-that is damaged, or of other images, is computed again and never read.
+A set is a folder NAME of shards with an index (`data/embedding_shards.py`), or one file that was made elsewhere. A
+shard that is damaged, or of other images, is computed again and never read.
 """
 
 from __future__ import annotations
@@ -16,13 +16,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
+from pc_clip.core.cli import configure
+from pc_clip.core.config.settings import DataConfig, EmbedConfig
 from pc_clip.core.distributed import Processes
 from pc_clip.core.environment import resolve_device
 from pc_clip.core.errors import UserError, check_at_least, check_choice
@@ -35,19 +37,15 @@ from pc_clip.data.embedding_shards import (
     blocks,
     embed_units,
     index_of,
-    name_of,
     read,
-    read_if_made_by,
     tars,
     write_shard,
 )
 from pc_clip.data.images import once, plain
 from pc_clip.data.registry import READERS
+from pc_clip.data.training_data import load_dataset
 from pc_clip.models.clip import Clip
 from pc_clip.models.loading import create_model
-
-if TYPE_CHECKING:
-    from pc_clip.core.config.settings import DataConfig, EmbedConfig
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +88,6 @@ class Options:
     def check(self) -> None:
         """Raises UserError for a value that means nothing."""
         check_at_least("batch_size", self.batch_size, 1)
-        check_at_least("data.workers", self.workers, 0)
         check_choice("precision", self.precision, ("no", "bf16"))
         check_choice("dtype", self.dtype, ("float32", "float16"))
         check_choice("broken", self.broken, ("error", "skip"))
@@ -126,31 +123,31 @@ def encode(clip: Clip, data: Dataset, options: Options, seen: Callable[[int], ob
     """
     was_training = clip.model.training
     clip.model.eval()
-    z, done = torch.empty(0, 0, dtype=getattr(torch, options.dtype)), 0
-    broken: set[int] = set()
+    z, done, broken = None, 0, []
     try:
         with closing(once(data, plain(clip.preprocess), options.workers, options.batch_size)) as batches:
             for batch in batches:
-                for error in batch.broken.values():
+                for row, error in batch.broken.items():
                     if options.broken == "error" or not isinstance(error, BrokenImage):
                         raise error
+                    broken.append(row)
                 if len(batch.pixels):
                     with torch.autocast(clip.device.type, torch.bfloat16, enabled=options.precision == "bf16"):
                         rows = clip.encode_image(batch.pixels.to(clip.device))
-                    if not done:  # filled batch by batch: torch.cat would hold all of it twice
-                        z = torch.empty(len(data), rows.shape[1], dtype=z.dtype)
+                    if z is None:  # filled batch by batch: torch.cat would hold all of it twice
+                        z = torch.empty(len(data), rows.shape[1], dtype=getattr(torch, options.dtype))
                     z[done : done + len(rows)] = rows  # on the CPU, and rounded if that is wanted
                     done += len(rows)
-                broken |= batch.broken.keys()
                 seen(len(batch.rows))
     finally:
         clip.model.train(was_training)
-    ids = [key for row, key in enumerate(data.ids) if row not in broken]
-    z = z[:done] if done else torch.empty(0, clip.embed_dim, dtype=z.dtype)
-    return Encoded(z, ids, [data.ids[row] for row in sorted(broken)])
+    left_out = {data.ids[row] for row in broken}
+    ids = [key for key in data.ids if key not in left_out]
+    z = torch.empty(0, clip.embed_dim) if z is None else z[:done]
+    return Encoded(z, ids, [data.ids[row] for row in broken])
 
 
-# -- the cache -----------------------------------------------------------------------------------------
+# -- the cache and named files -------------------------------------------------------------------------
 
 
 def embed_images(
@@ -163,45 +160,32 @@ def embed_images(
     """
     options = Options(batch_size, workers)
     options.check()
-    if cached := _look_up(clip, data, cache):
-        return cached[1]
-    hidden = True if len(data) <= 3 * batch_size else None
-    with tqdm(desc=f"embedding {data.label}", total=len(data), unit=" images", leave=False, disable=hidden) as bar:
-        embeddings = Embeddings(encode(clip, data, options, bar.update).z, data.ids)
-    made_by = _made_by(clip, data.label, options) | {"fingerprint": data.fingerprint}
     try:
-        save_embeddings(cache / f"{name_of(data)}-{clip.image_tower_hash()}.safetensors", embeddings, made_by)
+        shards = _cached(clip, blocks(data), options, cache, Processes())
+        if [key for shard in shards for key in shard.ids] == data.ids:
+            return Embeddings(Rows([shard.z for shard in shards]).whole(), data.ids)
+        log.warning("%s holds other images than %s; computing them again", shards[0].path.parent, data.label)
     except (SafetensorError, OSError) as error:
         log.warning("the embeddings cannot be kept (%s); the next run computes them again", error)
-    return embeddings
+    return Embeddings(encode(clip, data, options).z, data.ids)
 
 
-def _made_by(clip: Clip, label: str, options: Options) -> dict[str, str]:
-    return {
-        "model": clip.describe(), "image_tower": clip.image_tower_hash(), "data": label,
+def _cached(clip: Clip, work: Work, options: Options, cache: Path, processes: Processes) -> list[Shard]:
+    """The shards of an image set in the cache, those that are not there made by these processes; as `embed_units`."""
+    made_by = {
+        "model": clip.describe(), "image_tower": clip.image_tower_hash(), "data": work.label,
         "precision": options.precision, "dtype": options.dtype,
     }  # fmt: skip
+    folder = cache / f"{work.name}-{clip.image_tower_hash()}{options.suffix}"
 
+    def embed(images: Dataset, seen: Callable[[int], object]) -> Encoded:
+        return encode(clip, images, options, seen)
 
-def _look_up(clip: Clip, data: Dataset, cache: Path) -> tuple[Path, Embeddings] | None:
-    """What the cache has of a data set, exact and whole."""
-    name = f"{name_of(data)}-{clip.image_tower_hash()}"
-    expected = _made_by(clip, data.label, Options()) | {"fingerprint": data.fingerprint}
-    for path in (cache / f"{name}.safetensors", cache / name / INDEX):
-        shards = read_if_made_by(path, expected)
-        if shards and [key for shard in shards for key in shard.ids] == data.ids:
-            z = shards[0].z if len(shards) == 1 else Rows([shard.z for shard in shards]).whole()
-            return path, Embeddings(z, data.ids)
-        if shards:
-            log.warning("%s holds other images than %s; computing it again", path, data.label)
-    return None
-
-
-# -- files by name -------------------------------------------------------------------------------------
+    return embed_units(work, folder, made_by, embed, processes, may_leave_out=options.broken == "skip")
 
 
 def save_embeddings(path: Path, embeddings: Embeddings, made_by: dict[str, str]) -> None:
-    """Write one file atomically, with a checksum: a reader sees the whole file or none."""
+    """One file, written atomically, with a checksum."""
     write_shard(path, embeddings.z, embeddings.ids, made_by)
 
 
@@ -213,100 +197,65 @@ def load_embeddings(path: str | Path, clip: Clip) -> Embeddings:
     """
     path = index_of(path)
     if not path.is_file():
-        if path.name == INDEX and any(path.parent.glob("*.safetensors")):
-            raise UserError(
-                f"{path.parent} holds files of embeddings, but no {INDEX}: either they are not all done (run "
-                "python -m pc_clip embeddings again), or they are several sets' (name one file)"
-            )
-        raise UserError(f"no embeddings at {path}. Leave --data.embeddings out to compute them from the images.")
+        raise UserError(
+            f"no embeddings at {path}: run python -m pc_clip embeddings (again, where it was interrupted), or leave "
+            "--data.embeddings out to compute them from the images"
+        )
     _, shards = read(path)
-    for shard in {shard.made_by["image_tower"]: shard for shard in shards}.values():
-        _check_tower(path, shard, clip)
+    tower, claimed = clip.image_tower_hash(), claim(clip.name, clip.pretrained)
+    for shard in shards:
+        theirs, width = shard.made_by["image_tower"], shard.z.shape[1]
+        if theirs != tower and (theirs != claimed or width != clip.embed_dim):
+            raise UserError(
+                f"{path} was made by the image tower of {shard.made_by.get('model', '?')} ({theirs}), with {width} "
+                f"numbers an image, but this run uses that of {clip.describe()} ({tower}), with {clip.embed_dim}. Use "
+                "that model, or make the embeddings again."
+            )
+    if claimed in {shard.made_by["image_tower"] for shard in shards}:
+        log.info("%s is said to be made by %s; without the images that is taken on trust", path, clip.describe())
     ids = [key for shard in shards for key in shard.ids]
     return Embeddings(Rows([shard.z for shard in shards]) if path.suffix == ".json" else shards[0].z.float(), ids)
-
-
-def _check_tower(path: Path, shard: Shard, clip: Clip) -> None:
-    tower, theirs = clip.image_tower_hash(), shard.made_by["image_tower"]
-    if theirs == tower:
-        return
-    if theirs != claim(clip.name, clip.pretrained):
-        raise UserError(
-            f"{path} was made by the image tower of {shard.made_by.get('model', '?')} ({theirs}), "
-            f"but this run uses that of {clip.describe()} ({tower}). Use that model, or make the embeddings again."
-        )
-    log.info("%s is said to be made by %s; without the images that is taken on trust", path, clip.describe())
-    if shard.z.shape[1] != clip.embed_dim:
-        raise UserError(
-            f"{path} has {shard.z.shape[1]} numbers an image, but {clip.describe()} makes {clip.embed_dim}. "
-            "Make the embeddings again with that model."
-        )
 
 
 # -- python -m pc_clip embeddings ----------------------------------------------------------------------
 
 
-class Made(NamedTuple):
-    """A file of embeddings or an index of them, and what is in it."""
-
-    path: Path
-    images: int
-    width: int
-    found_by_itself: bool  # by training and evaluations
-
-
-def embed(config: EmbedConfig, processes: Processes | None = None) -> Made | None:
+def embed(config: EmbedConfig, processes: Processes | None = None) -> Path | None:
     """Embed what the settings say, together with other processes; None in processes other than the main one.
 
-    Raises UserError for settings that do not fit, for an image that cannot be read, and for what data or model lack.
+    Returns the index of the shards. Raises UserError for settings that do not fit, for an image that cannot be read,
+    and for what data or model lack.
     """
-    from pc_clip.data.training_data import load_dataset
-
     processes = processes or Processes()
     options = Options(config.batch_size, config.data.workers, config.precision, config.dtype, config.broken)
     options.check()
     check_at_least("shard_size", config.shard_size, 1)
     _check_for_training(config.data)
-    cache = Path(config.cache) if config.cache else CACHE
-    data = None if config.data.dataset == "webdataset" else load_dataset(config.data)
-    work = _tars(config.data) if data is None else blocks(data, config.shard_size)
+    if config.data.dataset == "webdataset":
+        work = tars(Path(config.data.root or READERS["webdataset"].root), config.data.split)
+    else:
+        work = blocks(load_dataset(config.data), config.shard_size)
     device = resolve_device(config.device)
     device = f"cuda:{processes.local_rank}" if device == "cuda" and processes.size > 1 else device
     clip = create_model(*config.model.source(config.data.dataset), device=device)
-
-    cached = _look_up(clip, data, cache) if data is not None and not options.suffix else None
-    processes.wait()  # all have looked before one writes
-    if cached:
-        path, embeddings = cached
-        return Made(path, *embeddings.z.shape, cache == CACHE) if processes.is_main else None
-    folder = cache / f"{work.name}-{clip.image_tower_hash()}{options.suffix}"
-    shards = embed_units(
-        work, folder, _made_by(clip, work.label, options), lambda unit, seen: encode(clip, unit, options, seen),
-        processes, may_leave_out=options.broken == "skip",
-    )  # fmt: skip
+    shards = _cached(clip, work, options, Path(config.cache) if config.cache else CACHE, processes)
     if not shards:
         return None
-    exact = not options.suffix and not any(shard.left_out for shard in shards)
-    images = sum(len(shard.z) for shard in shards)
-    return Made(folder / INDEX, images, shards[0].z.shape[1], exact and work.opens and cache == CACHE)
+    log.info("%d images, %d numbers each", sum(len(shard.z) for shard in shards), shards[0].z.shape[1])
+    return shards[0].path.with_name(INDEX)
 
 
 def _check_for_training(data: DataConfig) -> None:
     """Raises UserError for settings of training that would be without effect here."""
-    if data.embeddings:
-        raise UserError("data.embeddings names what is there already; leave it out to embed the images")
-    if data.mix:
-        raise UserError("data.mix is for training: embed each of its data sets by itself")
-    if data.min_crop != 1:
-        raise UserError(f"data.min_crop {data.min_crop:g} is for training; what is embedded is the whole image")
-    if data.broken != "error":
-        raise UserError(f"data.broken {data.broken} is for training; here it is --broken {data.broken}")
-
-
-def _tars(data: DataConfig) -> Work:
-    if data.captions:
-        raise UserError("data.captions chooses images by id; a WebDataset is embedded tar by tar, all of it")
-    return tars(Path(data.root or READERS["webdataset"].root), data.split)
+    for name, is_set in [
+        ("embeddings, which names what is there already", data.embeddings),
+        ("mix", data.mix),
+        ("min_crop", data.min_crop != 1),
+        ("broken, which is --broken here", data.broken != "error"),
+        ("captions, which chooses images by id", data.captions and data.dataset == "webdataset"),
+    ]:
+        if is_set:
+            raise UserError(f"leave out data.{name}: whole images of one data set are embedded, for training to read")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -315,17 +264,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     Many processes share the work, started by `accelerate launch -m pc_clip embeddings`. After an interruption the same
     command continues. A WebDataset may hold images alone.
     """
-    from tqdm.contrib.logging import logging_redirect_tqdm
-
-    from pc_clip.core.cli import configure
-    from pc_clip.core.config.settings import EmbedConfig
-
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     argv = list(sys.argv[1:] if argv is None else argv)
     config = configure(EmbedConfig, "python -m pc_clip embeddings", main.__doc__, argv)
     with logging_redirect_tqdm():  # lines of the log above the bar, not through it
-        made = embed(config, Processes.here())
-    if made:
-        print(f"{made.images} images, {made.width} numbers each: {made.path}")
-        by_itself = "; what opens this data set finds them by itself" if made.found_by_itself else ""
-        print(f"--data.embeddings {made.path} names them{by_itself}")
+        path = embed(config, Processes.here())
+    if path:
+        print(f"--data.embeddings {path}; in the usual cache, exact and of all images, they are found by themselves")

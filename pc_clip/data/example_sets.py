@@ -6,7 +6,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -16,78 +15,73 @@ from pc_clip.example import changes, kept, relations, scenes, world
 
 EXAMPLE_SIZES = {"train": 6000, "val": 1000, "test": 2000}
 CHANGES_SIZES = {"train": 24000, "val": 500, "test": 2000}  # pairs
+Shown = scenes.Scene | changes.View
 
 
-def open_example(_: Path, split: str) -> Dataset:
-    n = EXAMPLE_SIZES[split]
-    return example(split, n)
-
-
-def example(split: str, n: int) -> Dataset:
-    """The first `n` scenes of a split of the embedded example."""
+def example(split: str, n: int | None = None) -> Dataset:
+    """The first `n` scenes of a split of the embedded example; all of them if None."""
+    n = n or EXAMPLE_SIZES[split]
     shown = [world.scene(split, i) for i in range(n)]
-    pixels = b"".join(scenes.draw(scene).tobytes() for scene in shown[:8])
     return Dataset(
         name="example",
         split=split,
         ids=[f"{split}-{i:05d}" for i in range(n)],
-        load=partial(_draw, scenes.draw, shown),
-        fingerprint=digest(split, n, hashlib.sha256(pixels).hexdigest()),
+        load=partial(_load, scenes.draw, shown),
+        fingerprint=digest(split, n, _digest_of(scenes.draw, shown[:8])),
         captions=[world.captions(split, i) for i in range(n)],
         questions=tuple(_example_question(name, shown) for name in world.CLASSES),
-        attributes=tuple(_example_attribute(name, shown) for name in ("size", "background", "count")),
+        attributes=tuple(_example_attribute(name, shown) for name in _GRADED),
         part=split,
     )
 
 
-def open_relations(_: Path, split: str) -> Dataset:
-    return example_relations(split, EXAMPLE_SIZES[split])
-
-
-def example_relations(split: str, n: int) -> Dataset:
-    """The first `n` scenes of two things of a split, with statements about them.
+def example_relations(split: str, n: int | None = None) -> Dataset:
+    """The first `n` scenes of two things of a split, with statements about them; all of them if None.
 
     The questions, for a probe, are whether an image embedding tells where the thing of a colour is.
     """
+    n = n or EXAMPLE_SIZES[split]
     shown = [relations.scene(split, i) for i in range(n)]
     ids = [f"{split}-{i:05d}" for i in range(n)]
-    pixels = b"".join(scenes.draw(scene).tobytes() for scene in shown[:8])
     return Dataset(
         name="example_relations",
         split=split,
         ids=ids,
-        load=partial(_draw, scenes.draw, shown),
-        fingerprint=digest("relations", split, n, hashlib.sha256(pixels).hexdigest()),
+        load=partial(_load, scenes.draw, shown),
+        fingerprint=digest("relations", split, n, _digest_of(scenes.draw, shown[:8])),
         questions=tuple(_place_question(kind, colour, shown) for kind in _PLACES for colour in scenes.COLOURS),
         part=split,
         statements=tuple(Statement(key, *said) for i, key in enumerate(ids) for said in relations.statements(split, i)),
     )
 
 
-def open_changes(_: Path, split: str) -> Dataset:
-    return example_changes(split, CHANGES_SIZES[split])
+def example_changes(split: str, n: int | None = None) -> Dataset:
+    """The first `n` pairs of a split, all of them if None: pair i is the images 2i and 2i + 1, and changes[i].
 
-
-def example_changes(split: str, n: int) -> Dataset:
-    """The first `n` pairs of a split: pair i is the images 2i and 2i + 1, and changes[i]. It can judge sentences."""
-    pairs, said = zip(*kept.told_pairs(split, n))
+    It can judge sentences.
+    """
+    n = n or CHANGES_SIZES[split]
+    pairs, sentences = zip(*kept.told_pairs(split, n))
     shown = [view for pair in pairs for view in (pair.before, pair.after)]
     ids = [f"{split}-{i:05d}-{when}" for i in range(n) for when in ("before", "after")]
-    pixels = b"".join(changes.draw(view).tobytes() for view in shown[:16])
     return Dataset(
         name="example_changes",
         split=split,
         ids=ids,
-        load=partial(_draw, changes.draw, shown),
-        fingerprint=digest("changes", split, n, hashlib.sha256(pixels).hexdigest(), list(said)),
+        load=partial(_load, changes.draw, shown),
+        fingerprint=digest("changes", split, n, _digest_of(changes.draw, shown[:16]), list(sentences)),
         part=split,
-        changes=tuple(Change(ids[2 * i], ids[2 * i + 1], said[i], pair.kind) for i, pair in enumerate(pairs)),
+        changes=tuple(Change(ids[2 * i], ids[2 * i + 1], sentences[i], pair.kind) for i, pair in enumerate(pairs)),
         judge=partial(_judge, pairs),
     )
 
 
-def _judge(pairs: Sequence[changes.Pair], row: int, said: str) -> dict[str, bool]:
-    return changes.judge(pairs[row], said)
+def _judge(pairs: Sequence[changes.Pair], row: int, sentence: str) -> dict[str, bool]:
+    return changes.judge(pairs[row], sentence)
+
+
+def _digest_of(draw: Callable[[Shown], Image.Image], shown: Sequence[Shown]) -> str:
+    return hashlib.sha256(b"".join(draw(each).tobytes() for each in shown)).hexdigest()
 
 
 _PLACES = {
@@ -111,26 +105,22 @@ def _example_question(name: str, shown: list[scenes.Scene]) -> Question:
     return Question(name, world.CLASSES[name], rows, target, world.TEMPLATES[name])
 
 
+_GRADED = {  # of much and of little of it; a clear difference is wider than the spread within one class
+    "size": ("a large object", "a small object", 2.4),  # pixels
+    "background": ("an object on a light background", "an object on a dark background", 50.0),  # grey levels
+    "count": ("three objects", "one object", 0.5),
+}
+
+
 def _example_attribute(name: str, shown: list[scenes.Scene]) -> Attribute:
     value = np.array([world.grade(name, scene) for scene in shown])
-    more, less = world.COMPARATIVES[name]
-    high, low = {
-        "size": ("a large object", "a small object"),
-        "background": ("an object on a light background", "an object on a dark background"),
-        "count": ("three objects", "one object"),
-    }[name]
-    # A clear difference is wider than the spread within one class: 2.4 pixels at most, 50 grey levels.
-    gap = {"size": 2.4, "background": 50.0, "count": 0.5}[name]
-    return Attribute(name, value, more, less, high, low, gap)
+    return Attribute(name, value, *world.COMPARATIVES[name], *_GRADED[name])
 
 
-Shown = scenes.Scene | changes.View
-
-
-def _draw(how: Callable[[Shown], Image.Image], shown: Sequence[Shown], row: int) -> Image.Image:
-    return Image.frombytes("RGB", (scenes.SIDE, scenes.SIDE), _drawn(how, shown[row]))
+def _load(draw: Callable[[Shown], Image.Image], shown: Sequence[Shown], row: int) -> Image.Image:
+    return Image.frombytes("RGB", (scenes.SIDE, scenes.SIDE), _drawn(draw, shown[row]))
 
 
 @lru_cache(maxsize=3 << 14)  # 600 MB at most: where the image tower learns, every epoch wants them all
-def _drawn(how: Callable[[Shown], Image.Image], what: Shown) -> bytes:
-    return how(what).tobytes()
+def _drawn(draw: Callable[[Shown], Image.Image], what: Shown) -> bytes:
+    return draw(what).tobytes()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import multiprocessing
 import signal
@@ -21,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from pc_clip.core.errors import UserError, check_at_least
 from pc_clip.core.random import stream
-from pc_clip.data.dataset import BrokenImage, Dataset
+from pc_clip.data.dataset import BrokenImage, Dataset, images_alone
 from pc_clip.models.clip import Clip
 from pc_clip.models.torchvision_compat import torchvision
 
@@ -50,47 +49,41 @@ class Batch(NamedTuple):
 
 class _Pictures(torch.utils.data.Dataset):
     def __init__(self, data: Dataset, transform: Transform) -> None:
-        unused = {"captions": None, "questions": (), "attributes": (), "statements": (), "changes": (), "judge": None}
-        self.data, self.transform = dataclasses.replace(data, **unused), transform
+        self.data, self.transform = images_alone(data), transform
 
-    def __getitem__(self, key: tuple[int, int]) -> Tensor | UserError:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[int, Tensor | UserError]:
         """An error is returned: a worker process that raises wraps it in a traceback."""
         row, epoch = key
         try:
-            return self.transform(self.data.load(row), row, epoch)
+            return row, self.transform(self.data.load(row), row, epoch)
         except UserError as error:
-            return error
+            return row, error
         except Exception as error:  # Pillow's decoders raise all kinds
             what = f"image {self.data.ids[row]} of {self.data.label} cannot be read ({type(error).__name__}: {error})"
             if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno):  # not the image's fault
-                return UserError(f"{what}; mend that and run the same command again")
-            return BrokenImage(f"{what}; remove it")
+                return row, UserError(f"{what}; mend that and run the same command again")
+            return row, BrokenImage(f"{what}; remove it")
 
 
-def _collate(images: list[Tensor | UserError]) -> tuple[Tensor, dict[int, UserError]]:
-    """The images that could be read, and the errors by their place in the batch."""
-    pixels = [image for image in images if isinstance(image, Tensor)]
-    errors = {place: image for place, image in enumerate(images) if isinstance(image, UserError)}
-    return torch.stack(pixels) if pixels else torch.empty(0), errors
+def _collate(images: list[tuple[int, Tensor | UserError]]) -> Batch:
+    pixels = [image for _, image in images if isinstance(image, Tensor)]
+    broken = {row: image for row, image in images if isinstance(image, UserError)}
+    return Batch(torch.stack(pixels) if pixels else torch.empty(0), [row for row, _ in images], broken)
 
 
-class _Batches:
+class _Plan:
     """The batch sampler of a DataLoader whose worker processes outlive an epoch: each epoch has other batches."""
 
     def __init__(self) -> None:
         self.batches: Iterable[Sequence[int]] = ()
-        self.epoch = 0
-        self.asked: list[Sequence[int]] = []  # batches that were asked for and are not given back
-        self.reading = False  # whether an epoch has batches left
-
-    def begin(self, batches: Iterable[Sequence[int]], epoch: int) -> None:
-        self.batches, self.epoch, self.asked, self.reading = batches, epoch, [], True
+        self.epoch = self.asked = 0  # asked: batches that were asked for and are not given back
+        self.left = False  # whether an epoch has batches left
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for rows in self.batches:
-            self.asked.append(rows)
+            self.asked += 1
             yield [(int(row), self.epoch) for row in rows]
-        self.reading = False
+        self.left = False
 
 
 class Reader:
@@ -113,16 +106,16 @@ class Reader:
 
     def batches(self, batches: Iterable[Sequence[int]], epoch: int = 0) -> Iterator[Batch]:
         """Batches of rows as pixels, in order. Two batches a process are asked for ahead."""
-        if self.loader is None or self.loader.batch_sampler.reading or self.loader.batch_sampler.asked:
+        if self.loader is None or self.loader.batch_sampler.left or self.loader.batch_sampler.asked:
             self.loader = self._loader()  # another epoch is under way, and keeps its own processes
-        loader, sampler = self.loader, self.loader.batch_sampler
-        sampler.begin(batches, epoch)
+        loader, plan = self.loader, self.loader.batch_sampler
+        plan.batches, plan.epoch, plan.left = batches, epoch, True
         try:
-            for pixels, errors in _caught(loader):
-                rows = sampler.asked.pop(0)
-                yield Batch(pixels, rows, {int(rows[place]): error for place, error in errors.items()})
+            for batch in _caught(loader):
+                plan.asked -= 1
+                yield batch
         finally:
-            if (sampler.reading or sampler.asked) and self.loader is loader:
+            if (plan.left or plan.asked) and self.loader is loader:
                 self.close()
 
     def close(self) -> None:
@@ -135,7 +128,7 @@ class Reader:
         safe = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
         return DataLoader(
             self.pictures,
-            batch_sampler=_Batches(),
+            batch_sampler=_Plan(),
             num_workers=self.workers,
             collate_fn=_collate,
             persistent_workers=self.workers > 0,
@@ -149,7 +142,7 @@ def _ignore_interrupts(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _caught(loader: DataLoader) -> Iterator[tuple[Tensor, dict[int, UserError]]]:
+def _caught(loader: DataLoader) -> Iterator[Batch]:
     try:
         yield from loader
     except (RuntimeError, EOFError, ConnectionError, FileNotFoundError) as error:  # the last three: half of a message
@@ -163,10 +156,10 @@ def _caught(loader: DataLoader) -> Iterator[tuple[Tensor, dict[int, UserError]]]
 
 def plain(preprocess: Callable[[Image.Image], Tensor]) -> Transform:
     """The model's own transform, the same in every epoch."""
-    return partial(_transform, preprocess)
+    return partial(_plain, preprocess)
 
 
-def _transform(preprocess: Callable[[Image.Image], Tensor], image: Image.Image, row: int, epoch: int) -> Tensor:
+def _plain(preprocess: Callable[[Image.Image], Tensor], image: Image.Image, row: int, epoch: int) -> Tensor:
     return preprocess(image)
 
 

@@ -12,24 +12,25 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from pc_clip.core.errors import UserError, check_choice, nearest
 from pc_clip.data import download as archives
-from pc_clip.data.attribute_sets import open_awa2, open_cub
-from pc_clip.data.captions import is_table, open_coco, open_tsv
+from pc_clip.data.captions import TABLES, open_coco, open_tsv
 from pc_clip.data.changes import (
-    is_lines,
+    LINES,
     open_clevr_change,
     open_image_editing_request,
     open_lines,
     open_spot_the_diff,
 )
-from pc_clip.data.classification import KINDS, download_classified, open_classified
+from pc_clip.data.classification import KINDS, download_classified, open_awa2, open_classified, open_cub
 from pc_clip.data.dataset import Dataset
-from pc_clip.data.example_sets import open_changes, open_example, open_relations
+from pc_clip.data.example_sets import example, example_changes, example_relations
 from pc_clip.data.folder import open_folder
+from pc_clip.data.picture_files import is_list
 from pc_clip.data.webdataset import open_webdataset
 
 
@@ -59,28 +60,37 @@ class Reader:
         """The first of the inner folders that exists; otherwise `root` itself."""
         return next((root / inner for inner in self.inner if (root / inner).is_dir()), root)
 
-    def lacking(self, root: Path) -> list[str]:
-        """Those of the files that are not there, as datasets.yaml has them."""
+    def state(self, root: Path | None = None) -> str:
+        """Whether it is in a folder, `root` or its usual one: "found", "not found", or "incomplete: no ..."."""
+        if self.root is None:
+            return "found"
+        root = root or Path(self.root)
         folder = self.folder(root)
-        return [file for file in self.files if not any(any(folder.glob(name)) for name in file.split("|"))]
+        absent = [file for file in self.files if not any(any(folder.glob(name)) for name in file.split("|"))]
+        if not root.is_dir() or (absent and len(absent) == len(self.files)):
+            return "not found"
+        return f"incomplete: no {', '.join(absent)}" if absent else "found"
 
 
-def _reader(name: str, opener: Callable, any_split=False, may_miss=False, is_table=None) -> Reader:
-    about = {key: tuple(value) if isinstance(value, list) else value for key, value in _ABOUT.get(name, {}).items()}
+def _reader(name: str, opener: Callable, **how: Any) -> Reader:
+    about = {key: tuple(value) if isinstance(value, list) else value for key, value in _ABOUT[name].items()}
     if archive := about.pop("archive", None):
         about["fetch"] = f"Fetch it: python -m pc_clip datasets --download {name} (or unpack {archive})."
-    if not about:
-        about = {"splits": ("train", "val", "test"), "size": "none", "licence": "MIT, as this project"}
-    return Reader(opener, any_split, may_miss, is_table, **about)
+    return Reader(opener, **how, **about)
+
+
+def _embedded(make: Callable[[str], Dataset]) -> Reader:
+    splits = ("train", "val", "test")
+    return Reader(lambda _, split: make(split), splits=splits, size="none", licence="MIT, as this project")
 
 
 _ABOUT = yaml.safe_load(Path(__file__).with_name("datasets.yaml").read_text(encoding="utf-8"))
 READERS: dict[str, Reader] = {
-    "example": _reader("example", open_example),
-    "example_relations": _reader("example_relations", open_relations),
-    "example_changes": _reader("example_changes", open_changes),
+    "example": _embedded(example),
+    "example_relations": _embedded(example_relations),
+    "example_changes": _embedded(example_changes),
     "coco": _reader("coco", open_coco, any_split=True, may_miss=True),
-    "tsv": _reader("tsv", open_tsv, any_split=True, may_miss=True, is_table=is_table),
+    "tsv": _reader("tsv", open_tsv, any_split=True, may_miss=True, is_table=partial(is_list, endings=TABLES)),
     "folder": _reader("folder", open_folder),
     "webdataset": _reader("webdataset", open_webdataset, any_split=True),
     **{name: _reader(name, partial(open_classified, name)) for name in KINDS},
@@ -89,7 +99,7 @@ READERS: dict[str, Reader] = {
     "clevr_change": _reader("clevr_change", open_clevr_change, may_miss=True),
     "spot_the_diff": _reader("spot_the_diff", open_spot_the_diff, may_miss=True),
     "image_editing_request": _reader("image_editing_request", open_image_editing_request, may_miss=True),
-    "changes": _reader("changes", open_lines, any_split=True, may_miss=True, is_table=is_lines),
+    "changes": _reader("changes", open_lines, any_split=True, may_miss=True, is_table=partial(is_list, endings=LINES)),
 }
 
 
@@ -113,27 +123,24 @@ def open_dataset(
     if reader.splits and split not in reader.splits and not reader.any_split:
         raise UserError(f"{name} has no split {split!r}. {nearest(split, reader.splits)}")
     folder = Path(root or reader.root or ".")
-    lone = reader.is_table is not None and root is None and reader.is_table(Path(split))
-    if reader.root is not None and not lone:
+    if root or not (reader.is_table and reader.is_table(Path(split))):
         _require(name, reader, folder)
     opener = partial(reader.open, missing=missing) if reader.may_miss else reader.open
     return opener(reader.folder(folder), split)
 
 
 def _require(name: str, reader: Reader, folder: Path) -> None:
-    lacking = reader.lacking(folder)
-    if not folder.is_dir() or (lacking and len(lacking) == len(reader.files)):
+    if (state := reader.state(folder)) == "not found":
         raise UserError(f"{name} is not at {folder}. {reader.fetch} Then name the folder with --root (--data.root).")
-    if lacking:
-        raise UserError(f"{name} at {reader.folder(folder)} is incomplete: no {', '.join(lacking)}. {reader.fetch}")
+    if state != "found":
+        raise UserError(f"{name} at {folder} is {state}. {reader.fetch}")
 
 
 def held_out(data: Dataset) -> str | None:
     """The split to choose settings on: "val", else "train"; None where none is apart from `data`."""
     part = data.part or data.split
-    if part == "all":
-        return None  # every other split is inside it
-    return next((s for s in (beside(data, "val"), beside(data, "train")) if s not in (None, part)), None)
+    apart = (split for split in (beside(data, "val"), beside(data, "train")) if split not in (None, part))
+    return next(apart, None) if part != "all" else None  # every other split is inside that
 
 
 def beside(data: Dataset, split: str) -> str | None:
@@ -148,18 +155,6 @@ def beside(data: Dataset, split: str) -> str | None:
     return sibling if sibling in reader.splits and (reader.any_split or part in reader.splits) else None
 
 
-def state(name: str, root: str | Path | None = None) -> str:
-    """Whether a data set is there: "found", "not found", or "incomplete" with what is absent."""
-    reader = _known(name)
-    if reader.root is None:
-        return "found"
-    folder = Path(root or reader.root)
-    lacking = reader.lacking(folder)
-    if not folder.is_dir():
-        return "not found"
-    return f"incomplete: no {', '.join(lacking)}" if lacking else "found"
-
-
 def download(name: str, root: str | Path | None = None) -> Path:
     """Fetch what a data set lacks, and unpack it; the folder it is in. What is there already is not fetched again.
 
@@ -169,7 +164,7 @@ def download(name: str, root: str | Path | None = None) -> Path:
     if name not in archives.ARCHIVES and name not in KINDS:
         raise UserError(f"{name} cannot be downloaded. {reader.fetch}")
     folder = Path(root or reader.root)
-    if name == "coco" or not folder.is_dir() or reader.lacking(folder):  # captions of coco may be there alone
+    if name == "coco" or reader.state(folder) != "found":  # captions of coco may be there alone
         folder.mkdir(parents=True, exist_ok=True)
         (download_classified if name in KINDS else archives.fetch)(name, folder)
     _require(name, reader, folder)
@@ -182,10 +177,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--download", metavar="NAME", help="Fetch this data set and unpack it.")
     parser.add_argument("--root", metavar="FOLDER", help="Where to, unless it is where the list says.")
     arguments = parser.parse_args(argv)
+    if arguments.root and not arguments.download:
+        raise UserError("--root goes with --download NAME; to read a data set from there, give it to run.py")
     if arguments.download:
         print(f"{arguments.download} is in {download(arguments.download, arguments.root)}")
-    elif arguments.root:
-        raise UserError("--root goes with --download NAME; to read a data set from there, give it to run.py")
     else:
         print(table())
 
@@ -193,10 +188,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 def table() -> str:
     """A line a data set, and below it what is absent, how it is fetched, and its licence."""
     lines = [f"{'name':<22}{'state':<12}{'looked for in':<27}size"]
-    wrap = textwrap.TextWrapper(110, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False)
     for name, reader in READERS.items():
-        status, _, absent = state(name).partition(": ")
+        status, _, absent = reader.state().partition(": ")
         lines.append(f"{name:<22}{status:<12}{reader.root or '(embedded)':<27}{reader.size}")
         for text in (absent, reader.fetch if status != "found" else "", f"licence: {reader.licence}"):
-            lines += wrap.wrap(text)
+            lines += textwrap.wrap(text, 110, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False)
     return "\n".join(lines)

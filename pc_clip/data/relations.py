@@ -24,15 +24,13 @@ class Relation:
     opposites: tuple[str, ...] = ()
     verb: str = ""
 
-    def negated(self, name: str) -> str:
-        return f"does not {self.verb}" if self.verb else f"not {name}"
-
 
 RELATIONS: dict[str, Relation] = {
     name: Relation(category, verb=about) if isinstance(about, str) else Relation(category, tuple(about))
     for category, relations in yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8")).items()
     for name, about in relations.items()
 }
+_VERBS = {relation.verb: name for name, relation in RELATIONS.items() if relation.verb}
 
 # Found only behind "is", "are" and the like: elsewhere they mostly mean something else ("about to eat").
 _LOOSE = {"after", "at", "before", "by", "down", "from", "off", "past", "through", "to", "up"}
@@ -53,20 +51,15 @@ def find_relation(text: str) -> str | None:
 
     None where there is none, and where those there only say which thing is meant ("The car in the street is red").
     """
-    found = []
+    candidates = []
     for match in _pattern("").finditer(text):
-        name = _name(match[0])
-        behind = bool(_BEING.search(text[: match.start()]))
-        says = behind or bool(RELATIONS[name].verb)
-        if says or not (name in _LOOSE or _says_which(text, match)):
-            found.append((says, len(name), -match.start(), name))
-    return max(found)[-1] if found else None
-
-
-def _says_which(text: str, match: re.Match[str]) -> bool:
-    """Whether a place stands within what a sentence is about: it does not begin it, and "is" comes only after it."""
-    before, after = text[: match.start()], text[match.end() :]
-    return bool(before.strip()) and not _IS_OF_ALL.search(before) and bool(_IS_OF_ALL.search(after))
+        name, before, after = _name(match[0]), text[: match.start()], text[match.end() :]
+        says = bool(_BEING.search(before) or RELATIONS[name].verb)
+        # a place within what a sentence is about: it does not begin it, and "is" comes only after it
+        says_which = before.strip() and not _IS_OF_ALL.search(before) and _IS_OF_ALL.search(after)
+        if says or not (name in _LOOSE or says_which):
+            candidates.append((says, len(name), -match.start(), name))
+    return max(candidates)[-1] if candidates else None
 
 
 def contradict(text: str, relation: str, seed: int = 0) -> str:
@@ -83,34 +76,27 @@ def contradict(text: str, relation: str, seed: int = 0) -> str:
     places = [match for match in _pattern(relation).finditer(text) if _name(match[0]) == relation]
     if not relation or not places:
         raise UserError(f"the sentence {text!r} does not hold the relation {relation!r} as words of its own")
-    if relation not in RELATIONS and not all(_BEING.search(text[: match.start()]) for match in places):
-        raise UserError(
-            f"the relation {relation!r} is not known, and in {text!r} it cannot be negated because it does not follow "
-            "is or are; give both sentences instead, as columns caption and negative_caption"
-        )
-    _refuse_other_negations(text, relation, places)
+    for match in places:
+        before = text[: match.start()]
+        no = _NO.search(_NOT.sub("", before))
+        if no or (relation not in RELATIONS and not _BEING.search(before)):
+            why = f"{no[0]!r} comes before it" if no else "it is not known and does not follow is or are"
+            raise UserError(
+                f"the relation {relation!r} in {text!r} cannot be contradicted, since {why}; give both sentences "
+                "instead, as columns caption and negative_caption"
+            )
     known = RELATIONS.get(relation, Relation(UNKNOWN))
-    choices = known.opposites or (known.negated(relation),)
+    choices = known.opposites or (f"does not {known.verb}" if known.verb else f"not {relation}",)
     opposite = choices[int.from_bytes(sha256(f"{seed} {text}".encode()).digest()[:8], "big") % len(choices)]
     for match in reversed(places):  # from the end, so that the places before keep theirs
         text = _replaced(text, match, relation, opposite)
     return text
 
 
-def _refuse_other_negations(text: str, relation: str, places: list[re.Match[str]]) -> None:
-    for match in places:
-        before = text[: match.start()]
-        if no := _NO.search(_NOT.sub("", before)):
-            raise UserError(
-                f"in {text!r}, {no[0]!r} comes before {relation!r}, so that another relation in its place would not "
-                "contradict it; give both sentences instead, as columns caption and negative_caption"
-            )
-
-
 def _replaced(text: str, match: re.Match[str], relation: str, opposite: str) -> str:
     """The sentence with one place contradicted: negated where it is not, and the other way round."""
     before, after = text[: match.start()], text[match.end() :]
-    if _negates(match[0], relation):  # "does not contain"
+    if " ".join(match[0].lower().split()) != relation:  # "does not contain"
         return before + _cased(relation, match[0]) + after
     if no := _NOT.search(before):
         kept, adverb = before[: no.start()], no[3] or ""
@@ -122,36 +108,26 @@ def _replaced(text: str, match: re.Match[str], relation: str, opposite: str) -> 
 
 def _cased(text: str, like: str) -> str:
     """In capitals where what stood there was, or with a capital at the beginning."""
-    letters = [c for c in like if c.isalpha()]
-    if len(letters) > 1 and all(c.isupper() for c in letters):
+    if like.isupper() and len(like) > 1:
         return text.upper()
     return text[0].upper() + text[1:] if like[0].isupper() else text
-
-
-_VERBS = {relation.verb: name for name, relation in RELATIONS.items() if relation.verb}
-_NO_VERB = re.compile(r"(?:does not|doesn['’]t) (.+)")
 
 
 def _name(words: str) -> str:
     """The relation that a place is of."""
     words = " ".join(words.lower().split())
-    negated = _NO_VERB.fullmatch(words)
+    negated = re.fullmatch(r"(?:does not|doesn['’]t) (.+)", words)
     return _VERBS[negated[1]] if negated else words
-
-
-def _negates(words: str, relation: str) -> bool:
-    return " ".join(words.lower().split()) != relation
 
 
 @lru_cache(maxsize=256)
 def _pattern(also: str) -> re.Pattern[str]:
     """All relations, and one more that the table may lack, each at word limits; the longest of those at a place."""
-    names = {*RELATIONS, also} - {""}
-    written = [(name, _words(name)) for name in names]
-    written += [(f"does not {verb}", rf"(?:does\s+not|doesn['’]t)\s+{_words(verb)}") for verb in _VERBS]
-    longest = sorted(written, key=lambda each: (-len(each[0]), each[0]))
-    return re.compile(rf"(?<![\w'’-])(?:{'|'.join(form for _, form in longest)})(?![\w'’-])", re.IGNORECASE)
 
+    def spaced(name: str) -> str:
+        return r"\s+".join(map(re.escape, name.split()))
 
-def _words(name: str) -> str:
-    return r"\s+".join(map(re.escape, name.split()))
+    forms = {name: spaced(name) for name in {*RELATIONS, also} - {""}}
+    forms |= {f"does not {verb}": rf"(?:does\s+not|doesn['’]t)\s+{spaced(verb)}" for verb in _VERBS}
+    longest = sorted(forms, key=lambda name: (-len(name), name))
+    return re.compile(rf"(?<![\w'’-])(?:{'|'.join(forms[name] for name in longest)})(?![\w'’-])", re.IGNORECASE)

@@ -15,7 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from pc_clip.core import cache
-from pc_clip.core.errors import UserError, check_at_least, check_choice
+from pc_clip.core.errors import UserError, check_choice
 from pc_clip.core.random import stream
 from pc_clip.data.captions import read_captions
 from pc_clip.data.dataset import Dataset, digest, subset
@@ -42,7 +42,9 @@ def load_dataset(data: DataConfig, seed: int = 0) -> Dataset:
     if data.embeddings and data.dataset == "webdataset":
         root = Path(data.root or READERS["webdataset"].root)
         if data.captions or not has_captions(root):  # its tars may be too many to open, or hold images alone
-            return _about(unopened(root, data.split), data.captions)
+            captions = read_captions(data.captions) if data.captions else {}
+            texts = [texts for _, texts in captions.values()] or None
+            return dataclasses.replace(unopened(root, data.split), ids=list(captions), captions=texts)
     missing = "keep" if data.embeddings else data.missing  # nobody will look at the pictures
     main = dataset = _open(data.dataset, data.root, data.split, missing)
     if data.captions:
@@ -57,50 +59,40 @@ def _open(name: str, root: str | None, split: str | None, missing: str) -> Datas
     return open_dataset(name, root, split or next(iter(splits), None), missing=missing)
 
 
-def _about(data: Dataset, path: str | None) -> Dataset:
-    """A data set whose images nobody has listed: those that a file has captions of, with these; or none."""
-    captions = read_captions(path) if path else {}
-    return dataclasses.replace(data, ids=list(captions), captions=[texts for _, texts in captions.values()] or None)
-
-
 def _with_captions(data: Dataset, path: str) -> Dataset:
     """The images that a file has captions of, with those captions."""
     captions, ids = read_captions(path), ImageIds(data.ids, data.label)
     texts: dict[int, tuple[str, ...]] = {}
+    absent = 0
     for key, (_, of_key) in captions.items():
         if (row := ids.find(key)) is not None:
             texts[row] = texts.get(row, ()) + of_key
+        else:
+            absent += 1
     if not texts:
         raise UserError(f"{path} has captions of {len(captions)} images, none of which is in {data.label}")
     rows = np.array(sorted(texts), dtype=np.int64)
-    absent = sum(ids.find(key) is None for key in captions)
     note = f"{absent} images of {Path(path).name} are not in {data.label}" if absent else ""
     data = _note(_note(subset(data, rows), captions.note), note)
     return dataclasses.replace(data, captions=[texts[row] for row in rows.tolist()])
 
 
-def _note(data: Dataset, said: str) -> Dataset:
-    return dataclasses.replace(data, note="; ".join(filter(None, (data.note, said))))
-
-
-# -- images of other data sets -------------------------------------------------------------------------
+def _note(data: Dataset, note: str) -> Dataset:
+    return dataclasses.replace(data, note="; ".join(filter(None, (data.note, note))))
 
 
 def _mixed(main: Dataset, mix: Sequence[MixConfig], missing: str, seed: int, fingerprint: str) -> Dataset:
-    """A data set with images of others after its own. What is asked about its own images stays as it was."""
+    """A data set with images of others after its own. What is asked about its own images stays as it was.
+
+    fingerprint: of the data set that `main` was taken from, which is not mixed in again.
+    """
     if not main.captions:
         raise UserError(
             f"data.mix adds images with captions, and {main.label} has none; name a file of them with --data.captions"
         )
     parts, names, used = [main], [], {fingerprint}
     for number, entry in enumerate(mix):
-        check_at_least(f"n of {entry.dataset} in data.mix", entry.n, 1)
-        if entry.caption.count("{}") != 1:
-            raise UserError(f"data.mix: the caption {entry.caption!r} needs exactly one {{}}, for the class")
-        try:
-            data = _open(entry.dataset, entry.root, entry.split, missing)
-        except UserError as error:
-            raise UserError(f"data.mix, {entry.dataset}: {error}") from error
+        data = _open(entry.dataset, entry.root, entry.split, missing)
         if data.fingerprint in used:
             raise UserError(f"data.mix names {data.label}, which is learnt from already; name another split or set")
         used.add(data.fingerprint)
@@ -108,11 +100,27 @@ def _mixed(main: Dataset, mix: Sequence[MixConfig], missing: str, seed: int, fin
         prefix = entry.dataset if names.count(entry.dataset) == 1 else f"{entry.dataset}-{names.count(entry.dataset)}"
         drawn = _drawn(data, entry, stream(seed, "mix", number))
         parts.append(dataclasses.replace(drawn, ids=[f"{prefix}:{key}" for key in drawn.ids]))
-    return _joined(parts)
+    ids = [key for part in parts for key in part.ids]
+    if len(set(ids)) < len(ids):
+        raise UserError(f"{main.label} has images that are called like some of data.mix, with a colon; rename them")
+    unknown = np.full(len(ids) - len(main), np.nan)
+    data = dataclasses.replace(
+        main,
+        ids=ids,
+        load=partial(_load_of, [part.load for part in parts], np.cumsum([len(part) for part in parts])),
+        fingerprint=digest(*[(part.fingerprint, part.ids) for part in parts]),
+        captions=[texts for part in parts for texts in part.captions],
+        attributes=tuple(dataclasses.replace(a, value=np.concatenate([a.value, unknown])) for a in main.attributes),
+    )
+    for part in parts[1:]:
+        data = _note(data, f"{len(part)} images of {part.label} mixed in{f' ({part.note})' if part.note else ''}")
+    return data
 
 
 def _drawn(data: Dataset, entry: MixConfig, rng: np.random.Generator) -> Dataset:
     """n images drawn from a data set, with captions. Of the same seed fewer are among more."""
+    if entry.caption.count("{}") != 1:
+        raise UserError(f"data.mix: the caption {entry.caption!r} needs exactly one {{}}, for the class")
     usable = np.arange(len(data))
     if not data.captions:
         if not data.questions:
@@ -122,31 +130,9 @@ def _drawn(data: Dataset, entry: MixConfig, rng: np.random.Generator) -> Dataset
             captions[row] = (entry.caption.replace("{}", question.classes[k]),)
         usable = np.unique(question.rows)
         data = dataclasses.replace(data, captions=captions)
-    if entry.n > len(usable):
+    if not 1 <= entry.n <= len(usable):
         raise UserError(f"data.mix asks for {entry.n} images of {data.label}, which has {len(usable)}")
     return subset(data, np.sort(rng.permutation(usable)[: entry.n]))
-
-
-def _joined(parts: list[Dataset]) -> Dataset:
-    """The first data set with the images and captions of the others, and its own questions and attributes alone."""
-    main, *others = parts
-    ids = [key for part in parts for key in part.ids]
-    if len(set(ids)) < len(ids):
-        raise UserError(f"{main.label} has images that are called like some of data.mix, with a colon; rename them")
-    added = len(ids) - len(main)
-    data = dataclasses.replace(
-        main,
-        ids=ids,
-        load=partial(_load_of, [part.load for part in parts], np.cumsum([len(part) for part in parts])),
-        fingerprint=digest(*[(part.fingerprint, part.ids) for part in parts]),
-        captions=[texts for part in parts for texts in part.captions],
-        attributes=tuple(
-            dataclasses.replace(a, value=np.concatenate([a.value, np.full(added, np.nan)])) for a in main.attributes
-        ),
-    )
-    for part in others:
-        data = _note(data, f"{len(part)} images of {part.label} mixed in{f' ({part.note})' if part.note else ''}")
-    return data
 
 
 def _load_of(loads: list[Any], ends: np.ndarray, row: int) -> Image.Image:
@@ -154,14 +140,16 @@ def _load_of(loads: list[Any], ends: np.ndarray, row: int) -> Image.Image:
     return loads[part](row - int(ends[part - 1]) if part else row)
 
 
-# -- pictures that do not decode -----------------------------------------------------------------------
-
-
 def _without_broken(data: Dataset, workers: int) -> Dataset:
     """The images that decode. Which do not is remembered, as long as the files stay as they are."""
+
+    def look() -> dict[str, np.ndarray]:
+        with tqdm(desc=f"decoding {data.label}", total=len(data), unit=" images", leave=False, disable=None) as bar:
+            return {"rows": np.array(list(broken_images(data, workers, bar.update)), dtype=np.int64)}
+
     key = {"images": data.fingerprint, "Pillow": PIL.__version__}  # another one may decode what this one does not
     with PartialState().main_process_first():  # the others then find it in the cache
-        broken = cache.cached("broken", key, partial(_look, data, workers))["rows"]
+        broken = cache.cached("broken", key, look)["rows"]
     if not len(broken):
         return data
     first = next(iter(broken_images(subset(data, broken[:1]), 0).values()), "")
@@ -169,9 +157,3 @@ def _without_broken(data: Dataset, workers: int) -> Dataset:
         raise UserError(f"none of the {len(data)} pictures of {data.label} can be used: {first}")
     whole = subset(data, np.setdiff1d(np.arange(len(data)), broken))
     return _note(whole, f"{len(broken)} broken pictures are left out, first: {first}")
-
-
-def _look(data: Dataset, workers: int) -> dict[str, np.ndarray]:
-    """rows: [K] int64, of the images that do not decode."""
-    with tqdm(desc=f"decoding {data.label}", total=len(data), unit=" images", leave=False, disable=None) as bar:
-        return {"rows": np.array(list(broken_images(data, workers, bar.update)), dtype=np.int64)}

@@ -12,6 +12,7 @@ webdataset reads tar files from front to back; an index of offsets lets images b
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import re
 import tarfile
@@ -24,7 +25,8 @@ import numpy as np
 from PIL import Image
 
 from pc_clip.core.errors import UserError, check_choice
-from pc_clip.data.dataset import Dataset, Question, decode_image, digest, read_text, stat, unreadable
+from pc_clip.data.dataset import Dataset, Question, decode_image, digest, unreadable
+from pc_clip.data.text_files import read_text
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +43,9 @@ class Sample(NamedTuple):
     size: int
     text: str
 
+    def __str__(self) -> str:
+        return f"{self.shard}: {self.name}"
+
 
 def open_webdataset(root: Path, split: str) -> Dataset:
     """One split: a question by class for classification, captions for retrieval."""
@@ -49,26 +54,29 @@ def open_webdataset(root: Path, split: str) -> Dataset:
     samples = [sample for shard in shards for sample in read_shard(shard, "txt" if retrieval else "cls")]
     if not samples:
         raise UserError(f"the shards in {root / split} hold no images")
-    captions = None
-    if retrieval:
-        captions = [tuple(" ".join(t.split()) for t in sample.text.splitlines() if t.strip()) for sample in samples]
-        if () in captions:
-            raise UserError(f"{_place(samples[captions.index(())])} has no caption")
-    return Dataset(
-        name="webdataset",
-        split=f"{root.resolve().name}-{split}",
-        ids=_ids(samples),
-        load=partial(_load, samples),
-        fingerprint=fingerprint(root, shards),
-        captions=captions,
-        questions=() if captions else (_question(root, samples),),
-        part=split,
-    )
+    data = _data_set(f"{root.resolve().name}-{split}", samples, fingerprint(root, shards))
+    if not retrieval:
+        return dataclasses.replace(data, questions=(_question(root, samples),), part=split)
+    captions = [tuple(" ".join(t.split()) for t in sample.text.splitlines() if t.strip()) for sample in samples]
+    if () in captions:
+        raise UserError(f"{samples[captions.index(())]} has no caption")
+    return dataclasses.replace(data, captions=captions, part=split)
+
+
+def _data_set(label: str, samples: list[Sample], known_by: str) -> Dataset:
+    ids = [f"{sample.shard.stem}/{sample.name}" for sample in samples]
+    return Dataset("webdataset", label, ids, partial(_load, samples), known_by)
 
 
 def fingerprint(root: Path, shards: list[Path]) -> str:
     """Of a split: its kind, and the names, sizes and times of its tar files."""
-    return digest(_kind(root), [(shard.name, *stat(shard)) for shard in shards])
+    return digest("retrieval" if has_captions(root) else "classification", [stamp(shard) for shard in shards])
+
+
+def stamp(shard: Path) -> tuple[str, int, int]:
+    """A tar file's name, size and time of change (ns)."""
+    status = shard.stat()
+    return shard.name, status.st_size, status.st_mtime_ns
 
 
 def find_tars(root: Path, split: str | None) -> tuple[str, list[Path]]:
@@ -87,26 +95,16 @@ def find_tars(root: Path, split: str | None) -> tuple[str, list[Path]]:
 
 def open_tar(shard: Path) -> Dataset:
     """The images of one tar file, whatever stands beside them. Raises UserError as `read_shard` does."""
-    samples = read_shard(shard, None)
-    load = partial(_load, samples)
-    return Dataset("webdataset", shard.stem, _ids(samples), load, digest(shard.name, *stat(shard)))
+    return _data_set(shard.stem, read_shard(shard, None), digest(*stamp(shard)))
 
 
 def unopened(root: Path, split: str | None) -> Dataset:
-    """A WebDataset of which no tar file is opened, for those who have its embeddings already.
+    """A WebDataset of which no tar file is opened, for those who have its embeddings already: it has no images.
 
     The files are listed, and their sizes and times looked at. Raises UserError as `find_tars` does.
     """
     label, shards = find_tars(root, split)
-    return Dataset("webdataset", label, [], _not_opened, fingerprint(root, shards), part=split or "")
-
-
-def _not_opened(row: int) -> Image.Image:
-    raise UserError("the tar files of this data set were not opened, because its embeddings were given")
-
-
-def _ids(samples: list[Sample]) -> list[str]:
-    return [f"{sample.shard.stem}/{sample.name}" for sample in samples]
+    return dataclasses.replace(_data_set(label, [], fingerprint(root, shards)), part=split or "")
 
 
 def read_shard(shard: Path, beside: str | None) -> list[Sample]:
@@ -116,44 +114,22 @@ def read_shard(shard: Path, beside: str | None) -> list[Sample]:
     the layout does not know are counted in the log. Raises UserError for a tar file that does not end where it must,
     and for an image without its text or the other way round.
     """
-    members, texts, images = _read_members(shard, beside)
-    samples = []
-    for key, endings in members.items():
-        image = next((endings[ending] for ending in IMAGES if ending in endings), None)
-        if image is None and beside not in endings:
-            continue
-        if beside and (image is None or beside not in endings):
-            lacks = f"{key}.{beside}" if image else f"the image of {key} ({', '.join(IMAGES)})"
-            raise UserError(f"{shard} lacks {lacks}; it has {key}.{next(iter(endings))}")
-        samples.append(Sample(shard, image.name, image.offset_data, image.size, texts.get(key, "")))
-    if passed := sorted(set(images) - {sample.name for sample in samples}):
-        log.warning(
-            "%s: %d images are passed over, first %s. A WebDataset has one image a key, with one dot in its name, "
-            "and no links.", shard, len(passed), passed[0],
-        )  # fmt: skip
-    return samples
-
-
-def _read_members(
-    shard: Path, beside: str | None
-) -> tuple[dict[str, dict[str, tarfile.TarInfo]], dict[str, str], list[str]]:
-    """Members by key and ending, the texts by key, and the names of all that end as images."""
-    members, texts, images = {}, {}, []
+    members, texts, images = {}, {}, []  # key -> ending -> member; key -> text; names of all that end as images
     try:
         with tarfile.open(shard, "r:") as tar:
             for member in tar:
                 parts = MEMBER.fullmatch(member.name)
-                if member.isdir() or parts is None or re.match(r"__[^/]*__($|/)", member.name):
+                if parts is None or member.isdir():
                     continue
                 key, ending = parts[1], parts[2].lower()
-                images += [member.name] if ending.rpartition(".")[2] in IMAGES else []
-                if not member.isreg():
-                    continue
-                if ending in members.setdefault(key, {}):
-                    raise UserError(f"{shard} has two members {member.name}; write the tar again with each name once")
-                members[key][ending] = member
-                if ending == beside:
-                    texts[key] = read_text(shard / member.name, tar.extractfile(member).read())
+                if ending.rpartition(".")[2] in IMAGES:
+                    images.append(member.name)
+                if member.isreg():
+                    if ending in members.setdefault(key, {}):
+                        raise UserError(f"{shard} has two members {member.name}; write the tar with each name once")
+                    members[key][ending] = member
+                    if ending == beside:
+                        texts[key] = read_text(shard / member.name, tar.extractfile(member).read())
             tar.fileobj.seek(tar.offset)
             end = tar.fileobj.read(2 * tarfile.BLOCKSIZE)
             if len(end) < tarfile.BLOCKSIZE or any(end):  # tarfile takes anything there for the end
@@ -162,74 +138,68 @@ def _read_members(
         raise UserError(f"{shard} is cut short or no tar file ({error}); fetch it again") from error
     except OSError as error:
         raise unreadable(shard, error) from error
-    return members, texts, images
+    samples = []
+    for key, endings in members.items():
+        image = next((endings[ending] for ending in IMAGES if ending in endings), None)
+        if beside and (image is None) != (beside not in endings):
+            lacks = f"{key}.{beside}" if image else f"the image of {key} ({', '.join(IMAGES)})"
+            raise UserError(f"{shard} lacks {lacks}; it has {key}.{next(iter(endings))}")
+        if image:
+            samples.append(Sample(shard, image.name, image.offset_data, image.size, texts.get(key, "")))
+    if passed := sorted(set(images) - {sample.name for sample in samples}):
+        log.warning(
+            "%s: %d images are passed over, first %s. A WebDataset has one image a key, with one dot in its name, "
+            "and no links.", shard, len(passed), passed[0],
+        )  # fmt: skip
+    return samples
 
 
 def _load(samples: list[Sample], row: int) -> Image.Image:
-    shard, _, offset, size, _ = sample = samples[row]
+    sample = samples[row]
     try:
-        with shard.open("rb") as file:
-            file.seek(offset)
-            content = file.read(size)
+        with sample.shard.open("rb") as file:
+            file.seek(sample.offset)
+            content = file.read(sample.size)
     except OSError as error:
-        raise unreadable(shard, error) from error
-    if len(content) < size:
-        raise UserError(f"{shard} has become shorter since it was opened; run the same command again")
-    return decode_image(content, _place(sample))
-
-
-def _place(sample: Sample) -> str:
-    return f"{sample.shard}: {sample.name}"
+        raise unreadable(sample.shard, error) from error
+    if len(content) < sample.size:
+        raise UserError(f"{sample.shard} has become shorter since it was opened; run the same command again")
+    return decode_image(content, str(sample))
 
 
 def _question(root: Path, samples: list[Sample]) -> Question:
     path = root / "classnames.txt"
-    if not path.is_file():
-        raise UserError(f"no class names at {path}: a line a class, in the order of the labels")
     classes = [line.strip() for line in read_text(path).splitlines()]
-    if "" in classes or not classes:
-        raise UserError(f"{path} line {classes.index('') + 1 if classes else 1} is blank; each line names a class")
+    if not all(classes):
+        raise UserError(f"{path} line {classes.index('') + 1} is blank; each line names a class")
     for sample in samples:
         if not sample.text.strip().isdecimal() or int(sample.text) >= len(classes):
             label = sample.text.strip()[:20]
-            raise UserError(f"{_place(sample)} has the label {label!r}; {path} names 0 to {len(classes) - 1}")
+            raise UserError(f"{sample} has the label {label!r}; {path} names 0 to {len(classes) - 1}")
     target = np.array([int(sample.text) for sample in samples], dtype=np.int64)
-    return Question("class", tuple(classes), np.arange(len(samples)), target, several=_templates(root))
-
-
-def _templates(root: Path) -> tuple[str, ...]:
-    """The set's own prompts, with {} where the file has {c}; none where there is no file."""
     path = root / "zeroshot_classification_templates.txt"
-    lines = [line.strip().replace("{c}", "{}") for line in read_text(path).splitlines()] if path.is_file() else []
-    for n, line in enumerate(lines, 1):
-        if line and (line.count("{}") != 1 or re.search(r"[{}]", line.replace("{}", ""))):
-            raise UserError(f"{path} line {n}: a prompt needs {{c}} once, for the class, and no other braces")
-    return tuple(filter(None, lines))
+    lines = [line.strip() for line in read_text(path).splitlines()] if path.is_file() else []
+    prompts = tuple(line.replace("{c}", "{}") for line in lines if line)
+    if wrong := [prompt for prompt in prompts if prompt.count("{}") != 1 or prompt.count("{") + prompt.count("}") != 2]:
+        raise UserError(f"{path}: {wrong[0]!r} needs {{c}} once, for the class, and no other braces")
+    return Question("class", tuple(classes), np.arange(len(samples)), target, several=prompts)
 
 
 def has_captions(root: Path) -> bool:
     """Whether a WebDataset says that captions stand beside its images. Raises UserError for a kind it cannot be."""
-    return _kind(root) == "retrieval"
-
-
-def _kind(root: Path) -> str:
     path = root / "dataset_type.txt"
     kind = read_text(path).strip().lower() if path.is_file() else "classification"
     check_choice(str(path), kind, ("classification", "retrieval"))
-    return kind
+    return kind == "retrieval"
 
 
 def _shards(root: Path, split: str) -> list[Path]:
     folder = root / split
     shards = _in_order(folder.glob("*.tar"))
-    if not shards and (loose := len(list(root.glob("*.tar")))):
-        raise UserError(
-            f"{root} has no split {split!r}: its {loose} tar files lie in {root} itself. To embed them, --data.split "
-            f"null; else move them into {folder}, with dataset_type.txt that says retrieval where captions are beside"
-        )
     if not shards:
         splits = sorted({path.parent.name for path in root.glob("*/*.tar")})
-        raise UserError(f"{root} has no split {split!r}; splits found there: {', '.join(splits) or 'none'}")
+        loose = "; to embed the tar files in the folder itself, --data.split null" if any(root.glob("*.tar")) else ""
+        raise UserError(f"{root} has no split {split!r}; splits found there: {', '.join(splits) or 'none'}{loose}")
     counted = folder / "nshards.txt"
     if counted.is_file() and read_text(counted).strip() != str(len(shards)):
         raise UserError(f"{folder} has {len(shards)} tar files, and {counted} says {read_text(counted).strip()[:20]!r}")
