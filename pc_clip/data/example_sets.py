@@ -4,7 +4,7 @@ different things, with statements on how they stand to one another; and pairs of
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from pc_clip.data.dataset import Attribute, Change, Dataset, Question, Statement, digest
-from pc_clip.example import changes, kept, relations, scenes, world
+from pc_clip.example import changes, relations, scenes, world
 
 EXAMPLE_SIZES = {"train": 6000, "val": 1000, "test": 2000}
 CHANGES_SIZES = {"train": 24000, "val": 500, "test": 2000}  # pairs
@@ -31,7 +31,7 @@ def example(split: str, n: int) -> Dataset:
         name="example",
         split=split,
         ids=[f"{split}-{i:05d}" for i in range(n)],
-        load=partial(_draw, scenes.draw, shown),
+        load=partial(_draw, shown),
         fingerprint=digest(split, n, hashlib.sha256(pixels).hexdigest()),
         captions=[world.captions(split, i) for i in range(n)],
         questions=tuple(_example_question(name, shown) for name in world.CLASSES),
@@ -56,7 +56,7 @@ def example_relations(split: str, n: int) -> Dataset:
         name="example_relations",
         split=split,
         ids=ids,
-        load=partial(_draw, scenes.draw, shown),
+        load=partial(_draw, shown),
         fingerprint=digest("relations", split, n, hashlib.sha256(pixels).hexdigest()),
         questions=tuple(_place_question(kind, colour, shown) for kind in _PLACES for colour in scenes.COLOURS),
         part=split,
@@ -70,15 +70,15 @@ def open_changes(_: Path, split: str) -> Dataset:
 
 def example_changes(split: str, n: int) -> Dataset:
     """The first `n` pairs of a split: pair i is the images 2i and 2i + 1, and changes[i]. It can judge sentences."""
-    pairs, said = zip(*kept.told_pairs(split, n))
+    pairs, said = zip(*changes.pairs(split, n))
     shown = [view for pair in pairs for view in (pair.before, pair.after)]
     ids = [f"{split}-{i:05d}-{when}" for i in range(n) for when in ("before", "after")]
-    pixels = b"".join(changes.draw(view).tobytes() for view in shown[:16])
+    pixels = b"".join(scenes.draw(view).tobytes() for view in shown[:16])
     return Dataset(
         name="example_changes",
         split=split,
         ids=ids,
-        load=partial(_draw, changes.draw, shown),
+        load=partial(_draw, shown),
         fingerprint=digest("changes", split, n, hashlib.sha256(pixels).hexdigest(), list(said)),
         part=split,
         changes=tuple(Change(ids[2 * i], ids[2 * i + 1], said[i], pair.kind) for i, pair in enumerate(pairs)),
@@ -91,14 +91,16 @@ def _judge(pairs: Sequence[changes.Pair], row: int, said: str) -> dict[str, bool
 
 
 _PLACES = {
-    "side": (relations.side, ("on the left", "on the right")),
-    "height": (relations.height, ("at the top", "at the bottom")),
+    "side": ("x", ("on the left", "on the right")),
+    "height": ("y", ("at the top", "at the bottom")),
 }
 
 
 def _place_question(kind: str, colour: str, shown: list[scenes.Scene]) -> Question:
-    place, classes = _PLACES[kind]
-    found = [(row, answer) for row, scene in enumerate(shown) if (answer := place(scene, colour)) is not None]
+    axis, classes = _PLACES[kind]
+    found = [
+        (row, answer) for row, scene in enumerate(shown) if (answer := relations.half(scene, colour, axis)) is not None
+    ]
     rows, target = np.array(found, dtype=np.int64).reshape(-1, 2).T
     article = "an" if colour[0] in "aeiou" else "a"
     return Question(f"{kind} of the {colour} object", classes, rows, target, (f"{article} {colour} object {{}}",))
@@ -124,13 +126,10 @@ def _example_attribute(name: str, shown: list[scenes.Scene]) -> Attribute:
     return Attribute(name, value, more, less, high, low, gap)
 
 
-Shown = scenes.Scene | changes.View
-
-
-def _draw(how: Callable[[Shown], Image.Image], shown: Sequence[Shown], row: int) -> Image.Image:
-    return Image.frombytes("RGB", (scenes.SIDE, scenes.SIDE), _drawn(how, shown[row]))
+def _draw(shown: Sequence[scenes.Scene], row: int) -> Image.Image:
+    return Image.frombytes("RGB", (scenes.SIDE, scenes.SIDE), _drawn(shown[row]))
 
 
 @lru_cache(maxsize=3 << 14)  # 600 MB at most: where the image tower learns, every epoch wants them all
-def _drawn(how: Callable[[Shown], Image.Image], what: Shown) -> bytes:
-    return how(what).tobytes()
+def _drawn(scene: scenes.Scene) -> bytes:
+    return scenes.draw(scene).tobytes()
