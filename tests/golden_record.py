@@ -103,33 +103,13 @@ def figures(argv: list[str]) -> dict[str, dict[str, float]]:
 def written() -> dict[str, list[str]]:
     """The first 50 lines of each task that rules can write."""
     tasks = {
-        "pairs": ["--name", "pairs", "--config", str(CONFIGS / "diffs_example.yaml"), *FEW],
-        "compare": [
-            "--name",
-            "compare",
-            "--task",
-            "compare",
-            "--dataset",
-            "example",
-            "--question",
-            "shape",
-            "--both_orders",
-            "true",
-        ],
-        "describe": [
-            "--name",
-            "describe",
-            "--task",
-            "describe",
-            "--dataset",
-            "example",
-            "--question",
-            "shape",
-            "--n_each",
-            "9",
-        ],
+        "pairs": ["--config", str(CONFIGS / "diffs_example.yaml"), *FEW],
+        "compare": ["--task", "compare", "--dataset", "example", "--question", "shape", "--both_orders", "true"],
+        "describe": ["--task", "describe", "--dataset", "example", "--question", "shape", "--n_each", "9"],
     }
-    lines = {name: generate_diffs.main(argv).read_text().splitlines()[:50] for name, argv in tasks.items()}
+    lines = {
+        name: generate_diffs.main(["--name", name, *argv]).read_text().splitlines()[:50] for name, argv in tasks.items()
+    }
     ranked = generate_diffs.main(["--config", str(CONFIGS / "rank_example.yaml"), "--rank.n_queries", "20"])
     return lines | {"rank": pd.read_parquet(ranked).head(50).astype(str).to_csv(index=False).splitlines()}
 
@@ -166,15 +146,12 @@ def record(name: str) -> Any:
     sizes = example_sets.EXAMPLE_SIZES, example_sets.CHANGES_SIZES
     example_sets.EXAMPLE_SIZES, example_sets.CHANGES_SIZES = SIZES, PAIRS
     try:
-        return _record(name)
+        needed = NEEDS_RUN.get(name)
+        if needed and not (Path("runs") / needed).exists():
+            twenty_steps(needed)
+        return twenty_steps(name) if name in RUNS else RECIPES[name]()
     finally:
         example_sets.EXAMPLE_SIZES, example_sets.CHANGES_SIZES = sizes
-
-
-def _record(name: str) -> Any:
-    if (needed := NEEDS_RUN.get(name)) and not (Path("runs") / needed).exists():
-        twenty_steps(needed)
-    return twenty_steps(name) if name in RUNS else RECIPES[name]()
 
 
 def main() -> None:
