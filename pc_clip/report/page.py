@@ -6,10 +6,8 @@ Writes one HTML page that opens from disk and fetches nothing, its tables as Mar
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import os
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +17,6 @@ import jinja2
 import numpy as np
 import pandas as pd
 from markupsafe import Markup
-from PIL import Image
 
 import pc_clip
 from pc_clip.core.config.evaluate import EVALUATIONS
@@ -31,7 +28,6 @@ from pc_clip.report.results import QUESTION, cells, check_once, grid, long_table
 LOG = "metrics.jsonl"  # of a run
 MOST_PANELS = 6  # figures of an evaluation that its chart shows, the first ones; the table has all
 MOST_CONFUSED = 10  # pairs of classes that are listed
-WIDEST = 1400  # pixels of a picture inside the page
 NOTE = "Per cent where a figure is a share; ± is the standard deviation over seeds, [a, b] a 95 % interval over images."
 MADE_BY = ["model", "seed", "n", "date", "commit", "key", "weights", "machine", "gpu", "versions", "command"]
 
@@ -175,11 +171,8 @@ def _table(table: pd.DataFrame, caption: str = "") -> Markup:
 
 def _sources(results: list[dict[str, Any]]) -> Markup:
     """A row a result: what it says of when, with what and by which command it was made."""
-    rows = {str(result["file"]): {name: result.get(name) for name in MADE_BY} for result in results}
-    for row in rows.values():
-        row["command"] = shlex.join(map(str, row["command"] or []))
-        row["versions"] = ", ".join(f"{name} {version}" for name, version in (row["versions"] or {}).items())
-    return _table(pd.DataFrame.from_dict(rows, orient="index", columns=MADE_BY).astype(str))
+    files = [str(result["file"]) for result in results]
+    return _table(pd.DataFrame(results, files, MADE_BY, dtype=object).fillna("").astype(str))
 
 
 def _confusions(results: list[dict[str, Any]], baselines: list[str]) -> list[Markup]:
@@ -206,22 +199,17 @@ def _confusions(results: list[dict[str, Any]], baselines: list[str]) -> list[Mar
 
 
 def _pictures(results: list[dict[str, Any]], left_out: list[str]) -> list[Markup]:
-    """The pictures beside each variant's first result. Those that cannot be shown are left out and named."""
+    """The pictures beside each variant's first result. Those that are missing are left out and named."""
     images, first = [], {}
     for result in results:
         first.setdefault(variant_of(result["model"]), result)
     for variant, result in first.items():
         for picture in result.get("pictures") or []:
             file = result["file"].parent / Path(picture["file"]).name  # right beside it, and nowhere else
-            try:
-                with Image.open(file) as image:
-                    image.thumbnail((WIDEST, WIDEST))
-                    out = io.BytesIO()
-                    image.save(out, "WEBP", quality=85)
-            except (OSError, ValueError, Image.DecompressionBombError) as error:
-                left_out.append(f"{file}: {'it is not there' if not file.exists() else f'no picture ({error})'}")
-                continue
-            images.append(charts.image("webp", out.getvalue(), picture["alt"] or file.stem, f"{variant}: {file.stem}"))
+            if file.is_file():
+                images.append(charts.image("png", file.read_bytes(), picture["alt"], f"{variant}: {file.stem}"))
+            else:
+                left_out.append(f"{file}: it is not there")
     return images
 
 
