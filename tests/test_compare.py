@@ -72,6 +72,7 @@ def where_nothing_differs(variants: int, images: int, studies: int) -> tuple[flo
     return float(np.mean(outside)), float(np.mean(families))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("variants", "studies", "most"), [(21, 25, (0.1, 0.2)), (4, 400, (0.06, 0.05))])
 def test_where_nothing_differs_about_one_in_twenty_intervals_says_so(monkeypatch, variants, studies, most):
     """Few variants as well: four of three seeds know the noise of training from 8 degrees of freedom alone."""

@@ -70,6 +70,7 @@ def test_things_neither_overlap_nor_leave_the_picture(index, split):
         assert not covered.any()
 
 
+@pytest.mark.slow
 def test_kinds_and_values_are_about_equally_frequent():
     pairs = [changes.pair("train", i) for i in range(1200)]
     groups = [Counter(p.kind for p in pairs)]

@@ -55,6 +55,7 @@ def check(name: str, folder: Path, elsewhere: float) -> None:
     assert not changed, f"{len(changed)} figures of {name} changed:\n" + "\n".join(changed[:20])
 
 
+@pytest.mark.slow
 def test_rules_write_the_lines_they_wrote(folder):
     check("written", folder, 1e-5)
 

@@ -26,7 +26,6 @@ from pc_clip.report import charts
 from pc_clip.report.results import QUESTION, cells, check_once, grid, long_table, natural, read, summarise, variant_of
 
 LOG = "metrics.jsonl"  # of a run
-MOST_PANELS = 6  # figures of an evaluation that its chart shows, the first ones; the table has all
 MOST_CONFUSED = 10  # pairs of classes that are listed
 NOTE = "Per cent where a figure is a share; ± is the standard deviation over seeds, [a, b] a 95 % interval over images."
 MADE_BY = ["model", "seed", "n", "date", "commit", "key", "weights", "machine", "gpu", "versions", "command"]
@@ -155,12 +154,9 @@ def _section(
     title: str, table: pd.DataFrame, rows: pd.DataFrame, results: list[dict[str, Any]], left_out: list[str]
 ) -> Section:
     """All that is shown of one evaluation. rows: of the summary."""
-    baselines = rows.variant[rows.baseline].drop_duplicates().tolist()
-    dots = charts.dots(rows, list(dict.fromkeys(rows.metric))[:MOST_PANELS], baselines)
-    pictures = [charts.svg(dots, f"{title}: the table's figures"), *charts.curves(results)]
     text = f"{EVALUATIONS.get(results[0]['evaluation'], '')}; n = {rows.n.max()}"
-    tables = [_table(table), *_confusions(results, baselines)]
-    return Section(title, text, tables, [*pictures, *_pictures(results, left_out)])
+    tables = [_table(table), *_confusions(results, rows.variant[rows.baseline].tolist())]
+    return Section(title, text, tables, [*charts.curves(results), *_pictures(results, left_out)])
 
 
 def _table(table: pd.DataFrame, caption: str = "") -> Markup:
