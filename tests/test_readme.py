@@ -26,15 +26,13 @@ MAINS = {
 
 
 def call(command: str) -> None:
-    """A line of the README in this process: four steps of finetuning, few images, two of run.py's own evaluations."""
+    """A line of the README in this process; of finetuning four steps, of the sentences' images few."""
     (script,) = [name for name in MAINS if command.startswith(f"python {name}")]
     argv = shlex.split(command.removeprefix(f"python {script}"))
     if script == "finetune.py":
         argv += ["--train.steps", "4"]
     if script == "generate_diffs.py" and "--task" not in argv and "rank" not in command:
         argv += ["--n_images", "300"]  # of 3,000
-    if command == "python run.py":  # what it measures without a mode is in tests/test_golden.py
-        argv += ["--mode", "difference,rank"]
     importlib.import_module(MAINS[script]).main(argv)
 
 
