@@ -24,7 +24,7 @@ def put(label: str, file: str = "zeroshot-x", folder: str = "results", **content
 
 def log_run(label: str, rows: list[dict], folder: str = "runs") -> Path:
     path = Path(folder) / label / "metrics.jsonl"
-    path.parent.mkdir(parents=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -139,6 +139,8 @@ def test_nothing_to_report_is_an_error_that_says_what_was_found():
     Path("empty/x.json").write_text("{")
     with pytest.raises(UserError, match=r"no results and no runs in empty.*empty/x\.json: it is cut short"):
         page.write([Path("empty")])
+    with pytest.raises(UserError, match=r"empty/log\.jsonl: it is cut short or no JSON"):
+        page.write([log_run("", [{"step": 1}, {"step": 2}], "empty").rename("empty/log.jsonl")])
     Path("other.json").write_text("{}")
     with pytest.raises(UserError, match=r"other\.json: it is no result of run\.py"):
         page.write([Path("other.json")])

@@ -34,8 +34,7 @@ def read(paths: Iterable[Path]) -> tuple[list[dict[str, Any]], list[str]]:
             try:
                 content = json.loads(file.read_text(encoding="utf-8"))
             except (ValueError, RecursionError):
-                if file.suffix == ".json":
-                    left_out.append(f"{file}: it is cut short or no JSON")
+                left_out.append(f"{file}: it is cut short or no JSON")
                 continue
             if not isinstance(content, dict) or not content.keys() >= RESULT_KEYS:
                 left_out += [f"{file}: it is no result of run.py"] if file == given else []
