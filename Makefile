@@ -51,11 +51,14 @@ lint: $(READY)
 	@$(RUN) -m ruff format --check --quiet .
 	@$(VENV)/bin/lint-imports
 
+# A file stays in one process, so that what its tests share is made once.
+TESTS  := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
 test: lint
-	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2
+	@$(TESTS)
 
 check: lint
-	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 -m "not slow"
+	@$(TESTS) -m "not slow"
 
 photo: $(READY)
 	@$(RUN) -m examples.photographs $(DATA)

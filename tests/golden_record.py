@@ -14,7 +14,6 @@ import os
 import re
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,15 +53,10 @@ RUNS = {  # name -> flags; 20 steps each, every loss logged
 
 def machine() -> str:
     """The kind of machine that a hash of float32 weights holds on."""
-    return f"torch {torch.__version__.partition('+')[0]}, {torch.backends.cpu.get_cpu_capability()}, {_processor()}"
-
-
-def _processor() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return "unknown processor"
-    return " ".join(re.findall(r"^(?:vendor_id|cpu family|model)\s*: (\S+)", text, re.MULTILINE)[:3])
+    about = Path("/proc/cpuinfo")
+    text = about.read_text() if about.is_file() else "model: unknown"
+    processor = " ".join(re.findall(r"^(?:vendor_id|cpu family|model)\s*: (\S+)", text, re.MULTILINE)[:3])
+    return f"torch {torch.__version__.partition('+')[0]}, {torch.backends.cpu.get_cpu_capability()}, {processor}"
 
 
 def train(name: str, *flags: str) -> Path:
@@ -74,10 +68,8 @@ def train(name: str, *flags: str) -> Path:
 
 def twenty_steps(name: str) -> dict[str, Any]:
     """First losses, and the final weights as a hash and as four projections on fixed directions."""
-    begun = time.perf_counter()
     write_example()
     folder = train(name, *RUNS[name], "--train.steps", str(STEPS), "--train.log_every", "1")
-    print(f"{name}: {time.perf_counter() - begun:.0f} s", flush=True)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     weights = load_file(folder / "model.safetensors")
     digest, flat = hashlib.sha256(), []
@@ -103,33 +95,13 @@ def figures(argv: list[str]) -> dict[str, dict[str, float]]:
 def written() -> dict[str, list[str]]:
     """The first 50 lines of each task that rules can write."""
     tasks = {
-        "pairs": ["--name", "pairs", "--config", str(CONFIGS / "diffs_example.yaml"), *FEW],
-        "compare": [
-            "--name",
-            "compare",
-            "--task",
-            "compare",
-            "--dataset",
-            "example",
-            "--question",
-            "shape",
-            "--both_orders",
-            "true",
-        ],
-        "describe": [
-            "--name",
-            "describe",
-            "--task",
-            "describe",
-            "--dataset",
-            "example",
-            "--question",
-            "shape",
-            "--n_each",
-            "9",
-        ],
+        "pairs": ["--config", str(CONFIGS / "diffs_example.yaml"), *FEW],
+        "compare": ["--task", "compare", "--dataset", "example", "--question", "shape", "--both_orders", "true"],
+        "describe": ["--task", "describe", "--dataset", "example", "--question", "shape", "--n_each", "9"],
     }
-    lines = {name: generate_diffs.main(argv).read_text().splitlines()[:50] for name, argv in tasks.items()}
+    lines = {
+        name: generate_diffs.main(["--name", name, *argv]).read_text().splitlines()[:50] for name, argv in tasks.items()
+    }
     ranked = generate_diffs.main(["--config", str(CONFIGS / "rank_example.yaml"), "--rank.n_queries", "20"])
     return lines | {"rank": pd.read_parquet(ranked).head(50).astype(str).to_csv(index=False).splitlines()}
 
@@ -166,26 +138,21 @@ def record(name: str) -> Any:
     sizes = example_sets.EXAMPLE_SIZES, example_sets.CHANGES_SIZES
     example_sets.EXAMPLE_SIZES, example_sets.CHANGES_SIZES = SIZES, PAIRS
     try:
-        return _record(name)
+        needed = NEEDS_RUN.get(name)
+        if needed and not (Path("runs") / needed).exists():
+            twenty_steps(needed)
+        return twenty_steps(name) if name in RUNS else RECIPES[name]()
     finally:
         example_sets.EXAMPLE_SIZES, example_sets.CHANGES_SIZES = sizes
 
 
-def _record(name: str) -> Any:
-    if (needed := NEEDS_RUN.get(name)) and not (Path("runs") / needed).exists():
-        twenty_steps(needed)
-    return twenty_steps(name) if name in RUNS else RECIPES[name]()
-
-
 def main() -> None:
-    names = sys.argv[1:] or list(RECIPES)
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
-        for name in names:
-            begun = time.perf_counter()
+        for name in sys.argv[1:] or RECIPES:
             FOLDER.mkdir(exist_ok=True)
             (FOLDER / f"{name}.json").write_text(json.dumps(record(name), indent=1, ensure_ascii=False) + "\n")
-            print(f"{name}.json: {time.perf_counter() - begun:.0f} s", flush=True)
+            print(f"{name}.json", flush=True)
 
 
 if __name__ == "__main__":

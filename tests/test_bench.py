@@ -37,21 +37,6 @@ def test_the_published_step_and_ours_have_one_loss_and_one_gradient(model):
         assert (steps.gradient(model, ours, batch) - exact).norm() < 1e-5 * exact.norm()
 
 
-def test_a_step_is_timed_in_turn_without_its_first_round(monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr(steps.time, "perf_counter", lambda: now[0])
-
-    def lasting(seconds: float):
-        def step(turn: int) -> None:
-            now[0] += 100 if turn == 0 else seconds
-
-        return step
-
-    assert steps.in_turn({"a": lasting(3.0), "b": lasting(1.0)}, [(0,), (1,), (2,)]) == {"a": 3.0, "b": 1.0}
-
-
-def test_no_module_of_the_package_lies_on_a_circle_of_imports(capsys):
+def test_no_module_of_the_package_lies_on_a_circle_of_imports():
     height, circle = size.floors(size.imports(size.modules()))
     assert (height > 5, circle) == (True, [])
-    size.main()
-    assert "modules on circles: none" in capsys.readouterr().out

@@ -13,7 +13,8 @@ from pc_clip.report.study import Study, render, tabulate
 def measured(variant: str, *seeds, dataset: str = "x/test", metric: str = "r1", **more) -> list[dict]:
     """One result a seed, with one number an image; a result without any for None."""
     items = [{} if numbers is None else {metric: list(numbers)} for numbers in seeds]
-    return [{"model": f"{variant}-seed{n}", "dataset": dataset, "items": each} | more for n, each in enumerate(items)]
+    common = {"dataset": dataset, "images": "one"} | more
+    return [common | {"model": f"{variant}-seed{n}", "items": each} for n, each in enumerate(items)]
 
 
 def table_of(*results: list[dict], against: str = "random") -> pd.DataFrame:
@@ -72,11 +73,11 @@ def where_nothing_differs(variants: int, images: int, studies: int) -> tuple[flo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("variants", "studies", "most"), [(21, 25, (0.1, 0.2)), (4, 800, (0.06, 0.06))])
+@pytest.mark.parametrize(("variants", "studies", "most"), [(21, 25, (0.1, 0.2)), (4, 400, (0.06, 0.05))])
 def test_where_nothing_differs_about_one_in_twenty_intervals_says_so(monkeypatch, variants, studies, most):
     """Few variants as well: four of three seeds know the noise of training from 8 degrees of freedom alone."""
-    monkeypatch.setattr(module, "DRAWS", 600)
-    outside, families = where_nothing_differs(variants, 200, studies)
+    monkeypatch.setattr(module, "DRAWS", 400)
+    outside, families = where_nothing_differs(variants, 60, studies)
     assert 0.01 < outside < most[0]
     assert families <= most[1]
 
@@ -110,12 +111,7 @@ def test_the_text_marks_what_holds_and_shows_the_test_split_alone():
 
 def test_results_on_other_images_are_not_compared():
     five, six = [0.0] * 5, [0.0] * 6
-    with pytest.raises(
-        UserError, match=r"a-seed0 and random-seed0 have r1 of different numbers of images of x/test \(6, 5"
-    ):
-        table_of(measured("a", six), measured("random", five))
-    with pytest.raises(UserError, match="a-seed1 and random-seed0 have r1 of different numbers"):
-        table_of(measured("random", five), measured("a", five, six))
-    with pytest.raises(UserError, match=r"a-seed0 and random-seed0 have r1 of different sets of images.*\(two, one\)"):
-        table_of(measured("random", five, images="one"), measured("a", five, images="two"))
-    assert len(table_of(measured("random", five, images="one"), measured("a", five))) == 1  # older ones do not say
+    others = (measured("a", six), measured("a", five, six), measured("a", five, images="two"))
+    for model, other in zip(("a-seed0", "a-seed1", "a-seed0"), others):
+        with pytest.raises(UserError, match=rf"{model} and random-seed0 have r1 of different images of x/test \("):
+            table_of(measured("random", five), other)

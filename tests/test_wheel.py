@@ -1,5 +1,6 @@
 """A wheel holds what the program needs: it is built, unpacked, and used in a folder that is no checkout."""
 
+import shlex
 import subprocess
 import sys
 import zipfile
@@ -9,26 +10,36 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 USE = """
+import sys
 from pathlib import Path
+import pytest
 import pc_clip
 assert Path(pc_clip.__file__).is_relative_to(Path("installed").resolve()), pc_clip.__file__
-from pc_clip.data import attributes, class_text
-from pc_clip.evals import comparative
-from pc_clip.write import prompts
+from pc_clip.__main__ import main
+from pc_clip.core.errors import UserError
 from pc_clip.core.paths import configs_folder
+from pc_clip.data import attributes, example_sets
+from pc_clip.evals import comparative
+from pc_clip.interface import finetune, generate_diffs, run
+from pc_clip.write import prompts
 assert attributes.tasks_of("cifar100") == ["cifar100_size"]
 assert prompts.read(prompts.FOLDER / "pairs.yaml").instruction
 assert (comparative.FOLDER / "cifar10.yaml").is_file()
 assert (configs_folder() / "studies" / "quickstart.yaml").is_file()
+assert len(example_sets.example_changes("val", 2).changes) == 2
 assert pc_clip.load("example").embed_texts(["a red circle"]).shape == (1, 128)
+for script in (finetune, generate_diffs, run):
+    with pytest.raises(SystemExit, match="^0$"):
+        script.main(["--help"])
+main(["study", "configs/studies/quickstart.yaml", "--dry_run"])
+with pytest.raises(UserError, match="train.lr"):
+    finetune.main(["--config", "configs/example.yaml", "--train.lr", "x"])
 """
 
 
-@pytest.fixture(scope="module")
-def installed(tmp_path_factory) -> Path:
-    """A folder with the unpacked wheel in it."""
-    folder = tmp_path_factory.mktemp("wheel")
-    copy = folder / "source"
+@pytest.mark.slow
+def test_a_wheel_has_yaml_and_weights_and_its_commands_work(tmp_path):
+    copy = tmp_path / "source"
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode:
         pytest.skip("not a git checkout, so the project's own files cannot be told from others")
@@ -37,27 +48,13 @@ def installed(tmp_path_factory) -> Path:
             target = copy / name
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes((ROOT / name).read_bytes())
-    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", folder, copy]
-    found = subprocess.run(build, capture_output=True, text=True)
-    assert found.returncode == 0, found.stderr
-    (wheel,) = folder.glob("*.whl")
+    build = "-m pip wheel --no-deps --no-build-isolation -q -w . ./source"
+    done = subprocess.run([sys.executable, *shlex.split(build)], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as file:
-        file.extractall(folder / "installed")
-    return folder
-
-
-def call(folder: Path, *argv: str) -> subprocess.CompletedProcess:
+        file.extractall(tmp_path / "installed")
     environment = {"PYTHONPATH": "installed", "PATH": "", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run([sys.executable, *argv], cwd=folder, env=environment, capture_output=True, text=True)
-
-
-def test_yaml_beside_the_code_is_in_the_wheel(installed):
-    found = call(installed, "-c", USE)
-    assert found.returncode == 0, found.stderr
-
-
-def test_the_commands_work_from_there(installed):
-    called = call(installed, "-m", "pc_clip", "study", "configs/studies/quickstart.yaml", "--dry_run")
-    assert "commands" in called.stdout, called.stderr
-    called = call(installed, "-m", "pc_clip.interface.finetune", "--config", "configs/example.yaml", "--train.lr", "x")
-    assert (called.returncode, "train.lr" in called.stderr) == (2, True), called.stderr
+    done = subprocess.run([sys.executable, "-c", USE], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "python finetune.py" in done.stdout  # of the dry run

@@ -4,18 +4,17 @@ different things, with statements on how they stand to one another; and pairs of
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache, partial
 
 import numpy as np
 from PIL import Image
 
 from pc_clip.data.dataset import Attribute, Change, Dataset, Question, Statement, digest
-from pc_clip.example import changes, kept, relations, scenes, world
+from pc_clip.example import changes, relations, scenes, world
 
 EXAMPLE_SIZES = {"train": 6000, "val": 1000, "test": 2000}
 CHANGES_SIZES = {"train": 24000, "val": 500, "test": 2000}  # pairs
-Shown = scenes.Scene | changes.View
 
 
 def example(split: str, n: int | None = None) -> Dataset:
@@ -26,8 +25,8 @@ def example(split: str, n: int | None = None) -> Dataset:
         name="example",
         split=split,
         ids=[f"{split}-{i:05d}" for i in range(n)],
-        load=partial(_load, scenes.draw, shown),
-        fingerprint=digest(split, n, _digest_of(scenes.draw, shown[:8])),
+        load=partial(_load, shown),
+        fingerprint=digest(split, n, _digest_of(shown[:8])),
         captions=[world.captions(split, i) for i in range(n)],
         questions=tuple(_example_question(name, shown) for name in world.CLASSES),
         attributes=tuple(_example_attribute(name, shown) for name in _GRADED),
@@ -47,8 +46,8 @@ def example_relations(split: str, n: int | None = None) -> Dataset:
         name="example_relations",
         split=split,
         ids=ids,
-        load=partial(_load, scenes.draw, shown),
-        fingerprint=digest("relations", split, n, _digest_of(scenes.draw, shown[:8])),
+        load=partial(_load, shown),
+        fingerprint=digest("relations", split, n, _digest_of(shown[:8])),
         questions=tuple(_place_question(kind, colour, shown) for kind in _PLACES for colour in scenes.COLOURS),
         part=split,
         statements=tuple(Statement(key, *said) for i, key in enumerate(ids) for said in relations.statements(split, i)),
@@ -61,15 +60,15 @@ def example_changes(split: str, n: int | None = None) -> Dataset:
     It can judge sentences.
     """
     n = n or CHANGES_SIZES[split]
-    pairs, sentences = zip(*kept.told_pairs(split, n))
+    pairs, sentences = zip(*changes.pairs(split, n))
     shown = [view for pair in pairs for view in (pair.before, pair.after)]
     ids = [f"{split}-{i:05d}-{when}" for i in range(n) for when in ("before", "after")]
     return Dataset(
         name="example_changes",
         split=split,
         ids=ids,
-        load=partial(_load, changes.draw, shown),
-        fingerprint=digest("changes", split, n, _digest_of(changes.draw, shown[:16]), list(sentences)),
+        load=partial(_load, shown),
+        fingerprint=digest("changes", split, n, _digest_of(shown[:16]), list(sentences)),
         part=split,
         changes=tuple(Change(ids[2 * i], ids[2 * i + 1], sentences[i], pair.kind) for i, pair in enumerate(pairs)),
         judge=partial(_judge, pairs),
@@ -80,19 +79,21 @@ def _judge(pairs: Sequence[changes.Pair], row: int, sentence: str) -> dict[str, 
     return changes.judge(pairs[row], sentence)
 
 
-def _digest_of(draw: Callable[[Shown], Image.Image], shown: Sequence[Shown]) -> str:
-    return hashlib.sha256(b"".join(draw(each).tobytes() for each in shown)).hexdigest()
+def _digest_of(shown: Sequence[scenes.Scene]) -> str:
+    return hashlib.sha256(b"".join(scenes.draw(each).tobytes() for each in shown)).hexdigest()
 
 
 _PLACES = {
-    "side": (relations.side, ("on the left", "on the right")),
-    "height": (relations.height, ("at the top", "at the bottom")),
+    "side": ("x", ("on the left", "on the right")),
+    "height": ("y", ("at the top", "at the bottom")),
 }
 
 
 def _place_question(kind: str, colour: str, shown: list[scenes.Scene]) -> Question:
-    place, classes = _PLACES[kind]
-    found = [(row, answer) for row, scene in enumerate(shown) if (answer := place(scene, colour)) is not None]
+    axis, classes = _PLACES[kind]
+    found = [
+        (row, answer) for row, scene in enumerate(shown) if (answer := relations.half(scene, colour, axis)) is not None
+    ]
     rows, target = np.array(found, dtype=np.int64).reshape(-1, 2).T
     article = "an" if colour[0] in "aeiou" else "a"
     return Question(f"{kind} of the {colour} object", classes, rows, target, (f"{article} {colour} object {{}}",))
@@ -117,10 +118,10 @@ def _example_attribute(name: str, shown: list[scenes.Scene]) -> Attribute:
     return Attribute(name, value, *world.COMPARATIVES[name], *_GRADED[name])
 
 
-def _load(draw: Callable[[Shown], Image.Image], shown: Sequence[Shown], row: int) -> Image.Image:
-    return Image.frombytes("RGB", (scenes.SIDE, scenes.SIDE), _drawn(draw, shown[row]))
+def _load(shown: Sequence[scenes.Scene], row: int) -> Image.Image:
+    return Image.frombytes("RGB", (scenes.SIDE, scenes.SIDE), _drawn(shown[row]))
 
 
 @lru_cache(maxsize=3 << 14)  # 600 MB at most: where the image tower learns, every epoch wants them all
-def _drawn(draw: Callable[[Shown], Image.Image], what: Shown) -> bytes:
-    return draw(what).tobytes()
+def _drawn(scene: scenes.Scene) -> bytes:
+    return scenes.draw(scene).tobytes()

@@ -1,21 +1,25 @@
 """Pairs of scenes before and after one change, sentences on what changed, and what is right in such a sentence.
 
 All things of a scene differ in colour and in shape, so "the red star" is one thing. In every pair the light and the
-camera change as well (distractors, as in CLEVR-Change): nobody names those, and where nothing else changed, nothing
-changed. Everything follows from (split, index) alone.
+camera change as well (distractors, as in CLEVR-Change): no sentence names those, and where nothing else changed,
+nothing changed. Everything follows from (split, index) alone.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import hashlib
+import json
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
+import yaml
 
+from pc_clip.core.cache import cached
 from pc_clip.example import scenes
 from pc_clip.example.scenes import COLOURS, SHAPES, SIDE, SIZES, TEXTURES, Scene, Thing
 
@@ -38,14 +42,11 @@ STRAIGHT = 0.5  # of that, at most so much along the other axis: with CAMERA and
 EXTENT = 1.1  # times its radius, a thing reaches along x and y at most (stars and diamonds)
 REACH = 1.2  # times its radius, it reaches slantwise (corners of squares; of triangles a little more)
 GAP = 3.0  # pixels between two things before they shift
+TRIES = 20  # places that are tried for a thing
 
-
-@dataclass(frozen=True)
-class View:
-    """A scene in a light: every pixel is `gain` times as bright as the scene says."""
-
-    scene: Scene
-    gain: float = 1.0
+WORDINGS = Path(__file__).with_name("changes.yaml")
+CACHE = Path("data/cache/example")
+FEW = 500  # pairs, which are as soon found as read
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,8 @@ class Pair:
     colour or texture, or the direction it went (left, right, up, down); empty for the other kinds.
     """
 
-    before: View
-    after: View
+    before: Scene
+    after: Scene
     kind: str
     thing: Thing | None
     value: str
@@ -66,60 +67,73 @@ class Pair:
 # -- pairs ---------------------------------------------------------------------------------------------
 
 
+def pairs(split: str, n: int) -> list[tuple[Pair, tuple[str, ...]]]:
+    """The first `n` pairs of a split, each with its sentences; more than a few are kept in data/cache/example.
+
+    Three things seldom have room in a picture at the first try: to find 24,000 pairs takes half a minute.
+    """
+
+    def find() -> list[tuple[Pair, tuple[str, ...]]]:
+        return [(pair(split, i), sentences(split, i)) for i in range(n)]
+
+    def as_json() -> dict[str, np.ndarray]:
+        return {"json": np.frombuffer(bytearray(json.dumps(find(), default=vars).encode()), dtype=np.uint8)}
+
+    if n <= FEW:
+        return find()
+    source = b"".join(Path(file).read_bytes() for file in (__file__, scenes.__file__, WORDINGS))
+    key = {"split": split, "pairs": str(n), "numpy": np.__version__, "made by": hashlib.sha256(source).hexdigest()}
+    text = cached("changes", key, as_json, CACHE)["json"].tobytes()
+    return [(_read_pair(**fields), tuple(texts)) for fields, texts in json.loads(text)]
+
+
+def _read_pair(before: dict[str, Any], after: dict[str, Any], thing: dict[str, Any] | None, **fields: str) -> Pair:
+    def scene(things: list[dict[str, Any]], **rest: Any) -> Scene:
+        return Scene(tuple(Thing(**each) for each in things), **rest)
+
+    return Pair(scene(**before), scene(**after), thing=thing and Thing(**thing), **fields)
+
+
 @lru_cache(maxsize=1 << 15)
 def pair(split: str, index: int) -> Pair:
     """Two things before; after, one of them changed, went or came, or none did."""
     rng = np.random.default_rng([SEEDS[split], index])
     kind = str(rng.choice(KINDS))
-    while True:
-        things = _things(COUNT + 1, rng)  # one to spare, whatever the kind: how full a scene is gives nothing away
-        changed = _change(kind, things[:-1], things[-1], rng)
-        if changed is not None:
-            break
+    changed = None
+    while changed is None:
+        *things, spare = _things(COUNT + 1, rng)  # one to spare, whatever the kind: how full a scene is tells nothing
+        changed = _change(kind, tuple(things), spare, rng)
     after, thing, value = changed
     background = str(rng.choice(list(scenes.BACKGROUNDS)))
     level = scenes.BACKGROUNDS[background] + int(rng.integers(-25, 26))
     later = int(np.clip(level + rng.integers(-LEVEL, LEVEL + 1), *LEVELS))
-    return Pair(
-        View(Scene(things[:-1], background, level)),
-        View(Scene(_jitter(after, rng), background, later), float(rng.uniform(*GAIN))),
-        kind,
-        thing,
-        value,
-    )
+    after = Scene(_jitter(after, rng), background, later, float(rng.uniform(*GAIN)))
+    return Pair(Scene(tuple(things), background, level), after, kind, thing, value)
 
 
-def draw(view: View) -> Image.Image:
-    """A view as a 64 x 64 RGB picture. Deterministic."""
-    brighter = [min(255, round(view.gain * value)) for value in range(256)]
-    return scenes.draw(view.scene).point(brighter * 3)
-
-
-def _things(count: int, rng: np.random.Generator) -> tuple[Thing, ...]:
+def _things(count: int, rng: np.random.Generator) -> list[Thing]:
     """Things of different colours and shapes, apart from one another: other sizes until they have room."""
-    colours, shapes = (rng.permutation(list(values))[:count] for values in (COLOURS, SHAPES))
-    textures = rng.choice(TEXTURES, size=count)
-    while True:
-        sizes = rng.choice(LARGE_ENOUGH, size=count)
-        looks = zip(shapes, colours, textures, sizes)
-        things: list[Thing] = []
-        for shape, colour, texture, size in looks:
+    colours, shapes = (rng.permutation(list(values))[:count].tolist() for values in (COLOURS, SHAPES))
+    textures = rng.choice(TEXTURES, size=count).tolist()
+    things: list[Thing] = []
+    while len(things) < count:
+        things = []
+        sizes = rng.choice(LARGE_ENOUGH, size=count).tolist()
+        for shape, colour, texture, size in zip(shapes, colours, textures, sizes):
             radius = SIZES[size] * rng.uniform(0.92, 1.08)
-            unplaced = Thing(str(shape), str(colour), str(texture), str(size), 0.0, 0.0, float(radius))
-            placed = _place(unplaced, things, rng)
-            if placed is None:
+            place = _place(radius, things, rng)
+            if place is None:
                 break
-            things.append(placed)
-        else:
-            return tuple(things)
+            things.append(Thing(shape, colour, texture, size, *place, radius))
+    return things
 
 
-def _place(thing: Thing, others: list[Thing], rng: np.random.Generator, tries: int = 20) -> Thing | None:
-    """The thing at a random free place; None where none was found."""
-    margin = EXTENT * thing.radius + OWN + EDGE
-    for x, y in rng.uniform(margin, SIDE - margin, size=(tries, 2)).tolist():
-        if all(math.hypot(x - o.x, y - o.y) > REACH * (thing.radius + o.radius) + GAP for o in others):
-            return dataclasses.replace(thing, x=x, y=y)
+def _place(radius: float, others: list[Thing], rng: np.random.Generator) -> list[float] | None:
+    """A random free place, [x, y]; None where none was found."""
+    margin = EXTENT * radius + OWN + EDGE
+    for x, y in rng.uniform(margin, SIDE - margin, size=(TRIES, 2)).tolist():
+        if all(math.hypot(x - o.x, y - o.y) > REACH * (radius + o.radius) + GAP for o in others):
+            return [x, y]
     return None
 
 
@@ -135,23 +149,21 @@ def _change(
     thing, others = things[n], things[:n] + things[n + 1 :]
     if kind == "drop":
         return others, thing, ""
-    if kind == "colour":
-        value = str(rng.choice([c for c in COLOURS if c not in {t.colour for t in things}]))
-        new = dataclasses.replace(thing, colour=value)
-    elif kind == "texture":
-        value = str(rng.choice([t for t in TEXTURES if t != thing.texture]))
-        new = dataclasses.replace(thing, texture=value)
-    else:
-        new = _place(thing, list(others), rng)
-        value = new and direction(thing, new)
+    if kind == "move":
+        place = _place(thing.radius, list(others), rng)
+        value = place and _direction(place[0] - thing.x, place[1] - thing.y)
         if value is None:
             return None
+        new = replace(thing, x=place[0], y=place[1])
+    else:
+        taken = {t.colour for t in things} | {thing.texture}
+        value = str(rng.choice([value for value in VALUES[kind] if value not in taken]))
+        new = replace(thing, **{kind: value})
     return (*things[:n], new, *things[n + 1 :]), thing, value
 
 
-def direction(before: Thing, after: Thing) -> str | None:
-    """Where a thing went: left, right, up or down; None when it is not clear."""
-    dx, dy = after.x - before.x, after.y - before.y
+def _direction(dx: float, dy: float) -> str | None:
+    """left, right, up or down; None when it is not clear."""
     if abs(dx) >= FAR and abs(dy) <= STRAIGHT * abs(dx):
         return "left" if dx < 0 else "right"
     if abs(dy) >= FAR and abs(dx) <= STRAIGHT * abs(dy):
@@ -162,95 +174,49 @@ def direction(before: Thing, after: Thing) -> str | None:
 def _jitter(things: tuple[Thing, ...], rng: np.random.Generator) -> tuple[Thing, ...]:
     """All things shifted together, as far as they stay inside the picture, and each a little of its own."""
 
-    def shifts(axis: str) -> np.ndarray:
+    def shifts(axis: str) -> list[float]:
         reach = [EXTENT * thing.radius + OWN + EDGE for thing in things]
         low = min(getattr(thing, axis) - r for thing, r in zip(things, reach))
         high = min(SIDE - getattr(thing, axis) - r for thing, r in zip(things, reach))
-        return rng.uniform(-min(CAMERA, low), min(CAMERA, high)) + rng.uniform(-OWN, OWN, size=len(things))
+        return (rng.uniform(-min(CAMERA, low), min(CAMERA, high)) + rng.uniform(-OWN, OWN, size=len(things))).tolist()
 
-    moved = zip(things, shifts("x").tolist(), shifts("y").tolist())
-    return tuple(dataclasses.replace(thing, x=thing.x + dx, y=thing.y + dy) for thing, dx, dy in moved)
+    moved = zip(things, shifts("x"), shifts("y"))
+    return tuple(replace(thing, x=thing.x + dx, y=thing.y + dy) for thing, dx, dy in moved)
 
 
 # -- sentences -----------------------------------------------------------------------------------------
 
-TEMPLATES = {
-    "colour": (
-        "the {thing} turned {value}",
-        "the {thing} became {value}",
-        "the {thing} is {value} now",
-        "the colour of the {thing} changed to {value}",
-    ),
-    "texture": (
-        "the {thing} turned {value}",
-        "the {thing} became {value}",
-        "the {thing} is {value} now",
-        "the texture of the {thing} changed to {value}",
-        "the {thing} changed from {old} to {value}",
-    ),
-    "move": (
-        "the {thing} moved {to}",
-        "the {thing} shifted {to}",
-        "the {thing} was moved {to}",
-        "the {thing} is further {value} now",
-    ),
-    "add": (
-        "{a} {thing} appeared",
-        "{a} {thing} was added",
-        "{a} {thing} has come in",
-        "there is a new {thing}",
-    ),
-    "drop": (
-        "the {thing} disappeared",
-        "the {thing} was removed",
-        "the {thing} is gone",
-        "the {thing} is no longer there",
-    ),
-    "none": (
-        "nothing changed",
-        "there is no change",
-        "no change was made",
-        "the two scenes are the same",
-        "everything is as it was",
-    ),
-}
+TEMPLATES: dict[str, list[str]] = yaml.safe_load(WORDINGS.read_text(encoding="utf-8"))  # by kind of change
 VALUES = {"colour": tuple(COLOURS), "texture": TEXTURES, "move": ("left", "right", "up", "down")}
-TO = {"left": "to the left", "right": "to the right", "up": "up", "down": "down"}
 
 
 def sentences(split: str, index: int) -> tuple[str, ...]:
     """Five different sentences about a pair, each of which says it all: the same every time."""
     rng = np.random.default_rng([SEEDS[split], index, 1])
     about = pair(split, index)
-    found: list[str] = []
-    while len(found) < SENTENCES_EACH:
-        text = _sentence(about, rng)
-        if text not in found:
-            found.append(text)
-    return tuple(found)
+    texts: dict[str, None] = {}
+    while len(texts) < SENTENCES_EACH:
+        texts[_sentence(about, rng)] = None
+    return tuple(texts)
 
 
 def _sentence(about: Pair, rng: np.random.Generator) -> str:
     template = str(rng.choice(TEMPLATES[about.kind]))
     if about.thing is None:
         return template
-    words = [about.thing.colour, about.thing.shape]
     size, texture = rng.random(2) < NAMED
-    if texture and about.kind != "texture":  # there "from ... to" says it
-        words.insert(0, about.thing.texture)
-    if size:
-        words.insert(0, about.thing.size)
+    words = [about.thing.size] if size else []
+    words += [about.thing.texture] if texture and about.kind != "texture" else []  # there "from ... to" says it
+    words += [about.thing.colour, about.thing.shape]
     article = "an" if words[0][0] in "aeiou" else "a"
-    return template.format(
-        thing=" ".join(words), a=article, value=about.value, to=TO.get(about.value), old=about.thing.texture
-    )
+    to = "to the " if about.value in ("left", "right") else ""
+    return template.format(thing=" ".join(words), a=article, to=to, value=about.value, old=about.thing.texture)
 
 
 # -- reading a sentence back ---------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Said:
+class Meaning(NamedTuple):
     """What a sentence says. facts: the thing as it names it, keys among size, texture, colour, shape. value: the new
     colour or texture, or the direction; empty for the other kinds."""
 
@@ -259,7 +225,7 @@ class Said:
     value: str
 
 
-def parse(sentence: str) -> Said | None:
+def parse(sentence: str) -> Meaning | None:
     """What a sentence of the templates says; None for any other, and for one that contradicts itself.
 
     The shape of a thing has to be there; its size, its texture and its colour may be, in this order. So a sentence may
@@ -267,23 +233,12 @@ def parse(sentence: str) -> Said | None:
     """
     for kind, pattern in _PATTERNS:
         if match := pattern.fullmatch(sentence):
-            named = {key: word for key, word in match.groupdict().items() if word is not None}
-            return _said(kind, named)
+            facts = {key: word for key, word in match.groupdict().items() if word is not None}
+            value, old = facts.pop("value", ""), facts.pop("old", None)
+            twice = old is not None and "texture" in facts
+            facts |= {"texture": old} if old else {}
+            return None if twice or (value and facts.get(kind) == value) else Meaning(kind, facts, value)
     return None
-
-
-def _said(kind: str, named: dict[str, str]) -> Said | None:
-    value = named.pop("value", "")
-    if "to" in named:
-        value = next(way for way, words in TO.items() if words == named["to"])
-        del named["to"]
-    if "old" in named:
-        if "texture" in named:  # said twice
-            return None
-        named["texture"] = named.pop("old")
-    if value and named.get(kind) == value:  # it became what it was
-        return None
-    return Said(kind, named, value)
 
 
 def judge(truth: Pair, sentence: str) -> dict[str, bool]:
@@ -293,17 +248,17 @@ def judge(truth: Pair, sentence: str) -> dict[str, bool]:
     changed; where nothing changed, the type decides. value: the type, and the new colour, texture or direction if it
     has one. Nothing is right in a sentence that `parse` does not understand.
     """
-    said = parse(sentence)
-    if said is None:
+    meaning = parse(sentence)
+    if meaning is None:
         return {"type": False, "object": False, "value": False}
-    kind = said.kind == truth.kind
-    if truth.thing is None or said.kind == "none":
-        named = kind
+    kind = meaning.kind == truth.kind
+    if truth.thing is None or meaning.kind == "none":
+        thing = kind
     else:
-        named = {"colour", "shape"} <= said.facts.keys() and all(
-            getattr(truth.thing, key) == word for key, word in said.facts.items()
+        thing = {"colour", "shape"} <= meaning.facts.keys() and all(
+            getattr(truth.thing, key) == word for key, word in meaning.facts.items()
         )
-    return {"type": kind, "object": named, "value": kind and said.value == truth.value}
+    return {"type": kind, "object": thing, "value": kind and meaning.value == truth.value}
 
 
 def _pattern(kind: str, template: str) -> re.Pattern[str]:
@@ -312,14 +267,9 @@ def _pattern(kind: str, template: str) -> re.Pattern[str]:
 
     adjectives = {"size": tuple(SIZES), "texture": TEXTURES, "colour": tuple(COLOURS)}
     thing = "".join(f"(?:{one(name, words)} )?" for name, words in adjectives.items()) + one("shape", SHAPES)
-    parts = {
-        "thing": thing,
-        "a": "(?:an(?= [aeiou])|a(?! [aeiou]))",
-        "value": one("value", VALUES.get(kind, ())),
-        "to": one("to", tuple(TO.values())),
-        "old": one("old", TEXTURES),
-    }
-    return re.compile(template.format(**parts))
+    article, to = "(?:an(?= [aeiou])|a(?! [aeiou]))", "(?:to the (?=left|right)|(?=up|down))"
+    value, old = one("value", VALUES.get(kind, ())), one("old", TEXTURES)
+    return re.compile(template.format(thing=thing, a=article, to=to, value=value, old=old))
 
 
 _PATTERNS = [(kind, _pattern(kind, template)) for kind, several in TEMPLATES.items() for template in several]

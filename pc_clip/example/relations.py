@@ -92,11 +92,9 @@ def _named(thing: Thing, rng: np.random.Generator) -> str:
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
-def side(of: Scene, colour: str) -> int | None:
-    """Whether the thing of a colour is in the left (0) or right (1) half; None where there is none of it."""
-    return next((int(thing.x > scenes.SIDE / 2) for thing in of.things if thing.colour == colour), None)
+def half(of: Scene, colour: str, axis: str) -> int | None:
+    """Whether the thing of a colour is in the left or upper half (0), or in the other (1); None without such a thing.
 
-
-def height(of: Scene, colour: str) -> int | None:
-    """Whether the thing of a colour is in the upper (0) or lower (1) half; None where there is none of it."""
-    return next((int(thing.y > scenes.SIDE / 2) for thing in of.things if thing.colour == colour), None)
+    axis: x or y.
+    """
+    return next((int(getattr(thing, axis) > scenes.SIDE / 2) for thing in of.things if thing.colour == colour), None)

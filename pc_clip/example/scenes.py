@@ -53,11 +53,15 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """One to three things that do not overlap, on a grey background of one brightness."""
+    """One to three things that do not overlap, on a grey background of one brightness.
+
+    gain: the light on everything; each pixel is this many times as bright as colours and level say.
+    """
 
     things: tuple[Thing, ...]
     background: str
     level: int
+    gain: float = 1.0
 
     @property
     def alike(self) -> bool:
@@ -126,43 +130,35 @@ def draw(scene: Scene) -> Image.Image:
             _draw_texture(ImageDraw.Draw(marks), thing)
             shade = tuple(int(0.3 * channel) for channel in colour)
             picture.paste(shade, mask=ImageChops.multiply(mask, marks))
-    return picture.reduce(SUPERSAMPLE)
+    return picture.reduce(SUPERSAMPLE).point([min(255, round(scene.gain * value)) for value in range(256)] * 3)
+
+
+# Outlines around the centre, in radii: ellipses as (left, top, right, bottom, fill), and the corners of polygons.
+_ELLIPSES = {
+    "circle": [(-1, -1, 1, 1, 255)],
+    "ring": [(-1, -1, 1, 1, 255), (-0.55, -0.55, 0.55, 0.55, 0)],
+    "heart": [(-1, -0.85, 0.1, 0.25, 255), (-0.1, -0.85, 1, 0.25, 255)],
+}
+_TURNS = [-math.pi / 2 + 2 * math.pi * k / 10 for k in range(10)]
+_POLYGONS = {
+    "square": [[(-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)]],
+    "triangle": [[(0, -1), (0.95, 0.8), (-0.95, 0.8)]],
+    "diamond": [[(0, -1.1), (0.75, 0), (0, 1.1), (-0.75, 0)]],
+    "star": [[(r * math.cos(turn), r * math.sin(turn)) for turn, r in zip(_TURNS, (1.1, 0.45) * 5)]],
+    "cross": [
+        [(-0.3, -1), (0.3, -1), (0.3, 1), (-0.3, 1)],
+        [(-1, -0.3), (1, -0.3), (1, 0.3), (-1, 0.3)],
+    ],
+    "heart": [[(-0.95, -0.05), (0.95, -0.05), (0, 1.05)]],
+}
 
 
 def _draw_shape(pen: ImageDraw.ImageDraw, thing: Thing) -> None:
     x, y, r = (SUPERSAMPLE * value for value in (thing.x, thing.y, thing.radius))
-
-    def polygon(points: list[tuple[float, float]]) -> None:
-        pen.polygon([(x + r * px, y + r * py) for px, py in points], fill=255)
-
-    def around(corners: int, radii: tuple[float, ...], turn: float) -> list[tuple[float, float]]:
-        angles = [turn + 2 * math.pi * k / corners for k in range(corners)]
-        return [
-            (radii[k % len(radii)] * math.cos(a), radii[k % len(radii)] * math.sin(a)) for k, a in enumerate(angles)
-        ]
-
-    if thing.shape == "circle":
-        pen.ellipse((x - r, y - r, x + r, y + r), fill=255)
-    elif thing.shape == "ring":
-        pen.ellipse((x - r, y - r, x + r, y + r), fill=255)
-        pen.ellipse((x - 0.55 * r, y - 0.55 * r, x + 0.55 * r, y + 0.55 * r), fill=0)
-    elif thing.shape == "square":
-        polygon([(-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)])
-    elif thing.shape == "triangle":
-        polygon([(0, -1), (0.95, 0.8), (-0.95, 0.8)])
-    elif thing.shape == "diamond":
-        polygon([(0, -1.1), (0.75, 0), (0, 1.1), (-0.75, 0)])
-    elif thing.shape == "star":
-        polygon(around(10, (1.1, 0.45), -math.pi / 2))
-    elif thing.shape == "cross":
-        polygon([(-0.3, -1), (0.3, -1), (0.3, 1), (-0.3, 1)])
-        polygon([(-1, -0.3), (1, -0.3), (1, 0.3), (-1, 0.3)])
-    elif thing.shape == "heart":
-        pen.ellipse((x - r, y - 0.85 * r, x + 0.1 * r, y + 0.25 * r), fill=255)
-        pen.ellipse((x - 0.1 * r, y - 0.85 * r, x + r, y + 0.25 * r), fill=255)
-        polygon([(-0.95, -0.05), (0.95, -0.05), (0, 1.05)])
-    else:
-        raise ValueError(f"unknown shape {thing.shape!r}; known: {', '.join(SHAPES)}")
+    for left, top, right, bottom, fill in _ELLIPSES.get(thing.shape, []):
+        pen.ellipse((x + r * left, y + r * top, x + r * right, y + r * bottom), fill=fill)
+    for corners in _POLYGONS.get(thing.shape, []):
+        pen.polygon([(x + r * px, y + r * py) for px, py in corners], fill=255)
 
 
 def _draw_texture(pen: ImageDraw.ImageDraw, thing: Thing) -> None:

@@ -71,9 +71,5 @@ def answer(question: str, of: Scene) -> int | None:
 def grade(attribute: str, of: Scene) -> float:
     """A number that orders scenes by size, count or background; NaN where a scene has no one size."""
     if attribute == "size":
-        return float(np.mean([t.radius for t in of.things])) if of.alike else float("nan")
-    if attribute == "count":
-        return float(len(of.things))
-    if attribute == "background":
-        return float(of.level)
-    raise ValueError(f"unknown attribute {attribute!r}; known: size, count, background")
+        return float(np.mean([thing.radius for thing in of.things])) if of.alike else float("nan")
+    return {"count": float(len(of.things)), "background": float(of.level)}[attribute]

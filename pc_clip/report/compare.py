@@ -49,7 +49,7 @@ def compare(
             point, low, high, p = differences(items, against, untrained, seed)
             figures = zip(others, point, low, high, p, holm(p))
             rows += [(v, dataset, metric, d, a, b, len(items[v]), q, holds) for v, d, a, b, q, holds in figures]
-    order = list(dict.fromkeys(variant_of(result) for result in results))
+    order = list(dict.fromkeys(variant_of(result["model"]) for result in results))
     table = pd.DataFrame(rows, columns=COLUMNS)
     return table.sort_values("variant", key=lambda names: names.map(order.index), kind="stable", ignore_index=True)
 
@@ -91,17 +91,15 @@ def _deviations(variants: list[np.ndarray]) -> np.ndarray:
 def _items(results: Sequence[dict[str, Any]], against: str, dataset: str, metric: str) -> dict[str, np.ndarray]:
     """variant -> [S, N], a number a seed and image; without variants where a seed has none."""
     having = [r for r in results if r["dataset"] == dataset and metric in (r.get("items") or {})]
-    having.sort(key=lambda result: variant_of(result) != against)
-    for what, read in (("sets", lambda r: r.get("images")), ("numbers", lambda r: len(r["items"][metric]))):
-        known = [(result["model"], read(result)) for result in having if read(result)]  # older results do not say
-        for model, value in known:
-            if value != known[0][1]:
-                raise UserError(
-                    f"{model} and {known[0][0]} have {metric} of different {what} of images of {dataset} ({value}, "
-                    f"{known[0][1]}); delete the older results, and run again"
-                )
-    runs = Counter(variant_of(r) for r in {r["model"]: r for r in results}.values())
+    seeds = Counter(variant_of(model) for model in {r["model"] for r in results})
+    first = next((r for r in having if variant_of(r["model"]) == against), None)
     rows: dict[str, list[list[float]]] = {}
-    for result in having:
-        rows.setdefault(variant_of(result), []).append(result["items"][metric])
-    return {variant: np.asarray(of, dtype=np.float64) for variant, of in rows.items() if len(of) == runs[variant]}
+    for result in having if first else []:
+        images, expected = ((r["images"], len(r["items"][metric])) for r in (result, first))
+        if images != expected:
+            raise UserError(
+                f"{result['model']} and {first['model']} have {metric} of different images of {dataset} ({images}, "
+                f"{expected}); delete the older results, and run again"
+            )
+        rows.setdefault(variant_of(result["model"]), []).append(result["items"][metric])
+    return {variant: np.asarray(of, dtype=np.float64) for variant, of in rows.items() if len(of) == seeds[variant]}

@@ -6,22 +6,17 @@ Writes one HTML page that opens from disk and fetches nothing, its tables as Mar
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import os
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
-import matplotlib
 import numpy as np
 import pandas as pd
-from markupsafe import Markup, escape
-from pandas.io.formats.style import Styler
-from PIL import Image
+from markupsafe import Markup
 
 import pc_clip
 from pc_clip.core.config.evaluate import EVALUATIONS
@@ -31,10 +26,9 @@ from pc_clip.report import charts
 from pc_clip.report.results import QUESTION, cells, check_once, grid, long_table, natural, read, summarise, variant_of
 
 LOG = "metrics.jsonl"  # of a run
-MOST_PANELS = 6  # figures of an evaluation that its chart shows, the first ones; the table has all
-MOST_CLASSES = 30  # of a confusion table that is shown whole
-WIDEST = 1400  # pixels of a picture inside the page
+MOST_CONFUSED = 10  # pairs of classes that are listed
 NOTE = "Per cent where a figure is a share; ± is the standard deviation over seeds, [a, b] a 95 % interval over images."
+MADE_BY = ["model", "seed", "n", "date", "commit", "key", "weights", "machine", "gpu", "versions", "command"]
 
 
 class Section(NamedTuple):
@@ -45,11 +39,10 @@ class Section(NamedTuple):
 
 
 def write(paths: Sequence[Path], out: Path | None = None, baseline: str | None = None) -> tuple[Path, list[str]]:
-    """Write the page, and beside it its tables as .md and its figures as .csv.
+    """Write report.html, report.md (its tables) and report.csv (every figure).
 
-    out: a folder, or a file that ends in .html; the first folder given when empty. Returns the page's path, and a
-    line for each file that is left out. Raises UserError for a path that is not there, for nothing to report, and for
-    an unknown baseline.
+    out: a folder; that of the first path when empty. Returns the page's path, and a line for each file that is left
+    out. Raises UserError for a path that does not exist, for nothing to report, and for an unknown baseline.
     """
     results, left_out = read(paths)
     runs = _runs(paths, left_out)
@@ -61,18 +54,13 @@ def write(paths: Sequence[Path], out: Path | None = None, baseline: str | None =
     table = long_table(results)
     check_once(table, ["model", *QUESTION, "metric"])
     summary = _ordered(summarise(table), baseline)
-    target = out or (paths[0] if paths[0].is_dir() else paths[0].parent)
-    if target.suffix.lower() not in (".html", ".htm"):
-        if target.is_file():
-            raise UserError(f"--out is {out}, a file that is no page; give a folder or a name that ends in .html")
-        target = target / "report.html"
-    tables = _tables(summary) if len(summary) else {}
+    tables = _tables(summary)
     markdown = [f"## {title}\n\n{table.to_markdown(disable_numparse=True)}" for title, table in tables.items()]
-    write_text(target.with_suffix(".csv"), summary.to_csv(index=False, float_format="%.6f"))
-    write_text(target.with_suffix(".md"), "\n\n".join([NOTE, *markdown]) + "\n")
-    with matplotlib.rc_context(charts.LOOK):
-        write_text(target, _page(summary, tables, results, runs, left_out))
-    return target, left_out
+    page = (out or (paths[0] if paths[0].is_dir() else paths[0].parent)) / "report.html"
+    write_text(page.with_suffix(".csv"), summary.drop(columns="title").to_csv(index=False, float_format="%.6f"))
+    write_text(page.with_suffix(".md"), "\n\n".join([NOTE, *markdown]) + "\n")
+    write_text(page, _page(summary, tables, results, runs, left_out))
+    return page, left_out
 
 
 # -- what there is to show -----------------------------------------------------------------------------
@@ -80,11 +68,10 @@ def write(paths: Sequence[Path], out: Path | None = None, baseline: str | None =
 
 def _runs(paths: Sequence[Path], left_out: list[str]) -> dict[str, pd.DataFrame]:
     """What each run logged, by its name, with `step` for index; lines that are cut short are left out and counted."""
-    files = [file for path in paths for file in ([path] if path.is_file() else sorted(path.rglob(LOG), key=natural))]
-    files = [file for file in dict.fromkeys(files) if file.name == LOG]
+    files = [file for path in paths for file in sorted(path.rglob(LOG), key=natural)]
     runs = {}
     for file, name in zip(files, _apart([(file.parent.parent, file.parent.name) for file in files])):
-        rows, lines = [], file.read_text(encoding="utf-8", errors="replace").splitlines()
+        rows, lines = [], file.read_text(encoding="utf-8").splitlines()
         for line in lines:
             try:
                 rows.append(json.loads(line))
@@ -105,29 +92,31 @@ def _apart(places: Sequence[tuple[Path, str]]) -> list[str]:
 
 
 def _ordered(summary: pd.DataFrame, baseline: str | None) -> pd.DataFrame:
-    """The same with `title` and `baseline`, whose rows come first: the pretrained model unless it is named."""
+    """The same with `title`, and `baseline`, whose rows come first: the pretrained model unless it is named."""
     if baseline is not None:
         check_choice("--baseline", baseline, summary.variant.unique())
     pretrained = summary.variant.str.fullmatch(r"(?:.*/)?(?:base|pretrained|.*-pretrained)")
     summary.insert(1, "baseline", pretrained if baseline is None else summary.variant == baseline)
+    summary["title"] = [_title(row) for row in summary.to_dict("records")]
     order = sorted(summary.index, key=lambda n: (not summary.baseline[n], natural(summary.variant[n])))
     return summary.loc[order].reset_index(drop=True)
 
 
-def _title(row: Any) -> str:
-    about = str(row.get("about") or "").replace("_", " ")
-    return f"{row['evaluation']} on {row['dataset']}" + (f": {about}" if about else "")
+def _title(result: dict[str, Any]) -> str:
+    about = str(result.get("about") or "").replace("_", " ")
+    return f"{result['evaluation']} on {result['dataset']}" + (f": {about}" if about else "")
 
 
 def _tables(summary: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """Title -> table of texts: each evaluation's first figure, then all figures of every evaluation."""
-    rows = summary.assign(text=cells(summary), title=[_title(row) for _, row in summary[QUESTION].iterrows()])
+    if summary.empty:
+        return {}
+    rows = summary.assign(text=cells(summary))
     rows["variant"] += np.where(rows.baseline, " (baseline)", "")
     first = rows[rows.metric != "images"].drop_duplicates("title").set_index("title").metric
     heads = rows[rows.metric == rows.title.map(first)]
-    tables = {
-        "Overview": grid(heads.assign(head=heads.title + ": " + heads.metric), "variant", "head").rename_axis(None)
-    }
+    heads = heads.assign(head=heads.title + ": " + heads.metric)
+    tables = {"Overview": grid(heads, "variant", "head").rename_axis(None)}
     for title, block in rows.groupby("title", sort=False):
         wide = grid(block, "variant", "metric").rename_axis(None)
         tables[title] = wide.T if wide.shape[1] > max(8, len(wide)) else wide
@@ -146,19 +135,9 @@ def _page(
 ) -> str:
     sections = []
     for title, table in tables.items():
-        answers = [result for result in results if _title(result) == title]
-        section = Section(title, NOTE, [_table(table)], [])
-        if answers:
-            rows = summary[[_title(row) == title for _, row in summary[QUESTION].iterrows()]]
-            metrics = list(dict.fromkeys(rows.metric))[:MOST_PANELS]
-            chart = charts.svg(
-                charts.dots(rows, metrics, list(rows.variant[rows.baseline])), f"{title}: the table's figures"
-            )
-            baseline = rows.variant[rows.baseline].drop_duplicates().tolist()
-            pictures = [chart, *charts.curves(answers), *_pictures(answers, left_out)]
-            text = f"{EVALUATIONS.get(answers[0]['evaluation'], '')}; n = {rows.n.max()}"
-            section = Section(title, text, [_table(table), *_confusions(answers, baseline)], pictures)
-        sections.append(section)
+        answers, rows = [r for r in results if _title(r) == title], summary[summary.title == title]
+        overview = Section(title, NOTE, [_table(table)], [])
+        sections.append(_section(title, table, rows, answers, left_out) if answers else overview)
     sections += [Section("Training", "What finetune.py logged over steps.", [], charts.training(runs))] if runs else []
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     template = environment.from_string((Path(__file__).parent / "page.html.j2").read_text(encoding="utf-8"))
@@ -171,84 +150,73 @@ def _page(
     )
 
 
-def _table(table: pd.DataFrame | Styler, caption: str = "") -> Markup:
+def _section(
+    title: str, table: pd.DataFrame, rows: pd.DataFrame, results: list[dict[str, Any]], left_out: list[str]
+) -> Section:
+    """All that is shown of one evaluation. rows: of the summary."""
+    text = f"{EVALUATIONS.get(results[0]['evaluation'], '')}; n = {rows.n.max()}"
+    tables = [_table(table), *_confusions(results, rows.variant[rows.baseline].tolist())]
+    return Section(title, text, tables, [*charts.curves(results), *_pictures(results, left_out)])
+
+
+def _table(table: pd.DataFrame, caption: str = "") -> Markup:
     """As HTML. Whatever stands in it stays text."""
-    style = table.style.format(escape="html") if isinstance(table, pd.DataFrame) else table
-    style = style.format_index(escape="html").format_index(escape="html", axis=1)
-    return Markup(style.set_caption(str(escape(caption))).to_html())
+    with pd.option_context("display.max_colwidth", None):
+        return Markup(table.rename_axis(columns=caption or None).to_html(border=0))
 
 
 def _sources(results: list[dict[str, Any]]) -> Markup:
     """A row a result: what it says of when, with what and by which command it was made."""
-    names = ["model", "seed", "n", "date", "commit", "key", "weights", "machine", "gpu", "versions", "command"]
-    rows = {str(r["file"]): {name: r.get(name) if r.get(name) is not None else "" for name in names} for r in results}
-    for row in rows.values():
-        row["command"] = shlex.join(map(str, row["command"]))
-        row["versions"] = ", ".join(f"{name} {version}" for name, version in dict(row["versions"]).items())
-    return _table(pd.DataFrame.from_dict(rows, orient="index", columns=names).astype(str))
+    files = [str(result["file"]) for result in results]
+    return _table(pd.DataFrame(results, files, MADE_BY, dtype=object).fillna("").astype(str))
 
 
-def _confusions(results: list[dict[str, Any]], baseline: list[str]) -> list[Markup]:
-    """The per cent of each true class's images (rows) taken for each class, seeds summed, and the change in points.
-
-    Of many classes the pairs alone that changed most.
-    """
-    counts: dict[str, dict[str, pd.DataFrame]] = {}
+def _confusions(results: list[dict[str, Any]], baselines: list[str]) -> list[Markup]:
+    """The classes most often taken for others: per cent of the true class, seeds summed, and the change in points."""
+    counts: dict[tuple[str, str], pd.DataFrame] = {}
     for result in results:
         for question, detail in (result.get("details") or {}).items():
             if isinstance(detail, dict) and detail.get("confusion"):
                 table = pd.DataFrame(detail["confusion"], detail["classes"], detail["classes"], dtype=float)
-                variants, variant = counts.setdefault(question, {}), variant_of(result)
-                variants[variant] = variants[variant] + table if variant in variants else table
+                key = question, variant_of(result["model"])
+                counts[key] = counts[key] + table if key in counts else table
+    shares = {key: 100 * table.div(table.sum(axis=1), axis=0) for key, table in counts.items()}
     tables = []
-    for question, variants in counts.items():
-        shares = {variant: 100 * table.div(table.sum(axis=1), axis=0) for variant, table in variants.items()}
-        before = next((shares[name] for name in baseline if name in shares), None)
-        for variant, after in shares.items():
-            change = (after - (after if before is None else before)).fillna(0).round()
-            signed = change.map(lambda points: f" ({points:+.0f})" if points else "")
-            text = after.map(lambda share: "" if np.isnan(share) else f"{share:.0f}") + signed
-            caption = f"{question}, {variant}: per cent of a true class's images, and the change"
-            if len(text) <= MOST_CLASSES:
-                style = text.style.background_gradient("Blues", vmin=0, vmax=150, axis=None, gmap=after)
-                tables.append(_table(style.format(escape="html"), caption))
-            elif change.any(axis=None):
-                most = change.stack().abs().nlargest(10).index
-                rows = {f"{true} taken for {guess}": text.loc[true, guess] for true, guess in most}
-                tables.append(_table(pd.DataFrame.from_dict(rows, orient="index", columns=["after"]), caption))
+    for (question, variant), share in shares.items():
+        before = next((shares[question, name] for name in baselines if (question, name) in shares), share)
+        most = share.mask(np.eye(len(share), dtype=bool)).stack().nlargest(MOST_CONFUSED)
+        rows = {
+            f"{true} taken for {guess}": (f"{value:.0f}", f"{value - before.loc[true, guess]:+.0f}")
+            for (true, guess), value in most.items()
+        }
+        table = pd.DataFrame.from_dict(rows, orient="index", columns=["per cent", "change"])
+        tables.append(_table(table, f"{question}, {variant}"))
     return tables
 
 
 def _pictures(results: list[dict[str, Any]], left_out: list[str]) -> list[Markup]:
-    """The pictures beside each variant's first result. Those that cannot be shown are left out and named."""
-    images, seen = [], set()
+    """The pictures beside each variant's first result. Those that are missing are left out and named."""
+    images, first = [], {}
     for result in results:
-        variant = variant_of(result)
-        for picture in () if variant in seen else result.get("pictures") or []:
+        first.setdefault(variant_of(result["model"]), result)
+    for variant, result in first.items():
+        for picture in result.get("pictures") or []:
             file = result["file"].parent / Path(picture["file"]).name  # right beside it, and nowhere else
-            try:
-                with Image.open(file) as image:
-                    image.thumbnail((WIDEST, WIDEST))
-                    out = io.BytesIO()
-                    image.save(out, "WEBP", quality=85)
-            except (OSError, ValueError, Image.DecompressionBombError) as error:
-                left_out.append(f"{file}: {'it is not there' if not file.exists() else f'no picture ({error})'}")
-                continue
-            images.append(
-                charts.image("webp", out.getvalue(), picture.get("alt") or file.stem, f"{variant}: {file.stem}")
-            )
-        seen.add(variant)
+            if file.is_file():
+                images.append(charts.image("png", file.read_bytes(), picture["alt"], f"{variant}: {file.stem}"))
+            else:
+                left_out.append(f"{file}: it is not there")
     return images
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m pc_clip report", description=__doc__)
     parser.add_argument("paths", type=Path, nargs="*", help="results and runs; results and runs here when not given")
-    parser.add_argument("--out", type=Path, help="a folder, or a file that ends in .html; else beside the results")
+    parser.add_argument("--out", type=Path, help="a folder; else beside the results")
     parser.add_argument("--baseline", help="what the others are compared with; the pretrained model when not given")
     arguments = parser.parse_args(argv)
     paths = arguments.paths or [p for p in (Path("results"), Path("runs")) if p.exists()] or [Path("results")]
-    target, left_out = write(paths, arguments.out, arguments.baseline)
+    page, left_out = write(paths, arguments.out, arguments.baseline)
     for line in left_out:
         print(f"left out: {line}", file=sys.stderr)
-    print(f"{target}\n{target.with_suffix('.md')}\n{target.with_suffix('.csv')}")
+    print(f"{page}\n{page.with_suffix('.md')}\n{page.with_suffix('.csv')}")

@@ -16,26 +16,15 @@ from pc_clip.core.errors import UserError
 QUESTION = ["evaluation", "dataset", "about"]
 RESULT_KEYS = {"model", "evaluation", "dataset", "metrics"}
 SEED = r"(?<=.)-seed\d+$"  # NAME-seed0, NAME-seed1, ... are the seeds of one variant
-_AT_RANK = r"(?P<name>.+)_r(?P<rank>[1-9]\d*)$"  # a figure at rank k, such as t2i_r10
 
 # Figures between -1 and 1 that are no share of anything, by a word of their name.
 _PLAIN = {"alignment", "alpha", "cosine", "images", "modality", "spearman"}
-
-# What an evaluation's names mean, for the terminal.
-_NAMES = {
-    "retrieve": "t2i: a caption finds its image; i2t: an image finds one of its captions (CLIP_benchmark).\n"
-    "paired: one caption an image (SimCLIP). centred: i2t without what a caption has of all images. See "
-    "docs/evaluations.md.",
-    "caption": "right: type, object and value are all right. most_common, shuffled: said without looking at the pair.",
-    "change_retrieval": "p2s: a pair finds one of its sentences; s2p: a sentence finds a pair it is said of. chance: a "
-    "random order.\nsubtraction: the untrained model, the image after less the image before.",
-}
 
 
 def read(paths: Iterable[Path]) -> tuple[list[dict[str, Any]], list[str]]:
     """Results in files and below folders, each with its path as "file"; and a line for each file left out.
 
-    Below a folder, JSON of other kinds is passed over. Raises UserError for a path that is not there.
+    Below a folder, JSON of other kinds is passed over. Raises UserError for a path that does not exist.
     """
     results, left_out = {}, []
     for given in paths:
@@ -45,8 +34,7 @@ def read(paths: Iterable[Path]) -> tuple[list[dict[str, Any]], list[str]]:
             try:
                 content = json.loads(file.read_text(encoding="utf-8"))
             except (ValueError, RecursionError):
-                if file.suffix == ".json":
-                    left_out.append(f"{file}: it is cut short or no JSON")
+                left_out.append(f"{file}: it is cut short or no JSON")
                 continue
             if not isinstance(content, dict) or not content.keys() >= RESULT_KEYS:
                 left_out += [f"{file}: it is no result of run.py"] if file == given else []
@@ -62,8 +50,8 @@ def natural(name: Any) -> list[tuple[str, int]]:
     return [(text, int(digits or -1)) for text, digits in re.findall(r"(\D*)(\d*)", str(name))]
 
 
-def variant_of(result: dict[str, Any]) -> str:
-    return re.sub(SEED, "", result["model"])
+def variant_of(model: str) -> str:
+    return re.sub(SEED, "", model)
 
 
 def long_table(results: Iterable[dict[str, Any]]) -> pd.DataFrame:
@@ -154,26 +142,8 @@ def grid(rows: pd.DataFrame, index: str | list[str], columns: str, values: str =
 
 
 def show(results: Iterable[dict[str, Any]]) -> None:
-    """Print results: one block an evaluation, a row a metric, a column a model. Fractions are shown in per cent.
-
-    What is measured at several ranks, as NAME_r1, NAME_r5, ..., is one row a name and model, with a column a rank.
-    """
+    """Print results: one block an evaluation, a row a metric, a column a model. Fractions are shown in per cent."""
     for (evaluation, dataset, about), block in long_table(results).groupby(QUESTION, sort=False):
         print(f"\n{evaluation} on {dataset}{about and f', {about}'} (n = {block.n.max()})")
         block = block.rename(columns={"value": "mean"}).assign(std=math.nan)
-        block = block.assign(text=cells(block.assign(low=math.nan)), bounded=cells(block))
-        block = block.join(block.metric.str.extract(_AT_RANK))
-        at_rank = block["rank"].notna() & (block.metric[block["rank"].notna()].nunique() > 1)
-        if not at_rank.all():
-            print(grid(block[~at_rank], "metric", "model").rename_axis(index=None).to_string())
-        if at_rank.any():
-            ranks = block[at_rank].astype({"rank": int})
-            ranks["text"] = ranks.bounded.where(ranks["rank"] == ranks["rank"].min(), ranks.text)
-            wide = grid(ranks, ["name", "model"], "rank").sort_index(axis=1).add_prefix("r")
-            wide = wide.rename_axis(index=[None, None])
-            print("" if at_rank.all() else "\n", end="")
-            print((wide if block.model.nunique() > 1 else wide.droplevel(1)).to_string())
-            bounded = ranks.text.str.contains("[", regex=False).any()
-            print(f"\nrk: per cent found among the first k{'; [a, b]: its 95 % interval' if bounded else ''}.")
-        if evaluation in _NAMES:
-            print(_NAMES[evaluation])
+        print(grid(block.assign(text=cells(block)), "metric", "model").rename_axis(index=None).to_string())

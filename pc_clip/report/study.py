@@ -16,8 +16,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
+from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -29,8 +28,8 @@ from tqdm import tqdm
 
 from pc_clip.core.errors import UserError, nearest
 from pc_clip.core.files import write_text
-from pc_clip.core.paths import MODEL_FILE, STATE_FILE, configs_folder, shipped
-from pc_clip.report import charts, page
+from pc_clip.core.paths import configs_folder, shipped
+from pc_clip.report import charts
 from pc_clip.report.compare import compare
 from pc_clip.report.results import cells, check_once, grid, long_table, read, summarise
 
@@ -77,17 +76,15 @@ class Study:
             raise UserError(f"study {self.name} has no variants; it needs `variants` or `grid`")
         if bool(self.chosen_on) != bool(self.choose_by):
             raise UserError(f"study {self.name} needs both `chosen_on` and `choose_by`, or neither")
+        self._check("choose_by", self.choose_by, self.metrics)
+        self._check("baselines", self.baselines, self.variants)
+        self._check("against", [self.against] if self.against else [], self.variants)
         trained: list[str] = []
         for name, arguments in self.variants.items():
             self._check(f"variant {name!r}", self.needs(name), trained)
             trained += [name] if arguments is not None else []
-        self._check("choose_by", self.choose_by, self.metrics)
-        self._check("baselines", self.baselines, self.variants)
-        self._check("against", [self.against] if self.against else [], self.variants)
 
-    def _check(self, key: str, names: Any, known: Any) -> None:
-        if not isinstance(names, list):
-            raise UserError(f"{key} of study {self.name} is {names!r}; it must be a list")
+    def _check(self, key: str, names: Sequence[str], known: Any) -> None:
         for name in names:
             if name not in known:
                 raise UserError(f"{key} of study {self.name} names {name!r}. {nearest(str(name), known)}")
@@ -109,37 +106,17 @@ class Study:
         """The variants whose runs its arguments name."""
         return [name for argument in self.variants[variant] or [] for name in _NAME.findall(str(argument))]
 
-    def only(self, patterns: list[str]) -> Study:
-        """The same with the variants whose name matches a pattern, and those they begin with. UserError for none."""
-        chosen = {name for name in self.variants if any(fnmatchcase(name, pattern) for pattern in patterns)}
-        for name in reversed(self.variants):
-            chosen |= set(self.needs(name)) if name in chosen else set()
-        if not chosen:
-            known = nearest(patterns[0], self.variants)
-            raise UserError(f"--only {' '.join(patterns)} matches no variant of study {self.name}. {known}")
-        return replace(
-            self,
-            variants={name: arguments for name, arguments in self.variants.items() if name in chosen},
-            grid=[],
-            baselines=[name for name in self.baselines if name in chosen],
-            against=self.against if self.against in chosen else "",
-        )
-
     @property
     def results(self) -> Path:
         return Path("results") / self.name
 
-    @property
-    def competitors(self) -> list[str]:
-        return [name for name in self.variants if name not in self.baselines]
+    def run(self, variant: str, seed: int) -> Path:
+        return Path("runs") / (self.runs or self.name) / label(variant, seed)
 
     def members(self, seeds: list[int]) -> list[tuple[str, int | None]]:
-        """(variant, seed) of all that is measured, in order. The model as it was has no seed."""
+        """(variant, seed) of all that is measured, in order; the model as it was has no seed."""
         every = self.variants.items()
         return [(name, seed) for name, arguments in every for seed in (seeds if arguments is not None else [None])]
-
-    def run(self, variant: str, seed: int | None) -> Path:
-        return Path("runs") / (self.runs or self.name) / label(variant, seed)
 
     def commands(self, seeds: list[int]) -> list[tuple[str, list[str], list[str]]]:
         """(label, command, labels whose commands come before it) of all there is to run, trainings first.
@@ -149,15 +126,11 @@ class Study:
         commands = []
         for variant, seed in self.members(seeds):
             if seed is not None:
-                run, needs = self.run(variant, seed), self.needs(variant)
-                arguments = [str(argument) for argument in self.variants[variant]]
-                for other in needs:
-                    arguments = [text.replace(f"{{{other}}}", str(self.run(other, seed))) for text in arguments]
-                name = ["--name", str(run.relative_to("runs")), "--seed", str(seed)]
-                begun = (run / STATE_FILE).is_file() and not (run / MODEL_FILE).is_file()
-                resume = ["--resume", "true"] if begun else []
-                before = [label(name, seed) for name in needs]
-                commands.append((label(variant, seed), ["finetune.py", *arguments, *name, *resume], before))
+                runs = {name: str(self.run(name, seed)) for name in self.variants}
+                arguments = [_fill(word, runs) for word in self.variants[variant]]
+                place = ["--name", runs[variant].removeprefix("runs/"), "--seed", str(seed), "--resume", "true"]
+                before = [label(name, seed) for name in self.needs(variant)]
+                commands.append((label(variant, seed), ["finetune.py", *arguments, *place], before))
         for evaluation in self.evaluations:
             for variant, seed in self.members(seeds):
                 checkpoint = ["--checkpoint", str(self.run(variant, seed))] if seed is not None else []
@@ -173,19 +146,15 @@ def label(variant: str, seed: int | None) -> str:
 
 
 def _expand(variant: str, arguments: list[Any], values: dict[str, list[Any]]) -> Iterator[tuple[str, list[str]]]:
-    """(name, arguments) of each variant of a grid. Raises UserError for an unknown placeholder, or for no values."""
-    if not isinstance(values, dict) or not values or not all(isinstance(v, list) and v for v in values.values()):
-        raise UserError(f"values of the grid {variant!r} are {values!r}; each placeholder needs a list of values")
-
-    def fill(text: str) -> str:
-        for name in re.findall(r"\{(\w+)\}", text):
-            if name not in values:
-                raise UserError(f"the grid {variant!r} has no values for {{{name}}}. {nearest(name, values)}")
-        return re.sub(r"\{(\w+)\}", lambda match: str(chosen[match[1]]), text)
-
+    """(name, arguments) of each variant of a grid."""
     for combination in product(*values.values()):
-        chosen = dict(zip(values, combination))
-        yield fill(variant), [fill(str(argument)) for argument in arguments]
+        chosen = dict(zip(values, map(str, combination)))
+        yield _fill(variant, chosen), [_fill(argument, chosen) for argument in arguments]
+
+
+def _fill(text: Any, values: dict[str, str]) -> str:
+    """A text with values in place of the {NAMES} that are known."""
+    return _NAME.sub(lambda match: values.get(match[1], match[0]), str(text))
 
 
 # -- running it ----------------------------------------------------------------------------------------
@@ -197,13 +166,12 @@ def conduct(study: Study, seeds: list[int], workers: int) -> None:
     for command in study.prepare:
         tqdm.write(f"python {shlex.join(map(str, command))}")
         _call(command, logs / "prepare.log")
-    last: dict[str, Future[str]] = {}  # label -> the last of its commands so far
+    last: dict[str, Future[None]] = {}  # label -> the last of its commands so far
 
-    def call(name: str, command: list[str], before: list[Future[str]]) -> str:
+    def call(name: str, command: list[str], before: list[Future[None]]) -> None:
         for future in before:
             future.result()
         _call(command, logs / f"{name}.log")
-        return name
 
     with ThreadPoolExecutor(workers) as pool, tqdm(total=len(commands), desc=study.name, disable=None) as bar:
         try:
@@ -212,7 +180,7 @@ def conduct(study: Study, seeds: list[int], workers: int) -> None:
                 last[name] = pool.submit(call, name, command, [last[other] for other in needs if other in last])
                 futures.append(last[name])
             for future in as_completed(futures):
-                bar.set_postfix_str(f"{future.result()} done")
+                future.result()
                 bar.update()
         except BaseException:
             pool.shutdown(cancel_futures=True)
@@ -263,13 +231,13 @@ def tabulate(study: Study, results: Sequence[dict[str, Any]]) -> pd.DataFrame:
 
 
 def best(study: Study, table: pd.DataFrame) -> tuple[str, float]:
-    """The competitor with the highest mean of study.choose_by on study.chosen_on, and that mean.
+    """The variant with the highest mean of study.choose_by on study.chosen_on, baselines apart, and that mean.
 
     The first of several that are equal. Raises UserError when one of them lacks a figure to choose by.
     """
     validation = table[table.dataset == study.chosen_on]
     means = validation.pivot_table(index="variant", columns="metric", values="mean")
-    means = means.reindex(index=study.competitors, columns=study.choose_by)
+    means = means.reindex(index=[v for v in study.variants if v not in study.baselines], columns=study.choose_by)
     for variant, row in means[means.isna().any(axis=1)].iterrows():
         lacking, known = ", ".join(row.index[row.isna()]), ", ".join(dict.fromkeys(table.dataset))
         raise UserError(f"{variant} has no {lacking} on {study.chosen_on} to be chosen by; measured: {known}")
@@ -279,16 +247,11 @@ def best(study: Study, table: pd.DataFrame) -> tuple[str, float]:
 
 def render(study: Study, table: pd.DataFrame, comparison: pd.DataFrame | None) -> str:
     """The table as Markdown, then the variant that validation chose, then the comparison, a table each data set."""
-    datasets = [name for name in dict.fromkeys(table.dataset) if name != study.chosen_on] or [study.chosen_on]
-    parts = _markdown(study, table.assign(text=cells(table, study.intervals)), datasets)
-    if study.chosen_on and study.competitors:
+    parts = _markdown(study, table.assign(text=cells(table, study.intervals)))
+    if study.chosen_on:
         variant, score = best(study, table)
-        rows = table[table.variant.isin([variant, *study.baselines])]
-        parts.append(
-            f"Best of {len(study.competitors)} on {study.chosen_on} by the mean of {' and '.join(study.choose_by)}: "
-            f"{variant} ({100 * score:.1f}). With 95 % intervals over images:"
-        )
-        parts += _markdown(study, rows.assign(text=cells(rows, intervals=True)), datasets)
+        rule = f"the mean of {' and '.join(study.choose_by)} on {study.chosen_on}"
+        parts.append(f"Best by {rule}, baselines apart: {variant} ({100 * score:.1f}).")
     if comparison is not None and comparison.empty:
         parts.append(f"Nothing to compare with {study.against}: the results have no number for each image.")
     elif comparison is not None:
@@ -300,36 +263,24 @@ def render(study: Study, table: pd.DataFrame, comparison: pd.DataFrame | None) -
         )
         points = (100 * comparison[["difference", "low", "high"]]).map("{:+.1f}".format)
         text = points.difference + " [" + points.low + ", " + points.high + "]"
-        parts += _markdown(study, comparison.assign(text=text + np.where(comparison.significant, " *", "")), datasets)
+        parts += _markdown(study, comparison.assign(text=text + np.where(comparison.significant, " *", "")))
     return "\n\n".join(parts)
 
 
-def _markdown(study: Study, rows: pd.DataFrame, datasets: list[str]) -> list[str]:
-    """A row a variant, a column a metric."""
-    parts = []
-    for name, block in ((name, rows[rows.dataset == name]) for name in datasets):
-        if len(block):
-            wide = grid(block, "variant", "metric")
-            wide = wide[[metric for metric in study.metrics if metric in wide]]
-            parts.append(
-                (f"{name}\n\n" if rows.dataset.nunique() > 1 else "") + wide.to_markdown(disable_numparse=True)
-            )
+def _markdown(study: Study, rows: pd.DataFrame) -> list[str]:
+    """A table each data set: a row a variant, a column a metric."""
+    parts, rows = [], _shown(study, rows)
+    for name, block in rows.groupby("dataset", sort=False):
+        wide = grid(block, "variant", "metric")
+        wide = wide[[metric for metric in study.metrics if metric in wide]].to_markdown(disable_numparse=True)
+        parts += [name, wide] if rows.dataset.nunique() > 1 else [wide]
     return parts
 
 
-def picture(study: Study, table: pd.DataFrame, comparison: pd.DataFrame | None, path: Path) -> None:
-    """What the table shows; where something was compared, what does not differ after the correction is hollow."""
-    shown = table[table.dataset != study.chosen_on]
-    hollow = None
-    if comparison is not None and len(comparison):
-        same = comparison[~comparison.significant]
-        hollow = set(zip(same.variant, same.dataset, same.metric))
-    figure = charts.dots(table if shown.empty else shown, study.metrics, study.baselines, hollow or ())
-    whisker = "standard deviation over seeds, of one seed the 95 % interval over images"
-    note = f"; hollow: does not differ from {study.against}" if hollow else ""
-    figure.suptitle(f"{study.name}: whiskers are the {whisker}{note}", fontsize=11)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+def _shown(study: Study, rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows of all data sets but the one to choose on; of that one where there is no other."""
+    others = rows[rows.dataset != study.chosen_on]
+    return others if len(others) else rows
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -337,17 +288,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("study", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one finetuning a seed and variant")
     parser.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1), help="commands at a time")
-    parser.add_argument(
-        "--only", nargs="+", metavar="PATTERN", help="variants to run, such as 'text-*'; no table is written"
-    )
     parser.add_argument("--dry_run", action="store_true", help="print the commands and run nothing")
     arguments = parser.parse_args(argv)
     study, seeds = Study.read(shipped(arguments.study)), list(dict.fromkeys(arguments.seeds))
-    study = study.only(arguments.only) if arguments.only else study
     if arguments.dry_run:
         commands = [*study.prepare, *(command for _, command, _ in study.commands(seeds))]
         print("\n".join(f"python {shlex.join(map(str, command))}" for command in commands))
-        print(f"\n{len(commands)} commands for {len(study.members(seeds))} models; what is finished is not done again")
         return
     conduct(study, seeds, arguments.workers)
     results = results_of(study, seeds)
@@ -355,14 +301,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     untrained = [name for name, words in study.variants.items() if words is None]
     comparison = compare(results, study.against, untrained, study.metrics) if study.against else None
     text = render(study, table, comparison)
-    if arguments.only:
-        print(f"\n{text}\n\nper cent where it is a share; nothing was written but runs and results, because of --only")
-        return
     for name, frame in (("table.csv", table), ("comparison.csv", comparison)):
         if frame is not None:
             write_text(study.results / name, frame.to_csv(index=False, float_format="%.6f"))
     write_text(study.results / "table.md", text + "\n")
-    picture(study, table, comparison, study.results / "table.png")
-    runs = Path("runs") / (study.runs or study.name)
-    page.write([path for path in (study.results, runs) if path.exists()], study.results / "report.html")
-    print(f"\n{text}\n\nper cent where it is a share; table.csv, table.png and report.html are in {study.results}/")
+    figure = charts.dots(_shown(study, table), study.metrics, study.baselines)
+    figure.suptitle(f"{study.name}: mean ± standard deviation over seeds; of one seed its 95 % interval", fontsize=11)
+    figure.savefig(study.results / "table.png", dpi=130)
+    print(f"\n{text}\n\nper cent where it is a share; table.csv and table.png are in {study.results}/")
