@@ -5,39 +5,26 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from made_space import made_context
 
 from pc_clip.core.config.evaluate import BatchesConfig, EvaluateConfig
 from pc_clip.core.errors import UserError
 from pc_clip.core.random import stream
-from pc_clip.data.dataset import Dataset
 from pc_clip.data.registry import open_dataset
-from pc_clip.evals import EvalContext, batches
+from pc_clip.evals import batches
 from pc_clip.evals.evaluate import measure
 from pc_clip.interface import run
-
-
-class Given:
-    def __init__(self, texts):
-        self.texts = texts
-
-    def embed_texts(self, texts):
-        return torch.tensor([self.texts[text] for text in texts], dtype=torch.float32)
 
 
 def made(z, texts, each, size, seed=0):
     """The result for images with embeddings z, and texts in a row, each[n] of them for image n."""
     ends = np.cumsum(each)
     captions = [tuple(f"t{n}" for n in range(end - count, end)) for end, count in zip(ends, each)]
-    ids = [f"i{n}" for n in range(len(z))]
-    data = Dataset("made", "test", ids, lambda row: Image.new("RGB", (8, 8)), "f", captions)
+    config = EvaluateConfig(seed=seed, batches=BatchesConfig(size=size))
     known = {f"t{n}": list(map(float, text)) for n, text in enumerate(texts)}
-    subject = EvalContext(Given(known), lambda: None, data, EvaluateConfig(seed=seed, batches=BatchesConfig(size=size)))
-    subject.__dict__["z"] = torch.as_tensor(z, dtype=torch.float32)
-    return batches.evaluate(subject)
+    return batches.evaluate(made_context(known, z, config, unit=False, captions=captions))
 
 
 def rank_of(query, items, right) -> tuple[float, float]:
