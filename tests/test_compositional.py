@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from made_space import COLOUR, about
 from PIL import Image
-from statements_sample import COLOUR, about
 
 from pc_clip.core.config.evaluate import EvaluateConfig
 from pc_clip.core.errors import UserError

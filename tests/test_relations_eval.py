@@ -9,9 +9,9 @@ import pytest
 from conftest import SHARED
 from hypothesis import given
 from hypothesis import strategies as st
+from made_space import COLOUR, about
 from PIL import Image
 from sklearn.metrics import precision_recall_fscore_support
-from statements_sample import COLOUR, about
 
 from pc_clip.core.errors import UserError
 from pc_clip.data.dataset import Dataset, Statement

@@ -12,9 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from made_space import made_context
 
+from pc_clip.core.config.evaluate import BatchesConfig, EvaluateConfig
 from pc_clip.core.errors import UserError
+from pc_clip.core.random import stream
 from pc_clip.data.registry import open_dataset
-from pc_clip.evals import retrieve
+from pc_clip.evals import batches, retrieve
+from pc_clip.evals.evaluate import measure as measure_all
 from pc_clip.interface import run
 from pc_clip.metrics import intervals as _intervals
 from pc_clip.metrics import retrieval
@@ -23,17 +26,21 @@ from pc_clip.report import page
 FAMILIES = ("t2i", "i2t", "paired_t2i", "paired_i2t")
 
 
-def measure(z, texts: dict[str, list[float]], captions: list[tuple[str, ...]]):
+def measure(z, texts: dict[str, list[float]], captions: list[tuple[str, ...]], config=None, mode=retrieve):
     """The result for images with embeddings z and texts with theirs, as they are."""
-    return retrieve.evaluate(made_context(texts, z, unit=False, captions=captions))
+    return mode.evaluate(made_context(texts, z, config, unit=False, captions=captions))
 
 
-def made(z, texts, each):
+def made(z, texts, each, config=None, mode=retrieve):
     """The same for texts in a row, each[n] of them for image n."""
     names = [f"t{n}" for n in range(len(texts))]
     ends = np.cumsum(each)
     captions = [tuple(names[end - count : end]) for end, count in zip(ends, each)]
-    return measure(z, dict(zip(names, [list(map(float, text)) for text in texts])), captions)
+    return measure(z, dict(zip(names, [list(map(float, text)) for text in texts])), captions, config, mode)
+
+
+def in_batches(z, texts, each, size, seed=0):
+    return made(z, texts, each, EvaluateConfig(seed=seed, batches=BatchesConfig(size=size)), batches)
 
 
 # -- slow and obvious ----------------------------------------------------------------------------------------
@@ -185,14 +192,68 @@ def test_intervals_are_over_images_because_captions_of_one_image_are_alike():
     assert once.intervals["t2i_r1"] == pytest.approx(_intervals.of_mean(np.array(once.items["t2i_r1"]), 0))
 
 
+# -- among the images of a batch -----------------------------------------------------------------------------
+
+
+@given(small_sets(), st.integers(2, 9), st.integers(0, 9))
+def test_figures_of_batches_are_what_counting_one_query_at_a_time_gives(case, size, seed):
+    z, texts, each = case
+    size = min(size, len(z))
+    found, expected = in_batches(z, texts, each, size, seed), {}
+    order, starts = stream(seed, "retrieval batches").permutation(len(z)).tolist(), np.cumsum(each) - each
+    for start in range(0, len(z) - size + 1, size):
+        batch = order[start : start + size]
+        for turn in range(min(each)):
+            pictures, captions = [z[i] for i in batch], [texts[starts[i] + turn] for i in batch]
+            for way, queries, items in (("t2i", captions, pictures), ("i2t", pictures, captions)):
+                for n, query in enumerate(queries):
+                    open_to = places(query, items, [n])
+                    expected.setdefault(f"batch_{way}_r1", []).append(hit(open_to, 1))
+                    expected.setdefault(f"batch_{way}_mrr", []).append(1 / np.mean(open_to))
+    assert found.metrics == pytest.approx({name: np.mean(values) for name, values in expected.items()})
+    for name, values in found.items.items():
+        assert len(values) == found.n == found.details["images"]
+        assert np.mean(values) == pytest.approx(found.metrics[name], abs=1e-4)
+    assert set(found.intervals) == set(found.items) == set(found.metrics)
+
+
+def test_left_out_images_are_counted_and_a_batch_is_easier_than_the_whole():
+    rng = np.random.default_rng(0)
+    z = rng.normal(size=(50, 6))
+    texts = z + rng.normal(size=(50, 6))
+    small, whole = in_batches(z, texts, [1] * 50, 4), in_batches(z, texts, [1] * 50, 50)
+    assert (small.n, small.details["batches"], small.details["left_out"]) == (48, 12, 2)
+    assert (whole.n, whole.details["batches"], whole.details["left_out"]) == (50, 1, 0)
+    assert small.metrics["batch_t2i_r1"] > whole.metrics["batch_t2i_r1"] + 0.2
+    low, high = small.intervals["batch_t2i_r1"]
+    assert low < small.metrics["batch_t2i_r1"] < high
+
+
+def test_batches_are_measured_where_they_are_asked_for_by_name_alone(coco_folder, example_clip):
+    every = measure_all(example_clip, open_dataset("coco", coco_folder, "val2017"), EvaluateConfig())
+    modes = {found["evaluation"] for found in every}
+    assert "retrieve" in modes and "batches" not in modes
+    command = ["--mode", "batches", "--dataset", "coco", "--root", str(coco_folder), "--model.name", "example"]
+    for size in ("4", "6"):
+        run.main([*command, "--batches.size", size])
+    results = [json.loads(path.read_text()) for path in sorted(Path("results").rglob("batches-*.json"))]
+    assert [found["details"]["batch"] for found in results] == [4, 6]
+    assert all(len(found["items"]["batch_t2i_mrr"]) == found["n"] == 12 for found in results)
+
+
 # -- what cannot be measured ---------------------------------------------------------------------------------
 
 
-def test_one_image_alone_or_one_without_a_caption_is_refused():
-    with pytest.raises(UserError, match="made/test has 1 images"):
-        made(np.eye(1), np.eye(1), [1])
-    with pytest.raises(UserError, match="i1 has no caption"):
-        measure(np.eye(2), {"a": [1.0, 0.0]}, [("a",), ()])
+def test_too_few_images_or_one_without_a_caption_are_refused():
+    for evaluate, message in (
+        (lambda: made(np.eye(1), np.eye(1), [1]), "made/test has 1 images"),
+        (lambda: measure(np.eye(2), {"a": [1.0, 0.0]}, [("a",), ()]), "i1 has no caption"),
+        (lambda: in_batches(np.eye(4), np.eye(4), [1] * 4, 1), "batches.size is 1; it must be at least 2"),
+        (lambda: in_batches(np.eye(4), np.eye(4), [1] * 4, 5), "has 4 images, too few for one batch; --batches.size"),
+        (lambda: in_batches(np.eye(4), np.eye(3, 4), [1, 1, 0, 1], 2), r"an image without a caption \(i2\)"),
+    ):
+        with pytest.raises(UserError, match=message):
+            evaluate()
 
 
 # -- the command ---------------------------------------------------------------------------------------------

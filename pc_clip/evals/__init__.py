@@ -131,17 +131,13 @@ class EvalContext:
         files = self.config.statements
         return read_statements(files, self.config.seed) if files else list(self.data.statements)
 
-    def held_out(self) -> Dataset | None:
-        """The split that settings are chosen on; None where there is none besides what is reported on."""
-        split = held_out(self.data)
-        return self.open(split) if split else None
+    def held_out(self) -> Dataset:
+        """The split that settings are chosen on, where there is one besides what is reported on."""
+        return self.open(held_out(self.data))
 
     def validation(self) -> EvalContext:
-        """The same model on held-out images, for choosing settings. Raises UserError where there are none."""
+        """The same model on held-out images, for choosing settings."""
         data = self.held_out()
-        if data is None:
-            whole = self.data.split or "the whole"
-            raise UserError(f"{self.data.name} has no split to choose on besides {whole}; --split test may leave one")
         if len(data) > VALIDATION_IMAGES:  # choosing among a few settings needs no more
             rng = stream(self.config.seed, "validation images")
             data = subset(data, np.sort(rng.choice(len(data), VALIDATION_IMAGES, replace=False)))

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from pc_clip.core.config.evaluate import EvaluateConfig
 from pc_clip.core.errors import UserError
@@ -55,7 +54,9 @@ def evaluate(context: EvalContext) -> Result:
     z = pairs.embed_pairs(context.clip, data, batch_size=config.batch_size, workers=config.workers)
     ways = {"": (z, context.clip.embed_texts(texts))}
     if context.base is not None:
-        ways["subtraction_"] = (_subtracted(context), context.base.embed_texts(texts))
+        before, after = torch.from_numpy(pairs.pair_rows(data)).T
+        subtracted = F.normalize(context.base_z[after] - context.base_z[before], dim=-1)
+        ways["subtraction_"] = (subtracted, context.base.embed_texts(texts))
     hits, queries, tied = {}, {}, {}
     for prefix, (of_pairs, of_texts) in ways.items():
         ranks = both_ways(of_pairs, of_texts, said)
@@ -70,12 +71,6 @@ def evaluate(context: EvalContext) -> Result:
     items = {name: (hits[name] / queries[name].mean()).round(4).tolist() for name in COMPARED if name in hits}
     known = intervals.of_ratios(hits, queries, config.seed)
     return Result(metrics, len(z), details, intervals=known, items=items)
-
-
-def _subtracted(context: EvalContext) -> Tensor:
-    """The untrained model's embedding of the image after less that of the image before.  -> [N, D] unit"""
-    before, after = torch.from_numpy(pairs.pair_rows(context.data)).T
-    return F.normalize(context.base_z[after] - context.base_z[before], dim=-1)
 
 
 def rows_by_kind(changes: Sequence[Change]) -> dict[str, np.ndarray]:

@@ -123,12 +123,10 @@ def draw_pairs(attribute: Attribute, n: int, rng: np.random.Generator, tries: in
 
 
 def about_attributes(context: EvalContext) -> Result:
-    """The figures of the graded attributes, over all, by task and by attribute. Raises UserError where there are none.
+    """The figures of the graded attributes, over all, by task and by attribute.
 
     Which pairs are asked about depends on settings and data alone and not on the model.
     """
-    if not context.attributes:
-        raise UserError(f"{context.data.label} has no graded attributes for mode difference; it needs {LACKING}")
     options, seed = context.config.difference, context.config.seed
     answers = []
     for k, attribute in enumerate(context.attributes):

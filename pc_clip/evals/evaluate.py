@@ -43,8 +43,6 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
     """
     if config.threads:
         torch.set_num_threads(config.threads)
-    for mode in _requested(config):
-        evals.find(mode)
     data = _open_data(config)
     return measure(_open_model(config), data, config)
 
@@ -62,14 +60,9 @@ def measure(clip: Clip, data: Dataset, config: EvaluateConfig) -> list[dict[str,
     context = EvalContext(clip, find_base if config.checkpoint else (lambda: clip), data, config)
     if data.note:
         log.info("%s", data.note)
-    len(context.statements)  # a file that cannot be read is an error at once, whatever is measured
-    if requested := _requested(config):
-        return [_run(context, mode) for mode in requested]
-    return _run_available(context)
-
-
-def _requested(config: EvaluateConfig) -> list[str]:
-    return [mode.strip() for mode in config.mode.split(",") if mode.strip()]
+    _ = context.statements  # a file that cannot be read is an error at once, whatever is measured
+    requested = [mode.strip() for mode in config.mode.split(",") if mode.strip()]
+    return [_run(context, mode) for mode in requested] or _run_available(context)
 
 
 def _check_finite(clip: Clip) -> None:

@@ -40,19 +40,16 @@ TRAIN = "train"
 
 
 def applies(data: Dataset, config: EvaluateConfig) -> str | None:
-    if data.questions and config.probe.shots and _has_train_split(data):
+    reported_on = data.part or data.split
+    has_train = data.name in READERS and TRAIN in READERS[data.name].splits and reported_on not in (TRAIN, "all")
+    if data.questions and config.probe.shots and has_train:
         return None
     return "a data set with classes and a train split other than the one reported on (example, cifar100)"
 
 
-def _has_train_split(data: Dataset) -> bool:
-    reported_on = data.part or data.split
-    return data.name in READERS and TRAIN in READERS[data.name].splits and reported_on not in (TRAIN, "all")
-
-
-def also_reads(context: EvalContext) -> Dataset | None:
+def also_reads(context: EvalContext) -> Dataset:
     """The split that the probe learns from."""
-    return context.open(TRAIN) if _has_train_split(context.data) else None
+    return context.open(TRAIN)
 
 
 def evaluate(context: EvalContext) -> Result:
@@ -66,10 +63,6 @@ def evaluate(context: EvalContext) -> Result:
     check_at_least("probe.shots", min(shots, default=0), 1)
     check_at_least("probe.draws", config.probe.draws, 1)
     train = also_reads(context)
-    if train is None:
-        raise UserError(
-            f"mode probe learns from the train split, and {context.data.label} has none besides what is reported on"
-        )
     pairs = matched(train, context.data)
     drawn = [
         draw_shots(learnt, shots[-1], config.probe.draws, config.seed + 1000 * n) for n, (learnt, _) in enumerate(pairs)
@@ -96,9 +89,8 @@ def evaluate(context: EvalContext) -> Result:
     for name, of_questions in right.items():
         by_draw = np.mean([each.mean(1) for each in of_questions], axis=0)  # [draws]
         result.metrics[name] = float(by_draw.mean())
-        if name != "zeroshot":
-            (details["standard_error"][name],) = intervals.standard_errors(by_draw[:, None])
-        if name != "zeroshot" and len(of_questions) == 1:
+        (details["standard_error"][name],) = intervals.standard_errors(by_draw[:, None])
+        if len(of_questions) == 1:
             result.intervals[name] = intervals.of_mean(of_questions[0].mean(0), config.seed)
     names = {"probe": "probe_{}shot", "probe and prompts": "probe_{}shot_with_text", "zero-shot": "zeroshot"}
     series = {line: [(k, result.metrics[name.format(k)]) for k in shots] for line, name in names.items()}

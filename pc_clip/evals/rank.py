@@ -15,7 +15,6 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from pc_clip.core.config.evaluate import EvaluateConfig
-from pc_clip.core.errors import UserError
 from pc_clip.core.random import stream
 from pc_clip.data import attributes
 from pc_clip.data.dataset import Attribute, Dataset
@@ -47,8 +46,6 @@ def evaluate(context: EvalContext) -> Result:
     """
     if context.config.rank.attribute:
         return _rank_folder(context)
-    if not context.attributes:
-        raise UserError(f"{context.data.label} has no graded attributes for mode rank; it needs {LACKING}")
     result, figures, samples = Result({}, len(context.data)), [], []
     for attribute in context.attributes:
         scores, known = _scores(context, attribute), ~np.isnan(attribute.value)
