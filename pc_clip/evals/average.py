@@ -62,9 +62,9 @@ def evaluate(context: EvalContext) -> Result:
     for alpha, clip in _averages(context.base, context.clip, alphas):
         measured[alpha] = {}
         for name, split in splits.items():
-            averaged = EvalContext(clip, lambda: None, split.data, split.config)
+            averaged = EvalContext(clip, context.find_base, split.data, split.config)
             z = split.z if frozen or alpha == 1 else split.base_z if alpha == 0 else _encode(clip, split)
-            vars(averaged).update(z=z, base=None)  # in place of what the cached properties would compute
+            vars(averaged)["z"] = z  # in place of what the cached property would compute
             measured[alpha][name] = _measure(averaged)
     return _report(measured, len(context.data), context.config.seed)
 
@@ -113,7 +113,7 @@ def _measure(context: EvalContext) -> Result:
     details, right = zeroshot.answer(context)
     result = Result({"zeroshot": zeroshot.accuracy(details)}, len(context.data), right)
     if context.attributes:
-        of_differences = difference.about_attributes(context)
+        of_differences = difference.about_attributes(context, companions=False)
         for name in METRICS[1:]:
             result.metrics[name], result.intervals[name] = of_differences.metrics[name], of_differences.intervals[name]
     return result

@@ -122,7 +122,7 @@ def draw_pairs(attribute: Attribute, n: int, rng: np.random.Generator, tries: in
     return pairs[:n]
 
 
-def about_attributes(context: EvalContext) -> Result:
+def about_attributes(context: EvalContext, companions: bool = True) -> Result:
     """The figures of the graded attributes, over all, by task and by attribute.
 
     Which pairs are asked about depends on settings and data alone and not on the model.
@@ -131,7 +131,7 @@ def about_attributes(context: EvalContext) -> Result:
     answers = []
     for k, attribute in enumerate(context.attributes):
         seeds = [seed_of(seed, "draw", k, draw) for draw in range(options.draws)]
-        answers.append(answer(context, draw_claims(attribute, options.n_pairs, seeds)))
+        answers.append(answer(context, draw_claims(attribute, options.n_pairs, seeds), companions))
     result = Result({}, sum(len(each.pairs) for each in answers), {"standard_error": {}})
     groups = by_task(context.attributes, answers)
     _add(result, list(groups.values()))
@@ -147,14 +147,15 @@ def about_attributes(context: EvalContext) -> Result:
     return result
 
 
-def answer(context: EvalContext, claims: Claims) -> Answers:
+def answer(context: EvalContext, claims: Claims, companions: bool) -> Answers:
     """Which claims are answered rightly: difference and two_way, which models are chosen by, and their companions."""
     clip, gaps = context.clip, pair_differences(context.z, claims.pairs)  # [P, D]
     cosine = cosines(clip, claims.text, gaps)
     right = {"difference": cosine > 0, "two_way": cosine > cosines(clip, claims.opposite, gaps)}
-    right["reversed"] = cosines(clip, claims.reversed, gaps) > 0
-    right["unseen"] = cosines(clip, claims.unseen, gaps) > 0
-    if context.base is not None:
+    if companions:
+        right["reversed"] = cosines(clip, claims.reversed, gaps) > 0
+        right["unseen"] = cosines(clip, claims.unseen, gaps) > 0
+    if companions and context.base is not None:
         high, low = context.base.embed_texts([claims.attribute.high, claims.attribute.low])
         along = pair_differences(context.base_z, claims.pairs) @ (high - low)
         right["caption_subtraction"] = (along > 0) == torch.from_numpy(claims.up)
