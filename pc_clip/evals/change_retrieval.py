@@ -50,7 +50,7 @@ def evaluate(context: EvalContext) -> Result:
     if len(data.changes) < 2:
         raise UserError(f"{data.label} has one pair; retrieval needs two")
     texts, belongs = pairs.distinct_sentences(data.changes)
-    said = relation(belongs, len(texts))
+    matches = relation(belongs, len(texts))
     z = pairs.embed_pairs(context.clip, data, batch_size=config.batch_size, workers=config.workers)
     ways = {"": (z, context.clip.embed_texts(texts))}
     if context.base is not None:
@@ -59,14 +59,14 @@ def evaluate(context: EvalContext) -> Result:
         ways["subtraction_"] = (subtracted, context.base.embed_texts(texts))
     hits, queries, tied = {}, {}, {}
     for prefix, (of_pairs, of_texts) in ways.items():
-        ranks = both_ways(of_pairs, of_texts, said)
+        ranks = both_ways(of_pairs, of_texts, matches)
         tied |= {f"{prefix}{way}": each.tied for way, each in ranks.items()}
-        for known, values in zip((hits, queries), per_pair(ranks, said)):
+        for known, values in zip((hits, queries), per_pair(ranks, matches)):
             known |= {f"{prefix}{metric}": each for metric, each in values.items()}
     for kind, here in rows_by_kind(data.changes).items():  # p2s alone: a sentence may be of several kinds
         for k in (k for k in PAIR_KS if f"p2s_r{k}" in hits and not here.all()):
             hits[f"p2s_{kind}_r{k}"], queries[f"p2s_{kind}_r{k}"] = hits[f"p2s_r{k}"] * here, here.astype(float)
-    metrics = {name: float(hits[name].sum() / queries[name].sum()) for name in hits} | chance(said)
+    metrics = {name: float(hits[name].sum() / queries[name].sum()) for name in hits} | chance(matches)
     details = {"pairs": len(z), "sentences": len(texts), "tied": tied}
     items = {name: (hits[name] / queries[name].mean()).round(4).tolist() for name in COMPARED if name in hits}
     known = intervals.of_ratios(hits, queries, config.seed)

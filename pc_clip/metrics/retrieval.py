@@ -118,38 +118,38 @@ def recalls(pairs: Tensor, sentences: Tensor, belongs: Sequence[Sequence[int]]) 
     pairs: [N, D], sentences: [M, D], distinct ones, both unit vectors on the CPU; belongs: for each pair, its
     sentences.
     """
-    said = relation(belongs, len(sentences))
-    hits, asked = per_pair(both_ways(pairs, sentences, said), said)
+    matches = relation(belongs, len(sentences))
+    hits, asked = per_pair(both_ways(pairs, sentences, matches), matches)
     return {name: float(hits[name].sum() / asked[name].sum()) for name in hits}
 
 
-def both_ways(pairs: Tensor, sentences: Tensor, said: csr_array) -> dict[str, Ranks]:
-    """Ranks of each pair's best sentence, p2s [N], and of each sentence's best pair, s2p [M]. said: [N, M] bool"""
-    return {"p2s": ranks(pairs, sentences, said), "s2p": ranks(sentences, pairs, said.T.tocsr())}
+def both_ways(pairs: Tensor, sentences: Tensor, matches: csr_array) -> dict[str, Ranks]:
+    """Ranks of each pair's best sentence, p2s [N], and of each sentence's best pair, s2p [M]. matches: [N, M] bool"""
+    return {"p2s": ranks(pairs, sentences, matches), "s2p": ranks(sentences, pairs, matches.T.tocsr())}
 
 
-def per_pair(by_way: dict[str, Ranks], said: csr_array) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+def per_pair(by_way: dict[str, Ranks], matches: csr_array) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Each pair's hits and its number of queries, by metric: the metric is one sum over the other.  -> [N] each
 
-    said: [N, M] bool. A sentence is one query, shared equally by its pairs.
+    matches: [N, M] bool. A sentence is one query, shared equally by its pairs.
     """
-    pairs, sentences = said.shape
-    of_sentence, hits, asked = said.sum(axis=0), {}, {}
+    pairs, sentences = matches.shape
+    of_sentence, hits, asked = matches.sum(axis=0), {}, {}
     for k in PAIR_KS:
         if k < sentences:
             hits[f"p2s_r{k}"], asked[f"p2s_r{k}"] = by_way["p2s"].hits(k), np.ones(pairs)
         if k < pairs:
-            hits[f"s2p_r{k}"] = said @ (by_way["s2p"].hits(k) / of_sentence)
-            asked[f"s2p_r{k}"] = said @ (1 / of_sentence)
+            hits[f"s2p_r{k}"] = matches @ (by_way["s2p"].hits(k) / of_sentence)
+            asked[f"s2p_r{k}"] = matches @ (1 / of_sentence)
     return hits, asked
 
 
-def chance(said: csr_array) -> dict[str, float]:
-    """R@k of a random order, by metric: a query with R right answers among M misses k times in a row. said: [N, M]"""
-    pairs, sentences = said.shape
+def chance(matches: csr_array) -> dict[str, float]:
+    """R@k of a random order, by metric: a query with R right answers among M misses k times. matches: [N, M] bool"""
+    pairs, sentences = matches.shape
     by_chance = {}
     for k in PAIR_KS:
-        for name, right, candidates in (("p2s", said.sum(axis=1), sentences), ("s2p", said.sum(axis=0), pairs)):
+        for name, right, candidates in (("p2s", matches.sum(axis=1), sentences), ("s2p", matches.sum(axis=0), pairs)):
             if k < candidates:
                 missed = [np.clip(candidates - right - n, 0, None) / (candidates - n) for n in range(k)]
                 by_chance[f"chance_{name}_r{k}"] = float(1 - np.prod(missed, axis=0).mean())
