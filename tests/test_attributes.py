@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
+from made_space import FakeClip
 from PIL import Image
-from test_evals import FakeClip
 
 from pc_clip.core.config.evaluate import DifferenceConfig, EvaluateConfig
 from pc_clip.core.errors import UserError

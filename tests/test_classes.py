@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from made_space import FakeClip
 from PIL import Image
-from test_evals import FakeClip
 
 from pc_clip.core.config.evaluate import EvaluateConfig, ExtendedConfig
 from pc_clip.core.config.settings import DataConfig

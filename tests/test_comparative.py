@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from test_evals import FakeClip, subject
+from made_space import FakeClip, made_context
 
 from pc_clip.core.config.evaluate import ComparativeConfig, EvaluateConfig
 from pc_clip.core.errors import UserError
@@ -28,10 +28,10 @@ def corrections(calibration, offset=(0.0, 0.0, 0.0)):
 
 
 def test_prompts_are_corrected_by_the_mean_of_the_comparisons():
-    (found, shift), prompts = corrections("none")
+    (result, shift), prompts = corrections("none")
     expected = ((np.array([1, 0, 0]) - [0.6, 0.8, 0]) + (np.array([0, 0, 1]) - [0, 0.6, 0.8])) / 2
-    assert np.allclose(found[1], expected, atol=1e-6)
-    assert torch.equal(found[[0, 2]], prompts[[0, 2]])
+    assert np.allclose(result[1], expected, atol=1e-6)
+    assert torch.equal(result[[0, 2]], prompts[[0, 2]])
     assert not shift.any()
 
 
@@ -39,8 +39,7 @@ def test_with_the_offset_a_comparison_scores_nothing_on_the_mean_image():
     """The fault: a difference embedding that all images score alike must not move its class's threshold."""
     mean = torch.tensor([0.5, 0.0, 0.25])
     (corrected, shift), prompts = corrections("offset", offset=tuple(mean.tolist()))
-    space = comparative.Space(mean[None], np.array([0]), mean)
-    scored = comparative._scores(space, prompts, corrected, shift, 0.0, "offset")[1, 0] * corrected[1].norm()
+    scored = comparative.mixed_scores(mean[None], prompts, corrected, shift, 0.0)[1, 0] * corrected[1].norm()
     assert float(scored) == pytest.approx(float((prompts[[0, 2]] @ mean).mean()), abs=1e-6)
 
 
@@ -50,22 +49,22 @@ def test_alpha_is_chosen_on_validation_and_reported_on_test(monkeypatch, tmp_pat
     flipped = Question("q", ("a", "b"), np.arange(2), np.array([1, 0]), ("{}",))
     texts = {"a": [1, 0], "b": [0, 1], "worse": [1.0, 0.0], "more": [0.0, 1.0]}
     z = [[1, 0.2], [0.2, 1]]
-    test, held_out = subject(texts, z, questions=(question,)), subject(texts, z, questions=(flipped,))
+    test, held_out = made_context(texts, z, questions=(question,)), made_context(texts, z, questions=(flipped,))
     monkeypatch.setattr(EvalContext, "validation", lambda self: held_out)
     monkeypatch.setattr(comparative, "FOLDER", tmp_path)
     comparisons = {
         "q": [{"class_a": "b", "class_b": "a", "text": "worse"}, {"class_a": "a", "class_b": "b", "text": "more"}]
     }
     (tmp_path / "made.yaml").write_text(json.dumps(comparisons))
-    found = comparative.evaluate(test)
-    about = found.details["q"]["table"]["none"]
+    result = comparative.evaluate(test)
+    about = result.details["q"]["table"]["none"]
     curve = {alpha: (on_val, on_test) for alpha, on_val, on_test in about["curve"]}
     assert curve[about["alpha"]][0] == max(on_val for on_val, _ in curve.values()) == 1.0
-    assert found.metrics["plain"] == found.metrics["subset_plain"] == 1.0
-    assert found.metrics["comparative_none"] == found.metrics["subset_comparative_none"] == 0.0
-    assert found.metrics["gain_none"] == -1.0
-    assert found.intervals["gain_none"] == (-1.0, -1.0)
-    assert found.details["q"]["classes"]["none"]["worst"]["gain"] == -1.0
+    assert result.metrics["plain"] == result.metrics["subset_plain"] == 1.0
+    assert result.metrics["comparative_none"] == result.metrics["subset_comparative_none"] == 0.0
+    assert result.metrics["gain_none"] == -1.0
+    assert result.intervals["gain_none"] == (-1.0, -1.0)
+    assert result.details["q"]["classes"]["none"]["worst"]["gain"] == -1.0
 
 
 def test_the_most_confused_pairs_are_counted_both_ways():
@@ -85,41 +84,39 @@ def test_auto_finds_and_describes_the_confused_classes_of_the_example(small_exam
     config = EvaluateConfig(
         comparative=ComparativeConfig(pairs="auto", n_comparisons=1, calibrate=["norm", "shuffled"])
     )
-    found = comparative.evaluate(EvalContext(example_clip, lambda: example_clip, data, config))
-    assert any(about["comparisons"] for about in found.details.values())
-    for about in found.details.values():
+    result = comparative.evaluate(EvalContext(example_clip, lambda: example_clip, data, config))
+    assert any(about["comparisons"] for about in result.details.values())
+    for about in result.details.values():
         if not about["comparisons"]:  # nothing was confused, so nothing changes
             assert about["comparative_norm"] == about["plain"] and about["subset_plain"] is None
             continue
         (ab, ba) = about["comparisons"]
         assert (ab["class_a"], ab["class_b"]) == (ba["class_b"], ba["class_a"]) and ab["text"] != ba["text"]
-    assert {"plain", "plain_centred", "comparative_norm", "comparative_shuffled", "gain_norm"} <= found.metrics.keys()
-    assert found.intervals["gain_norm"][0] <= found.metrics["gain_norm"] <= found.intervals["gain_norm"][1]
-    assert [curve.title for curve in found.curves] == [
-        f"Comparative prompting on {name}, test" for name in found.details
+    assert {"plain", "plain_centred", "comparative_norm", "comparative_shuffled", "gain_norm"} <= result.metrics.keys()
+    assert result.intervals["gain_norm"][0] <= result.metrics["gain_norm"] <= result.intervals["gain_norm"][1]
+    assert [curve.title for curve in result.curves] == [
+        f"Comparative prompting on {name}, test" for name in result.details
     ]
 
 
-@pytest.mark.parametrize(
-    ("setting", "value", "message"),
-    [
-        ("pairs", "all", "pairs is 'all'"),
-        ("calibrate", ["length"], "calibrate is 'length'"),
-        ("n_comparisons", 0, "n_comp"),
-    ],
-)
-def test_settings_that_make_no_sense(small_example, example_clip, setting, value, message):
-    config = EvaluateConfig(comparative=ComparativeConfig(**({"pairs": "auto"} | {setting: value})))
-    data = open_dataset("example", split="test")
-    with pytest.raises(UserError, match=message):
-        comparative.evaluate(EvalContext(example_clip, lambda: example_clip, data, config))
-
-
-def test_comparisons_of_classes_that_do_not_exist_are_refused(tmp_path):
-    data = open_dataset("example", split="val")
-    (tmp_path / "c.yaml").write_text("size:\n  - {class_a: huge, class_b: small, text: x}\n")
-    with pytest.raises(UserError, match="'huge' is not a class of size: small, medium, large"):
-        comparative.read_comparisons(tmp_path / "c.yaml", data)
-    (tmp_path / "c.yaml").write_text("weight:\n  - {class_a: a, class_b: b, text: x}\n")
-    with pytest.raises(UserError, match="compares classes of 'weight'"):
-        comparative.read_comparisons(tmp_path / "c.yaml", data)
+def test_settings_and_comparisons_that_make_no_sense_are_refused(small_example, example_clip, tmp_path):
+    data, path = open_dataset("example", split="val"), tmp_path / "c.yaml"
+    for setting, message in (
+        ({"pairs": "all"}, "pairs is 'all'"),
+        ({"calibrate": ["length"]}, "calibrate is 'length'"),
+        ({"pairs": "auto", "n_comparisons": 0}, "n_comparisons is 0"),
+    ):
+        config = EvaluateConfig(comparative=ComparativeConfig(**setting))
+        context = EvalContext(example_clip, lambda: example_clip, open_dataset("example", split="test"), config)
+        with pytest.raises(UserError, match=message):
+            comparative.evaluate(context)
+    for comparisons, message in (
+        (
+            "size:\n  - {class_a: huge, class_b: small, text: x}\n",
+            "'huge' is not a class of size: small, medium, large",
+        ),
+        ("weight:\n  - {class_a: a, class_b: b, text: x}\n", "compares classes of 'weight'"),
+    ):
+        path.write_text(comparisons)
+        with pytest.raises(UserError, match=message):
+            comparative.read_comparisons(path, data)

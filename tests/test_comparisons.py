@@ -1,8 +1,8 @@
 """The written comparisons of pc_clip/evals/comparisons name classes that exist, both ways, and say something."""
 
 import re
-from pathlib import Path
 
+import pytest
 import yaml
 
 from pc_clip.data.class_text import class_names
@@ -12,68 +12,37 @@ from pc_clip.evals import comparative
 from pc_clip.models.clip import open_clip
 from pc_clip.write.cleaning import clean
 
-FILES = sorted(comparative.FOLDER.glob("*.yaml"))
+QUESTIONS = {path.stem: yaml.safe_load(path.read_text("utf-8")) for path in comparative.FOLDER.glob("*.yaml")}
 CONTEXT = 77  # tokens of CLIP's text tower, with the start and the end
 FORM = re.compile(r"The first image shows (.+), while the second shows (.+)\.")
 
-OF_CLASSES = [path for path in FILES if path.stem != "example"]
 
-
-def questions(path: Path) -> dict[str, list[dict[str, str]]]:
-    return yaml.safe_load(path.read_text(encoding="utf-8"))
-
-
-def comparisons(path: Path) -> list[dict[str, str]]:
-    return [comparison for of_one in questions(path).values() for comparison in of_one]
-
-
-def halves(text: str) -> tuple[str, str]:
-    """What is said of the first image, and of the second."""
-    found = FORM.fullmatch(text)
-    assert found, text
-    return found.groups()
-
-
-def says(text: str, name: str) -> bool:
-    """Whether a class name, or its plural, is among the words of a text."""
-    return re.search(rf"(?<!\w){re.escape(name)}(?:e?s)?(?!\w)", text, re.IGNORECASE) is not None
-
-
-def test_every_set_with_class_names_has_comparisons():
+def test_every_set_with_class_names_has_comparisons_of_classes_that_exist(small_example):
     known = {"cifar10", "cifar100", "eurosat", "sun397", "cub", "flowers102", "food101", "awa2", "example"}
-    assert known <= {path.stem for path in FILES} <= READERS.keys()
-
-
-def test_the_questions_and_classes_exist(small_example):
-    for path in OF_CLASSES:
-        assert list(questions(path)) == ["class"]
-        named = {name for c in comparisons(path) for name in (c["class_a"], c["class_b"])}
-        assert named <= set(class_names(path.stem).said.values())
+    assert known <= QUESTIONS.keys() <= READERS.keys()
+    for name in QUESTIONS.keys() - {"example"}:
+        assert list(QUESTIONS[name]) == ["class"]
+        classes = set(class_names(name).said.values())
+        for comparison in QUESTIONS[name]["class"]:
+            named = {comparison["class_a"], comparison["class_b"]}
+            assert named <= classes, comparison
+            for each in named:  # no sentence says the name, or its plural
+                plural = rf"(?<!\w){re.escape(each)}(?:e?s)?(?!\w)"
+                assert not re.search(plural, comparison["text"], re.IGNORECASE), comparison
     path = comparative.FOLDER / "example.yaml"
-    assert comparative.read_comparisons(path, open_dataset("example", split="val")) == questions(path)
+    assert comparative.read_comparisons(path, open_dataset("example", split="val")) == QUESTIONS["example"]
 
 
-def test_each_pair_is_told_once_from_either_end():
+@pytest.mark.parametrize("name", QUESTIONS)
+def test_each_pair_is_told_once_from_either_end_in_sentences_as_training_takes_them(name):
     """Of (b, a) the first half says what the second half says of (a, b): no fact is on the wrong side of one."""
-    for path in FILES:
-        for name, of_one in questions(path).items():
-            text = {(c["class_a"], c["class_b"]): c["text"] for c in of_one}
-            assert len(text) == len(of_one), f"a pair of {name} occurs twice"
-            for a, b in text:
-                assert a != b and (b, a) in text, f"{a} against {b} has no other direction"
-                first, second = halves(text[a, b])
-                assert first != second and halves(text[b, a]) == (second, first)
-
-
-def test_the_sentences_are_as_training_takes_them_and_not_cut_by_the_text_tower():
     tokenizer = open_clip.SimpleTokenizer()
-    for path in FILES:
-        for text in {c["text"] for c in comparisons(path)}:
-            assert swap_roles(text) is not None and clean(text) == (text, "kept"), text
-            assert len(tokenizer.encode(text)) + 2 <= CONTEXT, text
-
-
-def test_no_sentence_says_the_name_of_its_classes():
-    for path in OF_CLASSES:
-        for comparison in comparisons(path):
-            assert not any(says(comparison["text"], comparison[key]) for key in ("class_a", "class_b")), comparison
+    for comparisons in QUESTIONS[name].values():
+        text = {(c["class_a"], c["class_b"]): c["text"] for c in comparisons}
+        assert len(text) == len(comparisons), "a pair occurs twice"
+        for (a, b), sentence in text.items():
+            assert a != b and (b, a) in text, f"{a} against {b} has no other direction"
+            halves, other = FORM.fullmatch(sentence), FORM.fullmatch(text[b, a])
+            assert halves and other and halves[1] != halves[2] and halves.groups() == other.groups()[::-1], sentence
+            assert swap_roles(sentence) is not None and clean(sentence) == (sentence, "kept"), sentence
+            assert len(tokenizer.encode(sentence)) + 2 <= CONTEXT, f"the text tower cuts {sentence}"

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from made_space import COLOUR, about
 from PIL import Image
-from statements_sample import COLOUR, about
 
 from pc_clip.core.config.evaluate import EvaluateConfig
 from pc_clip.core.errors import UserError
@@ -43,6 +43,9 @@ def test_sugar_crepe_is_scored_on_the_photographs_that_are_there():
     Path("empty").mkdir()
     with pytest.raises(UserError, match="no file of statements at empty"):
         compositional.evaluate(about([], TEXTS, images=["red0"], config=EvaluateConfig(statements=["empty"])))
+    some_false = [said("red0", "red", "blue"), Statement("red0", "blue", "red", False)]
+    with pytest.raises(UserError, match="1 of 2 statements are false of their images; --mode relations is for"):
+        compositional.evaluate(about(some_false, TEXTS))
 
 
 def test_who_sees_is_right_and_who_does_not_is_half_right():
@@ -116,12 +119,6 @@ def test_of_two_images_the_one_that_the_text_fits_is_preferred():
     found = compositional.evaluate(about([fits, fits, does_not], TEXTS, images=["red0", "blue0"]))
     assert found.metrics["compositional"] == pytest.approx(2 / 3)
     assert found.metrics["compositional_blind_grey"] == found.metrics["compositional_blind_mean"] == 0.5
-
-
-def test_false_statements_are_sent_to_the_other_mode():
-    statements = [said("red0", "red", "blue"), Statement("red0", "blue", "red", False)]
-    with pytest.raises(UserError, match="1 of 2 statements are false of their images; --mode relations is for"):
-        compositional.evaluate(about(statements, TEXTS))
 
 
 def test_without_a_mode_what_the_file_allows_is_measured_and_the_other_is_said(caplog):

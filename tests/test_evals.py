@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from made_space import FakeClip, made_context
 from PIL import Image
 
 from pc_clip.core.config.evaluate import EVALUATIONS, DifferenceConfig, EvaluateConfig, RankConfig
@@ -16,31 +17,10 @@ from pc_clip.data import differences
 from pc_clip.data.dataset import Attribute, Change, Dataset, Question, Statement
 from pc_clip.data.differences import Difference, swap_roles, to_line
 from pc_clip.data.registry import open_dataset
-from pc_clip.evals import EvalContext, average, compositional, difference, find, rank, relations, zeroshot
+from pc_clip.evals import average, compositional, difference, find, rank, relations, zeroshot
 from pc_clip.evals.evaluate import measure
 from pc_clip.models.clip import Clip
 from pc_clip.models.loading import create_model
-
-
-class FakeClip:
-    """Texts and images have the embeddings they are given. Any other text gets a vector of its own."""
-
-    def __init__(self, texts: dict[str, list[float]], z) -> None:
-        self.texts, self.z = texts, F.normalize(torch.tensor(z, dtype=torch.float32), dim=-1)
-
-    def embed_texts(self, texts):
-        return F.normalize(torch.tensor([self.texts[t] for t in texts], dtype=torch.float32), dim=-1)
-
-
-def subject(texts, z, config=None, base=True, **known) -> EvalContext:
-    clip = FakeClip(texts, z)
-    data = Dataset("made", "test", [str(n) for n in range(len(z))], lambda row: Image.new("RGB", (8, 8)), "f", **known)
-    found = EvalContext(
-        clip, lambda: clip if base else None, data, config or EvaluateConfig(difference=DifferenceConfig(n_pairs=50))
-    )
-    found.__dict__["z"] = found.__dict__["base_z"] = clip.z
-    return found
-
 
 # -- zero-shot ---------------------------------------------------------------------------------------------
 
@@ -48,14 +28,13 @@ def subject(texts, z, config=None, base=True, **known) -> EvalContext:
 def test_zeroshot_counts_what_is_right_and_where_it_goes_wrong():
     question = Question("animal", ("cat", "dog", "cow"), np.arange(4), np.array([0, 1, 1, 2]), ("a {}",))
     texts = {"a cat": [1, 0, 0], "a dog": [0, 1, 0], "a cow": [0, 0, 1]}
-    found = zeroshot.evaluate(
-        subject(texts, [[1, 0.1, 0], [0, 1, 0.2], [0.9, 0.5, 0], [0, 0.4, 0.6]], questions=(question,))
+    result = zeroshot.evaluate(
+        made_context(texts, [[1, 0.1, 0], [0, 1, 0.2], [0.9, 0.5, 0], [0, 0.4, 0.6]], questions=(question,))
     )
-    assert found.metrics == {"zeroshot": 0.75, "zeroshot_animal": 0.75}
-    assert found.n == 4
-    assert found.details["animal"]["per_class"] == {"cat": 1.0, "dog": 0.5, "cow": 1.0}
-    assert found.details["animal"]["confusions"] == [{"true": "dog", "guessed": "cat", "share": 0.5}]
-    assert found.details["animal"]["worst"][0] == "dog"
+    assert result.metrics == {"zeroshot": 0.75, "zeroshot_animal": 0.75}
+    assert result.n == 4
+    assert result.details["animal"]["per_class"] == {"cat": 1.0, "dog": 0.5, "cow": 1.0}
+    assert result.details["animal"]["confusions"] == [{"true": "dog", "guessed": "cat", "share": 0.5}]
 
 
 def test_the_mean_over_templates_is_of_unit_vectors():
@@ -74,44 +53,40 @@ SIZE = Attribute("size", np.array([1.0, 2.0, 3.0, np.nan]), "more", "less", "big
 def sentences(vector_if_up, also_reversed=True):
     """Embeddings for all wordings: along +v when the first image has more, -v when it has less."""
     v = np.array(vector_if_up, dtype=float)
-    found = {"big": [1, 0, 0], "small": [-1, 0, 0]}
+    result = {"big": [1, 0, 0], "small": [-1, 0, 0]}
     for wording in range(4):
         sign = 1 if also_reversed or wording % 2 == 0 else -1
-        found[difference.contrast("more", "less", wording)] = (sign * v).tolist()
-        found[difference.contrast("less", "more", wording)] = (-sign * v).tolist()
+        result[difference.contrast("more", "less", wording)] = (sign * v).tolist()
+        result[difference.contrast("less", "more", wording)] = (-sign * v).tolist()
     for n, unseen in enumerate(differences.UNSEEN):
         sign = 1 if also_reversed or n == 0 else -1
-        found[unseen.format(a="more", b="less")] = (sign * v).tolist()
-        found[unseen.format(a="less", b="more")] = (-sign * v).tolist()
-    return found
+        result[unseen.format(a="more", b="less")] = (sign * v).tolist()
+        result[unseen.format(a="less", b="more")] = (-sign * v).tolist()
+    return result
 
 
 Z = [[-1, 1, 0], [0, 1, 0], [1, 1, 0], [5, -1, 2]]  # the first coordinate grows with size
 
 
-def test_sentences_along_the_attribute_are_all_right_and_against_it_all_wrong():
-    right = difference.evaluate(subject(sentences([1, 0, 0]), Z, attributes=(SIZE,)))
-    wrong = difference.evaluate(subject(sentences([-1, 0, 0]), Z, attributes=(SIZE,)))
+def test_what_sentences_say_is_told_from_what_they_mention_first():
+    """Along the attribute all is right, against it all wrong; who knows only what comes first fails when reversed.
+
+    A scorer that says the same of every sentence is at chance, because pairs come in random order.
+    """
+
+    def metrics(texts, n_pairs=50):
+        config = EvaluateConfig(difference=DifferenceConfig(n_pairs=n_pairs))
+        return difference.evaluate(made_context(texts, Z, config, attributes=(SIZE,))).metrics
+
+    right, wrong = metrics(sentences([1, 0, 0])), metrics(sentences([-1, 0, 0]))
     for name in ("difference", "two_way", "reversed", "unseen"):
-        assert (right.metrics[name], wrong.metrics[name]) == (1.0, 0.0)
-    assert right.metrics["caption_subtraction"] == wrong.metrics["caption_subtraction"] == 1.0
-
-
-def test_a_model_that_knows_only_what_is_mentioned_first_fails_when_reversed():
-    found = difference.evaluate(subject(sentences([1, 0, 0], also_reversed=False), Z, attributes=(SIZE,)))
-    assert found.metrics["difference"] == 1.0
-    assert found.metrics["reversed"] == 0.0
-    assert 0 < found.metrics["unseen"] < 1  # half of it tells of the second image first
-
-
-def test_a_scorer_that_says_the_same_of_every_sentence_is_at_chance():
-    """Pairs come in random order, so leaning to one side cannot help."""
-    texts = dict.fromkeys(sentences([1, 0, 0]), [1.0, 0, 0])
-    found = difference.evaluate(
-        subject(texts, Z, EvaluateConfig(difference=DifferenceConfig(n_pairs=2000)), attributes=(SIZE,))
-    )
-    assert found.metrics["difference"] == pytest.approx(0.5, abs=0.05)
-    assert found.metrics["two_way"] == 0.0
+        assert (right[name], wrong[name]) == (1.0, 0.0)
+    assert right["caption_subtraction"] == wrong["caption_subtraction"] == 1.0
+    first = metrics(sentences([1, 0, 0], also_reversed=False))
+    assert (first["difference"], first["reversed"]) == (1.0, 0.0)
+    assert 0 < first["unseen"] < 1  # half of it tells of the second image first
+    always = metrics(dict.fromkeys(sentences([1, 0, 0]), [1.0, 0, 0]), n_pairs=2000)
+    assert always["difference"] == pytest.approx(0.5, abs=0.05) and always["two_way"] == 0.0
 
 
 def test_claims_are_true_clear_and_drawn_by_seed(small_example):
@@ -142,13 +117,13 @@ def test_sentences_of_a_file_sign_two_way_mirrored_and_recall(tmp_path):
     for n in range(3):
         text = f"The first image shows a{n}, while the second shows b."
         texts[text], texts[swap_roles(text)] = np.eye(3)[n].tolist(), (-np.eye(3)[n]).tolist()
-        rows.append(to_line(Difference(str(2 * n), str(2 * n + 1), text)))
+        rows.append(to_line(Difference(f"i{2 * n}", f"i{2 * n + 1}", text)))
     z = np.concatenate([np.stack([np.ones(3) + e, np.ones(3) - e]) for e in np.eye(3)])
     (tmp_path / "d.jsonl").write_text("".join(rows))
-    found = difference.evaluate(
-        subject(texts, z.tolist(), EvaluateConfig(difference=DifferenceConfig(sentences="d.jsonl")))
+    result = difference.evaluate(
+        made_context(texts, z.tolist(), EvaluateConfig(difference=DifferenceConfig(sentences="d.jsonl")))
     )
-    assert found.metrics == {"sign": 1.0, "difference_r1": 1.0, "two_way": 1.0, "mirrored": 1.0}
+    assert result.metrics == {"sign": 1.0, "difference_r1": 1.0, "two_way": 1.0, "mirrored": 1.0}
 
 
 # -- ranking -----------------------------------------------------------------------------------------------
@@ -165,19 +140,17 @@ def test_pair_accuracy_is_the_share_of_clear_pairs_in_order(values, seed):
         assert rank.pair_accuracy(score, attribute) == pytest.approx(expected)
 
 
-def test_known_attributes_are_ranked_and_drawn():
-    found = rank.evaluate(subject(sentences([1, 0, 0]), Z, attributes=(SIZE,)))
-    assert found.metrics["rank"] == found.metrics["spearman_size"] == found.metrics["rank_by_subtraction"] == 1.0
-    assert found.pictures["size.png"].image.size[0] > 300
-
-
-def test_a_folder_is_ranked_by_a_phrase_and_by_a_phrase_against_another():
+def test_attributes_are_ranked_and_a_folder_by_a_phrase_or_by_one_against_another():
+    known = rank.evaluate(made_context(sentences([1, 0, 0]), Z, attributes=(SIZE,)))
+    assert known.metrics["rank"] == known.metrics["spearman_size"] == known.metrics["rank_by_subtraction"] == 1.0
+    assert known.pictures.keys() == {"size.png"}
     texts = {"warm": [1.0, 0.0], "cold": [0.0, 1.0]}
     z = [[0.2, 1.0], [1.0, 0.9], [1.0, 0.1]]
-    alone = rank.evaluate(subject(texts, z, EvaluateConfig(rank=RankConfig(attribute="warm"))))
-    against = rank.evaluate(subject(texts, z, EvaluateConfig(rank=RankConfig(attribute="warm", against="cold"))))
-    for found in (alone, against):
-        assert [row["image"] for row in found.details["order"]] == ["2", "1", "0"]
+    alone = rank.evaluate(made_context(texts, z, EvaluateConfig(rank=RankConfig(attribute="warm"))))
+    against = rank.evaluate(made_context(texts, z, EvaluateConfig(rank=RankConfig(attribute="warm", against="cold"))))
+    for result in (alone, against):
+        assert result.pictures["ranked.png"].image.width > 300
+        assert [row["image"] for row in result.details["order"]] == ["i2", "i1", "i0"]
     unit = np.array([1.0, 0.9]) / np.hypot(1.0, 0.9)
     assert against.details["order"][1]["score"] == pytest.approx(unit[0] - unit[1], abs=1e-6)
 

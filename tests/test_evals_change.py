@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -24,8 +24,7 @@ from pc_clip.data.pairs import Caption, distinct_sentences
 from pc_clip.data.registry import open_dataset
 from pc_clip.evals import EvalContext, caption, change_retrieval
 from pc_clip.metrics import captions
-from pc_clip.metrics.captions import Tools
-from pc_clip.metrics.retrieval import chance, recalls
+from pc_clip.metrics.retrieval import chance, recalls, relation
 
 pytest.importorskip("pycocoevalcap")
 
@@ -65,7 +64,7 @@ def _no_model(monkeypatch):
     """Sentences and embeddings come from FakeClip; METEOR, which takes seconds to start, has tests of its own."""
     monkeypatch.setattr(apply, "captions", _captions)
     monkeypatch.setattr(apply, "embed_pairs", _embed_pairs)
-    monkeypatch.setattr(captions, "find_java", lambda: None)
+    monkeypatch.setenv("PATH", "")  # no Java
     monkeypatch.setattr(example_sets, "CHANGES_SIZES", {"train": 40, "val": 10, "test": 24})
 
 
@@ -85,8 +84,8 @@ def truth(data: Dataset) -> dict[str, str]:
 # -- captions ------------------------------------------------------------------------------------------------
 
 
-def test_who_says_what_the_references_say_is_right_everywhere():
-    data = open_dataset("example_changes", split="test")
+def test_who_says_what_the_references_say_is_right_everywhere_and_above_those_who_never_look():
+    data, train = (open_dataset("example_changes", split=split) for split in ("test", "train"))
     found = caption.evaluate(subject(FakeClip(truth(data)), data))
     kinds = {change.kind for change in data.changes}
     for name in ("right", "right_type", "right_object", "right_value", "changed", *(f"right_{k}" for k in kinds)):
@@ -94,10 +93,16 @@ def test_who_says_what_the_references_say_is_right_everywhere():
         assert found.intervals[name] == (1, 1)
     for name in ("bleu_1", "bleu_4", "rouge_l", *(f"bleu_4_{kind}" for kind in kinds)):
         assert found.metrics[name] == pytest.approx(1)
-    assert found.n == 24
-    assert found.details["captioner"] == "decoder"
+    assert (found.n, found.details["captioner"]) == (24, "decoder")
     assert found.details["distinct"] == len(set(truth(data).values()))
     assert found.details["told_as"] == {kind: {kind: sum(c.kind == kind for c in data.changes)} for kind in kinds}
+    ((common, _),) = Counter(sentence for change in train.changes for sentence in change.sentences).most_common(1)
+    alone = captions.score([common] * 24, [c.sentences for c in data.changes], quick=True)
+    assert found.metrics["most_common_cider"] == alone.corpus["cider"]
+    assert found.metrics["most_common_bleu_4"] == alone.corpus["bleu_4"]
+    assert found.metrics["most_common_right"] == np.mean([all(data.judge(n, common).values()) for n in range(24)])
+    assert found.metrics["shuffled_right"] < 0.5
+    assert found.metrics["shuffled_cider"] < found.metrics["cider"]
 
 
 def test_who_always_says_that_nothing_changed_is_right_of_unchanged_pairs_alone():
@@ -130,20 +135,6 @@ def test_each_sentence_is_scored_against_its_own_pair():
         assert found.metrics[f"cider_{kind}"] == pytest.approx(np.array(found.items["cider"])[of].mean(), abs=1e-4)
 
 
-def test_baselines_that_never_look_stand_beside_the_scores():
-    data, train = (open_dataset("example_changes", split=split) for split in ("test", "train"))
-    every = [sentence for change in train.changes for sentence in change.sentences]
-    common = captions.most_frequent(every)
-    assert every.count(common) == max(map(every.count, every))
-    found = caption.evaluate(subject(FakeClip(truth(data)), data))
-    alone = captions.score([common] * 24, [c.sentences for c in data.changes], Tools(None), quick=True)
-    assert found.metrics["most_common_cider"] == alone.corpus["cider"]
-    assert found.metrics["most_common_bleu_4"] == alone.corpus["bleu_4"]
-    assert found.metrics["most_common_right"] == np.mean([all(data.judge(n, common).values()) for n in range(24)])
-    assert found.metrics["shuffled_right"] < 0.5 < found.metrics["right"]
-    assert found.metrics["shuffled_cider"] < found.metrics["cider"]
-
-
 def test_without_a_decoder_the_nearest_training_sentence_is_said():
     data, train = (open_dataset("example_changes", split=split) for split in ("test", "train"))
     sentences = list(dict.fromkeys(s for change in train.changes for s in change.sentences))
@@ -156,46 +147,19 @@ def test_without_a_decoder_the_nearest_training_sentence_is_said():
     assert found.metrics["right"] < 1
 
 
-def test_models_that_can_say_nothing_are_told_apart():
-    data = made([Change("a", "b", ("it moved",))])
-    with pytest.raises(UserError, match="has no pair encoder"):
-        caption.evaluate(subject(SimpleNamespace(change=None, describe=lambda: "plain"), data))
-    with pytest.raises(UserError, match="has no decoder, and made/test has no training sentences"):
-        caption.evaluate(subject(FakeClip(), data))
-
-
-def test_a_decoder_may_say_nothing():
-    data = made([Change("a", "b", ("it moved",)), Change("c", "d", ("it left",))])
-    found = caption.evaluate(subject(FakeClip(truth(data) | {"c": ""}), data))
-    assert [s["generated"] for s in found.details["sentences"]] == ["it moved", ""]
-    assert found.items["rouge_l"] == [1, 0]
-    assert "sheet.png" in found.pictures
-
-
-def test_spice_is_refused_before_anything_is_decoded(monkeypatch):
-    data = made([Change("a", "b", ("it moved",))])
-    monkeypatch.setattr(apply, "captions", lambda *_, **__: pytest.fail("decoded"))
-    with pytest.raises(UserError, match="SPICE"):
-        caption.evaluate(subject(FakeClip(truth(data)), data, caption=CaptionConfig(spice=True)))
-
-
-def lines(root: Path, **files: list[str]) -> Path:
-    """Changes in files of JSON lines, whose pictures are those of test alone."""
+def test_without_a_training_split_a_decoder_is_measured_all_the_same_and_it_may_say_nothing(tmp_path, caplog):
+    root = tmp_path / "own"
     root.mkdir()
-    for name, sentences in files.items():
-        rows = [{"before": f"{name}{n}.png", "after": f"{name}.png", "sentence": s} for n, s in enumerate(sentences)]
-        (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for name in ("test0", "test1", "test"):
+    rows = [{"before": f"{n}.png", "after": "after.png", "sentence": s} for n, s in enumerate(("it left", "it came"))]
+    (root / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name in ("0", "1", "after"):
         Image.new("RGB", (8, 8)).save(root / f"{name}.png")
-    return root
-
-
-def test_without_a_training_split_a_decoder_is_measured_all_the_same(tmp_path, caplog):
-    root = lines(tmp_path / "own", test=["it left", "it came"])
     data = open_dataset("changes", root, "test")
     caplog.set_level("INFO")
-    found = caption.evaluate(subject(FakeClip(truth(data)), data, root=str(root)))
+    found = caption.evaluate(subject(FakeClip(truth(data) | {"1.png": ""}), data, root=str(root)))
     assert "bleu_4" in found.metrics and "most_common_bleu_4" not in found.metrics
+    assert [s["generated"] for s in found.details["sentences"]] == ["it left", ""]
+    assert found.items["rouge_l"] == [1, 0] and "sheet.png" in found.pictures
     assert "no training sentences" in caplog.text and "has no train.jsonl" in caplog.text
     with pytest.raises(UserError, match="has no decoder, and changes/test has no training sentences"):
         caption.evaluate(subject(FakeClip(), data, root=str(root)))
@@ -253,7 +217,7 @@ def test_recalls_are_those_of_a_plain_count(seed):
 
 def test_chance_is_what_random_orders_get():
     belongs = [[0, 1, 2], [2], [3], [4, 5]]
-    level, rng = chance(belongs, 6), np.random.default_rng(0)
+    level, rng = chance(relation(belongs, 6)), np.random.default_rng(0)
     hits = np.mean([[set(rng.permutation(6)[:5]) & set(of) != set() for of in belongs] for _ in range(20_000)])
     assert level["chance_p2s_r5"] == pytest.approx(hits, abs=0.01)
     assert level["chance_p2s_r1"] == pytest.approx(np.mean([3, 1, 1, 2]) / 6)
@@ -284,9 +248,16 @@ def test_retrieval_of_a_whole_data_set():
     assert found.n == 6
 
 
-def test_retrieval_wants_a_pair_encoder_and_two_pairs():
-    changes = [Change("a", "b", ("x",)), Change("c", "d", ("y",))]
-    with pytest.raises(UserError, match="has no pair encoder"):
-        change_retrieval.evaluate(subject(SimpleNamespace(change=None, describe=lambda: "plain"), made(changes)))
-    with pytest.raises(UserError, match="needs two"):
-        change_retrieval.evaluate(subject(FakeClip(), made(changes[:1])))
+def test_what_cannot_be_measured_is_refused_before_anything_is_decoded(monkeypatch):
+    one, two = (made([Change("a", "b", ("x",)), Change("c", "d", ("y",))][:n]) for n in (1, 2))
+    plain = SimpleNamespace(change=None, describe=lambda: "plain")
+    monkeypatch.setattr(apply, "captions", lambda *_, **__: pytest.fail("decoded"))
+    for module, clip, data, settings, message in (
+        (caption, plain, one, {}, "has no pair encoder"),
+        (caption, FakeClip(), one, {}, "has no decoder, and made/test has no training sentences"),
+        (caption, FakeClip(truth(one)), one, {"caption": CaptionConfig(spice=True)}, "SPICE"),
+        (change_retrieval, plain, two, {}, "has no pair encoder"),
+        (change_retrieval, FakeClip(), one, {}, "needs two"),
+    ):
+        with pytest.raises(UserError, match=message):
+            module.evaluate(subject(clip, data, **settings))

@@ -5,8 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
-import torch.nn.functional as F
+from made_space import SeeingClip
 from PIL import Image
 
 from pc_clip import evals
@@ -17,34 +16,6 @@ from pc_clip.data.registry import open_dataset
 from pc_clip.evals import EvalContext, probe
 
 CLASSES = ("a", "b", "c")
-
-
-class FakeClip:
-    """A text has the embedding it is given; an image that of its first pixel's three colours."""
-
-    def __init__(self, texts, scale=100.0) -> None:
-        self.texts, self.seen = texts, 0
-        self.model = torch.nn.Module()
-        self.model.logit_scale = torch.nn.Parameter(torch.tensor(scale).log())
-        self.device = torch.device("cpu")
-
-    def embed_texts(self, texts):
-        return F.normalize(torch.tensor([self.texts[text] for text in texts], dtype=torch.float32), dim=-1)
-
-    def preprocess(self, image):
-        return torch.tensor(image.getpixel((0, 0)), dtype=torch.float32) / 255
-
-    def encode_image(self, pixels):
-        self.seen += len(pixels)
-        return pixels
-
-    name, pretrained = "fake", None
-
-    def image_tower_hash(self):
-        return "fake"
-
-    def describe(self):
-        return "fake"
 
 
 RIGHT = {"a": [1, 0, 0], "b": [0, 1, 0], "c": [0, 0, 1]}
@@ -69,8 +40,11 @@ def split(name, target, strength=200, classes=CLASSES):
 def run(monkeypatch):
     """Evaluate on made-up splits in place of the example's."""
 
-    def evaluate(texts, train, test, **settings):
-        clip, model = FakeClip(texts), EvaluateConfig(probe=ProbeConfig(**{"shots": [1, 4], "draws": 3, **settings}))
+    def evaluate(texts, train, test, scale=100.0, **settings):
+        clip, model = (
+            SeeingClip(texts, scale),
+            EvaluateConfig(probe=ProbeConfig(**{"shots": [1, 4], "draws": 3, **settings})),
+        )
         monkeypatch.setattr(evals, "open_dataset", lambda *_, **__: train)
         found = probe.evaluate(EvalContext(clip, lambda: None, test, model))
         return SimpleNamespace(**vars(found), seen=clip.seen)
@@ -81,28 +55,17 @@ def run(monkeypatch):
 TRAIN, TEST = [0, 1, 2] * 10, [0, 1, 2] * 8
 
 
-def test_classes_that_lie_apart_are_learnt_from_one_image_each(run):
-    found = run(RIGHT, split("train", TRAIN), split("test", TEST))
-    assert set(found.metrics.values()) == {1.0}
-    assert found.metrics.keys() == {
-        "zeroshot", "probe_1shot", "probe_4shot", "probe_1shot_with_text", "probe_4shot_with_text",
-    }  # fmt: skip
-    assert found.n == 24
-    assert found.details["standard_error"]["probe_1shot"] == 0.0
-    assert found.intervals["probe_4shot"] == (1.0, 1.0)
-
-
-def test_the_probe_alone_does_not_see_the_prompts_and_the_sum_does(run):
+def test_classes_that_lie_apart_are_learnt_from_one_image_each_and_the_probe_does_not_see_the_prompts(run):
     """Sure and wrong prompts take the sum down with them; a model that is unsure of them leaves it to the probe."""
-    found = run(WRONG, split("train", TRAIN), split("test", TEST))
-    assert found.metrics["zeroshot"] == 0.0
-    assert found.metrics["probe_1shot"] == found.metrics["probe_4shot"] == 1.0
-    assert found.metrics["probe_1shot_with_text"] == 0.0
-    unsure = FakeClip(WRONG, scale=0.01)
-    again = probe.evaluate(
-        EvalContext(unsure, lambda: None, split("test", TEST), EvaluateConfig(probe=ProbeConfig(shots=[1, 4], draws=3)))
-    )
-    assert again.metrics["probe_1shot_with_text"] == 1.0
+    right, wrong = (run(texts, split("train", TRAIN), split("test", TEST)) for texts in (RIGHT, WRONG))
+    unsure = run(WRONG, split("train", TRAIN), split("test", TEST), scale=0.01)
+    with_text = {"probe_1shot_with_text", "probe_4shot_with_text"}
+    assert right.metrics == dict.fromkeys({"zeroshot", "probe_1shot", "probe_4shot", *with_text}, 1.0)
+    assert right.n == 24 and right.details["standard_error"]["probe_1shot"] == 0.0
+    assert right.intervals["probe_4shot"] == (1.0, 1.0)
+    assert wrong.metrics["zeroshot"] == wrong.metrics["probe_1shot_with_text"] == 0.0
+    assert wrong.metrics["probe_1shot"] == wrong.metrics["probe_4shot"] == 1.0
+    assert unsure.metrics["probe_1shot_with_text"] == 1.0
 
 
 def test_labels_that_mean_nothing_are_not_learnt(run):
@@ -133,8 +96,7 @@ def test_only_the_images_that_were_drawn_are_embedded(run):
 
 def test_a_class_with_too_few_images_uses_what_it_has_and_one_without_any_is_never_answered(run):
     found = run(RIGHT, split("train", [0] * 9 + [1] * 2), split("test", TEST))
-    assert found.details["questions"]["q"]["1shot"]["classes_with_fewer"] == 1
-    assert found.details["questions"]["q"]["4shot"]["classes_with_fewer"] == 2
+    assert found.details["questions"]["q"]["classes_with_fewer"] == {"1shot": 1, "4shot": 2}
     for name in ("probe_1shot", "probe_4shot", "probe_4shot_with_text"):
         assert found.metrics[name] == pytest.approx(2 / 3)  # all of a and b, none of c
 
@@ -149,15 +111,15 @@ def test_c_is_chosen_where_there_are_enough_images():
 
 
 def test_it_wants_a_train_split_that_is_not_reported_on_with_the_same_classes(run):
-    assert probe.applies(split("train", TRAIN), EvaluateConfig()) is not None
-    with pytest.raises(UserError, match="learns from the train split, and example/train has none"):
-        run(RIGHT, split("train", TRAIN), split("train", TEST))
-    with pytest.raises(UserError, match="no labelled images of the classes"):
-        run(RIGHT, split("train", TRAIN, classes=("x", "y", "z")), split("test", TEST))
-    with pytest.raises(UserError, match="no labelled images of the classes"):
-        run(RIGHT, split("train", [1] * 9), split("test", TEST))
-    with pytest.raises(UserError, match="shots is 0; it must be at least 1"):
-        run(RIGHT, split("train", TRAIN), split("test", TEST), shots=[0, 2])
+    train, test = split("train", TRAIN), split("test", TEST)
+    assert probe.applies(train, EvaluateConfig()) is not None
+    for learnt, reported, settings, message in (
+        (split("train", TRAIN, classes=("x", "y", "z")), test, {}, "no labelled images of the classes"),
+        (split("train", [1] * 9), test, {}, "no labelled images of the classes"),
+        (train, test, {"shots": [0, 2]}, "shots is 0; it must be at least 1"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run(RIGHT, learnt, reported, **settings)
 
 
 def test_on_the_example_more_images_help_and_the_solver_always_converges(small_example, example_clip):

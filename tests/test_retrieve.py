@@ -10,13 +10,14 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from made_space import made_context
 
-from pc_clip.core.config.evaluate import EvaluateConfig
+from pc_clip.core.config.evaluate import BatchesConfig, EvaluateConfig
 from pc_clip.core.errors import UserError
-from pc_clip.data.dataset import Dataset
+from pc_clip.core.random import stream
 from pc_clip.data.registry import open_dataset
-from pc_clip.evals import EvalContext, retrieve
+from pc_clip.evals import batches, retrieve
+from pc_clip.evals.evaluate import measure as measure_all
 from pc_clip.interface import run
 from pc_clip.metrics import intervals as _intervals
 from pc_clip.metrics import retrieval
@@ -25,32 +26,21 @@ from pc_clip.report import page
 FAMILIES = ("t2i", "i2t", "paired_t2i", "paired_i2t")
 
 
-class Given:
-    """A model whose texts have the embeddings they are given."""
-
-    def __init__(self, texts: dict[str, list[float]]) -> None:
-        self.texts = texts
-
-    def embed_texts(self, texts):
-        return torch.tensor([self.texts[text] for text in texts], dtype=torch.float32)
-
-
-def measure(z, texts: dict[str, list[float]], captions: list[tuple[str, ...]]):
+def measure(z, texts: dict[str, list[float]], captions: list[tuple[str, ...]], config=None, mode=retrieve):
     """The result for images with embeddings z and texts with theirs, as they are."""
-    data = Dataset(
-        "made", "test", [f"i{n}" for n in range(len(z))], lambda row: Image.new("RGB", (8, 8)), "f", captions
-    )
-    subject = EvalContext(Given(texts), lambda: None, data, EvaluateConfig())
-    subject.__dict__["z"] = torch.as_tensor(z, dtype=torch.float32)
-    return retrieve.evaluate(subject)
+    return mode.evaluate(made_context(texts, z, config, unit=False, captions=captions))
 
 
-def made(z, texts, each):
+def made(z, texts, each, config=None, mode=retrieve):
     """The same for texts in a row, each[n] of them for image n."""
     names = [f"t{n}" for n in range(len(texts))]
     ends = np.cumsum(each)
     captions = [tuple(names[end - count : end]) for end, count in zip(ends, each)]
-    return measure(z, dict(zip(names, [list(map(float, text)) for text in texts])), captions)
+    return measure(z, dict(zip(names, [list(map(float, text)) for text in texts])), captions, config, mode)
+
+
+def in_batches(z, texts, each, size, seed=0):
+    return made(z, texts, each, EvaluateConfig(seed=seed, batches=BatchesConfig(size=size)), batches)
 
 
 # -- slow and obvious ----------------------------------------------------------------------------------------
@@ -105,6 +95,11 @@ def test_all_figures_are_what_counting_one_query_at_a_time_gives(case):
         for k in (k for k in retrieval.KS if k < candidates):
             names.add(f"{name}_r{k}")
             assert found.metrics[f"{name}_r{k}"] == pytest.approx(np.mean([hit(open_to, k) for _, open_to in queries]))
+        hits = [(image, hit(open_to, 1)) for image, open_to in queries]
+        for image, value in enumerate(found.items.get(f"{name}_r1", ())):
+            own = sum(value for asked, value in hits if asked == image)
+            assert value == pytest.approx(own / (len(queries) / len(z)), abs=1e-4)
+    assert set(found.items) == set(retrieve.COMPARED) & set(found.metrics)
     assert set(found.metrics) == set(found.intervals) == names | {m for m in found.metrics if m.startswith("centred")}
 
 
@@ -142,7 +137,7 @@ def test_a_caption_that_is_close_to_everything_loses_that_where_it_is_centred(n,
 # -- what the figures mean -----------------------------------------------------------------------------------
 
 
-def test_retrieval_both_ways():
+def test_what_each_definition_counts():
     texts = {"a": [1, 0, 0], "also a": [0.9, 0.1, 0], "b": [0, 1, 0], "c": [0.9, 0, 0.1]}
     found = measure(torch.eye(3), texts, [("a", "also a"), ("b",), ("c",)])
     assert found.metrics == pytest.approx(
@@ -153,19 +148,10 @@ def test_retrieval_both_ways():
 
 
 def test_a_k_that_every_answer_meets_is_left_out_and_said():
-    found = made(np.eye(10), np.repeat(np.eye(10), 2, axis=0), [2] * 10)
-    assert {m for m in found.metrics if m.startswith(("t2i", "paired_i2t"))} == {
-        "t2i_r1", "t2i_r5", "paired_i2t_r1", "paired_i2t_r5"
-    }  # fmt: skip
-    assert "i2t_r10" in found.metrics
-    assert "i2t_r20" not in found.metrics
-    assert set(found.details["left_out"]) == {
-        f"{name}_r{k}"
-        for name in (*FAMILIES, "centred_i2t")
-        for k in retrieval.KS
-        if k >= (20 if name in ("i2t", "centred_i2t") else 10)
-    }
-    assert found.details["left_out"]["t2i_r10"].endswith("number of candidates, 10")
+    left_out = made(np.eye(10), np.repeat(np.eye(10), 2, axis=0), [2] * 10).details["left_out"]
+    fewest = {name: 20 if name in ("i2t", "centred_i2t") else 10 for name in (*FAMILIES, "centred_i2t")}
+    assert set(left_out) == {f"{name}_r{k}" for name, least in fewest.items() for k in retrieval.KS if k >= least}
+    assert left_out["t2i_r10"].endswith("number of candidates, 10")
 
 
 @pytest.mark.parametrize("images", [7, 61, 301])
@@ -185,10 +171,9 @@ def test_the_same_text_of_two_images_ties_exactly_wherever_it_stands(images):
 def test_the_size_of_blocks_changes_nothing(case, at_once):
     z, texts, each = case
     owner = np.repeat(np.arange(len(z)), each)
-    search = [retrieval.Search(np.arange(len(z)), owner[:, None])]
+    own = retrieval.relation(owner[:, None], len(z))
     whole, parts = (
-        retrieval.ranks(torch.tensor(texts).float(), torch.tensor(z).float(), search, size)[0]
-        for size in (10_000, at_once)
+        retrieval.ranks(torch.tensor(texts).float(), torch.tensor(z).float(), own, size) for size in (10_000, at_once)
     )
     assert np.array_equal(whole, parts)
 
@@ -196,46 +181,79 @@ def test_the_size_of_blocks_changes_nothing(case, at_once):
 # -- intervals and items -------------------------------------------------------------------------------------
 
 
-def noisy(images: int, each, seed: int = 0):
-    rng = np.random.default_rng(seed)
-    each = np.broadcast_to(each, images).tolist()
-    z = rng.normal(size=(images, 12))
-    return z, np.repeat(z, each, axis=0) + 1.2 * rng.normal(size=(sum(each), 12)), each
-
-
 def test_intervals_are_over_images_because_captions_of_one_image_are_alike():
     """Five times the same caption tell no more than one does."""
-    z, texts, each = noisy(80, 1)
-    once, five = made(z, texts, each), made(z, np.repeat(texts, 5, axis=0), [5] * 80)
+    rng = np.random.default_rng(0)
+    z = rng.normal(size=(80, 12))
+    texts = z + 1.2 * rng.normal(size=(80, 12))
+    once, five = made(z, texts, [1] * 80), made(z, np.repeat(texts, 5, axis=0), [5] * 80)
     assert once.metrics["t2i_r1"] == pytest.approx(five.metrics["t2i_r1"])
     assert once.intervals["t2i_r1"] == pytest.approx(five.intervals["t2i_r1"])
     assert once.intervals["t2i_r1"] == pytest.approx(_intervals.of_mean(np.array(once.items["t2i_r1"]), 0))
 
 
-@given(small_sets())
-def test_items_are_one_number_an_image_whose_mean_is_the_metric(case):
+# -- among the images of a batch -----------------------------------------------------------------------------
+
+
+@given(small_sets(), st.integers(2, 9), st.integers(0, 9))
+def test_figures_of_batches_are_what_counting_one_query_at_a_time_gives(case, size, seed):
     z, texts, each = case
-    found, expected = made(z, texts, each), slowly(z, texts, each)
-    assert set(found.items) == set(retrieve.COMPARED) & set(found.metrics)
-    for name in FAMILIES:
-        if f"{name}_r1" not in found.items:
-            continue
-        values = found.items[f"{name}_r1"]
-        assert np.mean(values) == pytest.approx(found.metrics[f"{name}_r1"], abs=1e-4)
-        mean_queries = len(expected[name]) / len(z)
-        for n in range(len(z)):
-            own = sum(hit(open_to, 1) for image, open_to in expected[name] if image == n)
-            assert values[n] == pytest.approx(own / mean_queries, abs=1e-4)
+    size = min(size, len(z))
+    found, expected = in_batches(z, texts, each, size, seed), {}
+    order, starts = stream(seed, "retrieval batches").permutation(len(z)).tolist(), np.cumsum(each) - each
+    for start in range(0, len(z) - size + 1, size):
+        batch = order[start : start + size]
+        for turn in range(min(each)):
+            pictures, captions = [z[i] for i in batch], [texts[starts[i] + turn] for i in batch]
+            for way, queries, items in (("t2i", captions, pictures), ("i2t", pictures, captions)):
+                for n, query in enumerate(queries):
+                    open_to = places(query, items, [n])
+                    expected.setdefault(f"batch_{way}_r1", []).append(hit(open_to, 1))
+                    expected.setdefault(f"batch_{way}_mrr", []).append(1 / np.mean(open_to))
+    assert found.metrics == pytest.approx({name: np.mean(values) for name, values in expected.items()})
+    for name, values in found.items.items():
+        assert len(values) == found.n == found.details["images"]
+        assert np.mean(values) == pytest.approx(found.metrics[name], abs=1e-4)
+    assert set(found.intervals) == set(found.items) == set(found.metrics)
+
+
+def test_left_out_images_are_counted_and_a_batch_is_easier_than_the_whole():
+    rng = np.random.default_rng(0)
+    z = rng.normal(size=(50, 6))
+    texts = z + rng.normal(size=(50, 6))
+    small, whole = in_batches(z, texts, [1] * 50, 4), in_batches(z, texts, [1] * 50, 50)
+    assert (small.n, small.details["batches"], small.details["left_out"]) == (48, 12, 2)
+    assert (whole.n, whole.details["batches"], whole.details["left_out"]) == (50, 1, 0)
+    assert small.metrics["batch_t2i_r1"] > whole.metrics["batch_t2i_r1"] + 0.2
+    low, high = small.intervals["batch_t2i_r1"]
+    assert low < small.metrics["batch_t2i_r1"] < high
+
+
+def test_batches_are_measured_where_they_are_asked_for_by_name_alone(coco_folder, example_clip):
+    every = measure_all(example_clip, open_dataset("coco", coco_folder, "val2017"), EvaluateConfig())
+    modes = {found["evaluation"] for found in every}
+    assert "retrieve" in modes and "batches" not in modes
+    command = ["--mode", "batches", "--dataset", "coco", "--root", str(coco_folder), "--model.name", "example"]
+    for size in ("4", "6"):
+        run.main([*command, "--batches.size", size])
+    results = [json.loads(path.read_text()) for path in sorted(Path("results").rglob("batches-*.json"))]
+    assert [found["details"]["batch"] for found in results] == [4, 6]
+    assert all(len(found["items"]["batch_t2i_mrr"]) == found["n"] == 12 for found in results)
 
 
 # -- what cannot be measured ---------------------------------------------------------------------------------
 
 
-def test_one_image_alone_or_one_without_a_caption_is_refused():
-    with pytest.raises(UserError, match="made/test has 1 images"):
-        made(np.eye(1), np.eye(1), [1])
-    with pytest.raises(UserError, match="i1 has no caption"):
-        measure(np.eye(2), {"a": [1.0, 0.0]}, [("a",), ()])
+def test_too_few_images_or_one_without_a_caption_are_refused():
+    for evaluate, message in (
+        (lambda: made(np.eye(1), np.eye(1), [1]), "made/test has 1 images"),
+        (lambda: measure(np.eye(2), {"a": [1.0, 0.0]}, [("a",), ()]), "i1 has no caption"),
+        (lambda: in_batches(np.eye(4), np.eye(4), [1] * 4, 1), "batches.size is 1; it must be at least 2"),
+        (lambda: in_batches(np.eye(4), np.eye(4), [1] * 4, 5), "has 4 images, too few for one batch; --batches.size"),
+        (lambda: in_batches(np.eye(4), np.eye(3, 4), [1, 1, 0, 1], 2), r"an image without a caption \(i2\)"),
+    ):
+        with pytest.raises(UserError, match=message):
+            evaluate()
 
 
 # -- the command ---------------------------------------------------------------------------------------------

@@ -7,11 +7,9 @@ Such a file has
     applies(data, config)    -> None, or in words what data set or settings lack
     evaluate(context)        -> Result. Raises UserError where the weights do not allow it
     also_reads(context)      optional: another split that its figures depend on, or None
-    VERSION                  optional: of the meaning of its figures; results of another version are computed again
     BY_NAME_ALONE            optional: whether it runs only when --mode names it
 
-All get image embeddings from the cache; none encodes an image twice, except average where the image tower
-was finetuned too.
+No evaluation encodes an image twice, except average where the image tower was finetuned too.
 """
 
 from __future__ import annotations
@@ -25,7 +23,6 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
@@ -34,9 +31,10 @@ from pc_clip.core.config.evaluate import EVALUATIONS, EvaluateConfig
 from pc_clip.core.errors import UserError, check_choice
 from pc_clip.core.random import stream
 from pc_clip.data import attributes
-from pc_clip.data.dataset import Attribute, Dataset, subset
+from pc_clip.data.dataset import Attribute, Dataset, Statement, subset
 from pc_clip.data.embeddings import embed_images
 from pc_clip.data.registry import held_out, open_dataset
+from pc_clip.data.statements import read_statements
 from pc_clip.models.clip import SCRATCH, Clip
 from pc_clip.models.loading import create_model
 
@@ -112,7 +110,7 @@ class EvalContext:
     @cached_property
     def z(self) -> Tensor:
         """Unit image embeddings. [N, D]"""
-        return self._embed(self.clip, self.data)
+        return self._embed(self.clip)
 
     @cached_property
     def base_z(self) -> Tensor | None:
@@ -120,27 +118,37 @@ class EvalContext:
         if self.base is None:
             return None
         same = self.base.image_tower_hash() == self.clip.image_tower_hash()
-        return self.z if same else self._embed(self.base, self.data)
+        return self.z if same else self._embed(self.base)
 
     @cached_property
     def attributes(self) -> tuple[Attribute, ...]:
         """The data set's own attributes and the tasks of data/attributes/."""
         return attributes.of(self.data, self.config)
 
+    @cached_property
+    def statements(self) -> list[Statement]:
+        """Those of the files that were named, else the data set's own."""
+        files = self.config.statements
+        return read_statements(files, self.config.seed) if files else list(self.data.statements)
+
+    def held_out(self) -> Dataset:
+        """The split that settings are chosen on, where there is one besides what is reported on."""
+        return self.open(held_out(self.data))
+
     def validation(self) -> EvalContext:
-        """The same model on held-out images, for choosing settings. Raises UserError where there are none."""
-        split = held_out(self.data)
-        if split is None:
-            whole = self.data.split or "the whole"
-            raise UserError(f"{self.data.name} has no split to choose on besides {whole}; --split test may leave one")
-        data = self.open(split)
+        """The same model on held-out images, for choosing settings."""
+        data = self.held_out()
         if len(data) > VALIDATION_IMAGES:  # choosing among a few settings needs no more
             rng = stream(self.config.seed, "validation images")
             data = subset(data, np.sort(rng.choice(len(data), VALIDATION_IMAGES, replace=False)))
+        return self.on(data)
+
+    def on(self, data: Dataset) -> EvalContext:
+        """The same model and settings on other images."""
         return EvalContext(self.clip, self.find_base, data, self.config)
 
-    def _embed(self, clip: Clip, data: Dataset) -> Tensor:
-        embeddings = embed_images(clip, data, batch_size=self.config.batch_size, workers=self.config.workers)
+    def _embed(self, clip: Clip) -> Tensor:
+        embeddings = embed_images(clip, self.data, batch_size=self.config.batch_size, workers=self.config.workers)
         return F.normalize(embeddings.z, dim=-1)
 
 
@@ -158,7 +166,3 @@ def base_of(clip: Clip) -> Clip | None:
         return create_model(clip.name, clip.pretrained, device=clip.device)
     except UserError:
         return None
-
-
-def mean(values: list[float]) -> float:
-    return float(torch.tensor(values, dtype=torch.float64).mean())

@@ -13,8 +13,8 @@ import copy
 import dataclasses
 import logging
 from collections.abc import Iterator
-from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,7 +24,8 @@ from pc_clip.core.errors import UserError
 from pc_clip.data.dataset import Dataset
 from pc_clip.data.embeddings import pixels
 from pc_clip.data.registry import READERS, held_out
-from pc_clip.evals import Curve, EvalContext, Result, difference, mean, zeroshot
+from pc_clip.evals import Curve, EvalContext, Result, difference, zeroshot
+from pc_clip.metrics import intervals
 from pc_clip.models.clip import Clip
 from pc_clip.models.loading import blend
 
@@ -32,7 +33,6 @@ log = logging.getLogger(__name__)
 
 METRICS = ("zeroshot", "difference", "two_way")
 JUDGED = ("zeroshot", "difference")  # alpha is chosen by these, each with the same weight
-RULE = "the alpha with the largest mean of {} on validation images; of equal ones the smallest"
 
 
 def applies(data: Dataset, config: EvaluateConfig) -> str | None:
@@ -41,26 +41,7 @@ def applies(data: Dataset, config: EvaluateConfig) -> str | None:
     return "a data set with classes and a split to choose alpha on, and --checkpoint a finetuned model"
 
 
-def also_reads(context: EvalContext) -> Dataset | None:
-    """The split that alpha is chosen on."""
-    split = held_out(context.data)
-    return context.open(split) if split else None
-
-
-class Measured(NamedTuple):
-    """The answers of one model on one split. differences: by task; empty without graded attributes."""
-
-    zeroshot: zeroshot.Answers
-    differences: dict[str, list[difference.Answers]]
-
-    def metrics(self) -> dict[str, float]:
-        accuracy = {"zeroshot": self.zeroshot.accuracy}
-        return accuracy | difference.overall(self.differences) if self.differences else accuracy
-
-    def intervals(self, seed: int) -> dict[str, tuple[float, float]]:
-        interval, groups = self.zeroshot.interval(seed), list(self.differences.values())
-        known = {"zeroshot": interval} if interval else {}
-        return known | dict(zip(groups[0][0].names, difference.interval_of(groups))) if groups else known
+also_reads = EvalContext.held_out  # alpha is chosen on it
 
 
 def evaluate(context: EvalContext) -> Result:
@@ -73,25 +54,19 @@ def evaluate(context: EvalContext) -> Result:
     alphas = sorted({0.0, 1.0, *context.config.average.alphas})
     _check(context, alphas)
     frozen = context.base.image_tower_hash() == context.clip.image_tower_hash()
-    held_out_data = context.validation().data
-    splits = {
-        "validation": EvalContext(context.clip, lambda: context.base, held_out_data, context.config),
-        "test": context,
-    }
+    splits = {"validation": context.validation(), "test": context}
     if not frozen:
         images = sum(len(split.data) for split in splits.values())
         log.info("  the image tower was finetuned too: %d images for each of %d alphas", images, len(alphas) - 2)
-    claims = {name: difference.ask(split) if split.attributes else [] for name, split in splits.items()}
-    measured: dict[float, dict[str, Measured]] = {}
+    measured: dict[float, dict[str, Result]] = {}
     for alpha, clip in _averages(context.base, context.clip, alphas):
         measured[alpha] = {}
         for name, split in splits.items():
-            averaged = EvalContext(clip, lambda: context.base, split.data, split.config)
+            averaged = EvalContext(clip, context.find_base, split.data, split.config)
             z = split.z if frozen or alpha == 1 else split.base_z if alpha == 0 else _encode(clip, split)
             vars(averaged)["z"] = z  # in place of what the cached property would compute
-            answers = [difference.answer(clip, z, each) for each in claims[name]]
-            measured[alpha][name] = Measured(zeroshot.answer(averaged), difference.by_task(claims[name], answers))
-    return _report(measured, context)
+            measured[alpha][name] = _measure(averaged)
+    return _report(measured, len(context.data), context.config.seed)
 
 
 def _check(context: EvalContext, alphas: list[float]) -> None:
@@ -106,8 +81,6 @@ def _check(context: EvalContext, alphas: list[float]) -> None:
             f"mode average needs a finetuned model, and the weights are those of {start.describe()} "
             "itself; name another one with --checkpoint"
         )
-    if start.model.state_dict().keys() != end.model.state_dict().keys():
-        raise UserError(f"the weights of {start.describe()} and {end.describe()} are of two architectures")
     if alphas[0] < 0 or alphas[-1] > 1:
         raise UserError(f"alphas are {alphas[0]:g} to {alphas[-1]:g}; weights are averaged with 0 to 1")
 
@@ -135,28 +108,37 @@ def _encode(clip: Clip, split: EvalContext) -> Tensor:
     return F.normalize(z, dim=-1)
 
 
-def choose(judged: dict[float, dict[str, float]]) -> tuple[float, str]:
-    """The alpha by the rule, and the rule in words. judged: alpha -> metric -> its value on validation images."""
-    names = [name for name in JUDGED if all(name in values for values in judged.values())]
-    best = max(judged, key=lambda alpha: (mean([judged[alpha][name] for name in names]), -alpha))
-    return best, RULE.format(" and ".join(names))
+def _measure(context: EvalContext) -> Result:
+    """METRICS as far as the data set has what they need; details: which images of each question were right."""
+    details, right = zeroshot.answer(context)
+    result = Result({"zeroshot": zeroshot.accuracy(details)}, len(context.data), right)
+    if context.attributes:
+        of_differences = difference.about_attributes(context, companions=False)
+        for name in METRICS[1:]:
+            result.metrics[name], result.intervals[name] = of_differences.metrics[name], of_differences.intervals[name]
+    return result
 
 
-def _report(measured: dict[float, dict[str, Measured]], context: EvalContext) -> Result:
+def _report(measured: dict[float, dict[str, Result]], n: int, seed: int) -> Result:
     """The table of all alphas, the one that was chosen, and the curves."""
-    table = {a: {split: answers.metrics() for split, answers in at.items()} for a, at in measured.items()}
-    best, rule = choose({alpha: at["validation"] for alpha, at in table.items()})
-    details = {"alpha": best, "rule": rule, "table": [{"alpha": alpha, **at} for alpha, at in table.items()]}
-    result = Result({}, len(context.data), details)
-    for point, alpha in (("average", best), ("start", 0.0), ("end", 1.0)):  # intervals of these alone: they take long
-        result.metrics |= {f"{point}_{name}": value for name, value in table[alpha]["test"].items()}
-        known = measured[alpha]["test"].intervals(context.config.seed)
-        result.intervals |= {f"{point}_{name}": interval for name, interval in known.items()}
+    table = {alpha: {split: result.metrics for split, result in at.items()} for alpha, at in measured.items()}
+    judged = [name for name in JUDGED if name in table[0.0]["validation"]]
+    best = max(table, key=lambda alpha: (np.mean([table[alpha]["validation"][name] for name in judged]), -alpha))
+    rule = f"the alpha with the largest mean of {' and '.join(judged)} on validation images; of equal ones the smallest"
+    result = Result(
+        {}, n, {"alpha": best, "rule": rule, "table": [{"alpha": alpha, **at} for alpha, at in table.items()]}
+    )
+    for point, alpha in (("average", best), ("start", 0.0), ("end", 1.0)):
+        at_point = measured[alpha]["test"]
+        result.metrics |= {f"{point}_{name}": value for name, value in at_point.metrics.items()}
+        result.intervals |= {f"{point}_{name}": interval for name, interval in at_point.intervals.items()}
+        if len(at_point.details) == 1:  # of one question; of these alphas alone, because it takes long
+            (right,) = at_point.details.values()
+            result.intervals[f"{point}_zeroshot"] = intervals.of_mean(right, seed)
     series = {
         f"{name}, {split}": [(alpha, at[split][name]) for alpha, at in table.items()]
         for split in ("test", "validation")
-        for name in METRICS
-        if all(name in at[split] for at in table.values())
+        for name in table[0.0][split]
     }
     title = "Weights between the start (0) and the finetuned model (1)"
     result.curves = [Curve(title, "alpha", "accuracy", series, best)]

@@ -10,7 +10,6 @@ middle of their ranks, as in evals/retrieve.py. It runs only when --mode names i
 from __future__ import annotations
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from pc_clip.core.config.evaluate import EvaluateConfig
@@ -19,15 +18,9 @@ from pc_clip.core.random import stream
 from pc_clip.data.dataset import Dataset
 from pc_clip.evals import EvalContext, Result
 from pc_clip.metrics import intervals
-from pc_clip.metrics.retrieval import TIES, Search, ranks
+from pc_clip.metrics.retrieval import ranks, relation
 
 BY_NAME_ALONE = True
-
-DEFINITIONS = {
-    "batch_t2i": "A caption has to find its image among the images of a batch; the mean over batches and captions.",
-    "batch_i2t": "An image has to find its caption among the batch's captions, one an image; the mean likewise.",
-    "mrr": "The mean of 1 / rank.",
-}
 
 
 def applies(data: Dataset, config: EvaluateConfig) -> str | None:
@@ -47,15 +40,14 @@ def evaluate(context: EvalContext) -> Result:
     if not turns:
         lacking = data.ids[[len(texts) for texts in data.captions].index(0)]
         raise UserError(f"{data.label} has an image without a caption ({lacking}); batches need one of each")
-    batches = disjoint(len(data), size, seed)
+    order = stream(seed, "retrieval batches").permutation(len(data))
+    batches = order[: len(data) - len(data) % size].reshape(-1, size)
     used = np.sort(batches.ravel())
     texts = context.clip.embed_texts([data.captions[row][turn] for turn in range(turns) for row in range(len(data))])
     by_image = per_image(context.z, texts.reshape(turns, len(data), -1), batches)
-    details = {
-        "batch": size, "batches": len(batches), "images": len(used), "left_out": len(data) - len(used),
-        "captions_in_turn": turns, "definitions": DEFINITIONS, "ties": TIES,
-    }  # fmt: skip
-    result = Result({}, len(used), details)
+    left_out = len(data) - len(used)
+    details = {"batch": size, "batches": len(batches), "images": len(used), "left_out": left_out}
+    result = Result({}, len(used), details | {"captions_in_turn": turns})
     for name, values in by_image.items():
         result.metrics[name] = float(values[used].mean())
         result.intervals[name] = intervals.of_mean(values[used], seed)
@@ -63,28 +55,18 @@ def evaluate(context: EvalContext) -> Result:
     return result
 
 
-def disjoint(images: int, size: int, seed: int) -> np.ndarray:
-    """Images in random order, cut into batches; the rest is left out.  -> [batches, size] int64"""
-    order = stream(seed, "retrieval batches").permutation(images)
-    return order[: images - images % size].reshape(-1, size)
-
-
 def per_image(images: Tensor, texts: Tensor, batches: np.ndarray) -> dict[str, np.ndarray]:
-    """Each image's R@1 and reciprocal rank both ways, the mean over turns; NaN where it is in no batch.  -> [N] each
+    """Each image's R@1 and reciprocal rank both ways, the mean over turns; 0 where it is in no batch.  -> [N] each
 
     images: [N, D], texts: [turns, N, D], unit vectors; batches: [batches, size].
     """
     names = [f"batch_{way}_{what}" for what in ("r1", "mrr") for way in ("t2i", "i2t")]
-    by_image = {name: np.full(len(images), np.nan) for name in names}
-    every = np.arange(batches.shape[1])
-    search = [Search(every, every[:, None])]
-    for batch in map(torch.from_numpy, batches):
-        by_turn: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    by_image = {name: np.zeros(len(images)) for name in names}
+    own = relation(np.arange(batches.shape[1])[:, None], batches.shape[1])
+    for batch in batches:
         for of_turn in texts:
             for way, queries, items in (("t2i", of_turn, images), ("i2t", images, of_turn)):
-                (of_way,) = ranks(queries[batch], items[batch], search)
-                by_turn[f"batch_{way}_r1"].append(of_way.hits(1))
-                by_turn[f"batch_{way}_mrr"].append(1 / of_way.middle)
-        for name, values in by_turn.items():
-            by_image[name][batch.numpy()] = np.mean(values, axis=0)
+                of_way = ranks(queries[batch], items[batch], own)
+                by_image[f"batch_{way}_r1"][batch] += of_way.hits(1) / len(texts)
+                by_image[f"batch_{way}_mrr"][batch] += 1 / of_way.middle / len(texts)
     return by_image

@@ -22,7 +22,7 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -35,11 +35,10 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from pc_clip.core.config.evaluate import EvaluateConfig
 from pc_clip.core.errors import UserError
 from pc_clip.core.files import write_text
 from pc_clip.core.random import stream
-from pc_clip.data.dataset import Dataset, Statement
+from pc_clip.data.dataset import Statement
 from pc_clip.data.statements import label_of, read_statements
 from pc_clip.data.views import located
 from pc_clip.evals import EvalContext
@@ -50,12 +49,9 @@ from pc_clip.models.loading import create_model
 log = logging.getLogger(__name__)
 
 GREY = (128, 128, 128)
-SIZE = 224  # pixels of the grey picture; any will do, since all are alike
 FOLDS, INNER_FOLDS = 5, 3
 CS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # inverse strengths of the penalty, on standardised embeddings
 FEWEST = 10  # photographs of each label that logistic regression wants
-TOO_FEW = f"text_only is left out: logistic regression wants {FEWEST} photographs of each label"
-_PART = re.compile(r"@(?:box=.*|crop=.*|flip)$")
 
 
 class Asked(NamedTuple):
@@ -76,32 +72,22 @@ class Asked(NamedTuple):
     gap: Tensor
     absent: int
 
-    @property
-    def true(self) -> np.ndarray:
-        return np.array([s.true for s in self.statements])
 
+def ask(context: EvalContext) -> Asked:
+    """Score the context's statements. Only the images that they are about are embedded.
 
-def statements_of(data: Dataset, config: EvaluateConfig) -> list[Statement]:
-    """Those of the files that were named, else the data set's own."""
-    return read_statements(config.statements, config.seed) if config.statements else list(data.statements)
-
-
-def ask(subject: EvalContext, statements: Sequence[Statement]) -> Asked:
-    """Score statements. Only the images that they are about are embedded.
-
-    Raises UserError where none of these is there, and for embeddings that are not finite.
+    Raises UserError where none of these is there.
     """
-    found = located(statements, subject.data)
+    found = located(context.statements, context.data)
     if found.absent:
-        log.info("  %d of %d statements are left out: their images are absent", found.absent, len(statements))
-    every = list(found.data.ids) == list(subject.data.ids)  # then they may have been embedded already
-    z = subject.z if every else EvalContext(subject.clip, subject.find_base, found.data, subject.config).z
-    texts, others = embed_both(subject.clip, found.statements)
+        log.info("  %d of %d statements are left out: their images are absent", found.absent, len(context.statements))
+    z = context.on(found.data).z
+    texts, others = embed_both(context.clip, found.statements)
     return Asked(
         found.statements,
         photographs(found.data.ids)[found.rows],
         closer(z[found.rows], texts, others, z[found.others]),
-        closer(grey_image(subject.clip), texts, others),
+        closer(grey_image(context.clip), texts, others),
         closer(F.normalize(z.mean(0), dim=0), texts, others),
         texts,
         texts - others,
@@ -116,17 +102,15 @@ def embed_both(clip: Clip, statements: Sequence[Statement]) -> tuple[Tensor, Ten
 
 
 def photographs(views: Sequence[str]) -> np.ndarray:
-    """Which photograph each view is of, from 0 in order: parts of one, and its mirror image, are one.  -> [N]"""
-    number: dict[str, int] = {}
-    return np.array([number.setdefault(_PART.sub("", view), len(number)) for view in views])
+    """Which photograph each view is of, from 0 in order: parts of one are one.  -> [N]"""
+    return pd.factorize(np.array([re.sub("@box=.*$", "", view) for view in views]))[0]
 
 
 @torch.no_grad()
 def grey_image(clip: Clip) -> Tensor:
     """The unit embedding of a constant grey picture, through the model's own transform.  -> [D]"""
-    pixels = clip.preprocess(Image.new("RGB", (SIZE, SIZE), GREY))[None].to(clip.device)
-    found = F.normalize(clip.encode_image(pixels).float().cpu(), dim=-1)[0]
-    return found
+    pixels = clip.preprocess(Image.new("RGB", (224, 224), GREY))[None].to(clip.device)
+    return F.normalize(clip.encode_image(pixels).float().cpu(), dim=-1)[0]
 
 
 def closer(image: Tensor, texts: Tensor, others: Tensor, instead: Tensor | None = None) -> np.ndarray:
@@ -150,21 +134,24 @@ def by_photograph(values: np.ndarray, photograph: np.ndarray) -> list[float]:
 
     It is the sum of the photograph's values over the mean number of statements a photograph.  [M], [M] -> [P]
     """
-    asked = np.unique(photograph, return_inverse=True)[1].reshape(-1)
-    sums = np.bincount(asked, values)
+    sums = np.bincount(np.unique(photograph, return_inverse=True)[1].ravel(), values)
     return (sums * len(sums) / len(values)).round(4).tolist()
 
 
 # -- what the texts give away ------------------------------------------------------------------------------
 
 
-def tell_labels(texts: Tensor, true: np.ndarray, photograph: np.ndarray, seed: int) -> np.ndarray | None:
-    """How true each statement sounds, from its text alone; positive for true.  [M, D], [M] bool, [M] -> [M]
+def judge(
+    margins: Mapping[str, np.ndarray], texts: Tensor, true: np.ndarray, photograph: np.ndarray, seed: int
+) -> dict[str, np.ndarray]:
+    """How right true and false statements are judged by margins, by the commoner label, by texts alone.  -> [M] each
 
-    Each photograph's statements are judged by what was learnt from the other photographs' ones. None where either
-    label has too few photographs to learn from.
+    text_only is left out where there are too few photographs to learn from.
     """
-    return _cross_validated(texts.numpy(), true, photograph, seed, intercept=True)
+    commoner = np.full(len(true), 1.0 if true.mean() >= 0.5 else -1.0)
+    answers = {name: right(margin, true) for name, margin in margins.items()} | {"majority": right(commoner, true)}
+    by_text = tell_labels(texts.numpy(), true, photograph, seed)
+    return answers if by_text is None else answers | {"text_only": right(by_text, true)}
 
 
 def tell_texts_apart(gap: Tensor, photograph: np.ndarray, seed: int) -> np.ndarray | None:
@@ -175,26 +162,30 @@ def tell_texts_apart(gap: Tensor, photograph: np.ndarray, seed: int) -> np.ndarr
     """
     turned = stream(seed, "turned").permutation(len(gap)) % 2 == 0
     side = np.where(turned, -1.0, 1.0)
-    said = _cross_validated(gap.numpy() * side[:, None], ~turned, photograph, seed, intercept=False)
-    return None if said is None else said * side
+    score = tell_labels(gap.numpy() * side[:, None], ~turned, photograph, seed, intercept=False)
+    return None if score is None else score * side
 
 
-def _cross_validated(
-    x: np.ndarray, y: np.ndarray, photograph: np.ndarray, seed: int, intercept: bool
+def tell_labels(
+    x: np.ndarray, true: np.ndarray, photograph: np.ndarray, seed: int, intercept: bool = True
 ) -> np.ndarray | None:
-    """Scores of logistic regression for what it did not learn from; the penalty is chosen within what it did."""
-    if min(len(np.unique(photograph[y == label])) for label in (False, True)) < FEWEST:
+    """How true each statement sounds, from its text alone; positive for true.  [M, D], [M] bool, [M] -> [M]
+
+    Each photograph's statements are judged by what logistic regression learnt from the other photographs' ones; the
+    penalty is chosen within these. None where either label has too few photographs to learn from.
+    """
+    if min(len(np.unique(photograph[true == label])) for label in (False, True)) < FEWEST:
+        log.info("  text_only is left out: logistic regression wants %d photographs of each label", FEWEST)
         return None
-    _, first, place = np.unique(photograph, return_index=True, return_inverse=True)
-    photograph = np.argsort(np.argsort(first))[place.reshape(-1)]  # as they come: the same in whatever data set
+    photograph = pd.factorize(photograph)[0]  # numbered as they come: the same in whatever data set
     score = np.empty(len(x))
     model = make_pipeline(
         StandardScaler(with_mean=intercept), LogisticRegression(fit_intercept=intercept, max_iter=2000)
     )
     inner = StratifiedGroupKFold(INNER_FOLDS, shuffle=True, random_state=seed)
-    for learnt, judged in StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed).split(x, y, photograph):
+    for learnt, judged in StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed).split(x, true, photograph):
         search = GridSearchCV(model, {"logisticregression__C": CS}, scoring="accuracy", cv=inner)
-        search.fit(x[learnt], y[learnt], groups=photograph[learnt])
+        search.fit(x[learnt], true[learnt], groups=photograph[learnt])
         score[judged] = search.decision_function(x[judged])
     return score
 
@@ -202,32 +193,23 @@ def _cross_validated(
 # -- the model against them ----------------------------------------------------------------------------------
 
 
-class Against(NamedTuple):
-    """How far the model is above one that does not look, and the 95 % interval of that."""
+def against(looking: str, answers: Mapping[str, np.ndarray], photograph: np.ndarray, seed: int) -> dict[str, Any]:
+    """The model's share of right answers, answers[looking], less that of each other one, on the same statements.
 
-    difference: float
-    low: float
-    high: float
-
-
-def against(looking: str, right: Mapping[str, np.ndarray], photograph: np.ndarray, seed: int) -> dict[str, Against]:
-    """The model's share of right answers, right[looking], less that of each other one, on the same statements."""
-    others = [name for name in right if name != looking]
-    off = np.stack([right[looking] - right[name] for name in others], axis=1)  # [M, K]
-    draws = intervals.redrawn_means(off, photograph, seed)
-    return {n: Against(float(d), *intervals.between(column)) for n, d, column in zip(others, off.mean(0), draws.T)}
-
-
-def beats(found: Mapping[str, Against], what: str) -> bool:
-    """Whether the model is above every one of them, beyond what other photographs could change; warns where not."""
-    level = {name: each for name, each in found.items() if not each.low > 0}
+    above: name -> difference, and low and high of its 95 % interval; beats_blind: whether every difference is beyond
+    what other photographs could change. Warns where not.
+    """
+    gains = {name: answers[looking] - right for name, right in answers.items() if name != looking}  # [M] each
+    differences, known = intervals.of_columns(gains, photograph, seed)
+    above = {name: {"difference": differences[name], "low": low, "high": high} for name, (low, high) in known.items()}
+    level = {
+        name: [100 * value for value in margin.values()] for name, margin in above.items() if not margin["low"] > 0
+    }
     if level:
-        said = ", ".join(
-            f"{name} {100 * each.difference:+.1f} [{100 * each.low:+.1f}, {100 * each.high:+.1f}]"
-            for name, each in level.items()
-        )
-        log.warning("  %s, not clearly above what never looks at an image: it is above %s", what, said)
-    return not level
+        listed = ", ".join(f"{name} {gain:+.1f} [{low:+.1f}, {high:+.1f}]" for name, (gain, low, high) in level.items())
+        figure = f"{looking} {100 * answers[looking].mean():.1f}"
+        log.warning("  %s, not clearly above what never looks at an image: it is above %s", figure, listed)
+    return {"beats_blind": not level, "above": above}
 
 
 # -- the command ---------------------------------------------------------------------------------------------
@@ -252,21 +234,10 @@ def audit(clip: Clip, path: str | Path, seed: int = 0) -> dict[str, tuple[float,
         )
     texts, others = embed_both(clip, statements)
     grey = closer(grey_image(clip), texts, others)
-    common = np.full(len(true), 1.0 if true.mean() >= 0.5 else -1.0)
-    figures = {
-        "true": true.astype(float),
-        "majority": right(common, true),
-        "blind": right(grey, true),
-        "blind_prefers_caption_as_written": right(grey),
-    }
-    by_text = tell_labels(texts, true, photograph, seed)
-    if by_text is not None:
-        figures["text_only"] = right(by_text, true)
-    draws = intervals.redrawn_means(np.stack(list(figures.values()), axis=1), photograph, seed)
-    low, high = np.quantile(draws, [0.025, 0.975], axis=0)
-    return {
-        name: (float(values.mean()), float(a), float(b)) for (name, values), a, b in zip(figures.items(), low, high)
-    }
+    figures = {"true": true.astype(float), **judge({"blind": grey}, texts, true, photograph, seed)}
+    figures["blind_prefers_caption_as_written"] = right(grey)
+    shares, known = intervals.of_columns(figures, photograph, seed)
+    return {name: (share, *known[name]) for name, share in shares.items()}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -284,10 +255,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = []
     for path in arguments.files:
         name = f"{path.resolve().parent.name}/{label_of([path])}"
-        found = audit(clip, path, arguments.seed)
+        figures = audit(clip, path, arguments.seed)
         variant = f"{Path(clip.name).name} {name}"
-        rows += [(variant, "blind", name, metric, mean, np.nan, 1, *ends) for metric, (mean, *ends) in found.items()]
-        shown = (f"{m} {100 * a:.1f} [{100 * low:.1f}, {100 * high:.1f}]" for m, (a, low, high) in found.items())
+        rows += [(variant, "blind", name, metric, mean, np.nan, 1, *ends) for metric, (mean, *ends) in figures.items()]
+        shown = (f"{m} {100 * a:.1f} [{100 * low:.1f}, {100 * high:.1f}]" for m, (a, low, high) in figures.items())
         print(f"{name}: {', '.join(shown)}")
     if arguments.out:
         write_text(arguments.out, pd.DataFrame(rows, columns=COLUMNS).to_csv(index=False))

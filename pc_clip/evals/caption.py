@@ -11,9 +11,9 @@ import dataclasses
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 
 from pc_clip.core.config.evaluate import EvaluateConfig
@@ -25,7 +25,7 @@ from pc_clip.data.dataset import Dataset
 from pc_clip.data.registry import beside
 from pc_clip.evals import EvalContext, Picture, Result
 from pc_clip.evals.change_retrieval import LACKING, change_model, rows_by_kind
-from pc_clip.evals.plots import Shown, change_sheet
+from pc_clip.evals.plots import change_sheet
 from pc_clip.metrics import captions, intervals
 from pc_clip.metrics.captions import Scores, bleu_of
 
@@ -36,16 +36,6 @@ LISTED = 20  # pairs whose sentences are in the details
 SHOWN = 12  # pairs on the sheet
 AT_ONCE = 2**24  # cosines held at once
 PARTS = ("type", "object", "value")
-
-DEFINITIONS = {
-    "bleu_4": "BLEU of all sentences together, as pycocoevalcap's; of a kind, of its sentences together.",
-    "cider": "The mean of CIDEr-D, 1 for what papers print as 100; of a kind, the mean of the same figures.",
-    "right": "The sentence names type, object and value of the change, and nothing that is wrong, by its grammar.",
-    "right_type, right_object, right_value": "The share of changed pairs whose sentence has this part right.",
-    "changed": "The sentence says rightly whether anything changed; one that cannot be understood does not.",
-    "most_common": "The commonest sentence of the training split, said of every pair.",
-    "shuffled": "The model's sentence on another pair, drawn by seed.",
-}
 
 
 def applies(data: Dataset, config: EvaluateConfig) -> str | None:
@@ -68,7 +58,10 @@ def also_reads(context: EvalContext) -> Dataset | None:
 def evaluate(context: EvalContext) -> Result:
     """Scores of all sentences and of each kind of change, with intervals, and the sheet of pairs.
 
-    `right` is there where the data set can judge sentences. METEOR is left out where no Java runs.
+    BLEU is of all sentences together, and of a kind of its sentences together; CIDEr is the mean of CIDEr-D, 1 for what
+    papers print as 100. Where the data set can judge sentences: right names type, object and value of the change and
+    nothing that is wrong; right_type, right_object, right_value are shares of changed pairs; changed says rightly
+    whether anything changed. METEOR is left out where no Java runs.
     Raises UserError for a model that cannot caption, and where scoring lacks something, before anything is decoded.
     """
     change, data, config = change_model(context), context.data, context.config
@@ -78,21 +71,34 @@ def evaluate(context: EvalContext) -> Result:
             f"{context.clip.describe()} has no decoder, and {data.label} has no training sentences to choose from; "
             "train stage caption"
         )
-    tools = captions.find_tools(config.caption.spice)
+    java, seed = captions.find_java(config.caption.spice), config.seed
     references = [change.sentences for change in data.changes]
     learnt = [sentence for change in train.changes for sentence in change.sentences] if train else []
     sentences = [each.text for each in _write(context, data)] if change.decoder else _nearest(context, learnt)
-    scores = captions.score(sentences, references, tools, config.seed)
-    result = _figures(data, sentences, scores, config.seed)
-    for name, others in _baselines(sentences, learnt, config.seed).items():
-        figures = captions.score(others, references, tools, quick=True).corpus
+    scores = captions.score(sentences, references, seed, java=java, spice=config.caption.spice)
+    result = _figures(data, sentences, scores, seed)
+    for name, others in _baselines(sentences, learnt, seed).items():
+        figures = captions.score(others, references, java=java, quick=True).corpus
         result.metrics |= {f"{name}_{metric}": figures[metric] for metric in ("bleu_4", "cider")}
         if data.judge:
-            result.metrics[f"{name}_right"] = float(judge(data, others).right.mean())
+            result.metrics[f"{name}_right"] = float(judge(data, others).all(axis=1).mean())
     captioner = "decoder" if change.decoder else "nearest training sentence"
     beams = config.caption.beams if change.decoder else None
-    result.details = {"captioner": captioner, "beams": beams, "tokenizer": tools.tokenizer, **result.details}
-    result.details |= scores.notes  # why METEOR is absent, or CIDEr of one pair is 0
+    result.details = {
+        "captioner": captioner,
+        "beams": beams,
+        "tokenizer": captions.TOKENIZERS[java],
+        **scores.notes,  # why METEOR is absent, or CIDEr of one pair is 0
+        "distinct": len(set(sentences)),
+        "distinct_references": len({text for of_pair in references for text in of_pair}),
+        "mean_length": float(np.mean([len(tokens.split()) for tokens in scores.tokens])),
+        "kinds": dict(Counter(change.kind for change in data.changes)),
+        **result.details,
+        "sentences": [
+            {"before": c.before, "after": c.after, "kind": c.kind, "generated": text, "references": list(c.sentences)}
+            for c, text in zip(data.changes[:LISTED], sentences)
+        ],
+    }
     result.pictures["sheet.png"] = _sheet(context, sentences, f"{data.label}: what changed, {captioner}")
     return result
 
@@ -119,7 +125,7 @@ def _write(context: EvalContext, data: Dataset, attention: bool = False) -> list
 
 def _baselines(sentences: Sequence[str], train: Sequence[str], seed: int) -> dict[str, list[str]]:
     """Sentences that depend on no image."""
-    baselines = {"most_common": [captions.most_frequent(train)] * len(sentences)} if train else {}
+    baselines = {"most_common": [Counter(train).most_common(1)[0][0]] * len(sentences)} if train else {}
     if len(sentences) > 1:
         ring = stream(seed, "shuffled").permutation(len(sentences))  # drawn: a file may have kinds take turns
         other = np.empty_like(ring)
@@ -131,54 +137,43 @@ def _baselines(sentences: Sequence[str], train: Sequence[str], seed: int) -> dic
 # -- figures ------------------------------------------------------------------------------------------------
 
 
-class Judged(NamedTuple):
-    """The judgement of N sentences. parts: [N, 3] bool, of PARTS; kinds: [N], the kind each tells of, or ""."""
-
-    parts: np.ndarray
-    kinds: np.ndarray
-
-    @property
-    def right(self) -> np.ndarray:
-        return self.parts.all(axis=1)
+def judge(data: Dataset, sentences: Sequence[str]) -> np.ndarray:
+    """Which of PARTS each pair's sentence has right, by the data set's own judge.  -> [N, 3] bool"""
+    judged = [data.judge(row, text) for row, text in enumerate(sentences)]
+    return np.array([[each[part] for part in PARTS] for each in judged])
 
 
-def judge(data: Dataset, sentences: Sequence[str]) -> Judged:
-    """Judge a sentence on each pair, by the data set's own judge.
-
-    The kind that a sentence tells of is found by asking, of one pair of each kind, whether the type is right.
-    """
+def kinds_told(data: Dataset, sentences: Sequence[str]) -> np.ndarray:
+    """The kind of change each sentence tells of: of which one pair of that kind it has the type right; else "".  [N]"""
     first = {change.kind: row for row, change in reversed(list(enumerate(data.changes)))}
     kinds = {
         text: next((kind for kind, row in first.items() if data.judge(row, text)["type"]), "")
         for text in set(sentences)
     }
-    judged = [data.judge(row, text) for row, text in enumerate(sentences)]
-    parts = np.array([[each[part] for part in PARTS] for each in judged])
-    return Judged(parts, np.array([kinds[text] for text in sentences]))
+    return np.array([kinds[text] for text in sentences])
 
 
 def _figures(data: Dataset, sentences: Sequence[str], scores: Scores, seed: int) -> Result:
     """Metrics, intervals, and items for those that are means over pairs."""
-    n, by_kind, kinds = len(sentences), rows_by_kind(data.changes), [change.kind for change in data.changes]
-    order = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "meteor", "rouge_l", "cider", "spice")
-    result = Result({}, n, _details(data, sentences, scores))
-    means = {"cider": scores.items["cider"]}
+    n, by_kind, kinds = len(sentences), rows_by_kind(data.changes), np.array([change.kind for change in data.changes])
+    result, means = Result({}, n), {"cider": scores.items["cider"]}  # name -> [N], NaN where it is not counted
     if data.judge:
-        judged = judge(data, sentences)
-        result.metrics["right"] = float(judged.right.mean())
-        means = {"right": judged.right, **_shares(judged, np.array(kinds)), **means}
+        parts, told, changed = judge(data, sentences), kinds_told(data, sentences), kinds != UNCHANGED
+        means = {"right": parts.all(axis=1), **means}
+        result.metrics["right"] = float(means["right"].mean())
+        if changed.any():
+            means |= {f"right_{part}": np.where(changed, right, np.nan) for part, right in zip(PARTS, parts.T)}
+        if not changed.all():
+            means["changed"] = (told != "") & ((told != UNCHANGED) == changed)
         result.details["told_as"] = {
-            kind: dict(Counter(told or "not understood" for k, told in zip(kinds, judged.kinds.tolist()) if k == kind))
-            for kind in dict.fromkeys(kinds)
+            kind: dict(Counter(each or "not understood" for each in told[kinds == kind].tolist()))
+            for kind in dict.fromkeys(kinds.tolist())
         }
-    result.metrics |= {name: scores.corpus[name] for name in order if name in scores.corpus}
-    result.intervals = {name: scores.intervals[name] for name in result.metrics if name in scores.intervals}
     for name in [name for name in ("right", "cider") if name in means]:
         means |= {f"{name}_{kind}": np.where(here, means[name], np.nan) for kind, here in by_kind.items()}
-    redrawn = intervals.redrawn_means(np.column_stack([*means.values()]).astype(float), np.arange(n), seed)
-    for (name, values), draws in zip(means.items(), redrawn.T):
-        result.metrics.setdefault(name, float(np.nanmean(values.astype(float))))
-        result.intervals[name] = intervals.between(draws)
+    shares, known = intervals.of_columns(means, np.arange(n), seed)
+    result.metrics |= scores.corpus | shares
+    result.intervals = scores.intervals | known
     for kind, here in by_kind.items():
         result.metrics[f"bleu_4_{kind}"] = float(bleu_of(scores.bleu[here].sum(0))[-1])
         sums = intervals.redrawn_sums(np.column_stack([scores.bleu * here[:, None], here]), np.arange(n), seed)
@@ -190,31 +185,6 @@ def _figures(data: Dataset, sentences: Sequence[str], scores: Scores, seed: int)
     return result
 
 
-def _shares(judged: Judged, kinds: np.ndarray) -> dict[str, np.ndarray]:
-    """Each part, of changed pairs alone (NaN for others); and whether it is said rightly that anything changed."""
-    changed = kinds != UNCHANGED
-    shares = {}
-    if changed.any():
-        shares = {f"right_{part}": np.where(changed, of_part, np.nan) for part, of_part in zip(PARTS, judged.parts.T)}
-    if not changed.all():
-        shares["changed"] = (judged.kinds != "") & ((judged.kinds != UNCHANGED) == changed)
-    return shares
-
-
-def _details(data: Dataset, sentences: Sequence[str], scores: Scores) -> dict[str, Any]:
-    return {
-        "distinct": len(set(sentences)),
-        "distinct_references": len({text for change in data.changes for text in change.sentences}),
-        "mean_length": float(np.mean([len(tokens.split()) for tokens in scores.tokens])),
-        "kinds": dict(Counter(change.kind for change in data.changes)),
-        "definitions": DEFINITIONS,
-        "sentences": [
-            {"before": c.before, "after": c.after, "kind": c.kind, "generated": text, "references": list(c.sentences)}
-            for c, text in zip(data.changes[:LISTED], sentences)
-        ],
-    }
-
-
 # -- the sheet ----------------------------------------------------------------------------------------------
 
 
@@ -222,24 +192,16 @@ def _sheet(context: EvalContext, sentences: Sequence[str], title: str) -> Pictur
     """Some pairs of each kind, drawn by seed, with their sentences and where the decoder looked."""
     data = context.data
     rows = draw_rows([change.kind for change in data.changes], SHOWN, stream(context.config.seed, "sheet"))
-    few = dataclasses.replace(data, changes=tuple(data.changes[row] for row in rows), judge=None)
     written = [pairs.Caption(sentences[row], 0.0, []) for row in rows]
     if context.clip.change.decoder is not None:
+        few = dataclasses.replace(data, changes=tuple(data.changes[row] for row in rows), judge=None)
         written = _write(context, few, attention=True)
-    shown = []
-    for row, caption in zip(rows, written):
-        right = all(data.judge(row, caption.text).values()) if data.judge else None
-        shown.append(Shown(data.changes[row], caption.text, right, caption.tokens, caption.attention))
-    return change_sheet(data, shown, title)
+    right = [all(data.judge(row, each.text).values()) if data.judge else None for row, each in zip(rows, written)]
+    return change_sheet(data, list(zip([data.changes[row] for row in rows], written, right)), title)
 
 
 def draw_rows(kinds: Sequence[str], most: int, rng: np.random.Generator) -> list[int]:
     """Rows of pairs, about as many of each kind, in the order of kinds; all where they are few."""
-    shuffled = rng.permutation(len(kinds)).tolist()
-    seen: Counter[str] = Counter()
-    turns: dict[int, int] = {}
-    for row in shuffled:
-        turns[row] = seen[kinds[row]]
-        seen[kinds[row]] += 1
-    chosen = sorted(shuffled, key=lambda row: turns[row])[:most]
-    return sorted(chosen, key=lambda row: (kinds[row], row))
+    shuffled = pd.Series(kinds).iloc[rng.permutation(len(kinds))]
+    turns = shuffled.groupby(shuffled).cumcount().sort_values(kind="stable")
+    return sorted(turns.index[:most].tolist(), key=lambda row: (kinds[row], row))

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from pc_clip.core.config.evaluate import EvaluateConfig
 from pc_clip.core.errors import UserError
@@ -22,18 +21,11 @@ from pc_clip.data import pairs
 from pc_clip.data.dataset import Change, Dataset
 from pc_clip.evals import EvalContext, Result
 from pc_clip.metrics import intervals
-from pc_clip.metrics.retrieval import PAIR_KS, TIES, both_ways, chance, per_pair
+from pc_clip.metrics.retrieval import PAIR_KS, both_ways, chance, per_pair, relation
 from pc_clip.models.change_model import ChangeModel, change_of
 
 COMPARED = ("p2s_r1", "s2p_r1")  # kept pair by pair, to compare models by
 LACKING = "a data set with changes (example_changes, clevr_change, spot_the_diff, image_editing_request, changes)"
-
-DEFINITIONS = {
-    "p2s": "A pair has to find any one of its sentences among all distinct sentences of the split.",
-    "s2p": "A distinct sentence has to find any one of the pairs it is said of, among all pairs.",
-    "chance": "The same by an order drawn at random.",
-    "subtraction": "As p2s and s2p, by the untrained model: the image after less the image before, and its text tower.",
-}
 
 
 def applies(data: Dataset, config: EvaluateConfig) -> str | None:
@@ -58,31 +50,27 @@ def evaluate(context: EvalContext) -> Result:
     if len(data.changes) < 2:
         raise UserError(f"{data.label} has one pair; retrieval needs two")
     texts, belongs = pairs.distinct_sentences(data.changes)
+    matches = relation(belongs, len(texts))
     z = pairs.embed_pairs(context.clip, data, batch_size=config.batch_size, workers=config.workers)
     ways = {"": (z, context.clip.embed_texts(texts))}
     if context.base is not None:
-        ways["subtraction_"] = (_subtracted(context), context.base.embed_texts(texts))
+        before, after = torch.from_numpy(pairs.pair_rows(data)).T
+        subtracted = F.normalize(context.base_z[after] - context.base_z[before], dim=-1)
+        ways["subtraction_"] = (subtracted, context.base.embed_texts(texts))
     hits, queries, tied = {}, {}, {}
     for prefix, (of_pairs, of_texts) in ways.items():
-        ranks = both_ways(of_pairs, of_texts, belongs)
-        tied |= {f"{prefix}{way}": float((each.first < each.last).mean()) for way, each in ranks.items()}
-        of_metric = per_pair(ranks, belongs, {"p2s": len(texts), "s2p": len(z)})
-        for known, values in zip((hits, queries), of_metric):
+        ranks = both_ways(of_pairs, of_texts, matches)
+        tied |= {f"{prefix}{way}": each.tied for way, each in ranks.items()}
+        for known, values in zip((hits, queries), per_pair(ranks, matches)):
             known |= {f"{prefix}{metric}": each for metric, each in values.items()}
     for kind, here in rows_by_kind(data.changes).items():  # p2s alone: a sentence may be of several kinds
         for k in (k for k in PAIR_KS if f"p2s_r{k}" in hits and not here.all()):
             hits[f"p2s_{kind}_r{k}"], queries[f"p2s_{kind}_r{k}"] = hits[f"p2s_r{k}"] * here, here.astype(float)
-    metrics = {name: float(hits[name].sum() / queries[name].sum()) for name in hits} | chance(belongs, len(texts))
-    details = {"pairs": len(z), "sentences": len(texts), "definitions": DEFINITIONS, "ties": TIES, "tied": tied}
+    metrics = {name: float(hits[name].sum() / queries[name].sum()) for name in hits} | chance(matches)
+    details = {"pairs": len(z), "sentences": len(texts), "tied": tied}
     items = {name: (hits[name] / queries[name].mean()).round(4).tolist() for name in COMPARED if name in hits}
     known = intervals.of_ratios(hits, queries, config.seed)
     return Result(metrics, len(z), details, intervals=known, items=items)
-
-
-def _subtracted(context: EvalContext) -> Tensor:
-    """The untrained model's embedding of the image after less that of the image before.  -> [N, D] unit"""
-    before, after = torch.from_numpy(pairs.pair_rows(context.data)).T
-    return F.normalize(context.base_z[after] - context.base_z[before], dim=-1)
 
 
 def rows_by_kind(changes: Sequence[Change]) -> dict[str, np.ndarray]:

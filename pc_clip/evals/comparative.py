@@ -24,7 +24,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +36,7 @@ from pc_clip.core.errors import UserError, check_at_least, check_choice
 from pc_clip.core.paths import package_data
 from pc_clip.data.dataset import Dataset, Question
 from pc_clip.data.registry import held_out
-from pc_clip.evals import Curve, EvalContext, Result, mean
+from pc_clip.evals import Curve, EvalContext, Result
 from pc_clip.evals.zeroshot import class_embeddings, templates_of
 from pc_clip.metrics import intervals
 from pc_clip.models.clip import Clip
@@ -47,6 +47,7 @@ from pc_clip.write.writers import Writer
 FOLDER = package_data(Path(__file__).with_name("comparisons"))
 CALIBRATIONS = ("none", "norm", "offset", "centred", "shuffled")
 Comparisons = list[dict[str, str]]  # of {class_a, class_b, text}
+Scored = tuple[Tensor, np.ndarray]  # images [M, D] with their classes [M]
 
 
 def applies(data: Dataset, config: EvaluateConfig) -> str | None:
@@ -59,18 +60,7 @@ def applies(data: Dataset, config: EvaluateConfig) -> str | None:
     )
 
 
-def also_reads(context: EvalContext) -> Dataset | None:
-    """The split that alpha and the confused classes are chosen on."""
-    split = held_out(context.data)
-    return context.open(split) if split else None
-
-
-class Space(NamedTuple):
-    """Images with their classes, and the mean of the unlabelled images. z: [M, D], target: [M], mean: [D]."""
-
-    z: Tensor
-    target: np.ndarray
-    mean: Tensor
+also_reads = EvalContext.held_out  # alpha and the confused classes are chosen on it
 
 
 def evaluate(context: EvalContext) -> Result:
@@ -88,81 +78,77 @@ def evaluate(context: EvalContext) -> Result:
     writer = functools.cache(lambda: make_writer(config.comparative, "compare"))  # an LLM is loaded once, if at all
     auto = config.comparative.pairs == "auto"
     written = {} if auto else read_comparisons(FOLDER / f"{data.name}.yaml", data)
-    result, gains = Result({}, 0), {}
+    result, gains = Result({}, 0), {name: np.zeros(len(data)) for name in config.comparative.calibrate}  # by image
+    asked = np.zeros(len(data), dtype=bool)
     for question in data.questions:
-        prompts = class_embeddings(context.clip, question, templates_of(question, config))
         if question.name not in chosen_on or not (auto or question.name in written):
             continue
-        val = _space(validation, chosen_on[question.name])
-        test = Space(*_space(context, question)[:2], val.mean)  # test images give no offset: it is from validation
+        prompts = class_embeddings(context.clip, question, templates_of(question, config))
+        val, test = _images(validation, chosen_on[question.name]), _images(context, question)
         # Where nothing is confused nothing is compared, and the question counts as it is.
         comparisons = _auto(validation, question, prompts, val, writer) if auto else written[question.name]
-        figures, gain = _answer(context.clip, config, question, prompts, comparisons, val, test)
-        for name, of_images in gain.items():
-            gains.setdefault(name, []).append((question.rows, of_images))
-        result.curves.append(_curve(question, figures))
+        figures, of_images = _answer(context, question, prompts, comparisons, val, test)
+        asked[question.rows] = True
+        for name, gain in of_images.items():
+            np.add.at(gains[name], question.rows, gain / len(gain))
+        series = {
+            name: [(alpha, test) for alpha, _, test in about["curve"]] for name, about in figures["table"].items()
+        }
+        title = f"Comparative prompting on {question.name}, test"
+        result.curves.append(Curve(title, "alpha (1 is plain zero-shot)", "accuracy", series))
         result.details[question.name] = figures | {"comparisons": comparisons}
         result.n += len(question.rows)
     if not result.details:
         raise UserError(f"no question of {data.label} has comparisons; it asks about {', '.join(chosen_on)}")
-    _summarise(result, gains, len(data), config.seed)
+    every = list(result.details.values())
+    names = [name for name in every[0] if name.startswith(("plain", "comparative", "subset"))]
+    for name in sorted(names, key=lambda name: not name.startswith("comparative")):  # the figure before its baselines
+        if known := [figures[name] for figures in every if figures[name] is not None]:
+            result.metrics[name] = float(np.mean(known))
+    for name, gain in gains.items():  # an image's part of the mean over questions, by all of them together
+        of_image = gain[asked] * asked.sum() / len(every)
+        result.metrics[f"gain_{name}"] = float(of_image.mean())
+        result.intervals[f"gain_{name}"] = intervals.of_mean(of_image, config.seed)
     return result
 
 
-def _summarise(result: Result, gains: dict[str, list[tuple[np.ndarray, np.ndarray]]], images: int, seed: int) -> None:
-    """Means over the questions. gains: calibration -> (rows, gain of each) a question."""
-    figures = list(result.details.values())
-    names = [n for n in figures[0] if n.startswith(("plain", "comparative", "subset"))]
-    for name in sorted(names, key=lambda name: not name.startswith("comparative")):  # the figure before its baselines
-        if known := [f[name] for f in figures if f[name] is not None]:
-            result.metrics[name] = mean(known)
-    for name, of_questions in gains.items():
-        result.metrics[f"gain_{name}"] = mean([gain.mean() for _, gain in of_questions])
-        of_image = np.zeros(images)  # an image's part of the mean over questions, by all of them together
-        for rows, gain in of_questions:
-            np.add.at(of_image, rows, gain / len(gain) / len(of_questions))
-        used = np.unique(np.concatenate([rows for rows, _ in of_questions]))
-        result.intervals[f"gain_{name}"] = intervals.of_mean(of_image[used] * len(used), seed)
-
-
-def _space(context: EvalContext, question: Question) -> Space:
-    z = context.z[torch.from_numpy(question.rows)]
-    return Space(z, question.target, z.mean(0))
+def _images(context: EvalContext, question: Question) -> Scored:
+    return context.z[torch.from_numpy(question.rows)], question.target
 
 
 def _answer(
-    clip: Clip,
-    config: EvaluateConfig,
-    question: Question,
-    prompts: Tensor,
-    comparisons: Comparisons,
-    val: Space,
-    test: Space,
+    context: EvalContext, question: Question, prompts: Tensor, comparisons: Comparisons, val: Scored, test: Scored
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """One question's figures, with each calibration's curve and the classes that gain and lose; gains by image."""
     compared = {name for comparison in comparisons for name in (comparison["class_a"], comparison["class_b"])}
+    options = context.config.comparative
     touched = np.array([n for n, name in enumerate(question.classes) if name in compared])
-    plain = {"plain": _right(prompts @ test.z.T, test.target)}
-    plain["plain_centred"] = _right(prompts @ (test.z - test.mean).T, test.target)
+    offset = val[0].mean(0)  # test images give none: it is from validation
+    plain = {"plain": _right(prompts @ test[0].T, test[1])}
+    plain["plain_centred"] = _right(prompts @ (test[0] - offset).T, test[1])
     figures: dict[str, Any] = {name: float(right.mean()) for name, right in plain.items()}
-    figures["subset_plain"] = _subset(prompts @ test.z.T, test.target, touched)
-    gains, table, classes = {}, {}, {}
-    for calibration in config.comparative.calibrate:
+    figures["subset_plain"] = _subset(prompts @ test[0].T, test[1], touched)
+    figures |= {"table": {}, "classes": {}, "touched": len(touched)}
+    gains = {}
+    for calibration in options.calibrate:
         used = _shifted(comparisons) if calibration == "shuffled" else comparisons
-        corrected, shift = corrections(clip, question, prompts, used, calibration, val.mean)
-        rows = []
-        for alpha in sorted({*config.comparative.alphas, 1.0}):
-            scored = [_scores(s, prompts, corrected, shift, alpha, calibration) for s in (val, test)]
-            rows.append((alpha, *[float(_right(x, s.target).mean()) for x, s in zip(scored, (val, test))]))
-        best, _, reached = max(rows, key=lambda row: (row[1], row[0]))  # of equal ones the nearest to plain zero-shot
-        scores = _scores(test, prompts, corrected, shift, best, calibration)
-        gain = _right(scores, test.target) - plain["plain_centred" if calibration == "centred" else "plain"]
-        figures[f"comparative_{calibration}"] = reached
-        figures[f"subset_comparative_{calibration}"] = _subset(scores, test.target, touched)
+        corrected, shift = corrections(context.clip, question, prompts, used, calibration, offset)
+        centre = offset if calibration == "centred" else 0
+        curve = []  # of (alpha, accuracy on validation, on test)
+        for alpha in sorted({*options.alphas, 1.0}):
+            scored = [(mixed_scores(z - centre, prompts, corrected, shift, alpha), target) for z, target in (val, test)]
+            curve.append((alpha, *[float(_right(*each).mean()) for each in scored]))
+        best, _, reached = max(curve, key=lambda row: (row[1], row[0]))  # of equal ones the nearest to plain zero-shot
+        scores = mixed_scores(test[0] - centre, prompts, corrected, shift, best)
+        gain = _right(scores, test[1]) - plain["plain_centred" if calibration == "centred" else "plain"]
         gains[calibration] = gain
-        table[calibration] = {"alpha": best, "gain": float(gain.mean()), "curve": rows}
-        classes[calibration] = _best_and_worst(gain, test.target, question.classes)
-    return figures | {"table": table, "classes": classes, "touched": len(touched)}, gains
+        figures[f"comparative_{calibration}"] = reached
+        figures[f"subset_comparative_{calibration}"] = _subset(scores, test[1], touched)
+        figures["table"][calibration] = {"alpha": best, "gain": float(gain.mean()), "curve": curve}
+        of_class = {name: float(gain[test[1] == k].mean()) for k, name in enumerate(question.classes) if k in test[1]}
+        ends = {"best": max(of_class, key=of_class.get), "worst": min(of_class, key=of_class.get)}
+        figures["classes"][calibration] = {end: {"class": k, "gain": of_class[k]} for end, k in ends.items()}
+    return figures, gains
 
 
 def corrections(
@@ -187,11 +173,10 @@ def corrections(
     return corrected, shift
 
 
-def _scores(space: Space, prompts: Tensor, corrected: Tensor, shift: Tensor, alpha: float, calibration: str) -> Tensor:
-    """[classes, M]. The mixed prompts are brought to length 1, as ordinary ones are."""
+def mixed_scores(z: Tensor, prompts: Tensor, corrected: Tensor, shift: Tensor, alpha: float) -> Tensor:
+    """Scores of images [M, D] by mixed prompts, which are brought to length 1 as ordinary ones are.  -> [classes, M]"""
     mixed = alpha * prompts + (1 - alpha) * corrected
     length = mixed.norm(dim=-1, keepdim=True)
-    z = space.z - space.mean if calibration == "centred" else space.z
     return (mixed / length) @ z.T + (1 - alpha) * shift[:, None] / length
 
 
@@ -210,31 +195,20 @@ def _subset(scores: Tensor, target: np.ndarray, touched: np.ndarray) -> float | 
     rows = np.isin(target, touched)
     if len(touched) < 2 or not rows.any():
         return None
-    guess = touched[scores[torch.from_numpy(touched)][:, torch.from_numpy(rows)].argmax(0).numpy()]
+    guess = touched[scores.numpy()[touched][:, rows].argmax(0)]
     return float((guess == target[rows]).mean())
-
-
-def _best_and_worst(gain: np.ndarray, target: np.ndarray, classes: tuple[str, ...]) -> dict[str, dict]:
-    means = {k: float(gain[target == k].mean()) for k in np.unique(target)}
-    ends = {"best": max(means, key=means.get), "worst": min(means, key=means.get)}
-    return {name: {"class": classes[k], "gain": means[k]} for name, k in ends.items()}
-
-
-def _curve(question: Question, figures: dict[str, Any]) -> Curve:
-    series = {name: [(alpha, test) for alpha, _, test in about["curve"]] for name, about in figures["table"].items()}
-    return Curve(f"Comparative prompting on {question.name}, test", "alpha (1 is plain zero-shot)", "accuracy", series)
 
 
 # -- which classes are compared ------------------------------------------------------------------------
 
 
 def _auto(
-    validation: EvalContext, question: Question, prompts: Tensor, val: Space, writer: Callable[[], Writer]
+    validation: EvalContext, question: Question, prompts: Tensor, val: Scored, writer: Callable[[], Writer]
 ) -> Comparisons:
     """The classes most often confused on validation images, and what a writer says of how they differ, both ways."""
     options, seed = validation.config.comparative, validation.config.seed
     check_at_least("comparative.n_comparisons", options.n_comparisons, 1)
-    confused = most_confused(prompts @ val.z.T, val.target, options.n_comparisons)
+    confused = most_confused(prompts @ val[0].T, val[1], options.n_comparisons)
     pairs = [(question.classes[i], question.classes[j]) for a, b in confused for i, j in ((a, b), (b, a))]
     if not pairs:
         return []
@@ -244,9 +218,8 @@ def _auto(
 
 def most_confused(scores: Tensor, target: np.ndarray, n: int) -> list[tuple[int, int]]:
     """The n pairs of classes with the most images of one taken for the other, either way. scores: [classes, M]"""
-    guess = scores.argmax(0).numpy()
     wrong = np.zeros((len(scores),) * 2, dtype=np.int64)
-    np.add.at(wrong, (target, guess), 1)
+    np.add.at(wrong, (target, scores.argmax(0).numpy()), 1)
     both = np.triu(wrong + wrong.T, 1)
     order = np.argsort(-both, axis=None, kind="stable")[:n]
     return [divmod(int(k), len(scores)) for k in order if both.flat[k]]

@@ -13,7 +13,7 @@ the interval accounts for images that stand in many pairs.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from pc_clip.core.errors import UserError, check_at_least
 from pc_clip.core.random import seed_of, stream
 from pc_clip.data import attributes, differences
 from pc_clip.data.dataset import Attribute, Dataset, Question
-from pc_clip.data.differences import UNSEEN, Difference, contrast, swap_roles
+from pc_clip.data.differences import UNSEEN, contrast, swap_roles
 from pc_clip.evals import EvalContext, Result
 from pc_clip.evals.zeroshot import class_embeddings, templates_of
 from pc_clip.metrics import intervals
@@ -44,13 +44,7 @@ def evaluate(context: EvalContext) -> Result:
     """With --difference.sentences that file's, about images or about classes; else the attributes' own."""
     check_at_least("difference.n_pairs", context.config.difference.n_pairs, 1)
     check_at_least("difference.draws", context.config.difference.draws, 1)
-    if not context.config.difference.sentences:
-        return _about_attributes(context)
-    sentences = differences.read(context.config.difference.sentences)
-    question = next((q for q in context.data.questions if sentences[0].first in q.classes), None)
-    if question and sentences[0].first not in set(context.data.ids):
-        return _about_classes(context, sentences, question)
-    return _about_images(context, sentences)
+    return _about_sentences(context) if context.config.difference.sentences else about_attributes(context)
 
 
 class Answers(NamedTuple):
@@ -63,13 +57,11 @@ class Answers(NamedTuple):
 
     @classmethod
     def of(cls, right: dict[str, Tensor], pairs: np.ndarray, draw: np.ndarray) -> Answers:
-        return cls(list(right), torch.stack(list(right.values()), dim=1).double().numpy(), pairs, draw)
+        return cls(list(right), torch.stack([each.double() for each in right.values()], dim=1).numpy(), pairs, draw)
 
     def by_draw(self) -> np.ndarray:
-        """[draws, K], each figure over the pairs it is defined on; NaN where there is none."""
-        parts = [self.right[self.draw == d] for d in np.unique(self.draw)]
-        known = [[column[~np.isnan(column)] for column in part.T] for part in parts]
-        return np.array([[values.mean() if len(values) else np.nan for values in columns] for columns in known])
+        """[draws, K], each figure over the pairs it is defined on."""
+        return np.stack([np.nanmean(self.right[self.draw == d], axis=0) for d in np.unique(self.draw)])
 
 
 # -- graded attributes ---------------------------------------------------------------------------------
@@ -130,81 +122,64 @@ def draw_pairs(attribute: Attribute, n: int, rng: np.random.Generator, tries: in
     return pairs[:n]
 
 
-def _about_attributes(context: EvalContext) -> Result:
-    if not context.attributes:
-        raise UserError(f"{context.data.label} has no graded attributes for mode difference; it needs {LACKING}")
-    claims = ask(context)
-    answers = [_answer_all(context, each) for each in claims]
-    names, groups = answers[0].names, by_task(claims, answers)
-    result = Result(overall(groups), sum(len(each.pairs) for each in answers))
-    for each, answered in zip(claims, answers):
+def about_attributes(context: EvalContext, companions: bool = True) -> Result:
+    """The figures of the graded attributes, over all, by task and by attribute.
+
+    Which pairs are asked about depends on settings and data alone and not on the model.
+    """
+    options, seed = context.config.difference, context.config.seed
+    answers = []
+    for k, attribute in enumerate(context.attributes):
+        seeds = [seed_of(seed, "draw", k, draw) for draw in range(options.draws)]
+        answers.append(answer(context, draw_claims(attribute, options.n_pairs, seeds), companions))
+    result = Result({}, sum(len(each.pairs) for each in answers), {"standard_error": {}})
+    groups = by_task(context.attributes, answers)
+    _add(result, list(groups.values()))
+    for task, members in groups.items():
+        _add(result, [members], f"_{task}")
+    for attribute, answered in zip(context.attributes, answers):
         by_draw = answered.by_draw()
-        result.details[each.attribute.name] = {
-            **dict(zip(names, by_draw.mean(0).tolist())),
-            "standard_error": dict(zip(names, standard_errors(by_draw))),
+        result.details[attribute.name] = {
+            **dict(zip(answered.names, by_draw.mean(0).tolist())),
+            "standard_error": dict(zip(answered.names, intervals.standard_errors(by_draw))),
             "pairs": int(np.bincount(answered.draw).max()),
         }
-    by_draw = {task: np.mean([each.by_draw() for each in members], axis=0) for task, members in groups.items()}
-    result.intervals = dict(zip(names, interval_of(list(groups.values()))))
-    errors = dict(zip(names, standard_errors(np.mean(list(by_draw.values()), axis=0))))
-    for task, members in groups.items():
-        of_task = [f"{name}_{task}" for name in names]
-        result.metrics |= dict(zip(of_task, by_draw[task].mean(0).tolist()))
-        result.intervals |= dict(zip(of_task, interval_of([members])))
-        errors |= dict(zip(of_task, standard_errors(by_draw[task])))
-    result.details["standard_error"] = errors
     return result
 
 
-def ask(context: EvalContext) -> list[Claims]:
-    """The claims about each attribute, which depend on settings and data alone and not on the model."""
-    options, seed = context.config.difference, context.config.seed
-    seeds = [[seed_of(seed, "draw", k, d) for d in range(options.draws)] for k in range(len(context.attributes))]
-    return [draw_claims(each, options.n_pairs, of_draws) for each, of_draws in zip(context.attributes, seeds)]
-
-
-def answer(clip: Clip, z: Tensor, claims: Claims) -> Answers:
-    """The two figures that models are chosen by, difference and two_way. z: [N, D] unit image embeddings."""
-    gaps = pair_differences(z, claims.pairs)
-    return Answers.of(_difference_and_two_way(clip, gaps, claims), claims.pairs, claims.draw)
-
-
-def _answer_all(context: EvalContext, claims: Claims) -> Answers:
-    """Those two and their companions."""
-    gaps = pair_differences(context.z, claims.pairs)  # [P, D]
-    right = _difference_and_two_way(context.clip, gaps, claims)
-    right["reversed"] = cosines(context.clip, claims.reversed, gaps) > 0
-    right["unseen"] = cosines(context.clip, claims.unseen, gaps) > 0
-    if context.base is not None:
+def answer(context: EvalContext, claims: Claims, companions: bool) -> Answers:
+    """Which claims are answered rightly: difference and two_way, which models are chosen by, and their companions."""
+    clip, gaps = context.clip, pair_differences(context.z, claims.pairs)  # [P, D]
+    cosine = cosines(clip, claims.text, gaps)
+    right = {"difference": cosine > 0, "two_way": cosine > cosines(clip, claims.opposite, gaps)}
+    if companions:
+        right["reversed"] = cosines(clip, claims.reversed, gaps) > 0
+        right["unseen"] = cosines(clip, claims.unseen, gaps) > 0
+    if companions and context.base is not None:
         high, low = context.base.embed_texts([claims.attribute.high, claims.attribute.low])
         along = pair_differences(context.base_z, claims.pairs) @ (high - low)
         right["caption_subtraction"] = (along > 0) == torch.from_numpy(claims.up)
     return Answers.of(right, claims.pairs, claims.draw)
 
 
-def _difference_and_two_way(clip: Clip, gaps: Tensor, claims: Claims) -> dict[str, Tensor]:
-    cosine = cosines(clip, claims.text, gaps)
-    return {"difference": cosine > 0, "two_way": cosine > cosines(clip, claims.opposite, gaps)}
-
-
-def by_task(claims: Sequence[Claims], answers: Sequence[Answers]) -> dict[str, list[Answers]]:
-    """The answers grouped by task; an attribute without a task is a group of its own."""
-    groups: dict[str, list[Answers]] = {}
-    for each, answered in zip(claims, answers):
-        groups.setdefault(each.attribute.task or each.attribute.name, []).append(answered)
+def by_task(attributes: Sequence[Attribute], values: Sequence[Any]) -> dict[str, list[Any]]:
+    """What there is for each attribute, grouped by task; an attribute without a task is a group of its own."""
+    groups: dict[str, list[Any]] = {}
+    for attribute, value in zip(attributes, values):
+        groups.setdefault(attribute.task or attribute.name, []).append(value)
     return groups
 
 
-def overall(groups: dict[str, list[Answers]]) -> dict[str, float]:
-    """Means in which each task counts alike, and within it each attribute."""
-    by_draw = [np.mean([each.by_draw() for each in members], axis=0) for members in groups.values()]
-    return dict(zip(next(iter(groups.values()))[0].names, np.mean(by_draw, axis=0).mean(0).tolist()))
+def _add(result: Result, groups: Sequence[Sequence[Answers]], suffix: str = "") -> None:
+    """Put means into the result, with intervals and standard errors over draws.
 
-
-def standard_errors(by_draw: np.ndarray) -> list[float | None]:
-    """Of the means over the draws, as far as drawing other pairs goes. [draws, K] -> K, None for a single draw."""
-    known = [column[~np.isnan(column)] for column in by_draw.T]
-    return [float(c.std(ddof=1) / np.sqrt(len(c))) if len(c) > 1 else None for c in known]
+    Each group counts alike, and within it each attribute.
+    """
+    names = [f"{name}{suffix}" for name in groups[0][0].names]
+    by_draw = np.mean([np.mean([each.by_draw() for each in group], axis=0) for group in groups], axis=0)  # [draws, K]
+    result.metrics |= dict(zip(names, by_draw.mean(0).tolist()))
+    result.intervals |= dict(zip(names, interval_of(groups)))
+    result.details["standard_error"] |= dict(zip(names, intervals.standard_errors(by_draw)))
 
 
 def interval_of(groups: Sequence[Sequence[Answers]]) -> list[tuple[float, float]]:
@@ -218,76 +193,56 @@ def interval_of(groups: Sequence[Sequence[Answers]]) -> list[tuple[float, float]
 # -- sentences of a file -------------------------------------------------------------------------------
 
 
-def _about_images(context: EvalContext, sentences: list[Difference]) -> Result:
-    """sign, two_way, mirrored and R@1 among 100 pairs, for held-out sentences about these images.
+def _about_sentences(context: EvalContext) -> Result:
+    """sign, two_way, mirrored and caption_subtraction of sentences about images, or about classes; of images R@1, too.
 
-    mirrored: the sentence with first and second exchanged, on the pair in the other order. two_way and
-    mirrored are over the sentences that name both images.
+    mirrored: the sentence with first and second exchanged, on the pair in the other order. two_way and mirrored are
+    over the sentences that name both images. caption_subtraction is by the difference of the images' first captions.
+    Of sentences on how a class differs from another each draw shows two images of the two classes; then
+    caption_subtraction is by the classes' ordinary prompts.
     """
-    file, captions = context.config.difference.sentences, context.data.captions
-    pairs = differences.rows(sentences, context.data.ids, file)
-    texts = [sentence.text for sentence in sentences]
-    of_captions = None
-    if captions and context.base is not None:  # in this order: loading the untrained model takes time
-        of_captions = pair_differences(context.base.embed_texts([texts[0] for texts in captions]), pairs)
-    answers = _answer_sentences(context, texts, pairs, np.zeros(len(pairs), dtype=int), of_captions)
-    result = _means(answers, {"sentences": file})
-    result.metrics["difference_r1"] = recall_at_1(context.clip.embed_texts(texts), pair_differences(context.z, pairs))
-    return result
-
-
-def _about_classes(context: EvalContext, sentences: list[Difference], question: Question) -> Result:
-    """The same for sentences on how one class differs from another: each draw shows two images of the two classes.
-
-    caption_subtraction is that of the two classes' ordinary prompts.
-    """
-    file, draws = context.config.difference.sentences, context.config.difference.draws
-    classes = differences.rows(sentences, question.classes, file)  # [S, 2]
-    members = [question.rows[question.target == k] for k in range(len(question.classes))]
-    if absent := sorted({question.classes[k] for k in np.unique(classes) if not len(members[k])}):
-        raise UserError(f"{context.data.label} shows no {absent[0]}, which {file} speaks of")
-    rng = stream(context.config.seed, "images of classes")
-    sentence = np.tile(np.arange(len(sentences)), draws)
-    pairs = np.array([[rng.choice(members[k]) for k in classes[n]] for n in sentence])
-    of_prompts = None
-    if context.base is not None:
-        prompts = class_embeddings(context.base, question, templates_of(question, context.config))
-        of_prompts = pair_differences(prompts, classes)[sentence]
-    texts = [sentences[n].text for n in sentence]
-    answers = _answer_sentences(context, texts, pairs, np.repeat(np.arange(draws), len(sentences)), of_prompts)
-    errors = dict(zip(answers.names, standard_errors(answers.by_draw())))
-    return _means(answers, {"sentences": file, "classes": len(np.unique(classes)), "standard_error": errors})
-
-
-def _answer_sentences(
-    context: EvalContext, texts: list[str], pairs: np.ndarray, draw: np.ndarray, of_captions: Tensor | None
-) -> Answers:
-    """of_captions: [P, D], differences of two captions in the untrained model, for caption_subtraction."""
-    gaps = pair_differences(context.z, pairs)
+    data, options = context.data, context.config.difference
+    sentences = differences.read(options.sentences)
+    question = next((q for q in data.questions if sentences[0].first in q.classes), None)
+    question = None if sentences[0].first in set(data.ids) else question
+    named = differences.rows(sentences, question.classes if question else data.ids, options.sentences)  # [S, 2]
+    draws = options.draws if question else 1
+    sentence = np.tile(np.arange(len(sentences)), draws)  # [P], which one is asked of a pair
+    pairs = _draw_images(context, question, named[sentence]) if question else named
+    texts, gaps = [sentences[n].text for n in sentence], pair_differences(context.z, pairs)
     cosine = cosines(context.clip, texts, gaps)
-    right = {"sign": (cosine > 0).double()}
-    swapped = {n: swap for n, text in enumerate(texts) if (swap := swap_roles(text))}
-    if swapped:
-        rows = torch.tensor(list(swapped))
-        of_swapped = torch.full_like(cosine, torch.nan)
-        of_swapped[rows] = cosines(context.clip, list(swapped.values()), gaps[rows])
-        known = ~of_swapped.isnan()
+    right = {"sign": cosine > 0}
+    swapped = [swap_roles(text) for text in texts]
+    known = torch.tensor([swap is not None for swap in swapped])
+    if known.any():
+        of_swapped = cosines(context.clip, [swap or text for swap, text in zip(swapped, texts)], gaps)
         right["two_way"] = torch.where(known, cosine > of_swapped, torch.nan)
         right["mirrored"] = torch.where(known, of_swapped < 0, torch.nan)
-    if of_captions is not None:
-        along = (pair_differences(context.base_z, pairs) * of_captions).sum(-1)
-        right["caption_subtraction"] = (along > 0).double()
-    return Answers.of(right, pairs, draw)
-
-
-def _means(answers: Answers, details: dict) -> Result:
-    """Each figure's mean and interval over the pairs it is defined on."""
-    result = Result({}, len(answers.pairs), details)
-    for name, right in zip(answers.names, answers.right.T):
-        known = ~np.isnan(right)
-        result.metrics[name] = float(right[known].mean())
-        result.intervals[name] = intervals.of_pairs(right[known, None], answers.pairs[known])[0]
+    if (question or data.captions) and context.base is not None:  # in this order: loading the model takes time
+        of_named = (
+            class_embeddings(context.base, question, templates_of(question, context.config))
+            if question
+            else context.base.embed_texts([of_image[0] for of_image in data.captions])
+        )
+        along = (pair_differences(context.base_z, pairs) * pair_differences(of_named, named)[sentence]).sum(-1)
+        right["caption_subtraction"] = along > 0
+    result = Result({}, len(pairs), {"sentences": options.sentences, "standard_error": {}})
+    _add(result, [[Answers.of(right, pairs, np.repeat(np.arange(draws), len(sentences)))]])
+    if question:
+        result.details["classes"] = len(np.unique(named))
+    else:
+        result.metrics["difference_r1"] = recall_at_1(context.clip.embed_texts(texts), gaps)
     return result
+
+
+def _draw_images(context: EvalContext, question: Question, classes: np.ndarray) -> np.ndarray:
+    """An image of each class. [P, 2] -> [P, 2] rows. Raises UserError for a class without images."""
+    members = [question.rows[question.target == k] for k in range(len(question.classes))]
+    if absent := sorted({question.classes[k] for k in np.unique(classes) if not len(members[k])}):
+        file = context.config.difference.sentences
+        raise UserError(f"{context.data.label} shows no {absent[0]}, which {file} speaks of")
+    rng = stream(context.config.seed, "images of classes")
+    return np.array([[rng.choice(members[k]) for k in pair] for pair in classes])
 
 
 def recall_at_1(text: Tensor, gaps: Tensor, candidates: int = CANDIDATES) -> float:

@@ -26,8 +26,8 @@ from pc_clip.data import attributes
 from pc_clip.data.dataset import Dataset
 from pc_clip.data.differences import UNSEEN, WORDINGS
 from pc_clip.data.registry import download, open_dataset
-from pc_clip.data.statements import label_of, read_statements
-from pc_clip.evals import EvalContext, Result
+from pc_clip.data.statements import label_of
+from pc_clip.evals import EvalContext
 from pc_clip.evals.comparative import FOLDER as COMPARISONS
 from pc_clip.models.clip import Clip
 from pc_clip.models.loading import create_model, describe_checkpoint, load_model
@@ -43,8 +43,6 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
     """
     if config.threads:
         torch.set_num_threads(config.threads)
-    for mode in _requested(config):
-        evals.find(mode)
     data = _open_data(config)
     return measure(_open_model(config), data, config)
 
@@ -62,27 +60,22 @@ def measure(clip: Clip, data: Dataset, config: EvaluateConfig) -> list[dict[str,
     context = EvalContext(clip, find_base if config.checkpoint else (lambda: clip), data, config)
     if data.note:
         log.info("%s", data.note)
-    statements = _statements_hash(context)  # a file that cannot be read is an error at once, whatever is measured
-    if requested := _requested(config):
-        return [_run(context, mode, statements) for mode in requested]
-    return _run_available(context, statements)
-
-
-def _requested(config: EvaluateConfig) -> list[str]:
-    return [mode.strip() for mode in config.mode.split(",") if mode.strip()]
+    _ = context.statements  # a file that cannot be read is an error at once, whatever is measured
+    requested = [mode.strip() for mode in config.mode.split(",") if mode.strip()]
+    return [_run(context, mode) for mode in requested] or _run_available(context)
 
 
 def _check_finite(clip: Clip) -> None:
     weights = clip.model.state_dict() | clip.extra_weights()
-    broken = [name for name, value in weights.items() if value.is_floating_point() and not value.isfinite().all()]
-    if broken:
-        raise UserError(
-            f"the weights of {clip.describe()} have diverged: {broken[0]} holds numbers that are not finite, as do "
-            f"{len(broken) - 1} others of {len(weights)}. Train again with a smaller train.lr."
-        )
+    for name, value in weights.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise UserError(
+                f"the weights of {clip.describe()} have diverged: {name} holds numbers that are not finite. Train "
+                "again with a smaller train.lr."
+            )
 
 
-def _run_available(context: EvalContext, statements: str) -> list[dict[str, Any]]:
+def _run_available(context: EvalContext) -> list[dict[str, Any]]:
     """All evaluations that data and settings allow; those that the weights do not allow are left out, and said."""
     data, config = context.data, context.config
     results, failure = [], None
@@ -91,7 +84,7 @@ def _run_available(context: EvalContext, statements: str) -> list[dict[str, Any]
         if getattr(module, "BY_NAME_ALONE", False) or module.applies(data, config) is not None:
             continue
         try:
-            results.append(_run(context, mode, statements))
+            results.append(_run(context, mode))
         except UserError as error:
             log.warning("%s is left out: %s", mode, error)
             failure = error
@@ -118,17 +111,15 @@ def _open_model(config: EvaluateConfig) -> Clip:
     return load_model(config.checkpoint, config.model.name or None, config.model.pretrained, device=device)
 
 
-def _run(context: EvalContext, mode: str, statements: str) -> dict[str, Any]:
+def _run(context: EvalContext, mode: str) -> dict[str, Any]:
     """One evaluation's result: read where it is known already, else computed and written."""
     config, data, module = context.config, context.data, evals.find(mode)
     if lacking := module.applies(data, config):
         raise UserError(f"mode {mode} cannot be measured on {data.label}: it needs {lacking}")
-    key = _key(context, mode, statements)
-    about = _about(config, mode)
+    key, about, weights = _key(context, mode), _about(config, mode), context.clip.weights_hash()
     source = str(checkpoint_file(config.checkpoint)) if config.checkpoint else context.clip.describe()
     model = config.label or (describe_checkpoint(config.checkpoint) if config.checkpoint else _label(context.clip))
     path = Path(config.out) / model / f"{mode}-{data.label.replace('/', '-')}{about and f'-{about}'}.json"
-    weights = context.clip.weights_hash()
     known = _read(path)
     if known and known["weights"] != weights and os.path.abspath(known["checkpoint"]) != os.path.abspath(source):
         other, model, path = path, f"{model}-{weights[:6]}", path.with_name(f"{path.stem}-{weights[:6]}.json")
@@ -153,7 +144,14 @@ def _run(context: EvalContext, mode: str, statements: str) -> dict[str, Any]:
         "base_known": context.base is not None if "base" in vars(context) else None,
         "seed": config.seed, **environment.describe(),
     }  # fmt: skip
-    _write(path, record, result)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for name, picture in result.pictures.items():
+        picture.image.save(path.with_name(f"{path.stem}-{name}"))
+        log.info("  picture: %s", path.with_name(f"{path.stem}-{name}"))
+    if "order" in result.details:
+        table = pd.DataFrame(result.details["order"])
+        write_text(path.with_suffix(".csv"), table.to_csv(index=False, float_format="%.6f"))
+    write_json(path, record)
     return record
 
 
@@ -165,45 +163,25 @@ def _read(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def _write(path: Path, record: dict[str, Any], result: Result) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for name, picture in result.pictures.items():
-        file = path.with_name(f"{path.stem}-{name}")
-        picture.image.save(file)
-        log.info("  picture: %s", file)
-    if "order" in result.details:
-        table = pd.DataFrame(result.details["order"])
-        table.insert(0, "rank", range(1, len(table) + 1))
-        write_text(path.with_suffix(".csv"), table.to_csv(index=False, float_format="%.6f"))
-    write_json(path, record)
-
-
 # -- names and keys of results -------------------------------------------------------------------------
 
 
-def _key(context: EvalContext, mode: str, statements: str) -> str:
+def _key(context: EvalContext, mode: str) -> str:
     """A hash of all that a result depends on: settings, images and their annotations, model, texts on the disk."""
     config, data, clip, module = context.config, context.data, context.clip, evals.find(mode)
     options = identity(getattr(config, mode)) if hasattr(config, mode) else {}
-    for name in {"sentences", "descriptions"} & options.keys():  # by content: an edited file is evaluated again
-        options[name] = Path(options[name]).read_bytes() if options[name] and Path(options[name]).is_file() else None
     other = module.also_reads(context) if hasattr(module, "also_reads") else None
-    yaml = [COMPARISONS / f"{data.name}.yaml", prompts.FOLDER / "compare.yaml"]
-    yaml += [attributes.FOLDER / f"{task}.yaml" for task in attributes.tasks_of(data.name)]
+    files = [COMPARISONS / f"{data.name}.yaml", prompts.FOLDER / "compare.yaml"]
+    files += [attributes.FOLDER / f"{task}.yaml" for task in attributes.tasks_of(data.name)]
+    files += [Path(options[name]) for name in ("sentences", "descriptions") if options.get(name)]
     questions = [(q.name, q.classes, q.templates, q.several, q.target.tolist(), repr(q.graded)) for q in data.questions]
     graded = [(a.name, a.more, a.less, a.high, a.low, a.gap, a.value.tolist()) for a in data.attributes]
     content = (
-        mode, getattr(module, "VERSION", None), identity(config), options, statements, data.fingerprint,
-        other and other.fingerprint, data.captions, questions, graded, clip.weights_hash(), clip.describe(),
-        WORDINGS, UNSEEN, [path.read_bytes() for path in yaml if path.is_file()],
+        mode, identity(config), options, context.statements, data.fingerprint, other and other.fingerprint,
+        data.captions, questions, graded, clip.weights_hash(), clip.describe(), WORDINGS, UNSEEN,
+        [path.read_bytes() for path in files if path.is_file()],  # by content: after an edit it is evaluated again
     )  # fmt: skip
-    return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
-
-
-def _statements_hash(context: EvalContext) -> str:
-    config = context.config
-    statements = read_statements(config.statements, config.seed) if config.statements else context.data.statements
-    return hashlib.sha256(repr(tuple(statements)).encode()).hexdigest()
+    return _digest(content, 16)
 
 
 def _about(config: EvaluateConfig, mode: str) -> str:
@@ -229,8 +207,8 @@ def _file_and_folder(statements: str) -> str:
     return folder + label_of([statements])
 
 
-def _digest(value: Any) -> str:
-    return hashlib.sha256(repr(value).encode()).hexdigest()[:6]
+def _digest(value: Any, length: int = 6) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:length]
 
 
 def _label(clip: Clip) -> str:

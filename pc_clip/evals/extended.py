@@ -33,22 +33,20 @@ def evaluate(context: EvalContext) -> Result:
     config = context.config
     descriptions = read_descriptions(config.extended.descriptions)
     question = _question_of(context.data, descriptions, config.extended.descriptions)
-    target, z = torch.from_numpy(question.target), context.z[torch.from_numpy(question.rows)]
+    z = context.z[torch.from_numpy(question.rows)]
     details = {
         "question": question.name, "described": sum(name in descriptions for name in question.classes),
         "classes": len(question.classes), "descriptions": descriptions, "per_class": {},
     }  # fmt: skip
-    result, right = Result({}, len(question.rows), details), {}
+    result, plain = Result({}, len(question.rows), details), None
     for name, texts in class_texts(question, templates_of(question, config), descriptions).items():
         scores = z @ _mean_embeddings(context.clip, texts).T
-        figures = score(scores, question)
-        details["per_class"][name] = figures["per_class"]
-        right[name] = (scores.argmax(1) == target).double().numpy()
-        result.metrics[name] = figures["top1"]
-        result.intervals[name] = intervals.of_mean(right[name], config.seed)
-    for name in ("extended_append", "extended_average"):
-        result.metrics[f"gain_{name}"] = result.metrics[name] - result.metrics["extended_plain"]
-        result.intervals[f"gain_{name}"] = intervals.of_mean(right[name] - right["extended_plain"], config.seed)
+        right = (scores.argmax(1).numpy() == question.target).astype(float)
+        details["per_class"][name] = score(scores, question)["per_class"]
+        plain = right if plain is None else plain  # the first one's
+        figures = {name: right} | ({} if name == "extended_plain" else {f"gain_{name}": right - plain})
+        result.metrics |= {figure: float(values.mean()) for figure, values in figures.items()}
+        result.intervals |= {figure: intervals.of_mean(values, config.seed) for figure, values in figures.items()}
     return result
 
 

@@ -25,13 +25,13 @@ Where there are more, pairs and analogies are n_pairs random ones, and images an
 from __future__ import annotations
 
 import logging
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from sklearn.decomposition import PCA
-from sklearn.manifold import TSNE
 from torch import Tensor
 
 from pc_clip.core.config.evaluate import EvaluateConfig
@@ -40,9 +40,9 @@ from pc_clip.core.random import stream
 from pc_clip.data import attributes
 from pc_clip.data.dataset import Attribute, Dataset, Question
 from pc_clip.data.differences import contrast
-from pc_clip.evals import EvalContext, Picture, Result, mean
+from pc_clip.evals import EvalContext, Picture, Result
 from pc_clip.evals.difference import draw_pairs, pair_differences
-from pc_clip.evals.plots import COLOURS, Layer, draw_map
+from pc_clip.evals.plots import MARKS, draw_map
 from pc_clip.evals.zeroshot import class_embeddings, templates_of
 from pc_clip.models.clip import Clip
 
@@ -52,7 +52,6 @@ CELL = 5  # images that a mean of two classes has to be over
 MOST = 5000  # images, and captions, of which gap and cosines are taken
 TUPLES = 1_000_000  # analogies looked at for one pair of questions
 ON_MAP = 500  # images on a map
-FEW = 30  # points of which t-SNE makes nothing
 
 
 def applies(data: Dataset, config: EvaluateConfig) -> str | None:
@@ -60,77 +59,66 @@ def applies(data: Dataset, config: EvaluateConfig) -> str | None:
     return None if known else "a data set with classes, graded attributes or captions"
 
 
-def evaluate(subject: EvalContext) -> Result:
+def evaluate(context: EvalContext) -> Result:
     """The figures above, as far as the data set has what they need, and a map in two dimensions."""
-    metrics, details = measure(subject, subject.clip, subject.z)
-    before = subject.base is not None and subject.base.weights_hash() != subject.clip.weights_hash()
-    if before:
-        base, base_details = measure(subject, subject.base, subject.base_z)
-        metrics |= {f"base_{name}": value for name, value in base.items()}
-        details["base"] = base_details
-    views = [View("before finetuning", subject.base, subject.base_z)] if before else []
-    views.append(View("after finetuning" if before else "", subject.clip, subject.z))
-    pictures = {}
-    if subject.data.questions:
-        pictures["map.png"] = map_of_images(subject, views)
-    return Result(metrics, len(subject.data), details, pictures)
+    metrics, details = measure(context, context.clip, context.z)
+    views = [("", context.clip, context.z)]
+    if context.base is not None and context.base.weights_hash() != context.clip.weights_hash():
+        of_base, details["base"] = measure(context, context.base, context.base_z)
+        metrics |= {f"base_{name}": value for name, value in of_base.items()}
+        views = [
+            ("before finetuning", context.base, context.base_z),
+            ("after finetuning", context.clip, context.z),
+        ]
+    pictures = {"map.png": map_of_images(context, views)} if context.data.questions else {}
+    return Result(metrics, len(context.data), details, pictures)
 
 
-def measure(subject: EvalContext, clip: Clip, z: Tensor) -> tuple[dict[str, float], dict]:
+def measure(context: EvalContext, clip: Clip, z: Tensor) -> tuple[dict[str, float], dict]:
     """All figures of one model, and what they are made of. z: [N, D], its unit image embeddings."""
-    data, config = subject.data, subject.config
-    metrics, details = {}, {}
-    if subject.attributes:
-        found, details["attributes"] = _alignment_of_attributes(clip, z, subject.attributes, config)
-        metrics |= found
+    data, config, n = context.data, context.config, context.config.geometry.n_pairs
     prompts = [class_embeddings(clip, question, templates_of(question, config)) for question in data.questions]
-    if data.questions:
-        aligned = {
-            question.name: alignment_of_classes(z, question, t, config.geometry.n_pairs, config.seed)
-            for question, t in zip(data.questions, prompts)
+    metrics, of_attributes = _alignment_of_attributes(clip, z, context.attributes, config)
+    aligned = {q.name: alignment_of_classes(z, q, t, n, config.seed) for q, t in zip(data.questions, prompts)}
+    of_classes = {name: value for name, value in aligned.items() if value is not None}
+    of_pairs = {
+        f"{p.name}, {q.name}": analogies(z, p, q, of_p, n, config.seed)
+        for p, of_p in zip(data.questions, prompts)
+        for q in data.questions
+        if p is not q
+    }
+    of_pairs = {name: figures for name, figures in of_pairs.items() if figures}
+    if of_classes:
+        metrics["difference_alignment_classes"] = float(np.mean([*of_classes.values()]))
+    if of_pairs:
+        metrics |= {
+            f"analogy_{kind}": float(np.mean([of[kind] for of in of_pairs.values()])) for kind in ("image", "text")
         }
-        aligned = {name: value for name, value in aligned.items() if value is not None}
-        if aligned:
-            metrics["difference_alignment_classes"] = mean(list(aligned.values()))
-        details["classes"] = aligned
-    found, details["analogies"] = _analogies(z, data.questions, prompts, config)
-    metrics |= found
-    return metrics | _gap(clip, z, data, prompts, config.seed), details
+    metrics |= _gap(clip, z, data, prompts, config.seed)
+    return metrics, {"attributes": of_attributes, "classes": of_classes, "analogies": of_pairs}
 
 
 # -- differences ---------------------------------------------------------------------------------------
 
 
-def clear_pairs(attribute: Attribute, n: int, seed: int) -> np.ndarray:
-    """Up to n random pairs of images that differ clearly, the one with more first; none where no two do.  -> [P, 2]"""
-    try:
-        pairs = draw_pairs(attribute, n, stream(seed, "pairs"))
-    except UserError:
-        return np.empty((0, 2), dtype=np.int64)
-    first_has_more = attribute.value[pairs[:, 0]] > attribute.value[pairs[:, 1]]
-    return np.where(first_has_more[:, None], pairs, pairs[:, ::-1])
-
-
 def _alignment_of_attributes(
-    clip: Clip, z: Tensor, known: tuple[Attribute, ...], config: EvaluateConfig
+    clip: Clip, z: Tensor, attributes: Sequence[Attribute], config: EvaluateConfig
 ) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
-    details = {}
-    for k, attribute in enumerate(known):
-        pairs = clear_pairs(attribute, config.geometry.n_pairs, config.seed + 1000 * k)
-        if not len(pairs):
-            log.info("  no two images differ clearly in %s, which is left out", attribute.name)
+    details: dict[str, dict[str, float]] = {}
+    for k, attribute in enumerate(attributes):
+        try:
+            pairs = draw_pairs(attribute, config.geometry.n_pairs, stream(config.seed + 1000 * k, "pairs"))
+        except UserError as error:
+            log.info("  %s is left out: %s", attribute.name, error)
             continue
-        gaps = pair_differences(z, pairs)  # [P, D]
+        up = attribute.value[pairs[:, 0]] > attribute.value[pairs[:, 1]]
+        gaps = pair_differences(z, np.where(up[:, None], pairs, pairs[:, ::-1]))  # [P, D], the one with more first
         first, second = (contrast(attribute.more, attribute.less, wording) for wording in (0, 1))
         high, low, told, told_reversed = clip.embed_texts([attribute.high, attribute.low, first, second])
-        details[attribute.name] = {
-            "phrases": float((gaps @ F.normalize(high - low, dim=0)).mean()),
-            "sentences": float((gaps @ told).mean()),
-            "sentences_reversed": float((gaps @ told_reversed).mean()),
-            "pairs": len(pairs),
-        }
-    names = ("phrases", "sentences", "sentences_reversed") if details else ()
-    return {f"difference_alignment_{name}": mean([d[name] for d in details.values()]) for name in names}, details
+        texts = {"phrases": F.normalize(high - low, dim=0), "sentences": told, "sentences_reversed": told_reversed}
+        details[attribute.name] = {name: float((gaps @ text).mean()) for name, text in texts.items()}
+    means = pd.DataFrame(details).mean(axis=1).add_prefix("difference_alignment_").to_dict()
+    return means, details
 
 
 def alignment_of_classes(z: Tensor, question: Question, prompts: Tensor, n: int, seed: int) -> float | None:
@@ -157,58 +145,30 @@ def _means(z: Tensor, group: np.ndarray, groups: int) -> tuple[Tensor, np.ndarra
 # -- analogies -----------------------------------------------------------------------------------------
 
 
-class Analogies(NamedTuple):
-    """Of one ordered pair of questions. image, text: shares of right answers; cells: candidates; n: how many."""
+def analogies(z: Tensor, p: Question, q: Question, prompts: Tensor, n: int, seed: int) -> dict[str, float]:
+    """a is to b as it is among images of d, so what is a among images of c? At most n analogies; {} without any.
 
-    image: float
-    text: float
-    cells: int
-    n: int
-
-
-def _analogies(
-    z: Tensor, questions: tuple[Question, ...], prompts: list[Tensor], config: EvaluateConfig
-) -> tuple[dict[str, float], dict]:
-    found = {}
-    for n, p in enumerate(questions):
-        for q in questions:
-            if p is not q and (of_pair := analogies(z, p, q, prompts[n], config.geometry.n_pairs, config.seed)):
-                found[f"{p.name}, {q.name}"] = of_pair
-    if not found:
-        return {}, {}
-    metrics = {
-        "analogy_image": mean([of_pair.image for of_pair in found.values()]),
-        "analogy_text": mean([of_pair.text for of_pair in found.values()]),
-    }
-    chance = mean([1 / of_pair.cells for of_pair in found.values()])
-    return metrics, {"chance": chance, "pairs": {name: of_pair._asdict() for name, of_pair in found.items()}}
-
-
-def analogies(z: Tensor, p: Question, q: Question, prompts: Tensor, n: int, seed: int) -> Analogies | None:
-    """a is to b as it is among images of d, so what is a among images of c? At most n analogies; None without any.
-
-    prompts: [classes of p, D], of which analogy_text takes the differences.
+    prompts: [classes of p, D], of which analogy_text takes the differences.  -> image, text: shares of right answers;
+    chance: 1 / candidates; n: how many
     """
     _, in_p, in_q = np.intersect1d(p.rows, q.rows, return_indices=True)
-    if not len(in_p):
-        return None
     shape = len(p.classes), len(q.classes)
     cell = np.ravel_multi_index((p.target[in_p], q.target[in_q]), shape)
     means, counts = _means(z[torch.from_numpy(p.rows[in_p])], cell, shape[0] * shape[1])
     enough = (counts >= CELL).reshape(shape)
     a, b, c, d = _quadruples(enough, n, seed)
     if not len(a):
-        return None
+        return {}
     cells = np.flatnonzero(enough.ravel())
     of = means.view(*shape, -1)
     step = of[a, d] - of[b, d]  # [Q, D]
-    said = F.normalize(prompts[a] - prompts[b], dim=-1) * step.norm(dim=-1, keepdim=True)
+    by_text = F.normalize(prompts[a] - prompts[b], dim=-1) * step.norm(dim=-1, keepdim=True)
     right = torch.from_numpy(np.searchsorted(cells, np.ravel_multi_index((a, c), shape)))
-    image, text = (
-        float((torch.cdist(of[b, c] + moved, means[cells]).argmin(1) == right).double().mean())
-        for moved in (step, said)
-    )
-    return Analogies(image, text, len(cells), len(a))
+    shares = {
+        name: float((torch.cdist(of[b, c] + moved, means[cells]).argmin(1) == right).double().mean())
+        for name, moved in (("image", step), ("text", by_text))
+    }
+    return shares | {"chance": 1 / len(cells), "n": len(a)}
 
 
 def _quadruples(enough: np.ndarray, n: int, seed: int) -> tuple[np.ndarray, ...]:
@@ -229,18 +189,13 @@ def _quadruples(enough: np.ndarray, n: int, seed: int) -> tuple[np.ndarray, ...]
 
 def _gap(clip: Clip, z: Tensor, data: Dataset, prompts: list[Tensor], seed: int) -> dict[str, float]:
     """Modality gap and mean cosines."""
-    rng = stream(seed, "gap")
-    rows = np.sort(rng.permutation(len(z))[:MOST])
-    found = {} if len(rows) < 2 else {"image_cosine": mean_cosine(z[rows])}
+    rows = np.sort(stream(seed, "gap").permutation(len(z))[:MOST])
+    images, texts = z[rows], torch.cat(prompts) if prompts else z[:0]
     if data.captions:
-        text = clip.embed_texts([data.captions[row][0] for row in rows if data.captions[row]])
-    elif prompts:
-        text = torch.cat(prompts)
-    else:
-        return found
-    if len(text) > 1:
-        found["text_cosine"] = mean_cosine(text)
-    return found | {"modality_gap": float((z[rows].mean(0) - text.mean(0)).norm())}
+        texts = clip.embed_texts([data.captions[row][0] for row in rows if data.captions[row]])
+    cosines = {"image_cosine": images, "text_cosine": texts}
+    metrics = {name: mean_cosine(each) for name, each in cosines.items() if len(each) > 1}
+    return metrics | ({"modality_gap": float((images.mean(0) - texts.mean(0)).norm())} if len(texts) else {})
 
 
 def mean_cosine(z: Tensor) -> float:
@@ -250,59 +205,37 @@ def mean_cosine(z: Tensor) -> float:
     return float((z.sum(0).square().sum() - z.square().sum()) / (n * (n - 1)))
 
 
-# -- maps ----------------------------------------------------------------------------------------------
+# -- the map -------------------------------------------------------------------------------------------
 
 
-class View(NamedTuple):
-    """A model at one time. z: [N, D], its unit image embeddings."""
-
-    title: str
-    clip: Clip
-    z: Tensor
-
-
-def map_of_images(subject: EvalContext, views: list[View]) -> Picture:
+def map_of_images(context: EvalContext, views: list[tuple[str, Clip, Tensor]]) -> Picture:
     """Images and class prompts of the first question, on one map for all views, so that places can be compared.
 
-    Texts lie far from images (the modality gap); prompts are moved by the first view's gap, the same for all
-    views, or the map would show nothing else. Of many classes the most frequent have a colour and a prompt.
+    views: of (title, model, its unit image embeddings [N, D]). Texts lie far from images (the modality gap); prompts
+    are moved by the first view's gap, the same for all views, or the map would show nothing else. Of many classes the
+    most frequent have a colour and a prompt.
     """
-    question = subject.data.questions[0]
-    drawn = np.sort(stream(subject.config.seed, "map").permutation(len(question.rows))[:ON_MAP])
+    question = context.data.questions[0]
+    drawn = np.sort(stream(context.config.seed, "map").permutation(len(question.rows))[:ON_MAP])
     rows, target = torch.from_numpy(question.rows[drawn]), question.target[drawn]
     classes, counts = np.unique(target, return_counts=True)
-    shown = np.sort(classes[np.argsort(-counts, kind="stable")][: len(COLOURS)])
-    prompts = [class_embeddings(view.clip, question, templates_of(question, subject.config)) for view in views]
-    gap = views[0].z[rows].mean(0) - prompts[0].mean(0)
-    places, method = flatten([view.z[rows] for view in views], [t[shown] + gap for t in prompts], subject.config.seed)
+    shown = np.sort(classes[np.argsort(-counts, kind="stable")][: len(MARKS)])
+    prompts = [class_embeddings(clip, question, templates_of(question, context.config)) for _, clip, _ in views]
+    gap = views[0][2][rows].mean(0) - prompts[0].mean(0)
+    points = [z[rows] for _, _, z in views] + [of_view[shown] + gap for of_view in prompts]
+    places = np.split(flatten(torch.cat(points)), np.cumsum([len(each) for each in points])[:-1])
     panels = [
-        (view.title, [Layer("image", images, target), Layer("text", texts, shown)])
-        for view, (images, texts) in zip(views, places)
+        (title, images, target, texts, shown)
+        for (title, _, _), images, texts in zip(views, places, places[len(views) :])
     ]
+    note = "First two principal components. Large: class prompts, moved onto the images by the modality gap."
+    names = {k: question.classes[k] for k in shown}
+    alt = f"Map of {len(drawn)} images of {context.data.label} and {len(shown)} class prompts, coloured by class"
     when = ", before and after finetuning side by side" if len(views) > 1 else ""
-    note = f"{method}. Large: class prompts, moved onto the images by the modality gap."
-    image = draw_map(
-        f"{question.name}: images and class prompts", panels, {c: question.classes[c] for c in shown}, note
-    )
-    return Picture(image, (
-        f"Map of {len(drawn)} images of {subject.data.label} and of {len(shown)} of the {len(question.classes)} class "
-        f"prompts for {question.name}{when}, coloured by class"
-    ))  # fmt: skip
+    return Picture(draw_map(f"{question.name}: images and class prompts", panels, names, note), alt + when)
 
 
-def flatten(images: list[Tensor], texts: list[Tensor], seed: int) -> tuple[list[tuple[np.ndarray, np.ndarray]], str]:
-    """(places of the images, places of the texts) of each view, by t-SNE or, of few points, PCA; and which it was.
-
-    Images that a finetuning leaves where they were count once.  [P, D], [T, D] a view -> [P, 2], [T, 2] a view
-    """
-    frozen = all(torch.equal(images[0], other) for other in images[1:])
-    groups = [*(images[:1] if frozen else images), *texts]
-    points = torch.cat(groups).double().numpy()
-    if len(points) < FEW:
-        flat = PCA(min(2, *points.shape), random_state=seed).fit_transform(points)
-        places, method = np.pad(flat, ((0, 0), (0, 2 - flat.shape[1]))), "PCA"
-    else:
-        perplexity = min(30.0, (len(points) - 1) / 3)
-        places, method = TSNE(init="pca", random_state=seed, perplexity=perplexity).fit_transform(points), "t-SNE"
-    parts = np.split(places, np.cumsum([len(group) for group in groups])[:-1])
-    return list(zip(parts[:1] * len(texts) if frozen else parts, parts[-len(texts) :])), method
+def flatten(points: Tensor) -> np.ndarray:
+    """The first two principal components; zero where there is none.  [P, D] -> [P, 2]"""
+    flat = PCA(min(2, *points.shape), random_state=0).fit_transform(points.double().numpy())
+    return np.pad(flat, ((0, 0), (0, 2 - flat.shape[1])))

@@ -15,15 +15,13 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from pc_clip.core.config.evaluate import EvaluateConfig
-from pc_clip.core.errors import UserError
 from pc_clip.core.random import stream
 from pc_clip.data import attributes
 from pc_clip.data.dataset import Attribute, Dataset
 from pc_clip.data.differences import contrast
-from pc_clip.evals import EvalContext, Picture, Result, mean
-from pc_clip.evals.difference import draw_pairs
+from pc_clip.evals import EvalContext, Picture, Result
+from pc_clip.evals.difference import Answers, by_task, draw_pairs, interval_of
 from pc_clip.evals.plots import contact_sheet
-from pc_clip.metrics import intervals
 from pc_clip.models.clip import Clip
 
 SHOWN = 24  # images on a contact sheet, evenly spaced along the order
@@ -48,39 +46,28 @@ def evaluate(context: EvalContext) -> Result:
     """
     if context.config.rank.attribute:
         return _rank_folder(context)
-    if not context.attributes:
-        raise UserError(f"{context.data.label} has no graded attributes for mode rank; it needs {LACKING}")
-    result, groups, samples = Result({}, len(context.data)), {}, {}
+    result, figures, samples = Result({}, len(context.data)), [], []
     for attribute in context.attributes:
-        scores = _scores(context, attribute)
-        samples[attribute.name] = _sample(list(scores.values()), attribute, context.config.seed)
-        known = ~np.isnan(attribute.value)
-        result.details[attribute.name] = {
-            **{name: pair_accuracy(score, attribute) for name, score in scores.items()},
-            "spearman": float(spearmanr(scores["rank"][known], attribute.value[known]).statistic),
-            "sentence": contrast(attribute.more, attribute.less, 0),
-        }
-        groups.setdefault(attribute.task or attribute.name, []).append(attribute.name)
+        scores, known = _scores(context, attribute), ~np.isnan(attribute.value)
+        of_attribute = {name: pair_accuracy(score, attribute) for name, score in scores.items()}
+        of_attribute["spearman"] = float(spearmanr(scores["rank"][known], attribute.value[known]).statistic)
+        figures.append(of_attribute)
+        samples.append(_sample(scores, attribute, context.config.seed))
+        result.details[attribute.name] = of_attribute | {"sentence": contrast(attribute.more, attribute.less, 0)}
         if len(result.pictures) < SHEETS:
             title = f"{attribute.name}: from {attribute.less} to {attribute.more}"
             result.pictures[f"{attribute.name}.png"] = _sheet(context.data, scores["rank"], title, known)
-    figures = [*scores, "spearman"]
-    by_group = {g: {n: mean([result.details[a][n] for a in members]) for n in figures} for g, members in groups.items()}
-    result.metrics = {n: mean([means[n] for means in by_group.values()]) for n in figures}  # each task counts alike
-    result.metrics |= {f"{n}_{group}": value for group, means in by_group.items() for n, value in means.items()}
-    grouped = {group: [samples[name] for name in members] for group, members in groups.items()}
-    result.intervals = dict(zip(scores, _intervals(list(grouped.values()))))
-    for group, members in grouped.items():
-        result.intervals |= dict(zip([f"{name}_{group}" for name in scores], _intervals([members])))
+    tasks, samples_of = by_task(context.attributes, figures), by_task(context.attributes, samples)
+    means = pd.DataFrame(
+        {task: pd.DataFrame(members).mean(skipna=False) for task, members in tasks.items()}
+    )  # a column a task
+    result.metrics = means.mean(axis=1, skipna=False).to_dict()  # each task counts alike
+    names = samples[0].names
+    result.intervals = dict(zip(names, interval_of(list(samples_of.values()))))
+    for task, members in samples_of.items():
+        result.metrics |= means[task].add_suffix(f"_{task}").to_dict()
+        result.intervals |= dict(zip([f"{name}_{task}" for name in names], interval_of([members])))
     return result
-
-
-def direction(clip: Clip, phrase: str, against: str | None = None) -> Tensor:
-    """The embedding images are compared with: of one phrase, or of a phrase minus its opposite.  -> [D]"""
-    if against is None:
-        return clip.embed_texts([phrase])[0]
-    a, b = clip.embed_texts([phrase, against])
-    return a - b
 
 
 def _scores(context: EvalContext, attribute: Attribute) -> dict[str, np.ndarray]:
@@ -97,42 +84,18 @@ def _scores(context: EvalContext, attribute: Attribute) -> dict[str, np.ndarray]
     return scores
 
 
-def _sample(scores: list[np.ndarray], attribute: Attribute, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Clear pairs [P, 2], and how right each of K scores puts them: 1, 0, or a half for a tie. -> [P, K], [P, 2]"""
-    pairs = draw_pairs(attribute, SAMPLE, stream(seed, "pairs"))
-    up = np.sign(attribute.value[pairs[:, 0]] - attribute.value[pairs[:, 1]])
-    right = [0.5 + 0.5 * up * np.sign(score[pairs[:, 0]] - score[pairs[:, 1]]) for score in scores]
-    return np.stack(right, axis=1), pairs
-
-
-def _intervals(groups: list[list[tuple[np.ndarray, np.ndarray]]]) -> list[tuple[float, float]]:
-    """Of the means over groups of samples: each group counts alike, and within it each attribute."""
-    samples = [(right, pairs, 1 / len(group) / len(pairs)) for group in groups for right, pairs in group]
-    weight = np.concatenate([np.full(len(pairs), share) for _, pairs, share in samples])
-    right, pairs = (np.concatenate([sample[k] for sample in samples]) for k in (0, 1))
-    return intervals.of_pairs(right, pairs, weight)
-
-
 def scores_of(clip: Clip, z: Tensor, phrase: str, against: str | None = None) -> np.ndarray:
     """Cosines of images with a phrase, or their products with a phrase minus its opposite. z: [N, D] unit.  -> [N]"""
-    return (z @ direction(clip, phrase, against)).numpy()
+    direction, *opposite = clip.embed_texts([phrase] if against is None else [phrase, against])
+    return (z @ (direction - opposite[0] if opposite else direction)).numpy()
 
 
-def order_of(ids: Sequence[str], score: np.ndarray) -> pd.DataFrame:
-    """Images in the order of their scores, the highest first: rank (from 1), image, score."""
-    order = np.argsort(-score, kind="stable")
-    ranks = np.arange(1, len(order) + 1)
-    return pd.DataFrame({"rank": ranks, "image": [ids[row] for row in order], "score": score[order].astype(float)})
-
-
-def _rank_folder(context: EvalContext) -> Result:
-    options, n = context.config.rank, len(context.data)
-    score = scores_of(context.clip, context.z, options.attribute, options.against)
-    title = f"least to most: {options.attribute}" + (f" (against {options.against})" if options.against else "")
-    order = order_of(context.data.ids, score)[["image", "score"]].to_dict("records")
-    details = {"attribute": options.attribute, "against": options.against, "order": order}
-    sheet = _sheet(context.data, score, title, np.ones(n, dtype=bool))
-    return Result({"images": float(n)}, n, details, {"ranked.png": sheet})
+def _sample(scores: dict[str, np.ndarray], attribute: Attribute, seed: int) -> Answers:
+    """Clear pairs, and how right each score puts them: 1, 0, or a half for a tie."""
+    pairs = draw_pairs(attribute, SAMPLE, stream(seed, "pairs"))
+    up = np.sign(attribute.value[pairs[:, 0]] - attribute.value[pairs[:, 1]])
+    right = [0.5 + 0.5 * up * np.sign(score[pairs[:, 0]] - score[pairs[:, 1]]) for score in scores.values()]
+    return Answers(list(scores), np.stack(right, axis=1), pairs, np.zeros(len(pairs)))
 
 
 def pair_accuracy(score: np.ndarray, attribute: Attribute) -> float:
@@ -146,6 +109,23 @@ def pair_accuracy(score: np.ndarray, attribute: Attribute) -> float:
         right += (len(above) - upper).sum() + 0.5 * (upper - lower).sum()
         total += len(above) * len(here)
     return float(right / total)
+
+
+def order_of(ids: Sequence[str], score: np.ndarray) -> pd.DataFrame:
+    """Images in the order of their scores, the highest first: rank (from 1), image, score."""
+    order = np.argsort(-score, kind="stable")
+    ranks = np.arange(1, len(order) + 1)
+    return pd.DataFrame({"rank": ranks, "image": [ids[row] for row in order], "score": score[order].astype(float)})
+
+
+def _rank_folder(context: EvalContext) -> Result:
+    options, n = context.config.rank, len(context.data)
+    score = scores_of(context.clip, context.z, options.attribute, options.against)
+    title = f"least to most: {options.attribute}" + (f" (against {options.against})" if options.against else "")
+    order = order_of(context.data.ids, score).to_dict("records")
+    details = {"attribute": options.attribute, "against": options.against, "order": order}
+    sheet = _sheet(context.data, score, title, np.ones(n, dtype=bool))
+    return Result({"images": float(n)}, n, details, {"ranked.png": sheet})
 
 
 def _sheet(data: Dataset, score: np.ndarray, title: str, known: np.ndarray) -> Picture:

@@ -21,22 +21,11 @@ from pc_clip.core.config.evaluate import EvaluateConfig
 from pc_clip.core.errors import UserError
 from pc_clip.data.dataset import Dataset, Statement
 from pc_clip.evals import EvalContext, Result, blind_baselines
-from pc_clip.evals.blind_baselines import Asked, right
+from pc_clip.evals.blind_baselines import right
 from pc_clip.metrics import intervals
 
 ENOUGH = 30  # statements of a category that has a metric of its own
 MACRO = ("macro_recall", "macro_precision", "macro_f1")
-
-DEFINITIONS = {
-    "accuracy": "The image is closer to the statement than to its contradiction if and only if the statement is true.",
-    "majority": "Always the commoner label.",
-    "blind": "As accuracy, with a constant grey picture in place of every image.",
-    "blind_mean": "As accuracy, with the mean embedding of the images asked about in place of every image.",
-    "text_only": "Logistic regression on the statement's text embedding, learnt from other photographs' statements.",
-    "prefers_caption_as_written": "The statement wins, whatever its label. Not an accuracy: no image is needed.",
-    "blind_prefers_caption_as_written": "The same with a constant grey picture.",
-    "ties": "A tie counts as half right, and as half of each answer in recall, precision and F1.",
-}
 
 
 def applies(data: Dataset, config: EvaluateConfig) -> str | None:
@@ -51,39 +40,43 @@ def applies(data: Dataset, config: EvaluateConfig) -> str | None:
 def evaluate(context: EvalContext) -> Result:
     """Accuracy, macro recall, precision and F1, and the baselines without an image, with intervals.
 
+    accuracy: the image is closer to the statement than to its contradiction if and only if the statement is true;
+    blind, blind_mean: the same with a grey picture, or the mean embedding of the images, in place of every image.
+    A tie counts half, in recall, precision and F1 as half of each answer.
     Raises UserError where all statements are true, or all false, and where none of their images is there.
     """
     seed = context.config.seed
-    statements = blind_baselines.statements_of(context.data, context.config)
-    _check_both_labels(statements)
-    asked = blind_baselines.ask(context, statements)
+    _check_both_labels(context.statements)
+    asked = blind_baselines.ask(context)
     _check_both_labels(asked.statements, f" whose images are in {context.data.label}")
-    answers = _answers(asked, seed)
-    categories = np.array([s.category.lower().replace(" ", "_") for s in asked.statements])
+    true, photograph = np.array([s.true for s in asked.statements]), asked.photograph
+    margins = {"accuracy": asked.looking, "blind": asked.grey, "blind_mean": asked.mean}
+    answers = blind_baselines.judge(margins, asked.texts, true, photograph, seed)
     shares = answers | {
         "prefers_caption_as_written": right(asked.looking),
         "blind_prefers_caption_as_written": right(asked.grey),
     }
+    categories = np.array([s.category.lower().replace(" ", "_") for s in asked.statements])
     for name in np.unique(categories):
         if name and (categories == name).sum() >= ENOUGH:
             shares[f"accuracy_{name}"] = np.where(categories == name, answers["accuracy"], np.nan)
-    result = _figures(shares, asked, seed)
-    margins = blind_baselines.against("accuracy", answers, asked.photograph, seed)
-    result.details = {
-        "beats_blind": blind_baselines.beats(margins, f"accuracy {100 * result.metrics['accuracy']:.1f}"),
-        "above": {name: margin._asdict() for name, margin in margins.items()},
+    metrics, known = intervals.of_columns(shares, photograph, seed)
+    answer = right(asked.looking)  # 1 for "true", 0 for "false"
+    # How far each statement is a true positive, false negative, false positive, true negative: a 1, or two halves.
+    confusion = np.stack([true * answer, true * (1 - answer), ~true * answer, ~true * (1 - answer)], axis=1)
+    metrics |= dict(zip(MACRO, macro(confusion.sum(0)[None])[:, 0].tolist()))
+    known |= dict(zip(MACRO, map(intervals.between, macro(intervals.redrawn_sums(confusion, photograph, seed)))))
+    result = Result(metrics, len(true), intervals=known)
+    result.details = blind_baselines.against("accuracy", answers, photograph, seed) | {
         "statements": len(asked.statements),
-        "photographs": len(np.unique(asked.photograph)),
+        "photographs": len(np.unique(photograph)),
         "absent": asked.absent,
-        "true": float(asked.true.mean()),
+        "true": float(true.mean()),
         "tied": float((asked.looking == 0).mean()),
-        "categories": _by_name([s.category for s in asked.statements], answers, asked, seed),
-        "relations": _by_name([s.kind for s in asked.statements], answers, asked, seed),
-        "definitions": DEFINITIONS,
+        "categories": _by_name([s.category for s in asked.statements], answers, true, photograph, seed),
+        "relations": _by_name([s.kind for s in asked.statements], answers, true, photograph, seed),
     }
-    if "text_only" not in answers:
-        result.details["left_out"] = blind_baselines.TOO_FEW
-    result.items = {"accuracy": blind_baselines.by_photograph(answers["accuracy"], asked.photograph)}
+    result.items = {"accuracy": blind_baselines.by_photograph(answers["accuracy"], photograph)}
     return result
 
 
@@ -94,33 +87,6 @@ def _check_both_labels(statements: Sequence[Statement], which: str = "") -> None
         raise UserError(
             f"all {len(statements)} statements{which} are {label}. --mode relations wants true and false ones"
         )
-
-
-def _answers(asked: Asked, seed: int) -> dict[str, np.ndarray]:
-    """How right each statement is judged by the model and by the baselines. name -> [M]"""
-    true = asked.true
-    answers = {
-        "accuracy": right(asked.looking, true),
-        "majority": right(np.full(len(true), 1.0 if true.mean() >= 0.5 else -1.0), true),
-        "blind": right(asked.grey, true),
-        "blind_mean": right(asked.mean, true),
-    }
-    by_text = blind_baselines.tell_labels(asked.texts, true, asked.photograph, seed)
-    return answers if by_text is None else answers | {"text_only": right(by_text, true)}
-
-
-def _figures(shares: dict[str, np.ndarray], asked: Asked, seed: int) -> Result:
-    """The metrics, accuracy first and the macro means after it, and their intervals."""
-    values, group = np.stack(list(shares.values()), axis=1), asked.photograph  # [M, K]
-    answer, true = right(asked.looking), asked.true
-    # How far each statement is a true positive, false negative, false positive, true negative: a 1, or two halves.
-    confusion = np.stack([true * answer, true * (1 - answer), ~true * answer, ~true * (1 - answer)], axis=1)
-    means = dict(zip(shares, np.nanmean(values, axis=0))) | dict(zip(MACRO, macro(confusion.sum(0)[None])[:, 0]))
-    redrawn = dict(zip(shares, intervals.redrawn_means(values, group, seed).T))
-    redrawn |= dict(zip(MACRO, macro(intervals.redrawn_sums(confusion, group, seed))))
-    order = ["accuracy", *MACRO, *(name for name in shares if name != "accuracy")]
-    metrics = {name: float(means[name]) for name in order}
-    return Result(metrics, len(true), intervals={name: intervals.between(redrawn[name]) for name in order})
 
 
 def macro(confusion: np.ndarray) -> np.ndarray:
@@ -136,7 +102,9 @@ def macro(confusion: np.ndarray) -> np.ndarray:
     return np.stack([recall, precision, f1])
 
 
-def _by_name(names: Sequence[str], answers: dict[str, np.ndarray], asked: Asked, seed: int) -> dict[str, Any]:
+def _by_name(
+    names: Sequence[str], answers: dict[str, np.ndarray], true: np.ndarray, photograph: np.ndarray, seed: int
+) -> dict[str, Any]:
     """For the statements of each name: how many, the share that is true, and the answers' shares that are right.
 
     interval: of accuracy; majority: of the name's own statements.
@@ -144,13 +112,14 @@ def _by_name(names: Sequence[str], answers: dict[str, np.ndarray], asked: Asked,
     figures: dict[str, Any] = {}
     for name in filter(None, np.unique(names)):
         here = np.array(names) == name
-        alone = np.where(here, answers["accuracy"], np.nan)[:, None]
-        true = float(asked.true[here].mean())
+        alone = np.where(here, answers["accuracy"], np.nan)
+        _, known = intervals.of_columns({"accuracy": alone}, photograph, seed)
+        share = float(true[here].mean())
         figures[str(name)] = {
             "n": int(here.sum()),
-            "true": true,
+            "true": share,
             **{answer: float(values[here].mean()) for answer, values in answers.items()},
-            "majority": max(true, 1 - true),
-            "interval": list(intervals.between(intervals.redrawn_means(alone, asked.photograph, seed)[:, 0])),
+            "majority": max(share, 1 - share),
+            "interval": list(known["accuracy"]),
         }
     return figures

@@ -1,8 +1,10 @@
 """Retrieval between images and their captions: R@k both ways, by two named definitions.
 
-t2i, i2t: all captions of all images in one pool, as CLIP_benchmark and most tables count. paired_t2i, paired_i2t: each
-image with one caption, N against N, as SimCLIP counts; done for the first, second, ... captions in turn, as many as
-every image has, and averaged, so that nothing is drawn at random. centred_i2t explains a low i2t.
+t2i, i2t: all captions of all images in one pool, as CLIP_benchmark and most tables count: every caption has to find its
+image, an image any one of its captions. paired_t2i, paired_i2t: each image with one caption, N against N, as SimCLIP
+counts; done for the first, second, ... captions in turn, as many as every image has, and averaged, so that nothing is
+drawn at random. centred_i2t explains a low i2t: each caption's cosine is less its mean over all the images, so that no
+caption is close to everything; it looks at all images at once and does not replace i2t.
 """
 
 from __future__ import annotations
@@ -14,22 +16,9 @@ from pc_clip.core.errors import UserError
 from pc_clip.data.dataset import Dataset
 from pc_clip.evals import EvalContext, Result
 from pc_clip.metrics import intervals
-from pc_clip.metrics.retrieval import KS, TIES, families, per_image
+from pc_clip.metrics.retrieval import KS, families, per_image
 
-VERSION = 2  # ties, and the set of metrics, are not as they were
 COMPARED = ("t2i_r1", "i2t_r1", "paired_t2i_r1", "paired_i2t_r1")  # kept image by image, to compare models by
-
-DEFINITIONS = {
-    "t2i": "Every caption has to find its image among all images (CLIP_benchmark's image_retrieval_recall).",
-    "i2t": "An image has to find any one of its captions among all captions of all images (CLIP_benchmark's "
-    "text_retrieval_recall).",
-    "paired_t2i": "Each image with one caption, N against N: a caption has to find its image (SimCLIP's); the mean "
-    "over the first, second, ... captions, as many as every image has.",
-    "paired_i2t": "Each image with one caption, N against N: an image has to find its caption (SimCLIP's); the mean "
-    "over the first, second, ... captions, as many as every image has.",
-    "centred_i2t": "As i2t, but each caption's cosine is less its mean over all the images, so that no caption is "
-    "close to everything. It looks at all images at once, so it explains i2t and does not replace it.",
-}
 
 
 def applies(data: Dataset, config: EvaluateConfig) -> str | None:
@@ -39,7 +28,8 @@ def applies(data: Dataset, config: EvaluateConfig) -> str | None:
 def evaluate(context: EvalContext) -> Result:
     """R@k of both definitions, with intervals over images; median ranks, from 1, are in the details.
 
-    Intervals draw images again, each with all its captions, which are not independent. The pool stays as it is.
+    A tie gets the middle of its ranks (metrics/retrieval.py). Intervals draw images again, each with all its captions,
+    which are not independent. The pool stays as it is.
     Raises UserError for fewer than two images, and one without a caption.
     """
     data, captions = context.data, context.data.captions
@@ -50,17 +40,16 @@ def evaluate(context: EvalContext) -> Result:
     texts = context.clip.embed_texts([caption for texts in captions for caption in texts])
     by_name = families(context.z, texts, counts)
     hits, queries = per_image(by_name, len(counts))
-    metrics = {name: float(hits[name].sum() / queries[name].sum()) for name in hits}
     details = {f"{name}_median_rank": float(np.median(family.ranks.middle)) for name, family in by_name.items()}
     details |= {"images": len(counts), "captions": int(counts.sum()), "captions_in_turn": int(counts.min())}
-    details |= {"definitions": DEFINITIONS, "ties": TIES}
-    details["tied"] = {name: float((f.ranks.first < f.ranks.last).mean()) for name, f in by_name.items()}
+    details["tied"] = {name: family.ranks.tied for name, family in by_name.items()}
     details["left_out"] = {
         f"{name}_r{k}": f"k is not smaller than the number of candidates, {family.candidates}"
         for name, family in by_name.items()
         for k in KS
         if k >= family.candidates
     }
+    metrics = {name: float(hits[name].sum() / queries[name].sum()) for name in hits}
     items = {name: (hits[name] / queries[name].mean()).round(4).tolist() for name in metrics if name in COMPARED}
     known = intervals.of_ratios(hits, queries, context.config.seed)
     return Result(metrics, len(counts), details, intervals=known, items=items)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from pc_clip.core.config.evaluate import EvaluateConfig
 from pc_clip.core.errors import UserError, check_choice
 from pc_clip.data.dataset import Dataset, Question
-from pc_clip.evals import EvalContext, Result, mean
+from pc_clip.evals import EvalContext, Result
 from pc_clip.metrics import intervals
 from pc_clip.models.clip import Clip
 
@@ -24,45 +24,34 @@ def applies(data: Dataset, config: EvaluateConfig) -> str | None:
     return None if data.questions else "a data set with classes"
 
 
-class Answers(NamedTuple):
-    """The answers to each question: a table of figures, and which images were right. [M] bool each"""
-
-    details: dict[str, dict[str, Any]]
-    right: dict[str, np.ndarray]
-
-    @property
-    def accuracy(self) -> float:
-        """The mean over the questions."""
-        return mean([figures["top1"] for figures in self.details.values()])
-
-    def interval(self, seed: int) -> tuple[float, float] | None:
-        """Of the accuracy; None where it is a mean over several questions."""
-        return intervals.of_mean(next(iter(self.right.values())), seed) if len(self.right) == 1 else None
-
-
 def evaluate(context: EvalContext) -> Result:
     """Top-1 and top-5 accuracy for each question the data set asks; `zeroshot` is the mean of the top-1."""
-    answers, seed = answer(context), context.config.seed
-    result = Result({"zeroshot": answers.accuracy}, sum(map(len, answers.right.values())), answers.details)
-    for name, figures in answers.details.items():
+    details, right = answer(context)
+    result = Result({"zeroshot": accuracy(details)}, sum(map(len, right.values())), details)
+    for name, figures in details.items():
         result.metrics[f"zeroshot_{name}"] = figures["top1"]
-        result.intervals[f"zeroshot_{name}"] = intervals.of_mean(answers.right[name], seed)
+        result.intervals[f"zeroshot_{name}"] = intervals.of_mean(right[name], context.config.seed)
         if len(figures["classes"]) > 5:
             result.metrics[f"top5_{name}"] = figures["top5"]
-    if len(answers.right) == 1:
-        result.intervals["zeroshot"] = next(iter(result.intervals.values()))
+    if len(details) == 1:
+        (result.intervals["zeroshot"],) = result.intervals.values()
     return result
 
 
-def answer(context: EvalContext) -> Answers:
-    """Every question, without the intervals, which take longer than the answers of a small model."""
+def answer(context: EvalContext) -> tuple[dict[str, dict[str, Any]], dict[str, np.ndarray]]:
+    """Each question's figures, and which of its images were right, [M] bool; without the slower intervals."""
     details, right = {}, {}
     for question in context.data.questions:
         prompts = class_embeddings(context.clip, question, templates_of(question, context.config))
         scores = context.z[torch.from_numpy(question.rows)] @ prompts.T  # [M, classes]
         details[question.name] = score(scores, question)
-        right[question.name] = (scores.argmax(1) == torch.from_numpy(question.target)).numpy()
-    return Answers(details, right)
+        right[question.name] = scores.argmax(1).numpy() == question.target
+    return details, right
+
+
+def accuracy(details: dict[str, dict[str, Any]]) -> float:
+    """The mean over the questions."""
+    return float(np.mean([figures["top1"] for figures in details.values()]))
 
 
 def templates_of(question: Question, config: EvaluateConfig) -> tuple[str, ...]:
@@ -100,7 +89,6 @@ def score(scores: Tensor, question: Question) -> dict[str, Any]:
         "top1": float((best[:, 0] == target).double().mean()),
         "top5": float((best == target[:, None]).any(1).double().mean()),
         "per_class": per_class,
-        "worst": sorted(per_class, key=per_class.get)[:5],
         "confusions": [
             {"true": classes[a], "guessed": classes[b], "share": float(wrong[a, b] / counts[a])}
             for a, b in largest

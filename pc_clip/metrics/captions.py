@@ -13,11 +13,9 @@ import json
 import logging
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,49 +28,27 @@ from pc_clip.metrics import intervals as _intervals
 log = logging.getLogger(__name__)
 
 ORDERS = 4  # BLEU-1 to BLEU-4
+TOKENIZERS = {True: "PTBTokenizer", False: "lower-case words, because no Java runs here"}
 PATIENCE = 1800  # seconds that a Java program may take; pycocoevalcap's classes can hang after an error of theirs
 NO_JAVA = "not computed: it is a Java program, and no Java runs here. Install one, then run with --again true"
 ONE_PAIR = "0 by definition: CIDEr weighs words by how rare they are among the pairs, and there is only one pair"
 
 
-@dataclass(frozen=True)
-class Tools:
-    """What there is to score with. java: that runs, or None; spice: whether that is wanted."""
+def find_java(spice: bool = False) -> bool:
+    """Whether a Java runs here, asked before anything is decoded. On some systems `java` only says that it is absent.
 
-    java: str | None
-    spice: bool = False
-
-    @property
-    def tokenizer(self) -> str:
-        return "PTBTokenizer" if self.java else "lower-case words, because no Java runs here"
-
-
-def find_java() -> str | None:
-    """The Java on the PATH, where pycocoevalcap looks for it; None where there is none that runs."""
-    try:  # on some systems `java` is there only to say that Java is not
-        runs = subprocess.run(["java", "-version"], capture_output=True, timeout=60).returncode == 0
-    except (OSError, subprocess.TimeoutExpired):
-        runs = False
-    return shutil.which("java") if runs else None
-
-
-def find_tools(spice: bool = False) -> Tools:
-    """Look for all that scoring needs, before anything is decoded.
-
-    Raises UserError where pycocoevalcap is absent, and where SPICE is wanted and does not run here.
+    Raises UserError where pycocoevalcap is absent, and where SPICE is wanted and no Java runs.
     """
     _scorer("bleu.bleu_scorer", "BleuScorer")
-    tools = Tools(find_java(), spice)
-    if spice and tools.java is None:
+    try:
+        java = subprocess.run(["java", "-version"], capture_output=True, timeout=60).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        java = False
+    if spice and not java:
         raise UserError("SPICE is a Java program, and no Java runs here. Install Java 8, or leave --caption.spice out")
-    if spice:
-        try:  # its models are fetched by pycocoevalcap at the first use
-            _by_java("spice.spice", "Spice", {0: ["a dog runs"]}, {0: ["a dog runs"]})
-        except RuntimeError as error:
-            raise UserError(f"SPICE does not run ({error}). It wants Java 8; or leave --caption.spice out") from error
-    if tools.java is None:
+    if not java:
         log.warning("METEOR is left out, and tokens are lower-case words: no Java runs here")
-    return tools
+    return java
 
 
 @dataclass(frozen=True)
@@ -81,7 +57,8 @@ class Scores:
 
     corpus: name -> score of all together; items: name -> [N], of each sentence, whose mean the corpus score is but for
     METEOR and BLEU. bleu: [N, 10] statistics, as `bleu_of` takes them. tokens: the hypotheses as they were scored.
-    intervals: of the corpus scores, bootstrap 95 %, but for METEOR's. notes: name -> why a score is absent or odd.
+    intervals: of the corpus scores, bootstrap 95 %, but for METEOR's and SPICE's. notes: name -> why a score is absent
+    or odd.
     """
 
     corpus: dict[str, float]
@@ -93,75 +70,72 @@ class Scores:
 
 
 def score(
-    hypotheses: Sequence[str], references: Sequence[Sequence[str]], tools: Tools, seed: int = 0, *, quick: bool = False
+    hypotheses: Sequence[str],
+    references: Sequence[Sequence[str]],
+    seed: int = 0,
+    *,
+    java: bool = False,
+    spice: bool = False,
+    quick: bool = False,
 ) -> Scores:
     """Score one sentence an item against its references.  [N], [N] of one or more each
 
-    METEOR is left out where there is no Java. quick: BLEU, ROUGE-L and CIDEr alone, without intervals.
-    Raises UserError for an item without a reference, and for no item at all.
+    METEOR, and SPICE where it is wanted, are left out where they do not run, which the notes say. quick: BLEU, ROUGE-L
+    and CIDEr alone, without intervals. Raises UserError for an item without a reference, and for no item at all.
     """
-    said, told = _tokenized(hypotheses, references, tools)
-    stats = bleu_statistics(said, told)
-    items = {"rouge_l": _each("rouge.rouge", "Rouge", said, told), "cider": _each("cider.cider", "Cider", said, told)}
-    notes = {"cider": ONE_PAIR} if len(said) == 1 else {}
-    if tools.spice and not quick:
-        _, every = _by_java("spice.spice", "Spice", *_numbered(said, told))
-        items["spice"] = np.array([one["All"]["f"] for one in every])
+    tokenized = _tokenized(hypotheses, references, java)
+    stats = bleu_statistics(*tokenized)
+    items = {"rouge_l": _each("rouge.rouge", "Rouge", *tokenized), "cider": _each("cider.cider", "Cider", *tokenized)}
     corpus = {f"bleu_{k}": float(value) for k, value in enumerate(bleu_of(stats.sum(0)), 1)}
     corpus |= {name: float(np.mean(values)) for name, values in items.items()}
+    notes = {"cider": ONE_PAIR} if len(hypotheses) == 1 else {}
     if quick:
-        return Scores(corpus, items, stats, said, notes=notes)
+        return Scores(corpus, items, stats, tokenized[0], notes=notes)
     redrawn = bleu_of(_intervals.redrawn_sums(stats, np.arange(len(stats)), seed))
     intervals = {f"bleu_{k}": _intervals.between(draws) for k, draws in enumerate(redrawn.T, 1)}
     intervals |= {name: _intervals.of_mean(values, seed) for name, values in items.items()}
-    try:
-        if tools.java:
-            corpus["meteor"], every = _by_java("meteor.meteor", "Meteor", *_numbered(said, told))
-            items["meteor"] = np.array(every)
-        else:
-            notes["meteor"] = NO_JAVA
-    except RuntimeError as error:  # the other scores are not lost with it
-        log.warning("METEOR is left out: %s", error)
-        notes["meteor"] = f"not computed: {error}"
-    return Scores(corpus, items, stats, said, intervals, notes)
+    if not java:
+        notes["meteor"] = NO_JAVA
+    for name in ["meteor"] * java + ["spice"] * spice:
+        try:
+            corpus[name], _ = _by_java(f"{name}.{name}", name.capitalize(), *_numbered(*tokenized))
+        except RuntimeError as error:  # the other scores are not lost with it
+            log.warning("%s is left out: %s", name.upper(), error)
+            notes[name] = f"not computed: {error}"
+    return Scores(corpus, items, stats, tokenized[0], intervals, notes)
 
 
 def validation_cider(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     """CIDEr, quickly and without Java, to choose an epoch by. Raises UserError where pycocoevalcap is absent."""
-    return float(np.mean(_each("cider.cider", "Cider", *_tokenized(hypotheses, references, Tools(None)))))
-
-
-def most_frequent(sentences: Sequence[str]) -> str:
-    """The most frequent sentence; of several, the first."""
-    return Counter(sentences).most_common(1)[0][0]
+    return float(np.mean(_each("cider.cider", "Cider", *_tokenized(hypotheses, references, java=False))))
 
 
 # -- one score each; sentences are tokenized --------------------------------------------------------------
 
 
-def _each(module: str, name: str, said: Sequence[str], told: Sequence[Sequence[str]]) -> np.ndarray:
+def _each(module: str, name: str, hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
     """The scores of pycocoevalcap's class, of each sentence.  -> [N]"""
-    return np.array(_scorer(module, name)().compute_score(*_numbered(said, told))[1], dtype=np.float64)
+    return np.array(_scorer(module, name)().compute_score(*_numbered(hypotheses, references))[1], dtype=np.float64)
 
 
-def _numbered(said: Sequence[str], told: Sequence[Sequence[str]]) -> tuple[dict, dict]:
+def _numbered(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[dict, dict]:
     """References and hypotheses as pycocoevalcap takes them."""
-    return {n: list(each) for n, each in enumerate(told)}, {n: [each] for n, each in enumerate(said)}
+    return {n: list(each) for n, each in enumerate(references)}, {n: [each] for n, each in enumerate(hypotheses)}
 
 
-def bleu_statistics(said: Sequence[str], told: Sequence[Sequence[str]]) -> np.ndarray:
+def bleu_statistics(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
     """The counts in BLEU: right n-grams and all of them, for n of 1 to 4, the length, and the nearest reference's.
 
     -> [N, 10]; the score of any set of sentences is `bleu_of` their sum. Of two equally near references the shorter
     one counts.
     """
     scorer = _scorer("bleu.bleu_scorer", "BleuScorer")(n=ORDERS)
-    for one, each in zip(said, told, strict=True):
-        scorer += (one, list(each))
+    for hypothesis, of_one in zip(hypotheses, references, strict=True):
+        scorer += (hypothesis, list(of_one))
     nearest = [min((abs(length - c["testlen"]), length) for length in c["reflen"])[1] for c in scorer.ctest]
     return np.array(
         [[*c["correct"], *c["guess"], c["testlen"], near] for c, near in zip(scorer.ctest, nearest)], dtype=np.float64
-    ).reshape(-1, 2 * ORDERS + 2)
+    )
 
 
 def bleu_of(sums: np.ndarray) -> np.ndarray:
@@ -173,25 +147,21 @@ def bleu_of(sums: np.ndarray) -> np.ndarray:
     return np.where(ratio < 1, precision * np.exp(1 - 1 / np.minimum(ratio, 1)), precision)
 
 
-# -- words --------------------------------------------------------------------------------------------------
-
-
 def _tokenized(
-    hypotheses: Sequence[str], references: Sequence[Sequence[str]], tools: Tools
+    hypotheses: Sequence[str], references: Sequence[Sequence[str]], java: bool
 ) -> tuple[list[str], list[list[str]]]:
-    """Sentences as the scorers take them: words with one space between two."""
+    """Hypotheses and references as the scorers take them: words with one space between two."""
     without = sum(not each for each in references)
     if without or not len(hypotheses):
         what = f"{without} of {len(references)} pairs have no reference" if without else "there is no pair"
         raise UserError(f"{what}; captions are scored against at least one sentence each")
-    every = [*hypotheses, *(sentence for each in references for sentence in each)]
-    words = dict.fromkeys(every)
-    if tools.java:  # a line break would shift all that follows, and "|||" is METEOR's mark between sentences
-        lines = [{"caption": " ".join(text.replace("|||", " ").split()) or "."} for text in words]
+    texts = list(dict.fromkeys([*hypotheses, *(sentence for each in references for sentence in each)]))
+    if java:  # a line break would shift all that follows, and "|||" is METEOR's mark between sentences
+        lines = [{"caption": " ".join(text.replace("|||", " ").split()) or "."} for text in texts]
         tokens = _by_java("tokenizer.ptbtokenizer", "PTBTokenizer", {0: lines})["0"]
-        words = dict(zip(words, tokens, strict=True))
     else:
-        words = {text: " ".join(re.findall(r"\w+(?:['’-]\w+)*", text.lower())) for text in words}
+        tokens = [" ".join(re.findall(r"\w+(?:['’-]\w+)*", text.lower())) for text in texts]
+    words = dict(zip(texts, tokens, strict=True))
     return [words[text] for text in hypotheses], [[words[text] for text in each] for each in references]
 
 
@@ -209,40 +179,34 @@ def _scorer(module: str, name: str) -> type:
 
 
 def _by_java(module: str, name: str, *arguments: dict) -> Any:
-    """The answer of a class that calls Java, in a process of its own that is ended after PATIENCE.
+    """The answer of a class that calls Java, in a process of its own that ends itself after PATIENCE.
 
     Raises RuntimeError with the last line of its complaint.
     """
-    path = os.pathsep.join(filter(None, sys.path))
-    environment = {**os.environ, "JAVA_TOOL_OPTIONS": "-Dfile.encoding=UTF-8", "PYTHONPATH": path}
-    process = subprocess.Popen(
-        [sys.executable, "-m", __name__, module, name], env=environment, start_new_session=True, encoding="utf-8",
-        errors="replace", stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    environment = {**os.environ, "JAVA_TOOL_OPTIONS": "-Dfile.encoding=UTF-8", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-m", __name__, module, name, str(PATIENCE)], input=json.dumps(arguments), env=environment,
+        start_new_session=True, capture_output=True, encoding="utf-8", errors="replace",
     )  # fmt: skip
-    try:
-        answer, complaint = process.communicate(json.dumps(arguments), timeout=PATIENCE)
-    except subprocess.TimeoutExpired as error:
-        raise RuntimeError(f"{name} gave no answer in {PATIENCE} seconds") from error
-    finally:
-        if process.returncode is None:
-            os.killpg(process.pid, signal.SIGKILL)  # its Java with it
-            process.wait()
-    if process.returncode:
-        raise RuntimeError(f"{name} failed: {(complaint.strip().splitlines() or ['no reason given'])[-1][:300]}")
-    return json.loads(answer.splitlines()[-1])
+    if done.returncode == -signal.SIGKILL:
+        raise RuntimeError(f"{name} gave no answer in {PATIENCE} seconds")
+    if done.returncode:
+        raise RuntimeError(f"{name} failed: {(done.stderr.strip().splitlines() or ['no reason given'])[-1][:300]}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
-def _answer() -> None:
+def _answer(module: str, name: str, patience: str) -> None:
     """The other end of `_by_java`."""
-    arguments = json.load(sys.stdin)
+    signal.signal(signal.SIGALRM, lambda *_: os.killpg(0, signal.SIGKILL))  # its Java with it
+    signal.alarm(int(patience))
     try:
-        scorer = _scorer(*sys.argv[1:])()
+        scorer = _scorer(module, name)()
         method = scorer.compute_score if hasattr(scorer, "compute_score") else scorer.tokenize
-        print(json.dumps(method(*arguments), default=np.ndarray.tolist))
+        print(json.dumps(method(*json.load(sys.stdin)), default=np.ndarray.tolist))
     except Exception as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         os._exit(1)  # METEOR's class would wait for a lock of its own when it is taken down
 
 
 if __name__ == "__main__":
-    _answer()
+    _answer(*sys.argv[1:])

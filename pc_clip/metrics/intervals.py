@@ -8,6 +8,8 @@ comes from the cluster-robust variance for dyads instead (Aronow, Samii and Asse
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from pc_clip.core.random import stream
@@ -42,12 +44,28 @@ def redrawn_means(values: np.ndarray, group: np.ndarray, seed: int, draws: int =
     return np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
 
 
+def of_columns(
+    columns: Mapping[str, np.ndarray], group: np.ndarray, seed: int
+) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
+    """Means of figures and their intervals, groups drawn again; NaN is not counted.  name -> [M] each, [M]"""
+    values = np.stack([np.asarray(column, dtype=np.float64) for column in columns.values()], axis=1)
+    means = np.nanmean(values, axis=0).tolist()
+    return dict(zip(columns, means)), dict(zip(columns, map(between, redrawn_means(values, group, seed).T)))
+
+
 def of_ratios(hits: dict[str, np.ndarray], queries: dict[str, np.ndarray], seed: int) -> dict[str, tuple[float, float]]:
     """The bootstrap intervals of sums of hits over sums of queries, items drawn again.  name -> [M] each"""
     columns = np.column_stack([*hits.values(), *queries.values()])
     hit, asked = np.split(redrawn_sums(columns, np.arange(len(columns)), seed), 2, axis=1)
     shares = np.divide(hit, asked, out=np.full_like(hit, np.nan), where=asked > 0)
     return {name: between(draws) for name, draws in zip(hits, shares.T)}
+
+
+def standard_errors(by_draw: np.ndarray) -> list[float | None]:
+    """Of the means of figures over draws. [draws, K] -> K, None for a single draw, which says nothing of it."""
+    if len(by_draw) < 2:
+        return [None] * by_draw.shape[1]
+    return (by_draw.std(axis=0, ddof=1) / np.sqrt(len(by_draw))).tolist()
 
 
 def between(draws: np.ndarray) -> tuple[float, float]:
@@ -59,21 +77,22 @@ def between(draws: np.ndarray) -> tuple[float, float]:
 def of_pairs(values: np.ndarray, pairs: np.ndarray, weight: np.ndarray | None = None) -> list[tuple[float, float]]:
     """The intervals of K shares over pairs of images, each within [0, 1].
 
-    values: [P, K], K figures a pair; pairs: [P, 2] image numbers; weight: [P], how much a pair counts.
+    values: [P, K], K figures a pair, NaN where a pair does not count; pairs: [P, 2] image numbers; weight: [P].
     The variance is the sum over images of (the summed deviations of its pairs)^2, less the same over pairs, which
     the first counts twice.
     """
-    values = np.asarray(values, dtype=np.float64)
-    weight = np.ones(len(pairs)) if weight is None else weight
-    centre = weight @ values / weight.sum()  # [K]
-    off = weight[:, None] * (values - centre)  # [P, K]
+    known = ~np.isnan(values)
+    weight = known * (np.ones(len(pairs)) if weight is None else weight)[:, None]  # [P, K]
+    values = np.where(known, values, 0.0)
+    centre = (weight * values).sum(0) / weight.sum(0)  # [K]
+    off = weight * (values - centre)  # [P, K]
     images, places = np.unique(pairs, return_inverse=True)
     places = np.sort(places.reshape(pairs.shape), axis=1)  # the same two images are one pair in either order
     dyads = np.unique(places[:, 0] * len(images) + places[:, 1], return_inverse=True)[1]
     of_image = _sums(off, places[:, 0], len(images)) + _sums(off, places[:, 1], len(images))
     of_dyad = (_sums(off, dyads, dyads.max() + 1) ** 2).sum(0)
     variance = np.maximum((of_image**2).sum(0) - of_dyad, of_dyad)
-    half = 1.96 * np.sqrt(variance) / weight.sum()
+    half = 1.96 * np.sqrt(variance) / weight.sum(0)
     return [(max(0.0, float(c - h)), min(1.0, float(c + h))) for c, h in zip(centre, half)]
 
 
