@@ -131,7 +131,7 @@ def test_configs_of_writers_run_with_few_images(name, small_example, monkeypatch
         save_llama(Path("llama"), TEMPLATE)
         llama = {"model": "llama", "gguf_file": "null", "dtype": "float32"}
         options += [word for key, value in llama.items() for word in (f"--transformers.{key}", value)]
-        monkeypatch.setattr(work, "check", lambda raw, _: Checked(raw, "kept", ()))  # a random model writes nonsense
+        monkeypatch.setattr(work, "check", lambda raw, _: Checked(raw, "kept"))  # a random model writes nonsense
     found = generate_diffs.main(["--config", str(path), *options, "--n_images", "10", "--n_pairs", "12"])
     assert len(found.read_text().splitlines()) == 12
 
