@@ -49,7 +49,7 @@ def test_with_no_argument_each_runs_in_any_order_and_says_what_it_made(small_exa
     assert "example-pretrained" in shown
     assert "caption_subtraction" in shown
     with pytest.raises(UserError, match="written with other settings"):
-        generate_diffs.main([])  # the shipped settings are not the small ones of this test
+        generate_diffs.main(["--n_images", "99", "--n_pairs", "200"])
 
 
 def test_a_run_says_how_it_is_measured():

@@ -204,19 +204,13 @@ def test_a_fault_costs_another_try_and_a_job_that_fails_for_good_is_left_out_and
 
 
 def test_a_server_that_answers_nothing_ends_it_early_with_what_to_do(server):
-    cases = {
-        401: (1, r"The key belongs into .*--server\.api_key_env"),
-        404: (1, r"Check --server\.model"),
-        500: (5, r"--server\.system_role false"),
-        400: (1, r"--rank\.pictures false"),
-    }
-    for status, (tries, message) in cases.items():
+    for status, tries in ((401, 1), (404, 1), (500, 5), (400, 1)):
         server.instead = failing((status, {}, b"no\nway"))
         server.seen.clear()
-        with pytest.raises(UserError, match=f"{server.url}: status {status}, no way.*{message}.*20 jobs in a row"):
+        with pytest.raises(UserError, match=f"{server.url}: status {status}, no way.* 20 jobs in a row failed; check"):
             list(writer(server, concurrency=2).stream(JOBS))
         assert len(server.seen) <= 21 * tries
-    with pytest.raises(UserError, match=r"Connection error.*Is the server running"):
+    with pytest.raises(UserError, match=r"Connection error.*check --server\.url"):
         list(writer(dead_url()).stream(JOBS))
 
 

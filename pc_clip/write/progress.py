@@ -92,8 +92,18 @@ class Progress:
         for path in sorted(self.folder.glob("[0-9]*.jsonl")):
             with path.open("rb") as file:  # in text mode, other characters than \n would end a line too
                 for count, line in enumerate(file, 1):
-                    if line.endswith(b"\n"):
-                        lines.setdefault(_number(line, f"{path} line {count}", items), line)
+                    if not line.endswith(b"\n"):
+                        break
+                    try:
+                        row = json.loads(line)
+                        if tuple(items[row["n"]]) != (row["first"], row["second"]):
+                            raise ValueError("these keys are not the item's")
+                    except (ValueError, LookupError, TypeError) as error:  # ValueError: neither JSON nor UTF-8 too
+                        raise UserError(
+                            f"{path} line {count} is no sentence about one of these pairs ({line[:60]!r}); delete the "
+                            "line, and the same command continues, or choose another --name"
+                        ) from error
+                    lines.setdefault(row["n"], line)
         return lines
 
     def finish(self, made: Path, meta: dict[str, Any], rejected: Sequence[dict[str, Any]]) -> None:
@@ -110,17 +120,6 @@ class Progress:
     def remove(self) -> None:
         self.settings.unlink(missing_ok=True)  # first: without it, what may be left is not continued
         shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def _number(line: bytes, where: str, items: Sequence[Item]) -> int:
-    with suppress(ValueError, LookupError, TypeError):  # ValueError: neither JSON nor UTF-8
-        row = json.loads(line)
-        if tuple(items[row["n"]]) == (row["first"], row["second"]) and {"text", "reason"} <= row.keys():
-            return row["n"]
-    raise UserError(
-        f"{where} is no sentence about one of these pairs ({line[:60]!r}); delete the line, and the same command "
-        "continues, or choose another --name"
-    )
 
 
 def read_meta(out: Path) -> dict[str, Any]:

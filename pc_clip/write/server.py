@@ -31,20 +31,12 @@ from pc_clip.write.writers import Answer, Job, Writer
 log = logging.getLogger(__name__)
 
 FAILURES_IN_A_ROW = 20  # so many jobs without an answer between them: the fault is hardly theirs
-LONGEST_SIDE = 1024  # pixels of an image that is sent; vision-language models shrink larger ones themselves
-KEY_ADVICE = "The key belongs into the environment variable that --server.api_key_env names."
-PROMPT_ADVICE = (
-    "A chat template that knows no system prompt takes --server.system_role false, a model that sees no images "
-    "--rank.pictures false, a long prompt a lower --server.max_tokens."
+ADVICE = (
+    "check --server.url (which mostly ends in /v1), .model, .chat, .system_role (which not all chat templates know), "
+    ".max_tokens, the key (.api_key_env) and, for models that see no images, --rank.pictures; then the same command "
+    "continues"
 )
-ADVICE = {  # by status, None for no connection
-    None: "Is the server running, and is --server.url its address?",
-    400: PROMPT_ADVICE,
-    401: KEY_ADVICE,
-    403: KEY_ADVICE,
-    404: "Check --server.model and --server.chat, and that --server.url ends in /v1.",
-    500: PROMPT_ADVICE,
-}
+LONGEST_SIDE = 1024  # pixels of an image that is sent; vision-language models shrink larger ones themselves
 _RENAMED = re.compile(r"(max_tokens|temperature|top_p|seed|stop)=\w*")
 
 
@@ -156,9 +148,7 @@ class ServerWriter(Writer):
                     except _Failure as failure:
                         self.failed, self.last_error, in_a_row = self.failed + 1, str(failure), in_a_row + 1
                         if in_a_row >= FAILURES_IN_A_ROW:
-                            raise UserError(
-                                f"{failure} {in_a_row} jobs in a row failed; later, the same command continues."
-                            ) from None
+                            raise UserError(f"{failure}. {in_a_row} jobs in a row failed; {ADVICE}") from None
                     else:
                         in_a_row = 0
                         yield place, answer
@@ -197,17 +187,17 @@ class ServerWriter(Writer):
             raise self._failure(server.url, ValueError(f"no answer of a language model: {reply!r}")) from None
 
     def _failure(self, url: str, error: Exception) -> _Failure:
-        """What was said, on a line, short and without the key, and what to do."""
-        status, text = 0, str(error)
+        """What was said, on a line, short and without the key."""
+        text = str(error)
         if isinstance(error, openai.APIStatusError):
-            status, text = error.status_code, f"status {error.status_code}, {error.response.text}"
+            text = f"status {error.status_code}, {error.response.text}"
         elif isinstance(error, openai.APITimeoutError):
             text = f"no answer in {self.config.timeout:g} s (--server.timeout or .concurrency)"
         elif isinstance(error, openai.APIConnectionError):
-            status, text = None, f"{error} ({error.__cause__})"
-        failure = _Failure(f"{url}: {textwrap.shorten(self._hide(text), 300)}. {ADVICE.get(status, '')}".strip())
+            text = f"{error} ({error.__cause__})"
+        failure = _Failure(f"{url}: {textwrap.shorten(self._hide(text), 300)}")
         if url not in self._warned:
-            log.warning("%s Later failures there are only counted.", failure)
+            log.warning("%s. Later failures there are only counted.", failure)
         self._warned.add(url)
         return failure
 
@@ -258,10 +248,8 @@ class ServerWriter(Writer):
         try:
             with openai.OpenAI(base_url=url, api_key=self._key or "none", timeout=self.config.timeout) as client:
                 names = [str(model.id) for model in client.models.list().data]
-        except openai.APIError as error:
-            raise UserError(f"{self._failure(url, error)} --server.model names a model without asking.") from None
-        except (AttributeError, TypeError, ValueError):  # another kind of server
-            names = []
+        except (openai.APIError, AttributeError, TypeError, ValueError) as error:  # the last three: no list of models
+            raise UserError(f"{self._failure(url, error)}; name a model by --server.model, or {ADVICE}") from None
         if len(names) != 1:
             raise UserError(f"{url} lists {', '.join(names[:20]) or 'no model'}; choose one by --server.model")
         return names[0]
