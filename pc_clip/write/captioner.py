@@ -32,7 +32,7 @@ from pc_clip.models.change_model import Search, change_of
 from pc_clip.models.clip import Clip
 from pc_clip.write.cleaning import Checked
 from pc_clip.write.progress import Item
-from pc_clip.write.work import Task, difference_line, draw_images, write_all
+from pc_clip.write.work import Task, draw_images, write_all
 from pc_clip.write.writers import Job, Writer
 
 
@@ -64,7 +64,6 @@ def generate_change(config: GenerateConfig, processes: Processes) -> Path:
     task = Task(
         items=pairs(data, config),
         job=lambda first, second, _: Job(first, second, 0),  # it draws nothing
-        to_line=difference_line,
         unit="pairs",
         make_writer=lambda _: ChangeWriter(clip, data, change) if clip else ToldWriter(data, config.seed),
         judge=lambda raw, _: judge(raw),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,6 @@ from pc_clip.write.work import (
     MIN_OF_CLASSES,
     WRITERS,
     Task,
-    difference_line,
     draw_images,
     job_seed,
     least_characters,
@@ -123,7 +121,7 @@ def _pairs(config: GenerateConfig) -> Task:
         return Job(first, second, int(rng.integers(2**31)))
 
     ids = draw_images(sorted(captions), config)
-    return Task(choose_pairs(ids, config.n_pairs, config.seed, config.both_orders), job, difference_line, "pairs")
+    return Task(choose_pairs(ids, config.n_pairs, config.seed, config.both_orders), job, "pairs")
 
 
 def _rewrite(config: GenerateConfig) -> Task:
@@ -133,8 +131,8 @@ def _rewrite(config: GenerateConfig) -> Task:
     return Task(
         [(key, str(k)) for key in draw_images(sorted(captions), config) for k in range(len(captions[key]))],
         lambda key, k, n: Job(captions[key][int(k)], "", job_seed(config.seed, n)),
-        lambda row: json.dumps({"image": row["first"], "text": row["text"]}, ensure_ascii=False) + "\n",
         "captions",
+        {"image": "first", "text": "text"},
     )
 
 
@@ -143,9 +141,8 @@ def _compare(config: GenerateConfig) -> Task:
     return Task(
         choose_pairs(list(question.classes), config.n_pairs, config.seed, config.both_orders),
         lambda a, b, n: _class_job(config.writer, data, question, a, b, job_seed(config.seed, n)),
-        difference_line,
         "pairs of classes",
-        _of_classes(data, question),
+        made_from=_of_classes(data, question),
     )
 
 
@@ -161,8 +158,8 @@ def _describe(config: GenerateConfig) -> Task:
     return Task(
         [(name, str(k)) for name in question.classes for k in range(config.n_each)],
         job,
-        lambda row: json.dumps({"class": row["first"], "text": row["text"]}, ensure_ascii=False) + "\n",
         "descriptions",
+        {"class": "first", "text": "text"},
         _of_classes(data, question),
     )
 

@@ -246,7 +246,7 @@ class Answers:
                 writer().look = lambda key: data.load(rows[key])
                 return writer()
 
-            task = Task(items, job, _to_line, phase, make_writer=asking, judge=judge)
+            task = Task(items, job, phase, make_writer=asking, judge=judge)
             named = dataclasses.replace(config, name=f"{config.name} {phase}", overwrite=False)
             write_all(named, task, self.folder / f"{phase}.jsonl", settings, processes)
             return {row["first"]: row["text"] for row in _lines(self.folder / f"{phase}.jsonl")}
@@ -282,10 +282,6 @@ class Answers:
 def _as_one(captions: Sequence[str]) -> str:
     """All captions of an image, as one text."""
     return " ".join(text if text[-1] in ".!?" else f"{text}." for text in captions if text)
-
-
-def _to_line(row: dict[str, Any]) -> str:
-    return json.dumps(row, ensure_ascii=False) + "\n"
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

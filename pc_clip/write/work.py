@@ -19,7 +19,7 @@ from pc_clip.core.distributed import Processes
 from pc_clip.core.errors import UserError, check_choice
 from pc_clip.core.files import write_json, write_text
 from pc_clip.core.random import seed_of, stream
-from pc_clip.data.differences import Difference, to_line
+from pc_clip.data.differences import Difference
 from pc_clip.write import prompts
 from pc_clip.write.causal import LanguageModelWriter
 from pc_clip.write.cleaning import MIN_CHARACTERS, Checked, Given, check
@@ -38,14 +38,15 @@ FIRST_ANSWERS = 100  # a language model of which so many cannot be used is not a
 class Task:
     """What to write about.
 
-    items: pairs of keys. job: of two keys and the item's number. to_line: of a finished row. made_from: what the
-    sentences depend on beside the settings. make_writer and judge replace `make_writer` and the cleaning of sentences.
+    items: pairs of keys. job: of two keys and the item's number. columns: names in the file, and what of a finished
+    row they are (first and second: the keys). made_from: what the sentences depend on beside the settings. make_writer
+    and judge replace `make_writer` and the cleaning of sentences.
     """
 
     items: list[Item]
     job: Callable[[str, str, int], Job]
-    to_line: Callable[[dict[str, Any]], str]
     unit: str
+    columns: dict[str, str] = field(default_factory=lambda: {name: name for name in Difference._fields})
     made_from: dict[str, Any] = field(default_factory=dict)
     make_writer: Callable[[GenerateConfig], Writer] | None = None
     judge: Callable[[str, Job], Checked] | None = None
@@ -108,10 +109,6 @@ def draw_images(ids: list[str], config: GenerateConfig, what: str = "images have
         raise UserError(f"n_images is {config.n_images}, but only {len(ids)} {what}")
     rng = stream(config.seed, "images")
     return [ids[n] for n in sorted(rng.choice(len(ids), config.n_images, replace=False))]
-
-
-def difference_line(row: dict[str, Any]) -> str:
-    return to_line(Difference(row["first"], row["second"], row["text"]))
 
 
 # -- writing -------------------------------------------------------------------------------------------
@@ -208,7 +205,7 @@ def _merge(progress: Progress, task: Task, settings: dict[str, Any], error: str,
         row = json.loads(lines[n])
         reasons[row["reason"]] += 1
         if row["text"] is not None:
-            kept.append(task.to_line(row))
+            kept.append(json.dumps({name: row[key] for name, key in task.columns.items()}, ensure_ascii=False) + "\n")
         else:
             rejected.append({name: value for name, value in row.items() if name not in ("n", "text")})
     if not kept:
