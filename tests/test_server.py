@@ -5,6 +5,7 @@ import dataclasses
 import io
 import itertools
 import logging
+import signal
 import threading
 import time
 import traceback
@@ -14,9 +15,9 @@ import openai
 import pytest
 from faulty_server import HALF, HTML, RESET, Server, as_json, closing, saying, sentence
 from PIL import Image
-from writing_runs import meta
+from writing_runs import meta, on_captions
 
-from pc_clip.core.config.write import GenerateConfig, ServerConfig
+from pc_clip.core.config.write import ServerConfig
 from pc_clip.core.errors import UserError
 from pc_clip.write import generate, prompts
 from pc_clip.write.server import ServerWriter
@@ -166,15 +167,22 @@ class Counted(Sequence):
         return Job(f"dog {n}", f"cat {n}", n)
 
 
-def test_jobs_are_begun_no_faster_than_they_are_read_and_cancelled_with_the_reader(server):
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_jobs_are_begun_no_faster_than_they_are_read_and_cancelled_with_the_reader(server, interrupted):
     jobs = Counted()
     server.instead = lambda path, headers, body: time.sleep(30) if body["seed"] >= 20 else None
     stream = writer(server, concurrency=4).stream(jobs)
     assert len(list(itertools.islice(stream, 20))) == 20
     time.sleep(0.3)
     assert jobs.made <= 20 + 4
+    interrupt = threading.Timer(0.3, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT))
     begun = time.monotonic()
-    stream.close()
+    if interrupted:
+        interrupt.start()
+        with pytest.raises(KeyboardInterrupt):
+            next(stream)
+    else:
+        stream.close()
     assert time.monotonic() - begun < 5
     assert not any(thread.name == "server writer" for thread in threading.enumerate())
 
@@ -218,7 +226,8 @@ def test_what_is_missing_is_named_and_asked_again_or_left_out_and_counted(server
     out_of_memory = as_json({"error": {"message": "out of memory"}}, 500)
     server.instead = lambda *_: out_of_memory if len(server.seen) > 25 else None
     settings = ServerConfig(url=[server.url], model="small", retries=0, concurrency=1)
-    config = GenerateConfig(name="a", writer="server", n_pairs=30, server=settings)
+    captions = on_captions([[f"a dog on {n} sofas"] for n in range(9)])
+    config = dataclasses.replace(captions, writer="server", n_pairs=30, server=settings)
     with pytest.raises(UserError, match=r"5 of 30 sentences.*out of memory.*same command continues"):
         generate.generate(config)
     server.seen.clear()
@@ -249,20 +258,11 @@ def test_the_key_is_in_no_log_no_error_and_no_answer(server, status, monkeypatch
     assert not any(form in text for text in shown for form in (KEY, KEY[:7]))
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        *(({"url": [url]}, r"server\.url") for url in ("http://me:pw@a/v1", "http://a/v1?key=pw", "a:1/v1", "ftp://a")),
-        ({"url": []}, r"server\.url"),
-        ({"concurrency": 0}, r"server\.concurrency is 0"),
-        ({"max_tokens": 0}, r"server\.max_tokens is 0"),
-        ({"retries": -1}, r"server\.retries is -1"),
-        ({"stop": ["END", ""]}, r"server\.stop"),
-        ({"timeout": 0.0}, r"server\.timeout"),
-        ({"rename": ["model=other"]}, "server.rename has 'model=other'"),
-    ],
-)
-def test_settings_that_cannot_be_right_are_errors(options, message):
-    with pytest.raises(UserError, match=message) as raised:
-        ServerWriter(dataclasses.replace(ServerConfig(model="small"), **options), PAIRS)
-    assert "pw" not in str(raised.value)
+def test_settings_that_cannot_be_right_are_errors():
+    urls = ([], *([url] for url in ("http://me:pw@a/v1", "http://a/v1?key=pw", "a:1/v1", "ftp://a")))
+    cases = [("url", value) for value in urls]
+    cases += [("concurrency", 0), ("max_tokens", 0), ("retries", -1), ("timeout", 0.0), ("stop", ["END", ""])]
+    for name, value in (*cases, ("rename", ["model=other"])):
+        with pytest.raises(UserError, match=rf"server\.{name}") as raised:
+            ServerWriter(dataclasses.replace(ServerConfig(model="small"), **{name: value}), PAIRS)
+        assert "pw" not in str(raised.value)

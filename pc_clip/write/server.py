@@ -17,7 +17,7 @@ import os
 import re
 import textwrap
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import openai
@@ -105,8 +105,7 @@ class ServerWriter(Writer):
             while answer := run(_next(answers)):
                 yield answer
         finally:
-            run(answers.aclose())
-            run(loop.shutdown_default_executor())
+            run(_end(answers))
             loop.call_soon_threadsafe(loop.stop)
             thread.join()
             loop.close()
@@ -125,7 +124,7 @@ class ServerWriter(Writer):
             "worked_examples": [] if config.chat else list(self.asked.examples),
         }
 
-    async def _answer_all(self, jobs: Sequence[Job]) -> AsyncIterator[tuple[int, Answer]]:
+    async def _answer_all(self, jobs: Sequence[Job]) -> AsyncGenerator[tuple[int, Answer], None]:
         """(place, answer) of each job; no more jobs are begun than all servers have room for."""
         self.failed, self.last_error, in_a_row, limit = 0, "", 0, self.config.concurrency
         options = {"api_key": self._key or "none", "timeout": self.config.timeout, "max_retries": self.config.retries}
@@ -142,25 +141,20 @@ class ServerWriter(Writer):
                     return
                 done, _ = await asyncio.wait(under_way, return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
-                    place = under_way.pop(task)
-                    try:
-                        answer = task.result()
-                    except _Failure as failure:
-                        self.failed, self.last_error, in_a_row = self.failed + 1, str(failure), in_a_row + 1
-                        if in_a_row >= FAILURES_IN_A_ROW:
-                            raise UserError(f"{failure}. {in_a_row} jobs in a row failed; {ADVICE}") from None
-                    else:
+                    place, answer = under_way.pop(task), task.result()
+                    if isinstance(answer, Answer):
                         in_a_row = 0
                         yield place, answer
+                        continue
+                    self.failed, self.last_error, in_a_row = self.failed + 1, str(answer), in_a_row + 1
+                    if in_a_row >= FAILURES_IN_A_ROW:
+                        raise UserError(f"{answer}. {in_a_row} jobs in a row failed; {ADVICE}")
         finally:
-            for task in under_way:
-                task.cancel()
-            await asyncio.gather(*under_way, return_exceptions=True)
             for server in servers:
                 await server.client.close()
 
-    async def _answer(self, servers: Sequence[_Server], job: Job) -> Answer:
-        """By the first of the servers that has room or, where that fails, the next. Raises the last one's failure."""
+    async def _answer(self, servers: Sequence[_Server], job: Job) -> Answer | _Failure:
+        """By the first of the servers that has room or, where that fails, the next; or the last one's failure."""
         failure = _Failure()
         for server in sorted(servers, key=lambda server: server.free.locked())[:2]:  # a slow server takes fewer
             try:
@@ -168,7 +162,7 @@ class ServerWriter(Writer):
                     return await self._ask(server, job)
             except _Failure as error:
                 failure = error
-        raise failure
+        return failure
 
     async def _ask(self, server: _Server, job: Job) -> Answer:
         """Raises _Failure."""
@@ -262,6 +256,16 @@ class ServerWriter(Writer):
 
 async def _next(answers: AsyncIterator[Any]) -> Any:
     return await anext(answers, None)
+
+
+async def _end(answers: AsyncGenerator[Any, None]) -> None:
+    """Cancel what is under way, waiting for an answer too, and close the connections."""
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    await answers.aclose()
+    await asyncio.get_running_loop().shutdown_default_executor()
 
 
 def _as_url(image: Image.Image) -> str:
