@@ -24,20 +24,7 @@ from pc_clip.write.rules import RulesWriter
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data" / "coco_mini"
-THINGS = [
-    "dog",
-    "café",
-    "bus",
-    "kite",
-    "red sofa",
-    "zebra",
-    "žába",
-    "plate",
-    "man's hat",
-    'so-called "cat"',
-    "tree",
-    "sign",
-]
+THINGS = ["dog", "café", "bus", "kite", "sofa", "zebra", "žába", "plate", "man's hat", '"cat"', "tree", "sign"]
 N_PAIRS = 66  # of 12 images
 
 
@@ -187,17 +174,16 @@ def test_what_was_written_or_begun_with_other_settings_is_left_alone(config):
             with pytest.raises(UserError, match=message):
                 generate.generate(dataclasses.replace(config, **other))
             assert path.read_bytes() == before
+    for damage in (b"\xff\xfe", b"[]", b"{"):  # of unknown origin
+        path.with_suffix(".meta.json").write_bytes(damage)
+        with pytest.raises(UserError, match=message):
+            generate.generate(config)
+
+
+def test_other_captions_under_the_same_name_are_other_settings(config):
+    generate.generate(config)
     table = Path(config.captions)
     table.write_text(table.read_text(encoding="utf-8").replace("dog", "horse"), encoding="utf-8")
-    with pytest.raises(
-        UserError, match="exists and was written with other settings"
-    ):  # of the same name, other captions
-        generate.generate(config)
-
-
-@pytest.mark.parametrize("damage", [b"\xff\xfe", b"[]", b"{"])
-def test_a_file_of_unknown_origin_is_left_alone(config, damage):
-    generate.generate(config).with_suffix(".meta.json").write_bytes(damage)
     with pytest.raises(UserError, match="exists and was written with other settings"):
         generate.generate(config)
 

@@ -115,6 +115,10 @@ def test_the_example_is_ranked_by_rule(config, tmp_path):
     assert names(path.parent) == ["example_rank.meta.json", "example_rank.parquet"]
     before = path.stat().st_mtime_ns
     assert generate.generate(config) == path and path.stat().st_mtime_ns == before
+    with pytest.raises(
+        UserError, match=r"example_rank\.parquet has the same name"
+    ):  # both would have the one .meta.json
+        generate.generate(GenerateConfig(name="example_rank", split="val", n_pairs=5, out=config.out))
     other = dataclasses.replace(config, rank=dataclasses.replace(config.rank, pairs_each=1))
     with pytest.raises(UserError, match="written with other settings; choose another --name or --overwrite"):
         generate.generate(other)

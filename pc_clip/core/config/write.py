@@ -53,7 +53,7 @@ class ServerConfig:
         chat: Whether the model is asked through its chat template; false for a base model, which gets worked examples
             through the completions endpoint.
         system_role: Whether the system prompt is a message of its own; false puts it before the question, for chat
-            templates without that role. A server that says that there is none is understood without this.
+            templates without that role.
         concurrency: Requests under way at once, for each URL.
         timeout: Seconds a request may take.
         retries: How often a request that fails is tried again, with waits of 0.5 s to 8 s, or as the server asks.
