@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,15 +31,12 @@ from pc_clip.models.change_model import Search, change_of
 from pc_clip.models.clip import Clip
 from pc_clip.write.cleaning import Checked
 from pc_clip.write.progress import Item
-from pc_clip.write.work import Task, draw_images, write_all
+from pc_clip.write.work import Task, draw_images
 from pc_clip.write.writers import Job, Writer
 
 
-def generate_change(config: GenerateConfig, processes: Processes) -> Path:
-    """Write the sentences; returns the finished file. Interrupted and called again, it continues.
-
-    Raises UserError for settings that do not fit, for a checkpoint that cannot write, and as all tasks do.
-    """
+def change_task(config: GenerateConfig, processes: Processes) -> Task:
+    """Raises UserError for settings that do not fit, and for a checkpoint that cannot write."""
     change = config.change
     if change.told and (change.checkpoint or config.both_orders or change.beams != 1):
         raise UserError(
@@ -49,26 +45,23 @@ def generate_change(config: GenerateConfig, processes: Processes) -> Path:
         )
     for name, least in (("beams", 1), ("batch_size", 1), ("workers", 0)):
         check_at_least(f"change.{name}", getattr(change, name), least)
-    out = Path(config.out) / f"{config.name}.jsonl"
     clip = None if change.told else _captioner(change, processes)
     data = load_dataset(DataConfig(config.dataset, config.root, config.split, change.missing))
     if change.told and not data.changes:
         raise UserError(f"{data.label} says nothing of pairs of images; leave change.told out")
-    own = ("name", "writer", "n_images", "n_pairs", "both_orders", "seed")
-    settings = {name: getattr(config, name) for name in own} | {
-        "data": data.label,
-        "fingerprint": data.fingerprint,
-        "change": {"beams": change.beams, "length_penalty": change.length_penalty},
-        "checkpoint": clip.weights_hash() if clip else "told",
-    }
-    task = Task(
-        items=pairs(data, config),
-        job=lambda first, second, _: Job(first, second, 0),  # it draws nothing
-        unit="pairs",
+    return Task(
+        pairs(data, config),
+        lambda first, second, _: Job(first, second, 0),  # it draws nothing
+        "pairs",
+        made_from={
+            "data": data.label,
+            "fingerprint": data.fingerprint,
+            "change": {"beams": change.beams, "length_penalty": change.length_penalty},
+            "checkpoint": clip.weights_hash() if clip else "told",
+        },
         make_writer=lambda _: ChangeWriter(clip, data, change) if clip else ToldWriter(data, config.seed),
         judge=lambda raw, _: judge(raw),
     )
-    return write_all(config, task, out, settings, processes)
 
 
 def pairs(data: Dataset, config: GenerateConfig) -> list[Item]:

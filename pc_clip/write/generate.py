@@ -23,7 +23,7 @@ from pc_clip.data.dataset import Dataset, Question
 from pc_clip.data.differences import choose_pairs
 from pc_clip.data.registry import READERS, open_dataset
 from pc_clip.write import prompts
-from pc_clip.write.captioner import generate_change
+from pc_clip.write.captioner import change_task
 from pc_clip.write.cleaning import clean
 from pc_clip.write.rank import generate_rank
 from pc_clip.write.work import (
@@ -64,10 +64,9 @@ def generate(config: GenerateConfig, processes: Processes | None = None) -> Path
     processes = processes or Processes.here()
     if config.task == "rank":
         return generate_rank(config, processes)
-    if config.writer == "change":
-        return generate_change(config, processes)
+    tasks = {"pairs": _pairs, "rewrite": _rewrite, "compare": _compare, "describe": _describe}
+    task = change_task(config, processes) if config.writer == "change" else tasks[config.task](config)
     out = Path(config.out) / f"{config.name}.jsonl"
-    task = {"pairs": _pairs, "rewrite": _rewrite, "compare": _compare, "describe": _describe}[config.task](config)
     return write_all(config, task, out, _settings(config, task.made_from), processes)
 
 
@@ -204,16 +203,17 @@ def _name(config: GenerateConfig) -> str:
 
 def _settings(config: GenerateConfig, made_from: dict[str, Any]) -> dict[str, Any]:
     """Everything the sentences depend on, and nothing else; files by content, so that an edited one is another."""
-    used = {f.name for f in dataclasses.fields(config) if config.task in f.metadata.get("tasks", (config.task,))}
+    task = "change" if config.writer == "change" else config.task
+    used = {f.name for f in dataclasses.fields(config) if task in f.metadata.get("tasks", (task,))}
     used -= {f.name for f in dataclasses.fields(config) if is_group(f)} - {config.writer}  # other writers' settings
     used -= {"root", "prompt", "min_characters"}
     settings = {name: value for name, value in identity(config).items() if name in used} | made_from
     if config.captions:
         settings["captions_sha256"] = hashlib.sha256(Path(config.captions).read_bytes()).hexdigest()
-    if config.writer != "rules":
+    if config.writer in ("transformers", "server"):
         settings["min_characters"] = least_characters(config)
         settings["asked"] = dataclasses.asdict(prompts.read(config.prompt or prompts.FOLDER / f"{config.task}.yaml"))
-    elif config.task in ("describe", "compare"):
+    elif config.task in ("describe", "compare"):  # by rule
         words = [(attributes.FOLDER / f"{task}.yaml").read_bytes() for task in attributes.tasks_of(config.dataset)]
         settings["words"] = hashlib.sha256(b"".join(words)).hexdigest()
     return settings
