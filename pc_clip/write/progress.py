@@ -43,6 +43,7 @@ class Progress:
         for other in {".jsonl", ".parquet"} - {self.out.suffix}:
             if self.out.with_suffix(other).is_file():
                 raise UserError(f"{self.out.with_suffix(other)} has the same name as {self.out}; choose another --name")
+        settings = json.loads(json.dumps(settings))  # as a file of them reads: tuples are lists
         busy = f"another process is writing {self.out}; let it finish or stop it, or choose another --name"
         lock = exclusive_lock(self.folder.with_suffix(".lock"), busy) if processes.is_main else nullcontext()
         with lock:

@@ -40,7 +40,7 @@ from pc_clip.write import prompts
 from pc_clip.write.cleaning import Checked
 from pc_clip.write.progress import Item, Progress, read_meta
 from pc_clip.write.words import content_words, stem
-from pc_clip.write.work import Task, as_json, job_seed, least_characters, make_writer, write_all
+from pc_clip.write.work import Task, job_seed, least_characters, make_writer, write_all
 from pc_clip.write.writers import Job, Writer
 
 log = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ def generate_rank(config: GenerateConfig, processes: Processes) -> Path:
     data = load_dataset(DataConfig(config.dataset, config.root, config.split, rank.missing, captions=config.captions))
     device = resolve_device(rank.device, "rank.device") if processes.is_main else "cpu"
     clip = create_model(*config.model.source(config.dataset), device=device, seed=config.seed)
-    settings, model = as_json(_settings(config, data, clip, asked)), clip.describe()
+    settings, model = _settings(config, data, clip, asked), clip.describe()
     progress = Progress(out, ".rank.parts")
     drawn = progress.folder / "candidates.json"
     with progress.working(settings, config.overwrite, processes) as wanted:

@@ -59,10 +59,10 @@ def write_all(config: GenerateConfig, task: Task, out: Path, settings: dict[str,
     """
     if not task.items:
         raise UserError(f"there are no {task.unit} to write about; a pair takes two images, or classes")
-    progress, items, settings = Progress(out), task.items, as_json(settings)
+    progress, items = Progress(out), task.items
     with progress.working(settings, config.overwrite, processes) as wanted:
         if wanted:
-            done = progress.lines(items).keys()
+            done = set(progress.lines(items))
             if processes.is_main and done:
                 log.info("%d of %d %s are done; continuing", len(done), len(items), task.unit)
             todo = [n for n in range(len(items)) if n not in done]
@@ -72,11 +72,6 @@ def write_all(config: GenerateConfig, task: Task, out: Path, settings: dict[str,
             if processes.is_main:
                 _merge(progress, task, settings, error, config.allow_missing)
     return out
-
-
-def as_json(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings as a file of them reads: tuples are lists."""
-    return json.loads(json.dumps(settings))
 
 
 def make_writer(config: GenerateConfig | ComparativeConfig, task: str | None = None) -> Writer:
