@@ -217,10 +217,8 @@ def test_noise_by_row_draws_from_the_softmax():
 
 
 def test_what_wrote_the_sentences_is_described(folders):
-    described = writer(folders["chat"]).describe()
-    assert (
-        described["chat_template"] is True and described["temperature"] == 0.0 and described["system"] == PAIRS.system
-    )
+    about = writer(folders["chat"]).describe()
+    assert about["chat_template"] is True and about["temperature"] == 0.0 and about["system"] == PAIRS.system
     assert RulesWriter().describe() == {"writer": "rules"}
 
 
@@ -232,7 +230,6 @@ def test_a_model_that_cannot_be_loaded_is_an_error_with_its_name(folders, tmp_pa
     for name in ("absent", "weightless", "cut"):
         with pytest.raises(UserError, match=rf"{name}.*could not be loaded.*--transformers\.model"):
             writer(tmp_path / name)
-    cases = {"dtype": ("float61", "float61"), "quantize": ("4bit", "bitsandbytes")}  # which is not there
-    for option, (value, message) in (*cases.items(), ("quantize", ("3bit", "transformers.quantize is '3bit'"))):
-        with pytest.raises(UserError, match=message):
+    for option, value in (("dtype", "float61"), ("quantize", "3bit")):
+        with pytest.raises(UserError, match=value):
             writer(folders["base"], **{option: value})

@@ -133,18 +133,16 @@ def _rules(each: pd.DataFrame, captions: dict[str, tuple[str, ...]], meta: dict[
     names_both: share that names both images. copies_example: a worked example of the prompt, None where none was shown.
     rejected_now: by the rules of today.
     """
-    writer, shortest = meta.get("writer") or {}, (meta.get("settings") or {}).get("min_characters", MIN_CHARACTERS)
-    examples = tuple(text for example in writer.get("worked_examples", ()) for text in example.values())
-    instructions = tuple(writer[name] for name in ("system", "instruction") if name in writer)
-    given = Given(shortest, (), examples, instructions)
+    shortest = (meta.get("settings") or {}).get("min_characters", MIN_CHARACTERS)
+    given = Given.of(shortest, meta.get("writer") or {})
     shown = [(*captions.get(row.first, ()), *captions.get(row.second, ())) for row in each.itertuples()]
     each["reason"] = [check(text, given._replace(captions=known)).reason for text, known in zip(each.text, shown)]
     said = [said_of(text) for text in each.text]
-    copied = [copies(text, examples, known) for text, known in zip(each.text, shown)]
+    copied = [copies(text, given.examples, known) for text, known in zip(each.text, shown)]
     return {
         "names_both": float(np.mean([swap_roles(text) is not None for text in each.text])),
         "same_of_both": float(np.mean([bool(first) and first == second for first, second in said])),
-        "copies_example": float(np.mean(copied)) if examples else None,
+        "copies_example": float(np.mean(copied)) if given.examples else None,
         "rejected_now": float((~each.reason.isin(["kept", "trimmed"])).mean()),
     }
 

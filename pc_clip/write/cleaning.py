@@ -9,10 +9,10 @@ from __future__ import annotations
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from itertools import takewhile
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pc_clip.write.words import BOTH, FUNCTION, WORDING, content_words, names_in, said_of, words_in
 
@@ -38,6 +38,13 @@ class Given(NamedTuple):
     captions: tuple[str, ...] = ()
     examples: tuple[str, ...] = ()
     instructions: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, min_characters: int, writer: Mapping[str, Any]) -> Given:
+        """writer: what it said of itself (Writer.describe)."""
+        examples = tuple(text for example in writer.get("worked_examples", ()) for text in example.values())
+        asked = tuple(writer[name] for name in ("system", "instruction") if name in writer)
+        return cls(min_characters, (), examples, asked)
 
 
 def clean(text: str, min_characters: int = MIN_CHARACTERS) -> Checked:

@@ -149,9 +149,8 @@ def _keep_description(writer: Writer, progress: Progress) -> None:
             f"the sentences in {progress.folder} are by {before['model']}, and the writer is now {now.get('model')}; "
             "bring that model back, or choose another --name"
         )
-    for key in ("answered_by", "url"):  # also those of earlier runs
-        if key in now:
-            now[key] = sorted({*before.get(key, ()), *now[key]})
+    if "answered_by" in now:  # also in earlier runs
+        now["answered_by"] = sorted({*before.get("answered_by", ()), *now["answered_by"]})
     write_json(progress.writer, now)
 
 
@@ -159,10 +158,7 @@ def _judge(config: GenerateConfig, writer: Writer) -> Callable[[str, Job], Check
     """How raw sentences are cleaned: held against their captions, and what a language model was shown beside them."""
     if not writer.needs_cleaning:
         return lambda raw, _: Checked(raw or None, "kept" if raw else "empty")
-    about = writer.describe()
-    shown = tuple(text for example in about.get("worked_examples", ()) for text in example.values())
-    instructions = tuple(about[name] for name in ("system", "instruction") if name in about)
-    given = Given(least_characters(config), examples=shown, instructions=instructions)
+    given = Given.of(least_characters(config), writer.describe())
     return lambda raw, job: check(raw, given._replace(captions=tuple(filter(None, (job.first, job.second)))))
 
 
