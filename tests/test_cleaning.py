@@ -4,8 +4,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pc_clip.data.differences import contrast
-from pc_clip.write import prompts
-from pc_clip.write.cleaning import MIN_CHARACTERS, REASONS, RULES, TRIMS, Given, check, clean, copies
+from pc_clip.write import cleaning, prompts
+from pc_clip.write.cleaning import MIN_CHARACTERS, RULES, TRIMS, Given, check, clean, copies
 from pc_clip.write.words import content_words, said_of, stem
 
 DOG_CAT = "The first image shows a dog on a sofa, while the second shows a cat."
@@ -45,33 +45,24 @@ KEPT = [
 ]
 TRIMMED = [
     "Sure! {}",
-    "Certainly! {}",
     "Sure thing! {}",
     "Of course, {}",
-    "Great question! {}",
     "Hello! Happy to help! {}",
     "I can definitely help you with that. {}",
     "I'd be happy to help! Here's a comparison of the two images:\n\n{}",
     "Sure thing! I'd be glad to compare the first image with the second image for you. {}",
-    "Let me compare the two images for you.\n{}",
     "Certainly. Here is a description of the differences between both images:\n\n{}",
     "No problem, I’ll do my best. Comparison: {}",
-    "Here is the difference: {}",
     "Here's one way to put it:\n{}",
-    "Sure! Here is the difference: {}",
-    "Sure, here's the difference between the two images:\n\n{}",
     "Based on the captions, here is what looks different in the first image:\n\n{}",
     "The main difference between the two images:\n{}",
     "Answer: {}",
     "A: {}",
     '"{}"',
-    "{}\n\nQuestion: What is in the third image?\nAnswer: A horse.",
     "{}\nQuestion: What is in the third image?",
     "{}\n\nPicture 1: A plate of food.\nPicture 2: A bus.",
-    "{} Please let me know if you need anything else!",
     "{} I hope this helps! If you have other images, I can compare them too.",
     "{} Would you like me to compare other images?",
-    "{}\n\nFeel free to ask if you want more details.",
     "{} You can send me further pictures at any time. Thank you!",
     "{}\nNote: I only know the captions.",
     "{} The second image also has a",
@@ -124,53 +115,36 @@ def test_words_never_fuse_nor_change_and_no_space_is_left_over(raw):
 
 
 # -- every rule by its name, with a real example -------------------------------------------------------
-# Those about COCO's captions were written by Gemma 3 270M, a base model, with the prompt of write/prompts/pairs.yaml
-# with and without its worked examples; the others are the forms in which chat models answer.
+# Those about COCO's captions are shortened from what Gemma 3 270M wrote, a base model, with the prompt pairs.yaml; the
+# others are the forms in which chat models answer.
 
+BUS = "The first image is a sad expression on a toaster. The second image is a green bus."
+BEACH = "The first image shows a man on a horse at the beach."
 REAL_TRIMS = {
-    "opening": (f"Sure! Here is one difference between the two images: {PIZZA}", PIZZA),
-    "next_question": (
-        " The first image shows a person standing over a toilet, while the second image shows a man is getting "
-        "ready to "
-        "serve a tennis ball.\n\nPicture 1: A person is sitting on a chair.\nPicture 2: A person is sitting on a chair."
-        f"\n{ASK}\nAnswer: The first image shows a person is sitting on a chair, while the second",
-        "The first image shows a person standing over a toilet, while the second image shows a man is getting ready to "
-        "serve a tennis ball.",
+    "drop_opening": (f"Sure! Here is one difference between the two images: {PIZZA}", PIZZA),
+    "drop_next_question": (
+        f" {PIZZA}\n\nPicture 1: A person is sitting on a chair.\nPicture 2: A person is sitting on a chair.\n{ASK}\n"
+        "Answer: The first image shows a person is sitting on a chair, while the second",
+        PIZZA,
     ),
-    "other_paragraphs": (
-        "The first image shows a man on a horse at the beach.\n\nThe second image shows two women with a dog in a park."
-        "\n\nThese captions were written by different people.\n\nThe first image is better.",
-        "The first image shows a man on a horse at the beach. The second image shows two women with a dog in a park.",
+    "drop_other_paragraphs": (
+        f"{BEACH}\n\nThe second image shows two dogs.\n\nThese captions were written by different people.\n\n"
+        "The first image is better.",
+        f"{BEACH} The second image shows two dogs.",
     ),
-    "closing": (f"{PIZZA} I hope this helps! Let me know if you have more captions.", PIZZA),
-    "list_marks": (
-        "\n1. The first image is a sad expression on a toaster.\n2. The second image is a green bus.\n",
-        "The first image is a sad expression on a toaster. The second image is a green bus.",
-    ),
-    "newlines": (
-        "\nThe first image is a woman reading a book.\nThe second image is a man laying in bed.\nPicture 3: A man is "
-        "sitting on a chair.\nPicture 4: A woman is sitting on a chair.",
-        "The first image is a woman reading a book. The second image is a man laying in bed.",
-    ),
-    "quotes": (f'"{PIZZA}"', PIZZA),
-    "unfinished": (
-        "The first image shows a graffiti-ridden building in an urban setting. The second image shows an offica "
-        "kitchen "
-        "with white cabinets. The first",
-        "The first image shows a graffiti-ridden building in an urban setting. The second image shows an offica "
-        "kitchen "
-        "with white cabinets.",
-    ),
+    "drop_closing": (f"{PIZZA} I hope this helps! Let me know if you have more captions.", PIZZA),
+    "drop_list_marks": (f"\n1. {BUS.replace('toaster. ', f'toaster.{chr(10)}2. ')}\n", BUS),
+    "join_lines": (BUS.replace("toaster. ", "toaster.\n") + "\nPicture 3: A man is sitting on a chair.", BUS),
+    "drop_quotes": (f'"{PIZZA}"', PIZZA),
+    "drop_unfinished": (f"{BUS} The first", BUS),
 }
+STOP = "The first image is a red stop sign.\nThe second image is a large bush with red flowers.\n"
+ROOF = "The bus has a {} part of a van."
 REAL_BREAKS = {
     "prompt_echo": [
-        "\nPicture 3: A group of people eating a candlelit dinner at a restaurant.\n" + ASK + "\nAnswer:\nPicture 4: A",
-        "The first image shows a close view of food on a plate, while the second image shows a giraffe eating "
-        "some leaves "
-        "from a tree at the zoo.",
-        "The first image shows a large white bus on a city street, while the second image shows a passenger bus "
-        "pulling "
-        "up to the side of a street.",
+        f"\nPicture 3: A group of people eating a candlelit dinner at a restaurant.\n{ASK}\nAnswer:\nPicture 4: A",
+        "The first image shows a close view of food on a plate, while the second image shows a giraffe eating leaves.",
+        "The first image shows a large white bus on a city street, while the second image shows a passenger bus.",
         ASK,
         'picture1: A road that has a sign in the windows saying "Stop and see us."\nPicture 2: Car that is lying on',
     ],
@@ -189,65 +163,51 @@ REAL_BREAKS = {
     "refusal": [
         "As an AI language model, I do not see the first image or the second.",
         "I'm sorry, but I can't compare the first image with the second.",
-        "I cannot see images, so I do not know what looks different.",
         "Without the pictures it is not possible to determine what looks different in the first image.",
         "I apologize, but the captions alone do not say what looks different in the first image.",
     ],
     "not_english": [
         "第一张图片显示一只狗在沙发上，而第二张图片显示一只猫在厨房里睡觉。",
-        "Первое изображение показывает собаку, а второе кошку.",
         "The first image shows a 狗 on a sofa in a living room, while the second image shows a cat on a chair.",
         "The first image shows a dog on a sofa in a living room, while the second image shows a cat on a chai\ufffd",
     ],
     "repetition": [
         "The first image shows a dog on a dog on a dog on a dog on a dog on a dog on a dog on a",
-        "\nThe first image is a red stop sign.\nThe second image is a large bush with red flowers.\nThe first "
-        "image is a red "
-        "stop sign.\nThe second image is a large bush with red flowers.\nThe first image is a red stop "
-        "sign.\nThe second "
-        "image is a large bush with red flowers.\nThe first",
-        "\n1. The bus has a roof.\n2. The bus has a top part of a van.\n3. The bus has a bottom part of a "
-        "van.\n4. The bus "
-        "has a bottom part of a van.\n5. The bus has a bottom part of a van.\n6. The bus has a top part of a van.",
-        "The first image shows a dog. " * 6,
+        f"\n{STOP * 3}The first",
+        f"1. The bus has a roof. 2. {ROOF.format('top')} 3. {ROOF.format('bottom')} 4. {ROOF.format('left')}"
+        f" 5. {ROOF.format('right')}",
         "".join(f"The image {c} is one of many. " for c in "abcdefghijklmnopq"),
         "The first image shows a very very very large dog in a garden, while the second image shows a cat on a chair.",
     ],
     "same_of_both": [
-        "The first image shows a man riding a skateboard on a piece of concrete in a park, while the second "
-        "image shows a "
-        "man riding a skateboard on a piece of concrete in a park.",
-        "The first image shows a person on field with a Frisbee, while the second image shows a person on a "
-        "field with a "
-        "Frisbee.",
-        "The first image is a more realistic representation of the environment.\nThe second image is a more realistic "
-        "representation of the environment.",
+        "The first image shows a man riding a skateboard in a park, while the second image shows a man riding a "
+        "skateboard in a park.",
+        "The first image shows a person on field with a Frisbee, while the second image shows a person on a field "
+        "with a Frisbee.",
         "Both images show a man and a woman who are posing for a picture in front of a tree.",
     ],
     "too_short": ["A dog.", "Sure!", " The dog is curious about what is behind the camera.\nPicture 3: A dog that is"],
 }
 
 
-def test_every_rule_has_a_real_example_and_a_reason_why():
-    assert [name for name, _ in TRIMS] == list(REAL_TRIMS)
-    assert [name for name, _ in RULES] == list(REAL_BREAKS)
-    assert all(rule.__doc__ for _, rule in (*TRIMS, *RULES))
-    assert len(set(REASONS)) == len(TRIMS) + 3 == len(RULES) + 3
+def test_every_rule_has_a_real_example():
+    assert [trim.__name__ for trim in TRIMS] == list(REAL_TRIMS)
+    assert [rule.__name__ for rule in RULES] == list(REAL_BREAKS)
 
 
-def test_a_rule_trims_what_it_is_named_for():
-    bad = []
-    for name, (raw, kept) in REAL_TRIMS.items():
-        found = check(raw)
-        if found.text != kept or name not in found.trims or dict(TRIMS)[name](kept) != kept:
-            bad.append(f"{name}: {found}")
-    assert not bad
+def test_a_rule_trims_what_it_is_named_for(monkeypatch):
+    for trim in TRIMS:
+        raw, kept = REAL_TRIMS[trim.__name__]
+        with monkeypatch.context() as patch:
+            assert clean(raw)[0] == trim(kept) == kept
+            patch.setattr(cleaning, "TRIMS", [other for other in TRIMS if other is not trim])
+            assert clean(raw)[0] != kept, trim.__name__
 
 
 def test_a_rule_rejects_what_it_is_named_for():
     cases = {raw: (None, name) for name, raws in REAL_BREAKS.items() for raw in raws}
     cases |= {"": (None, "empty"), " \n\t ": (None, "empty")}
-    assert not wrong(cases, lambda raw: check(raw, SHOWN)[:2])
+    assert not wrong(cases, lambda raw: check(raw, SHOWN))
 
 
 # -- what must not be rejected -------------------------------------------------------------------------
@@ -266,7 +226,7 @@ def test_sentences_that_look_a_little_like_a_broken_rule_are_kept():
         "What looks different in the first image compared with the second image is that a brown dog sleeps on a carpet "
         "there, beside a fire, while cats run about on the roof of the second.",  # begins with words of the question
     ]
-    assert not wrong({text: (text, "kept") for text in texts}, lambda text: check(text, SHOWN)[:2])
+    assert not wrong({text: (text, "kept") for text in texts}, lambda text: check(text, SHOWN))
 
 
 def test_what_the_captions_say_may_be_said_in_the_words_of_an_example():
@@ -274,9 +234,9 @@ def test_what_the_captions_say_may_be_said_in_the_words_of_an_example():
         "The first image shows a close view of food on a plate, while the second image shows two giraffes at a table."
     )
     of_food = ("A close up view of some food on a large plate.", "Two giraffes.")
-    assert check(plate, SHOWN._replace(captions=of_food))[:2] == (plate, "kept")
+    assert check(plate, SHOWN._replace(captions=of_food)) == (plate, "kept")
     split = ("A close view of a giraffe.", "Food on a plate.")  # together they have the words; neither says it
-    assert check(plate, SHOWN._replace(captions=split))[:2] == (None, "prompt_echo")
+    assert check(plate, SHOWN._replace(captions=split)) == (None, "prompt_echo")
     assert clean(plate) == (plate, "kept"), "nothing is known to copy from"
     assert not copies("The first image shows a close view of the polar bears.", WORKED)
     assert copies("A close, close view of foods on plates!", WORKED)
@@ -292,10 +252,8 @@ def test_how_short_is_too_short_can_be_said():
     assert clean("a small red circle on a grey background", min_characters=20)[1] == "kept"
 
 
-def test_newlines_become_spaces_are_counted_and_trim_no_word():
-    found = check(f"\n{DOG_CAT.replace(' while', chr(10) + 'while')}\n")
-    assert found == (DOG_CAT, "kept", ("newlines",))
-    assert check(f" {DOG_CAT} ") == (DOG_CAT, "kept", ())
+def test_newlines_become_spaces_which_is_no_trim():
+    assert clean(f"\n{DOG_CAT.replace(' while', chr(10) + 'while')}\n") == (DOG_CAT, "kept")
 
 
 # -- what is said of which image -----------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import multiprocessing
 import os
@@ -11,11 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from writing_runs import names, on_captions
 
 from pc_clip.core import environment
-from pc_clip.core.config.write import GenerateConfig
 from pc_clip.core.distributed import Processes
-from pc_clip.write import generate, progress, work
+from pc_clip.write import generate, work
+from pc_clip.write.progress import Progress
 from pc_clip.write.rules import RulesWriter
 
 forks = multiprocessing.get_context("fork")  # quick, and no different for the files that are left
@@ -30,7 +32,7 @@ class Unordered(RulesWriter):
             yield n, "" if jobs[n].seed % 7 == 0 else self._write(jobs[n])
 
 
-class SlowFile(progress.FileIO):
+class SlowFile(io.FileIO):
     """Takes a line in several slow pieces, so that a kill often comes within a line."""
 
     def write(self, content):
@@ -42,7 +44,9 @@ def start(config, processes):
     """generate() in a process of its own."""
 
     def run():
-        progress.Progress.open = lambda self, rank: SlowFile(self.folder / f"{time.time_ns()}-{rank}.jsonl", "xb")
+        Progress.open = lambda self, rank: io.BufferedWriter(
+            SlowFile(self.folder / f"{time.time_ns()}-{rank}.jsonl", "xb")
+        )
         generate.generate(config, processes)
 
     process = forks.Process(target=run)
@@ -60,14 +64,11 @@ def files(path):
 
 
 @pytest.mark.slow
-def test_killed_twenty_times_in_one_or_two_processes_nothing_is_lost_and_nothing_there_twice(tmp_path, monkeypatch):
+def test_killed_twenty_times_in_one_or_two_processes_nothing_is_lost_and_nothing_there_twice(monkeypatch):
     monkeypatch.setattr(work, "make_writer", lambda config, task=None: Unordered())
     monkeypatch.setattr(environment, "commit", lambda: None)  # two processes of git a run
-    table = tmp_path / "captions.tsv"
-    lines = [f"{n:02d}\t{n}.jpg\tA large café with {n} green tables\tA room with {n} dogs" for n in range(N_IMAGES)]
-    table.write_text("\n".join(["id\timage\tcaption1\tcaption2", *lines]) + "\n", encoding="utf-8")
-    config = GenerateConfig(name="some", captions=str(table), out=str(tmp_path / "out"))
-    expected = files(generate.generate(dataclasses.replace(config, out=str(tmp_path / "whole"))))
+    config = on_captions([(f"A large café with {n} green tables", f"A room with {n} dogs") for n in range(N_IMAGES)])
+    expected = files(generate.generate(dataclasses.replace(config, out="whole")))
     assert len(b"".join(expected).splitlines()) == N_PAIRS
     rng, torn = np.random.default_rng(0), 0
     for kill in range(20):
@@ -92,4 +93,4 @@ def test_killed_twenty_times_in_one_or_two_processes_nothing_is_lost_and_nothing
     assert 20 < len(numbers) < N_PAIRS and torn > 2
     path = generate.generate(config)
     assert files(path) == expected
-    assert sorted(p.name for p in path.parent.iterdir()) == ["some.jsonl", "some.meta.json", "some.rejected.jsonl"]
+    assert names("out") == ["some.jsonl", "some.meta.json", "some.rejected.jsonl"]

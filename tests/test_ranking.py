@@ -14,6 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from writing_runs import meta, names
 
 from pc_clip.core import environment
 from pc_clip.core.config.write import GenerateConfig, RankDataConfig
@@ -34,10 +35,6 @@ def config(small_example, tmp_path, monkeypatch):
 
 def made(captions, n=5):
     return Dataset("made", "all", [f"i{k}" for k in range(n)], lambda row: None, "0", captions=captions)
-
-
-def meta(path):
-    return json.loads(path.with_suffix(".meta.json").read_text(encoding="utf-8"))
 
 
 def test_candidates_are_within_the_margin_of_the_best_and_the_own_image_is_one():
@@ -65,35 +62,31 @@ def test_queries_are_drawn_by_seed_one_an_image_and_no_caption_twice():
     assert drawn == {"A dog.", "a long one", "b", "a  dog", "e", "f"}
     same = made([("A dog.",), ("a  dog",), ("a cat",)], 3)
     assert {len(draw_queries(same, None, "random", seed)) for seed in range(9)} == {2}
-    with pytest.raises(UserError, match=r"rank\.n_queries is 3, but made/all has 3 images .* only 2 differ"):
+    with pytest.raises(UserError, match=r"rank\.n_queries is 3, but only 2 captions of made/all differ"):
         draw_queries(same, 3, "random", 0)
 
 
 @given(
     st.permutations(range(1, 10)),
-    st.sampled_from([",", ", ", " ", "; ", " > ", ">", "\n", " -> ", " → ", ", and ", " then "]),
+    st.sampled_from([",", ", ", " ", "; ", " > ", ">", "\n"]),
     st.sampled_from(["{}", " [{}]\n", "Answer: {}.", "({})"]),
 )
 def test_any_permutation_survives_writing(order, separator, around):
-    assert parse_order(around.format(separator.join(map(str, order))), 9) == (list(order), "kept")
+    assert parse_order(around.format(separator.join(map(str, order))), 9) == list(order)
 
 
-@given(st.text(max_size=60))
+@given(st.text("0123459 ,;>-.([])²x\n", max_size=60))
 def test_what_is_kept_of_any_text_is_a_permutation_of_its_own_numbers(text):
-    order, reason = parse_order(text, 3)
-    assert (order is None) == (reason != "kept")
-    if order is not None:
+    if (order := parse_order(text, 3)) is not None:
         assert sorted(order) == [1, 2, 3] and re.findall("[0-9]+", text) == list(map(str, order))
 
 
-def test_what_is_no_order_is_refused_with_its_reason():
-    cases = {
-        " \n": "empty", "The second fits best: 2, 1, 3": "no_list", "2, 1, 3 because of the dog": "no_list",
-        "1. 2. 3.": "no_list", "3 < 2 < 1": "no_list", "2, 1, -3": "no_list", "213": "unknown_number",
-        "2, 1, 3, 4": "unknown_number", "0, 1, 2": "unknown_number", "2, 1, 1, 3": "twice", "2, 1": "not_all",
-        "9" * 5000: "no_list", "1" + " " * 10_000 + "x": "no_list", "²,1,3": "no_list",
-    }  # fmt: skip
-    assert {raw: parse_order(raw, 3)[1] for raw in cases} == cases
+def test_what_is_no_order_is_refused():
+    texts = [
+        " \n", "The second fits: 2, 1, 3", "2, 1, 3 because of the dog", "1. 2. 3.", "3 < 2 < 1", "2, 1, -3", "213",
+        "2, 1, 3, 4", "0, 1, 2", "2, 1, 1, 3", "2, 1", "9" * 5000, "1" + " " * 10_000 + "x", "²,1,3",
+    ]  # fmt: skip
+    assert [text for text in texts if parse_order(text, 3)] == []
 
 
 def test_words_that_a_description_shares():
@@ -119,9 +112,13 @@ def test_the_example_is_ranked_by_rule(config, tmp_path):
     assert [(s.text, s.image, s.instead) for s in statements] == list(
         zip(table.caption, table.preferred_image, table.rejected_image)
     )
-    assert sorted(p.name for p in path.parent.iterdir()) == ["example_rank.meta.json", "example_rank.parquet"]
+    assert names(path.parent) == ["example_rank.meta.json", "example_rank.parquet"]
     before = path.stat().st_mtime_ns
     assert generate.generate(config) == path and path.stat().st_mtime_ns == before
+    with pytest.raises(
+        UserError, match=r"example_rank\.parquet has the same name"
+    ):  # both would have the one .meta.json
+        generate.generate(GenerateConfig(name="example_rank", split="val", n_pairs=5, out=config.out))
     other = dataclasses.replace(config, rank=dataclasses.replace(config.rank, pairs_each=1))
     with pytest.raises(UserError, match="written with other settings; choose another --name or --overwrite"):
         generate.generate(other)
@@ -165,7 +162,7 @@ def test_a_language_model_describes_and_orders(by_model):
     assert about["counts"]["own_image_rejected"] > 0 and (table.rejected_image != table.query_image).all()
 
 
-@pytest.mark.parametrize("after", [0, 5, 40])
+@pytest.mark.parametrize("after", [5, 40])
 def test_interrupted_in_either_phase_and_continued_it_is_as_uninterrupted(by_model, monkeypatch, tmp_path, after):
     whole = generate.generate(dataclasses.replace(by_model, out=str(tmp_path / "whole"))).read_bytes()
     stream, asked = Judge.stream, itertools.count()
@@ -195,10 +192,10 @@ def test_answers_that_are_no_order_are_counted_and_kept_apart(by_model, monkeypa
     monkeypatch.setattr(Judge, "stream", some)
     path = generate.generate(by_model)
     about = meta(path)
-    assert about["answers"]["orders"] == {"kept": 7, "twice": 4}
+    assert about["answers"]["orders"] == {"kept": 7, "no_order": 4}
     assert about["counts"]["queries_without_order"] == 4 and about["counts"]["queries"] == 8
     rejected = [json.loads(line) for line in path.with_suffix(".rejected.jsonl").read_text().splitlines()]
-    assert [(row["phase"], row["reason"], row["raw"]) for row in rejected] == [("orders", "twice", "1, 1")] * 4
+    assert [(row["phase"], row["reason"], row["raw"]) for row in rejected] == [("orders", "no_order", "1, 1")] * 4
 
 
 def test_a_server_is_shown_the_pictures(config, monkeypatch):
@@ -222,32 +219,28 @@ def test_a_server_is_shown_the_pictures(config, monkeypatch):
 def test_settings_that_cannot_be_are_refused(config):
     cases = [
         ({"rank": {"most": 1}}, r"rank\.most is 1; it must be at least 2"),
-        ({"rank": {"margin": float("nan")}}, r"rank\.margin is nan"),
         ({"rank": {"n_queries": 0}}, r"rank\.n_queries is 0; it must be at least 1"),
-        ({"rank": {"n_queries": 99}}, r"rank\.n_queries is 99, but example/val has 60 images"),
+        ({"rank": {"n_queries": 99}}, r"rank\.n_queries is 99, but only \d+ captions of example/val differ"),
         ({"rank": {"pictures": False}}, r"--rank\.pictures false has no effect with --writer rules"),
         ({"rank": {"order_prompt": "x.yaml"}}, r"--rank\.order_prompt has no effect with --writer rules"),
-        ({"rank": {"missing": "maybe"}}, r"rank\.missing is 'maybe'"),
+        ({"rank": {"missing": "maybe"}}, r"missing is 'maybe'"),
+        (
+            {"rank": {"order_prompt": "order.yaml"}, "writer": "transformers"},
+            r"order\.yaml: the instruction has no \{second\}",
+        ),
         ({"n_pairs": 5}, r"--n_pairs has no effect in --task rank"),
-        ({"task": "describe", "rank": {"most": 5}}, r"--rank\.most has no effect in --task describe"),
+        ({"task": "describe", "rank": {"most": 5}}, r"--rank has no effect in --task describe"),
         ({"dataset": "folder", "root": "pictures", "split": None}, "has no captions to rank its images by"),
     ]
+    Path("order.yaml").write_text("{system: s, instruction: 'Which fits {first}?'}")
     Path("pictures").mkdir()
-    for n in range(3):
-        Image.new("RGB", (8, 8)).save(f"pictures/{n}.png")
+    Image.new("RGB", (8, 8)).save("pictures/0.png")
     for settings, message in cases:
         options = RankDataConfig(**settings.pop("rank", {}))
         other = dataclasses.replace(config, **{"rank": options, **settings})
         other.model = dataclasses.replace(other.model, name="example" if other.dataset == "folder" else "")
         with pytest.raises(UserError, match=message):
             generate.generate(other)
-
-
-def test_a_question_that_shows_no_descriptions_is_refused(by_model):
-    Path("order.yaml").write_text("{system: s, instruction: 'Which fits {first}?'}")
-    by_model.rank.order_prompt = "order.yaml"
-    with pytest.raises(UserError, match=r"order\.yaml: the instruction has no \{second\}"):
-        generate.generate(by_model)
 
 
 def test_captions_that_say_nothing_give_no_pairs_and_no_file(config):

@@ -44,7 +44,7 @@ def test_with_no_argument_each_runs_in_any_order_and_says_what_it_made(small_exa
     assert "example-pretrained" in shown
     assert "caption_subtraction" in shown
     with pytest.raises(UserError, match="written with other settings"):
-        generate_diffs.main([])  # the shipped settings are not the small ones of this test
+        generate_diffs.main(["--n_images", "99", "--n_pairs", "200"])
 
 
 def test_an_evaluation_that_is_done_is_skipped_and_done_again_on_request(small_example, caplog):
@@ -112,7 +112,7 @@ def test_configs_of_writers_run_with_few_images(name, small_example, monkeypatch
         save_llama(Path("llama"), TEMPLATE)
         llama = {"model": "llama", "gguf_file": "null", "dtype": "float32"}
         options += [word for key, value in llama.items() for word in (f"--transformers.{key}", value)]
-        monkeypatch.setattr(work, "check", lambda raw, _: Checked(raw, "kept", ()))  # a random model writes nonsense
+        monkeypatch.setattr(work, "check", lambda raw, _: Checked(raw, "kept"))  # a random model writes nonsense
     found = generate_diffs.main(["--config", str(path), *options, "--n_images", "10", "--n_pairs", "12"])
     assert len(found.read_text().splitlines()) == 12
 

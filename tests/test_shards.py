@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import multiprocessing
 import os
@@ -16,9 +15,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from writing_runs import interrupt, names, on_captions, whole
 
 from pc_clip.core import environment
-from pc_clip.core.config.write import GenerateConfig
 from pc_clip.core.distributed import Processes
 from pc_clip.core.errors import UserError
 from pc_clip.write import generate
@@ -31,37 +30,14 @@ forks = multiprocessing.get_context("fork")
 
 
 @pytest.fixture
-def config(tmp_path, monkeypatch):
+def config(monkeypatch):
     monkeypatch.setattr(environment, "commit", lambda: None)  # two processes of git a file
-    table = tmp_path / "captions.tsv"
-    lines = [f"{n}\t{n}.jpg\tA large café with {n} green tables in it and a dog" for n in range(10)]
-    table.write_text("\n".join(["id\timage\tcaption1", *lines]) + "\n", encoding="utf-8")
-    return GenerateConfig(name="some", captions=str(table), out=str(tmp_path / "out"))
-
-
-def begin(config, n=N_PAIRS):
-    """A working folder with the first n sentences: its file, and the lines of it."""
-    stream = RulesWriter.stream
-
-    def stops(self, jobs):
-        yield from itertools.islice(stream(self, jobs), n)
-        raise KeyboardInterrupt
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(RulesWriter, "stream", stops)
-        generate.generate(config)
-    path = max(Progress(Path(config.out) / "some.jsonl").folder.glob("[0-9]*.jsonl"))
-    return path, path.read_bytes().splitlines(keepends=True)
-
-
-def whole(config):
-    """What an undisturbed run writes."""
-    return generate.generate(dataclasses.replace(config, out=f"{config.out}-whole")).read_bytes()
+    return on_captions([[f"A large café with {n} green tables in it and a dog"] for n in range(10)])
 
 
 def test_any_lines_in_any_files_with_any_tails_give_the_same_file(config):
-    path, lines = begin(config)
-    expected, asked = whole(config), []
+    path = interrupt(config, N_PAIRS)
+    lines, expected, asked = path.read_bytes().splitlines(keepends=True), whole(config), []
     numbers = st.lists(st.sampled_from(range(N_PAIRS)), unique=True)
     tails = st.sampled_from([b"", b"{", b"\xff", lines[7][:-1], lines[8][:20]])
 
@@ -69,7 +45,7 @@ def test_any_lines_in_any_files_with_any_tails_give_the_same_file(config):
     @settings(max_examples=25)
     def holds(done, places, ends):
         shutil.rmtree(config.out)
-        begin(config, 0)
+        interrupt(config, 0)
         for place, end in zip(range(4), ends):
             content = b"".join(lines[n] for n, at in zip(done, places) if at == place)
             (path.parent / f"{place}.jsonl").write_bytes(content + end)
@@ -84,49 +60,35 @@ def test_any_lines_in_any_files_with_any_tails_give_the_same_file(config):
 
 
 def test_a_sentence_that_came_twice_is_taken_once(config):
-    path, lines = begin(config, 10)
+    path = interrupt(config, 10)
+    lines = path.read_bytes().splitlines(keepends=True)
     path.with_name("9.jsonl").write_bytes(b"".join(lines[3:6]).replace(b"dog", b"cat"))
-    text = generate.generate(config).read_text(encoding="utf-8")
-    assert len(text.splitlines()) == N_PAIRS
+    assert len(generate.generate(config).read_text(encoding="utf-8").splitlines()) == N_PAIRS
 
 
 def test_what_is_no_sentence_is_an_error_with_file_and_line_and_is_left_alone(config):
-    path, lines = begin(config, 10)
+    path = interrupt(config, 10)
+    lines = path.read_bytes().splitlines(keepends=True)
     row = json.loads(lines[1])
-    others = [row | {"n": n} for n in (N_PAIRS, -1, 2.0, "2", None, True)] + [row | {"second": "9"}]
-    odd = [b"\0\0\n", b"\n", b'{"n": 3\n', b"[3]\n", b"{}\n", b"\xff\xfe\n"]
-    for line in odd + [json.dumps(other).encode() + b"\n" for other in others]:
+    others = [row | {"n": N_PAIRS}, row | {"n": None}, row | {"second": "09"}]
+    for line in [b"\0\0\n", b"[3]\n", b"{}\n", b"\xff\xfe\n", *(json.dumps(o).encode() + b"\n" for o in others)]:
         content = b"".join([*lines[:4], line, *lines[4:]])
         path.write_bytes(content)
         with pytest.raises(UserError, match=r"\.jsonl line 5 is no sentence about one of these.*delete the line"):
             generate.generate(config)
         assert path.read_bytes() == content
-    path.write_bytes(b"".join(lines))
-    assert generate.generate(config).is_file()
 
 
 def test_sentences_without_settings_are_not_taken_for_ours(config):
-    path, _ = begin(config, 3)
-    path.with_name("settings.json").write_text("{")
+    interrupt(config, 3).with_name("settings.json").write_text("{")
     with pytest.raises(UserError, match="begun with other settings"):
         generate.generate(config)
     assert generate.generate(dataclasses.replace(config, overwrite=True)).is_file()
 
 
 def test_a_folder_that_holds_no_sentence_yet_hinders_nobody(config):
-    begin(config, 0)
+    interrupt(config, 0)
     assert generate.generate(dataclasses.replace(config, seed=5)).is_file()
-
-
-def test_what_an_interruption_left_beside_the_finished_file_is_removed(config, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(Progress, "remove", lambda self: None)
-        path = generate.generate(config)
-    assert path.with_suffix(".parts").is_dir()
-    before = path.stat().st_mtime_ns
-    assert generate.generate(config) == path
-    assert sorted(p.name for p in path.parent.iterdir()) == ["some.jsonl", "some.meta.json"]
-    assert path.stat().st_mtime_ns == before
 
 
 # -- several processes ---------------------------------------------------------------------------------
@@ -134,7 +96,7 @@ def test_what_an_interruption_left_beside_the_finished_file_is_removed(config, m
 
 def test_three_processes_share_the_work_and_one_merges_it(config):
     expected = whole(config)
-    begin(config, 4)
+    interrupt(config, 4)
     barrier = forks.Barrier(3)
     started = [
         forks.Process(target=generate.generate, args=(config, Processes(rank, 3, rank, barrier.wait)))
@@ -145,17 +107,17 @@ def test_three_processes_share_the_work_and_one_merges_it(config):
     for process in started:
         process.join(60)
     assert [process.exitcode for process in started] == [0, 0, 0]
-    path = Path(config.out) / "some.jsonl"
-    assert path.read_bytes() == expected
-    assert sorted(p.name for p in path.parent.iterdir()) == ["some.jsonl", "some.meta.json"]
+    assert Path("out/some.jsonl").read_bytes() == expected
+    assert names("out") == ["some.jsonl", "some.meta.json"]
 
 
 def test_a_second_launch_of_the_same_name_is_refused_and_harms_nothing(config):
-    path, lines = begin(config, 10)
+    path = interrupt(config, 10)
+    before, settings = path.read_bytes(), json.loads(path.with_name("settings.json").read_text())
     held, end = forks.Event(), forks.Event()
 
     def hold():
-        with Progress(Path(config.out) / "some.jsonl").lock():
+        with Progress(Path("out/some.jsonl")).working(settings, False, Processes()):
             held.set()
             end.wait(60)
 
@@ -165,7 +127,7 @@ def test_a_second_launch_of_the_same_name_is_refused_and_harms_nothing(config):
     for other in (config, dataclasses.replace(config, overwrite=True), dataclasses.replace(config, seed=1)):
         with pytest.raises(UserError, match=r"another process is writing .*some\.jsonl"):
             generate.generate(other)
-    assert path.read_bytes() == b"".join(lines)
+    assert path.read_bytes() == before
     holder.kill()  # its lock goes with it
     holder.join()
     assert generate.generate(config).read_bytes() == whole(config)
@@ -180,16 +142,16 @@ def test_a_process_whose_neighbour_died_says_so(config):
 
 
 @pytest.mark.slow
-def test_launched_as_two_processes_the_script_writes_what_one_does(config, tmp_path):
+def test_launched_as_two_processes_the_script_writes_what_one_does(config):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
-    (tmp_path / "none.yaml").write_text("name: some\n")
+    Path("none.yaml").write_text("name: some\n")
     script = [str(ROOT / "generate_diffs.py"), "--config", "none.yaml", "--split", "null"]
-    script += ["--name", "some", "--captions", config.captions, "--out", config.out]
+    script += ["--captions", config.captions, "--out", config.out]
     ran = subprocess.run([*launch, *script], env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
-    assert (Path(config.out) / "some.jsonl").read_bytes() == whole(config)
+    assert Path("out/some.jsonl").read_bytes() == whole(config)
     assert ran.stderr.count("is written") == 1

@@ -84,21 +84,17 @@ def test_captions_that_say_nothing_different_are_set_against_each_other():
     assert claims(RulesWriter().write([job])[0])[1:] == ("a red star", "a small star on a dark background")
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_any_other_captions_are_set_against_each_other(seed):
-    job = Job("A man with a red helmet  on a small moped. ", "There is {a} TV, and two cats\nnear it .", seed)
-    _, a, b = claims(RulesWriter().write([job])[0])
-    assert (a, b) == ("a man with a red helmet on a small moped", "there is {a} TV, and two cats near it")
+def test_any_other_captions_are_set_against_each_other():
+    for seed in range(8):
+        job = Job("A man with a red helmet  on a small moped. ", "There is {a} TV, and two cats\nnear it .", seed)
+        _, a, b = claims(RulesWriter().write([job])[0])
+        assert (a, b) == ("a man with a red helmet on a small moped", "there is {a} TV, and two cats near it")
 
 
-@pytest.mark.parametrize("caption", ["Man riding a motor bike on a dirt road.", "People standing around a table."])
-def test_a_capital_does_not_stay_within_the_sentence(caption):
-    text = RulesWriter().write([Job(caption, "A cat.", 0)])[0]
-    assert caption[:6].lower() in text
-
-
-def test_a_name_or_an_acronym_keeps_its_capitals():
-    assert "TVs" in RulesWriter().write([Job("TVs on a wall.", "A cat.", 0)])[0]
+def test_a_capital_at_the_start_does_not_stay_but_an_acronyms_does():
+    words = {"Man riding a motor bike on a road.": "man riding", "People stand.": "people stand", "TVs here.": "TVs"}
+    texts = RulesWriter().write([Job(caption, "A cat.", 0) for caption in words])
+    assert [word for word, text in zip(words.values(), texts) if word not in text] == []
 
 
 def test_the_rules_depend_on_the_job_alone_and_on_its_seed():
@@ -160,35 +156,23 @@ def test_greedy_answers_do_not_depend_on_the_batch(folders, kind):
     assert not any("</s>" in text or job.first in text for job, text in zip(JOBS, together))
 
 
-def test_drawn_answers_repeat_themselves_and_leave_the_global_generator_alone(folders):
+def test_drawn_answers_repeat_themselves_whatever_the_batch_and_the_global_generator(folders):
     model = writer(folders["chat"], temperature=1.0)
     state = torch.random.get_rng_state()
     first = model.write(JOBS)
     assert torch.equal(torch.random.get_rng_state(), state)
     torch.rand(3)
-    assert model.write(JOBS) == first
+    assert model.write(JOBS) == first and model.write(JOBS[2:]) == first[2:]
     assert first != writer(folders["chat"]).write(JOBS)
 
 
-def test_drawn_answers_do_not_depend_on_the_batch(folders):
-    model = writer(folders["chat"], temperature=1.0)
-    assert model.write(JOBS)[2:] == model.write(JOBS[2:])
-
-
-def test_a_chat_template_is_used_where_there_is_one(folders):
-    prompt = writer(folders["chat"]).prompt(Job(" A dog.\n", "A cat.", 0))
-    assert prompt.startswith(f"<system>{PAIRS.system}\n<user>Picture 1: A dog.\nPicture 2: A cat.\n")
-    assert prompt.endswith("\n<reply>")
-    assert not any(answer in prompt for answer in (e["answer"] for e in PAIRS.examples))
-
-
-def test_a_model_without_a_chat_template_gets_worked_examples(folders):
-    prompt = writer(folders["base"]).prompt(Job("A dog.", "A cat.", 0))
-    ends = [prompt.index(answer) for answer in (e["answer"] for e in PAIRS.examples)] + [
-        prompt.index("Picture 1: A dog.\nPicture 2: A cat.\n")
-    ]
-    assert ends == sorted(ends)
-    assert prompt.endswith("\nAnswer:")
+def test_a_chat_template_is_used_where_there_is_one_and_else_worked_examples(folders):
+    chat, base = (writer(folders[kind]).prompt(Job(" A dog.\n", "A cat.", 0)) for kind in ("chat", "base"))
+    assert chat.startswith(f"<system>{PAIRS.system}\n<user>Picture 1: A dog.\nPicture 2: A cat.\n")
+    assert chat.endswith("\n<reply>") and not any(example["answer"] in chat for example in PAIRS.examples)
+    asked = [*(example["answer"] for example in PAIRS.examples), "Picture 1: A dog.\nPicture 2: A cat.\n"]
+    assert [base.index(text) for text in asked] == sorted(base.index(text) for text in asked)
+    assert base.endswith("\nAnswer:")
 
 
 def test_a_chat_template_without_a_system_role_gets_it_in_the_question(folders, tmp_path):
@@ -232,40 +216,20 @@ def test_noise_by_row_draws_from_the_softmax():
     assert torch.allclose(shares, torch.tensor([0.6, 0.3, 0.1]), atol=0.03)
 
 
-def test_weights_are_quantized_on_a_gpu_only(folders):
-    with pytest.raises(UserError, match="needs a GPU"):
-        writer(folders["base"], quantize="4bit")
-    with pytest.raises(UserError, match="transformers.quantize is '3bit'"):
-        writer(folders["base"], quantize="3bit")
-
-
 def test_what_wrote_the_sentences_is_described(folders):
-    described = writer(folders["chat"]).describe()
-    assert (
-        described["chat_template"] is True and described["temperature"] == 0.0 and described["system"] == PAIRS.system
-    )
+    about = writer(folders["chat"]).describe()
+    assert about["chat_template"] is True and about["temperature"] == 0.0 and about["system"] == PAIRS.system
     assert RulesWriter().describe() == {"writer": "rules"}
 
 
-def test_a_model_that_is_not_there_is_an_error_with_its_name(tmp_path):
-    with pytest.raises(UserError, match=r"absent.*could not be loaded.*--transformers\.model"):
-        writer(tmp_path / "absent")
-
-
-def test_a_folder_without_weights_is_an_error_with_its_name(folders, tmp_path):
+def test_a_model_that_cannot_be_loaded_is_an_error_with_its_name(folders, tmp_path):
     shutil.copytree(folders["base"], tmp_path / "weightless", ignore=shutil.ignore_patterns("*.safetensors"))
-    with pytest.raises(UserError, match=r"weightless.*could not be loaded"):
-        writer(tmp_path / "weightless")
-
-
-def test_weights_that_were_cut_short_are_an_error_with_their_folder(folders, tmp_path):
     shutil.copytree(folders["base"], tmp_path / "cut")
     weights = tmp_path / "cut" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(UserError, match="cut"):
-        writer(tmp_path / "cut")
-
-
-def test_an_unknown_dtype_is_an_error_with_the_known_ones(folders):
-    with pytest.raises(UserError, match=r"float61.*bfloat16"):
-        writer(folders["base"], dtype="float61")
+    for name in ("absent", "weightless", "cut"):
+        with pytest.raises(UserError, match=rf"{name}.*could not be loaded.*--transformers\.model"):
+            writer(tmp_path / name)
+    for option, value in (("dtype", "float61"), ("quantize", "3bit")):
+        with pytest.raises(UserError, match=value):
+            writer(folders["base"], **{option: value})

@@ -7,11 +7,9 @@ hold no direction to learn: they are rejected as no_change, and counted in NAME.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,10 +19,10 @@ from pc_clip.core.config.settings import DataConfig
 from pc_clip.core.config.write import ChangeWriterConfig, GenerateConfig
 from pc_clip.core.distributed import Processes
 from pc_clip.core.environment import resolve_device
-from pc_clip.core.errors import UserError, check_at_least, check_choice
+from pc_clip.core.errors import UserError, check_at_least
 from pc_clip.core.random import stream
 from pc_clip.data.dataset import Dataset
-from pc_clip.data.differences import Difference, choose_pairs, to_line
+from pc_clip.data.differences import choose_pairs
 from pc_clip.data.images import Reader, plain
 from pc_clip.data.pairs import read_pairs
 from pc_clip.data.training_data import load_dataset
@@ -33,47 +31,37 @@ from pc_clip.models.change_model import Search, change_of
 from pc_clip.models.clip import Clip
 from pc_clip.write.cleaning import Checked
 from pc_clip.write.progress import Item
-from pc_clip.write.work import Task, check_free, draw_images, write_all
+from pc_clip.write.work import Task, draw_images
 from pc_clip.write.writers import Job, Writer
 
 
-def generate_change(config: GenerateConfig, processes: Processes) -> Path:
-    """Write the sentences; returns the finished file. Interrupted and called again, it continues.
-
-    Raises UserError for settings that do not fit, for a checkpoint that cannot write, and as all tasks do.
-    """
+def change_task(config: GenerateConfig, processes: Processes) -> Task:
+    """Raises UserError for settings that do not fit, and for a checkpoint that cannot write."""
     change = config.change
     if change.told and (change.checkpoint or config.both_orders or change.beams != 1):
         raise UserError(
             "change.told writes what the data set says, of pairs in its own order alone; leave change.checkpoint, "
             "change.beams and both_orders out"
         )
-    check_choice("change.missing", change.missing, ("error", "skip"))
     for name, least in (("beams", 1), ("batch_size", 1), ("workers", 0)):
         check_at_least(f"change.{name}", getattr(change, name), least)
-    resolve_device(change.device, "change.device")
-    out = Path(config.out) / f"{config.name}.jsonl"
-    check_free(out, ".parquet")
     clip = None if change.told else _captioner(change, processes)
     data = load_dataset(DataConfig(config.dataset, config.root, config.split, change.missing))
     if change.told and not data.changes:
         raise UserError(f"{data.label} says nothing of pairs of images; leave change.told out")
-    own = ("name", "writer", "n_images", "n_pairs", "both_orders", "seed")
-    settings = {name: getattr(config, name) for name in own} | {
-        "data": data.label,
-        "fingerprint": data.fingerprint,
-        "change": {"beams": change.beams, "length_penalty": change.length_penalty},
-        "checkpoint": clip.weights_hash() if clip else "told",
-    }
-    task = Task(
-        items=lambda: pairs(data, config),
-        job=lambda first, second, _: Job(first, second, 0),  # it draws nothing
-        to_line=lambda row: to_line(Difference(row["first"], row["second"], row["text"])),
-        unit="pairs",
+    return Task(
+        pairs(data, config),
+        lambda first, second, _: Job(first, second, 0),  # it draws nothing
+        "pairs",
+        made_from={
+            "data": data.label,
+            "fingerprint": data.fingerprint,
+            "change": {"beams": change.beams, "length_penalty": change.length_penalty},
+            "checkpoint": clip.weights_hash() if clip else "told",
+        },
         make_writer=lambda _: ChangeWriter(clip, data, change) if clip else ToldWriter(data, config.seed),
         judge=lambda raw, _: judge(raw),
     )
-    return write_all(config, task, out, json.loads(json.dumps(settings)), processes)
 
 
 def pairs(data: Dataset, config: GenerateConfig) -> list[Item]:
@@ -100,18 +88,13 @@ def pairs(data: Dataset, config: GenerateConfig) -> list[Item]:
 
 def _captioner(config: ChangeWriterConfig, processes: Processes) -> Clip:
     """The model of a checkpoint. Raises UserError for one that has no decoder."""
-    if not config.checkpoint:
-        raise UserError(
-            "--writer change needs a captioner: --change.checkpoint RUN, one of finetune.py --method change "
-            "--change.stage caption; or --change.told true for what the data set itself says"
-        )
     device = resolve_device(config.device, "change.device")
     device = f"cuda:{processes.local_rank}" if device == "cuda" and processes.size > 1 else device
-    clip = loading.load_model(config.checkpoint, device=device)
-    if change_of(clip) is None or clip.change.decoder is None:
+    clip = loading.load_model(config.checkpoint, device=device) if config.checkpoint else None
+    if clip is None or change_of(clip) is None or clip.change.decoder is None:
         raise UserError(
-            f"{config.checkpoint} cannot write of pairs of images; give --change.checkpoint a run of finetune.py "
-            "--method change --change.stage caption (--model.start a run of stage retrieve)"
+            f"--change.checkpoint {config.checkpoint!r} cannot write of pairs of images; give a run of finetune.py "
+            "--method change --change.stage caption, or --change.told true for what the data set itself says"
         )
     return clip
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from jinja2 import TemplateError
 from safetensors import SafetensorError
 from torch import Tensor
@@ -31,7 +32,6 @@ class LanguageModelWriter(Writer):
     """Asks a causal language model, through its chat template or, where it has none, with worked examples."""
 
     def __init__(self, config: LanguageModelConfig, prompt: Prompt | None = None) -> None:
-        check_choice("transformers.dtype", config.dtype, ("float32", "bfloat16", "float16"))
         check_at_least("transformers.batch_size", config.batch_size, 1)
         self.config = config
         self.asked = prompt or prompts.read(prompts.FOLDER / "pairs.yaml")
@@ -57,14 +57,8 @@ class LanguageModelWriter(Writer):
     @torch.no_grad()
     def _generate(self, tokens: list[list[int]], seeds: list[int], shared: int) -> list[str]:
         """The answers to some prompts, the first `shared` tokens of which are the same in all."""
-        inputs, options = self._inputs(tokens, shared), self._options(seeds)
-        try:
-            out = self.model.generate(**inputs, **options)  # [B, L]
-        except torch.OutOfMemoryError as error:
-            raise UserError(
-                f"{len(tokens)} prompts at once do not fit into the GPU's memory; make --transformers.batch_size "
-                "smaller, or the weights with --transformers.quantize 4bit. What is written is kept."
-            ) from error
+        inputs = self._inputs(tokens, shared)
+        out = self.model.generate(**inputs, **self._options(seeds))  # [B, L]
         answers = self.tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         # Without a chat template an answer is one line; after it the model would invent a next example.
         return answers if self._ends_line is None else [answer.split("\n")[0] for answer in answers]
@@ -117,16 +111,14 @@ class LanguageModelWriter(Writer):
 
     def prompt(self, job: Job) -> str:
         """The text the model continues."""
-        if self.tokenizer.chat_template:
-            return self._chat(self.asked.question(job.first, job.second))
-        return self.asked.with_examples(job.first, job.second)
-
-    def _chat(self, question: str) -> str:
-        chat = [{"role": "system", "content": self.asked.system}, {"role": "user", "content": question}]
+        if not self.tokenizer.chat_template:
+            return self.asked.with_examples(job.first, job.second)
+        system, question = self.asked.system, self.asked.question(job.first, job.second)
+        chat = [{"role": "system", "content": system}, {"role": "user", "content": question}]
         try:
             return self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
         except TemplateError:  # some templates, Gemma's for one, know no system role
-            chat = [{"role": "user", "content": f"{self.asked.system}\n\n{question}"}]
+            chat = [{"role": "user", "content": f"{system}\n\n{question}"}]
             return self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
 
     def describe(self) -> dict[str, Any]:
@@ -174,15 +166,22 @@ def _load(config: LanguageModelConfig) -> tuple[Any, Any]:
 
     import transformers  # isort: skip
 
+    check_choice("transformers.quantize", config.quantize, ("", "4bit", "8bit"))
     transformers.utils.logging.disable_progress_bar()
     source = {"gguf_file": config.gguf_file} if config.gguf_file else {}
-    device = _device(config)
+    device, options = _device(config), dict(source)
     try:
+        if config.quantize:
+            options["device_map"] = {"": device}
+            options["quantization_config"] = transformers.BitsAndBytesConfig(
+                load_in_4bit=config.quantize == "4bit", load_in_8bit=config.quantize == "8bit",
+                bnb_4bit_compute_dtype=getattr(torch, config.dtype),
+            )  # fmt: skip
+        elif config.gguf_file and hasattr(transformers, "GgufConfig"):  # its packed kernels are made for float32 alone
+            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
         tokenizer = transformers.AutoTokenizer.from_pretrained(config.model, **source)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            config.model, dtype=config.dtype, **source, **_quantization(config, transformers)
-        )
-    except (OSError, ValueError, ImportError, AttributeError, SafetensorError) as error:
+        model = transformers.AutoModelForCausalLM.from_pretrained(config.model, dtype=config.dtype, **options)
+    except (OSError, ValueError, ImportError, AttributeError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0][:200]
         raise UserError(
             f"the language model {config.model!r} could not be loaded ({reason}). Give "
@@ -194,26 +193,6 @@ def _load(config: LanguageModelConfig) -> tuple[Any, Any]:
 
 def _device(config: LanguageModelConfig) -> str:
     """The GPU of this process, where there are several processes."""
-    from accelerate import PartialState
-
     if config.device or not torch.cuda.is_available():
         return config.device or "cpu"
     return f"cuda:{PartialState().local_process_index}"
-
-
-def _quantization(config: LanguageModelConfig, transformers: Any) -> dict[str, Any]:
-    """How weights are held: a GGUF file's are unpacked, because its packed kernels are made for float32 alone."""
-    if config.quantize:
-        check_choice("transformers.quantize", config.quantize, ("4bit", "8bit"))
-        if config.gguf_file:
-            raise UserError("transformers.quantize is for weights that are not quantized; a GGUF file's are")
-        if not torch.cuda.is_available():
-            raise UserError("transformers.quantize needs a GPU and `pip install bitsandbytes`; leave it out on a CPU")
-        how = transformers.BitsAndBytesConfig(
-            load_in_4bit=config.quantize == "4bit", load_in_8bit=config.quantize == "8bit",
-            bnb_4bit_compute_dtype=getattr(torch, config.dtype),
-        )  # fmt: skip
-        return {"quantization_config": how, "device_map": {"": _device(config)}}
-    if config.gguf_file and hasattr(transformers, "GgufConfig"):
-        return {"quantization_config": transformers.GgufConfig(dequantize=True)}
-    return {}

@@ -1,8 +1,7 @@
 """What a writer said -> a sentence to keep, or the name of the rule it broke.
 
 An answer is built as: a greeting, an offer, an announcement, the sentences themselves, an offer of more, another
-question. Rules that trim (TRIMS) cut away what stands around the sentences; rules that reject (RULES) judge these. Each
-has a name, and `check` says which of them applied, so that they can be counted.
+question. TRIMS cut away what stands around the sentences; RULES judge these, and name what is rejected.
 """
 
 from __future__ import annotations
@@ -10,9 +9,10 @@ from __future__ import annotations
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from itertools import takewhile
+from typing import Any, NamedTuple
 
 from pc_clip.write.words import BOTH, FUNCTION, WORDING, content_words, names_in, said_of, words_in
 
@@ -21,15 +21,10 @@ COPIED = 4  # content words in a row that make a copy of a worked example
 
 
 class Checked(NamedTuple):
-    """text: what is kept, or None. reason: "kept", "trimmed" or the rule of RULES that rejected it.
-
-    trims: the rules of TRIMS that changed something, in their order. "newlines" alone leaves the reason at "kept":
-    no word was lost.
-    """
+    """text: what is kept, or None. reason: "kept", "trimmed", "empty" or the name of the rule that rejected it."""
 
     text: str | None
     reason: str
-    trims: tuple[str, ...] = ()
 
 
 class Given(NamedTuple):
@@ -44,41 +39,40 @@ class Given(NamedTuple):
     examples: tuple[str, ...] = ()
     instructions: tuple[str, ...] = ()
 
+    @classmethod
+    def of(cls, min_characters: int, writer: Mapping[str, Any]) -> Given:
+        """writer: what it said of itself (Writer.describe)."""
+        examples = tuple(text for example in writer.get("worked_examples", ()) for text in example.values())
+        asked = tuple(writer[name] for name in ("system", "instruction") if name in writer)
+        return cls(min_characters, (), examples, asked)
 
-def clean(text: str, min_characters: int = MIN_CHARACTERS) -> tuple[str | None, str]:
-    """Keep, trim or reject a writer's sentence: (the text to keep, or None; the reason)."""
-    return check(text, Given(min_characters))[:2]
+
+def clean(text: str, min_characters: int = MIN_CHARACTERS) -> Checked:
+    """Keep, trim or reject a writer's sentence of which nothing else is known."""
+    return check(text, Given(min_characters))
 
 
-def check(text: str, given: Given = Given()) -> Checked:  # noqa: B008  (it cannot be changed)
-    """Keep, trim or reject a sentence, with the names of the rules that trimmed."""
+def check(text: str, given: Given) -> Checked:
+    """Keep, trim or reject a sentence. Newlines that become spaces are no trim: no word is lost."""
     text, original = text.strip(), join_lines(text)
     if not original:
         return Checked(None, "empty")
-    trims = []
-    for name, trim in TRIMS:
-        shorter = trim(text)
-        if shorter != text:
-            trims.append(name)
-        text = shorter
-    for name, broken in RULES:
+    for trim in TRIMS:
+        text = trim(text)
+    for broken in RULES:
         if broken(text, given):
-            return Checked(None, name, tuple(trims))
-    return Checked(text, "kept" if text == original else "trimmed", tuple(trims))
+            return Checked(None, broken.__name__)
+    return Checked(text, "kept" if text == original else "trimmed")
 
-
-# words of the talk around an answer, which say nothing of a picture either
-_TALK = frozenset(
-    re.findall(
-        r"\w+",
-        """sure course certainly okay absolutely definitely gladly yes alright thing problem great good question hello
-    hi thanks thank welcome happy glad help here difference differences comparison answer answers response assistant
-    result summary sentence sentences description descriptions caption captions know need let hope""",
-    )
-)
 
 # -- rules that trim: text -> text ---------------------------------------------------------------------
 
+# words of the talk around an answer, which say nothing of a picture either
+_TALK = frozenset(
+    words_in("""sure course certainly okay absolutely definitely gladly yes alright thing problem great good question
+    hello hi thanks thank welcome happy glad help here difference differences comparison answer answers response
+    assistant result summary sentence sentences description descriptions caption captions know need let hope""")
+)
 _FIELD = r"(?:question|answer|note|q|(?:caption|picture|image) ?\d|user|human|assistant|instruction|response)\s*:"
 _GREETING = re.compile(
     r"(?:(?:sure|of course|certainly|okay|absolutely)\b[,!.]*|"
@@ -132,12 +126,7 @@ def drop_other_paragraphs(text: str) -> str:
     A heading, a piece of prompt or an essay on the captions follows often, but so does "The second image shows ...".
     """
     first, *others = re.split(r"\n\s*\n", text)
-    kept = [first]
-    for paragraph in others:
-        if not _on_an_image(paragraph):
-            break
-        kept.append(paragraph)
-    return "\n\n".join(kept) if len(kept) <= len(others) else text
+    return "\n\n".join([first, *takewhile(_on_an_image, others)])
 
 
 def drop_closing(text: str) -> str:
@@ -191,17 +180,16 @@ _REFUSAL = re.compile(
     re.IGNORECASE,
 )
 _STARTS_AS_PROMPT = re.compile(rf"\s*(?:#+\s*)?{_FIELD}", re.IGNORECASE)
+_THREE_TIMES = re.compile(r"(?<!\S)((?:\S+ ){1,12}?)\1\1")
 
 
 def prompt_echo(text: str, given: Given) -> bool:
-    """It goes on with the prompt, repeats what it was asked, or copies a worked example instead of answering.
-
-    A copy is a run of four content words of an example that are not all in one caption: "a close view of food on
-    a plate" is a fair answer where there is a plate of food, and of a giraffe it is not.
-    """
-    if _STARTS_AS_PROMPT.match(text) or _mostly_of(text, given.instructions):
-        return True
-    return bool(given.examples) and copies(text, given.examples, given.captions)
+    """It goes on with the prompt, repeats what it was asked, or copies a worked example instead of answering."""
+    runs = _runs((text,), 5, words_in)
+    repeated = len(runs & _runs(given.instructions, 5, words_in))
+    return (
+        bool(_STARTS_AS_PROMPT.match(text)) or 2 * repeated > len(runs) or copies(text, given.examples, given.captions)
+    )
 
 
 def code(text: str, _: Given) -> bool:
@@ -231,17 +219,16 @@ def not_english(text: str, _: Given) -> bool:
 def repetition(text: str, _: Given) -> bool:
     """It goes in circles, as small models do at low temperature.
 
-    Said of any loop, whatever its words: a phrase three times in a row, three words four times (those with which
-    images are named, "the first image", may recur), or a text that compresses far better than prose does.
+    Said of any loop, whatever its words: a phrase of up to 12 words three times in a row, three words four times (those
+    with which images are named, "the first image", may recur), or a text that compresses far better than prose does.
     """
-    words = words_in(text)
-    if any(_in_a_row(words, period) for period in range(1, min(12, len(words) // 3) + 1)):
-        return True
+    words, raw = words_in(text), text.encode()
     trigrams = Counter(zip(words, words[1:], words[2:]))
-    if any(n >= 4 and not WORDING.issuperset(said) for said, n in trigrams.items()):
-        return True
-    raw = text.encode()
-    return len(raw) > 200 and len(zlib.compress(raw, 9)) < 0.35 * len(raw)
+    return (
+        bool(_THREE_TIMES.search(" ".join(words) + " "))
+        or any(n >= 4 and not WORDING.issuperset(trigram) for trigram, n in trigrams.items())
+        or (len(raw) > 200 and len(zlib.compress(raw, 9)) < 0.35 * len(raw))
+    )
 
 
 def same_of_both(text: str, _: Given) -> bool:
@@ -255,60 +242,30 @@ def too_short(text: str, given: Given) -> bool:
     return len(text) < given.min_characters
 
 
-TRIMS: tuple[tuple[str, Callable[[str], str]], ...] = (
-    ("opening", drop_opening),
-    ("next_question", drop_next_question),
-    ("other_paragraphs", drop_other_paragraphs),
-    ("closing", drop_closing),
-    ("list_marks", drop_list_marks),
-    ("newlines", join_lines),
-    ("quotes", drop_quotes),
-    ("unfinished", drop_unfinished),
+TRIMS = (
+    drop_opening,
+    drop_next_question,
+    drop_other_paragraphs,
+    drop_closing,
+    drop_list_marks,
+    join_lines,
+    drop_quotes,
+    drop_unfinished,
 )
-RULES: tuple[tuple[str, Callable[[str, Given], bool]], ...] = (
-    ("prompt_echo", prompt_echo),
-    ("code", code),
-    ("markup", markup),
-    ("refusal", refusal),
-    ("not_english", not_english),
-    ("repetition", repetition),
-    ("same_of_both", same_of_both),
-    ("too_short", too_short),
-)
-REASONS = ("kept", "trimmed", "empty", *(name for name, _ in RULES))
-
-
-def _in_a_row(words: list[str], period: int) -> bool:
-    """Whether some `period` words are said three times, one directly after the other."""
-    run = 0
-    for now, before in zip(words[period:], words):
-        run = run + 1 if now == before else 0
-        if run == 2 * period:
-            return True
-    return False
-
-
-def _mostly_of(text: str, sources: tuple[str, ...], n: int = 5) -> bool:
-    """Whether more than half of the words stand in runs of n words of one of the sources."""
-    known = _runs(sources, n, words_in)
-    if not known:
-        return False
-    words = words_in(text)
-    covered = [False] * len(words)
-    for start in range(len(words) - n + 1):
-        if tuple(words[start : start + n]) in known:
-            covered[start : start + n] = [True] * n
-    return 2 * sum(covered) > len(words)
+RULES = (prompt_echo, code, markup, refusal, not_english, repetition, same_of_both, too_short)
 
 
 @lru_cache(maxsize=64)
-def _runs(sources: tuple[str, ...], n: int, split: Callable[[str], list[str]]) -> frozenset[tuple[str, ...]]:
+def _runs(texts: tuple[str, ...], n: int, split: Callable[[str], list[str]]) -> frozenset[tuple[str, ...]]:
     """All n words in a row of some texts."""
-    return frozenset(run for words in map(split, sources) for run in zip(*(words[k:] for k in range(n))))
+    return frozenset(run for words in map(split, texts) for run in zip(*(words[k:] for k in range(n))))
 
 
 def copies(text: str, examples: Sequence[str], captions: Sequence[str] = ()) -> bool:
-    """Whether a run of COPIED content words of an example recurs, and no caption has all of its words."""
+    """Whether a run of COPIED content words of an example recurs, and no caption has all of its words.
+
+    "A close view of food on a plate" is a fair answer where there is a plate of food, and of a giraffe it is not.
+    """
     copied = _runs((text,), COPIED, content_words) & _runs(tuple(examples), COPIED, content_words)
-    told = [set(content_words(caption)) for caption in captions] if copied else []
-    return any(not any(words.issuperset(run) for words in told) for run in copied)
+    shown = [set(content_words(caption)) for caption in captions] if copied else []
+    return any(not any(words.issuperset(run) for words in shown) for run in copied)

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import logging
 from pathlib import Path
 from typing import Any
 
-from pc_clip.core.config.settings import DataConfig, LoaderConfig, identity, is_group
+from pc_clip.core.config.settings import DataConfig, identity, is_group
 from pc_clip.core.config.write import GenerateConfig
 from pc_clip.core.distributed import Processes
 from pc_clip.core.errors import UserError, check_at_least, check_choice
@@ -21,18 +20,16 @@ from pc_clip.core.random import stream
 from pc_clip.data import attributes, class_text
 from pc_clip.data.captions import read_captions
 from pc_clip.data.dataset import Dataset, Question
-from pc_clip.data.differences import Difference, choose_pairs, to_line
+from pc_clip.data.differences import choose_pairs
 from pc_clip.data.registry import READERS, open_dataset
 from pc_clip.write import prompts
-from pc_clip.write.captioner import generate_change
+from pc_clip.write.captioner import change_task
 from pc_clip.write.cleaning import clean
-from pc_clip.write.progress import Item
 from pc_clip.write.rank import generate_rank
 from pc_clip.write.work import (
     MIN_OF_CLASSES,
     WRITERS,
     Task,
-    check_free,
     draw_images,
     job_seed,
     least_characters,
@@ -67,13 +64,10 @@ def generate(config: GenerateConfig, processes: Processes | None = None) -> Path
     processes = processes or Processes.here()
     if config.task == "rank":
         return generate_rank(config, processes)
-    if config.writer == "change":
-        return generate_change(config, processes)
+    tasks = {"pairs": _pairs, "rewrite": _rewrite, "compare": _compare, "describe": _describe}
+    task = change_task(config, processes) if config.writer == "change" else tasks[config.task](config)
     out = Path(config.out) / f"{config.name}.jsonl"
-    check_free(out, ".parquet")
-    task = {"pairs": _pairs, "rewrite": _rewrite, "compare": _compare, "describe": _describe}[config.task](config)
-    settings = json.loads(json.dumps(_settings(config, task.made_from)))  # as a file of them reads
-    return write_all(config, task, out, settings, processes)
+    return write_all(config, task, out, _settings(config, task.made_from), processes)
 
 
 def _check_no_unused(config: GenerateConfig) -> None:
@@ -85,18 +79,10 @@ def _check_no_unused(config: GenerateConfig) -> None:
     for f in dataclasses.fields(config):
         unused = task not in f.metadata.get("tasks", (task,)) or (f.name == "prompt" and config.writer == "rules")
         beside = " with --captions" if f.name == "split" and config.captions and task != "rank" else ""
-        if (unused or beside) and (changed := _changed(f.name, getattr(config, f.name), getattr(usual, f.name))):
+        if (unused or beside) and getattr(config, f.name) != getattr(usual, f.name):
             hint = "; for COCO's captions give --captions" if f.name == "dataset" else ""
             where = f"--task {config.task} --writer {config.writer}{beside}"
-            raise UserError(f"--{changed} has no effect in {where}; leave it out{hint}")
-
-
-def _changed(name: str, value: Any, usual: Any) -> str:
-    """A setting's name if it is not as usual, of a group the first such within; otherwise empty."""
-    if dataclasses.is_dataclass(usual):
-        own = sorted(vars(usual).items(), key=lambda item: item[0] in LoaderConfig.__dataclass_fields__)  # those last
-        return next((f"{name}.{key}" for key, was in own if getattr(value, key) != was), "")
-    return name if value != usual else ""
+            raise UserError(f"--{f.name} has no effect in {where}; leave it out{hint}")
 
 
 def compare_classes(
@@ -104,7 +90,7 @@ def compare_classes(
 ) -> list[str | None]:
     """A sentence a pair of classes on how the first differs from the second; None where it was not usable.
 
-    kind: rules or transformers, what the writer is.
+    kind: what the writer is, rules or a language model.
     """
     jobs = [_class_job(kind, data, question, a, b, job_seed(seed, n)) for n, (a, b) in enumerate(pairs)]
     answers = writer.write(jobs)
@@ -127,16 +113,14 @@ def _pairs(config: GenerateConfig) -> Task:
     if config.caption == "longest":
         captions = {key: (max(texts, key=len),) for key, texts in captions.items()}
 
-    def items() -> list[Item]:
-        return choose_pairs(draw_images(sorted(captions), config), config.n_pairs, config.seed, config.both_orders)
-
     def job(i: str, j: str, number: int) -> Job:
         """One caption of each image, drawn for this pair."""
         rng = stream(config.seed, "captions", number)
         first, second = (captions[key][int(rng.integers(len(captions[key])))] for key in (i, j))
         return Job(first, second, int(rng.integers(2**31)))
 
-    return Task(items, job, _difference_line, "pairs")
+    ids = draw_images(sorted(captions), config)
+    return Task(choose_pairs(ids, config.n_pairs, config.seed, config.both_orders), job, "pairs")
 
 
 def _rewrite(config: GenerateConfig) -> Task:
@@ -144,21 +128,20 @@ def _rewrite(config: GenerateConfig) -> Task:
         raise UserError("rules cannot rewrite captions; use --writer transformers or --writer server")
     captions = _captions(config)
     return Task(
-        lambda: [(key, str(k)) for key in draw_images(sorted(captions), config) for k in range(len(captions[key]))],
+        [(key, str(k)) for key in draw_images(sorted(captions), config) for k in range(len(captions[key]))],
         lambda key, k, n: Job(captions[key][int(k)], "", job_seed(config.seed, n)),
-        lambda row: json.dumps({"image": row["first"], "text": row["text"]}, ensure_ascii=False) + "\n",
         "captions",
+        {"image": "first", "text": "text"},
     )
 
 
 def _compare(config: GenerateConfig) -> Task:
     data, question = _classes(config)
     return Task(
-        lambda: choose_pairs(list(question.classes), config.n_pairs, config.seed, config.both_orders),
+        choose_pairs(list(question.classes), config.n_pairs, config.seed, config.both_orders),
         lambda a, b, n: _class_job(config.writer, data, question, a, b, job_seed(config.seed, n)),
-        _difference_line,
         "pairs of classes",
-        _of_classes(data, question),
+        made_from=_of_classes(data, question),
     )
 
 
@@ -172,10 +155,10 @@ def _describe(config: GenerateConfig) -> Task:
         return Job(class_text.phrase(question, name), "", seed)
 
     return Task(
-        lambda: [(name, str(k)) for name in question.classes for k in range(config.n_each)],
+        [(name, str(k)) for name in question.classes for k in range(config.n_each)],
         job,
-        lambda row: json.dumps({"class": row["first"], "text": row["text"]}, ensure_ascii=False) + "\n",
         "descriptions",
+        {"class": "first", "text": "text"},
         _of_classes(data, question),
     )
 
@@ -204,10 +187,6 @@ def _class_job(writer: str, data: Dataset, question: Question, a: str, b: str, s
     return Job(class_text.phrase(question, a), class_text.phrase(question, b), seed)
 
 
-def _difference_line(row: dict[str, Any]) -> str:
-    return to_line(Difference(row["first"], row["second"], row["text"]))
-
-
 # -- settings ------------------------------------------------------------------------------------------
 
 
@@ -224,16 +203,17 @@ def _name(config: GenerateConfig) -> str:
 
 def _settings(config: GenerateConfig, made_from: dict[str, Any]) -> dict[str, Any]:
     """Everything the sentences depend on, and nothing else; files by content, so that an edited one is another."""
-    used = {f.name for f in dataclasses.fields(config) if config.task in f.metadata.get("tasks", (config.task,))}
+    task = "change" if config.writer == "change" else config.task
+    used = {f.name for f in dataclasses.fields(config) if task in f.metadata.get("tasks", (task,))}
     used -= {f.name for f in dataclasses.fields(config) if is_group(f)} - {config.writer}  # other writers' settings
     used -= {"root", "prompt", "min_characters"}
     settings = {name: value for name, value in identity(config).items() if name in used} | made_from
     if config.captions:
         settings["captions_sha256"] = hashlib.sha256(Path(config.captions).read_bytes()).hexdigest()
-    if config.writer != "rules":
+    if config.writer in ("transformers", "server"):
         settings["min_characters"] = least_characters(config)
         settings["asked"] = dataclasses.asdict(prompts.read(config.prompt or prompts.FOLDER / f"{config.task}.yaml"))
-    elif config.task in ("describe", "compare"):
+    elif config.task in ("describe", "compare"):  # by rule
         words = [(attributes.FOLDER / f"{task}.yaml").read_bytes() for task in attributes.tasks_of(config.dataset)]
         settings["words"] = hashlib.sha256(b"".join(words)).hexdigest()
     return settings

@@ -8,19 +8,22 @@ power cut loses lines that the disk did not have yet; they are written again. NA
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, suppress
-from io import FileIO
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from pc_clip.core import environment
+from pc_clip.core.distributed import Processes
 from pc_clip.core.errors import UserError
-from pc_clip.core.files import exclusive_lock, write_json
+from pc_clip.core.files import exclusive_lock, write_json, write_text
+
+log = logging.getLogger(__name__)
 
 Item = tuple[str, str]
-UNUSABLE = b'"text": null'  # in the line of a rejected answer; within a text the quotes would be escaped
 
 
 class Progress:
@@ -28,38 +31,58 @@ class Progress:
 
     def __init__(self, out: Path, suffix: str = ".parts") -> None:
         self.out, self.folder = out, out.with_suffix(suffix)
-        self._settings, self.writer = self.folder / "settings.json", self.folder / "writer.json"
-        self._merging = self.folder / "merging"
+        self.settings, self.writer = self.folder / "settings.json", self.folder / "writer.json"
 
-    def lock(self) -> AbstractContextManager[None]:
-        """The right to write `out`, for the main process of a launch. Raises UserError when another launch has it."""
-        busy = f"another process is writing {self.out}; let it finish or stop it, or choose another --name"
-        return exclusive_lock(self.folder.with_suffix(".lock"), busy)
+    @contextmanager
+    def working(self, settings: dict[str, Any], overwrite: bool, processes: Processes) -> Iterator[bool]:
+        """Whether something is to be written. In the block no other launch writes; all processes enter it alike.
 
-    def begin(self, settings: dict[str, Any], overwrite: bool, work: str = "[0-9]*.jsonl") -> None:
-        """Make the folder ready for these settings; the main process calls it before any other starts.
-
-        Answers of which none could be used are dropped, so that they are asked for again. work: pattern of the files
-        that are worth keeping. Raises UserError for work of other settings, which `overwrite` drops.
+        Raises UserError where another launch writes the file, for a file or a folder of other settings, and for a
+        file of another kind and the same name: both would have the one .meta.json.
         """
-        self.clear()
-        lines = (line for path in self._files() for line in path.read_bytes().splitlines(keepends=True))
-        if all(UNUSABLE in line or not line.endswith(b"\n") for line in lines):
-            for path in (*self._files(), self.writer):
-                path.unlink(missing_ok=True)
-        if read_json(self._settings) == settings:
+        for other in {".jsonl", ".parquet"} - {self.out.suffix}:
+            if self.out.with_suffix(other).is_file():
+                raise UserError(f"{self.out.with_suffix(other)} has the same name as {self.out}; choose another --name")
+        settings = json.loads(json.dumps(settings))  # as a file of them reads: tuples are lists
+        busy = f"another process is writing {self.out}; let it finish or stop it, or choose another --name"
+        lock = exclusive_lock(self.folder.with_suffix(".lock"), busy) if processes.is_main else nullcontext()
+        with lock:
+            processes.wait()  # from here the main process has the lock
+            wanted = overwrite or not self._is_finished(settings, processes)
+            if wanted and processes.is_main:
+                self._begin(settings, overwrite)
+            processes.wait()
+            yield wanted
+            processes.wait()
+
+    def _is_finished(self, settings: dict[str, Any], processes: Processes) -> bool:
+        if not self.out.is_file():
+            return False
+        if read_meta(self.out).get("settings") != settings:
+            raise UserError(
+                f"{self.out} exists and was written with other settings; choose another --name or --overwrite true"
+            )
+        if processes.is_main:
+            log.info("%s is complete; --overwrite true writes it again", self.out)
+            if self.folder.is_dir():
+                log.info("%s is left of another writing; delete it, or --overwrite true continues", self.folder)
+        return True
+
+    def _begin(self, settings: dict[str, Any], overwrite: bool) -> None:
+        if read_json(self.settings) == settings:
             return
-        if not overwrite and any(path.stat().st_size for path in self.folder.glob(work)):
+        work = (path for path in self.folder.glob("*") if path not in (self.settings, self.writer))
+        if not overwrite and any(path.stat().st_size for path in work):
             raise UserError(
                 f"{self.folder} was begun with other settings; choose another --name, "
                 "or --overwrite true to drop what it holds"
             )
         shutil.rmtree(self.folder, ignore_errors=True)
-        write_json(self._settings, settings)
+        write_json(self.settings, settings)
 
-    def open(self, rank: int) -> FileIO:
-        """A new file for this process, unbuffered; the name sorts by time."""
-        return (self.folder / f"{time.time_ns()}-{rank}.jsonl").open("xb", buffering=0)
+    def open(self, rank: int) -> BinaryIO:
+        """A new file for this process; the name sorts by time."""
+        return (self.folder / f"{time.time_ns()}-{rank}.jsonl").open("xb")
 
     def lines(self, items: Sequence[Item]) -> dict[int, bytes]:
         """The finished lines by the number of their item; a last line that was cut is none.
@@ -67,60 +90,46 @@ class Progress:
         Raises UserError, with file and line, for a line that is not about one of the items.
         """
         lines: dict[int, bytes] = {}
-        for path in self._files():
+        for path in sorted(self.folder.glob("[0-9]*.jsonl")):
             with path.open("rb") as file:  # in text mode, other characters than \n would end a line too
                 for count, line in enumerate(file, 1):
-                    if line.endswith(b"\n"):
-                        lines.setdefault(_number(line, f"{path} line {count}", items), line)
+                    if not line.endswith(b"\n"):
+                        break
+                    try:
+                        row = json.loads(line)
+                        if tuple(items[row["n"]]) != (row["first"], row["second"]):
+                            raise ValueError("these keys are not the item's")
+                    except (ValueError, LookupError, TypeError) as error:  # ValueError: neither JSON nor UTF-8 too
+                        raise UserError(
+                            f"{path} line {count} is no sentence about one of these pairs ({line[:60]!r}); delete the "
+                            "line, and the same command continues, or choose another --name"
+                        ) from error
+                    lines.setdefault(row["n"], line)
         return lines
 
-    def merging(self) -> None:
-        """To be called when everything is there, before the finished file is put in place."""
+    def finish(self, made: Path, meta: dict[str, Any], rejected: Sequence[dict[str, Any]]) -> None:
+        """Put the file `made` and what is known of it into place; then the working folder goes."""
         self.out.unlink(missing_ok=True)  # of an earlier writing; first, so that an interruption mixes nothing
-        self._merging.touch()
-
-    def clear(self) -> None:
-        """Remove a folder whose file was finished, where an interruption left it."""
-        if self.folder.is_dir() and self.out.is_file() and (self._merging.exists() or not self._settings.exists()):
-            self.remove()
+        aside = self.out.with_suffix(".rejected.jsonl")
+        aside.unlink(missing_ok=True)
+        if rejected:
+            write_text(aside, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rejected))
+        write_json(self.out.with_suffix(".meta.json"), meta | environment.describe())
+        made.replace(self.out)  # last: where the sentences are, the rest is
+        self.remove()
 
     def remove(self) -> None:
-        self._settings.unlink(missing_ok=True)  # first: a folder without it is known to be one that was to go
+        self.settings.unlink(missing_ok=True)  # first: without it, what may be left is not continued
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _files(self) -> list[Path]:
-        return sorted(self.folder.glob("[0-9]*.jsonl"))
 
-
-def append(file: FileIO, row: dict[str, Any]) -> None:
-    """Add a line; when this returns, the operating system has it. Raises UserError when the disk takes no more."""
-    line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
-    try:
-        while line:
-            line = line[file.write(line) :]
-    except OSError as error:
-        raise UserError(
-            f"cannot write {file.name} ({error.strerror}). The sentences in it are kept; mend that, "
-            "and the same command continues"
-        ) from error
-
-
-def _number(line: bytes, where: str, items: Sequence[Item]) -> int:
-    with suppress(ValueError, KeyError, TypeError):  # ValueError: neither JSON nor UTF-8
-        row = json.loads(line)
-        n, keys = row["n"], (row["first"], row["second"])
-        if type(n) is int and 0 <= n < len(items) and keys == tuple(items[n]) and "text" in row and "reason" in row:
-            return n
-    raise UserError(
-        f"{where} is no sentence about one of these pairs ({line[:60]!r}); delete the line, and the same command "
-        "continues, or choose another --name"
-    )
+def read_meta(out: Path) -> dict[str, Any]:
+    return read_json(out.with_suffix(".meta.json"))
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a file; an empty one where the file is absent or damaged."""
-    try:
+    with suppress(OSError, ValueError):
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
+        return content if isinstance(content, dict) else {}
+    return {}

@@ -36,15 +36,12 @@ class Prompt:
 
 def read(path: str | Path) -> Prompt:
     """Raises UserError for a file that is absent or is no prompt."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(
-            f"no prompt at {path}; in configs/prompts: {', '.join(sorted(p.name for p in FOLDER.iterdir()))}"
-        )
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-        prompt = Prompt(found["system"], found["instruction"], tuple(found.get("examples", ())))
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        prompt = Prompt(content["system"], content["instruction"], tuple(content.get("examples", ())))
         prompt.with_examples("a", "b")
+    except FileNotFoundError as error:
+        raise UserError(f"no prompt at {path}; those that are there lie in {FOLDER}") from error
     except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path} is no prompt ({' '.join(str(error).split())}); it needs system, instruction, and examples with "

@@ -9,37 +9,33 @@ from functools import lru_cache
 from pc_clip.data.differences import _OF_AN_IMAGE, _ORDINAL
 
 _WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)?")
+
+
+def words_in(text: str) -> list[str]:
+    return [word.removesuffix("'s") for word in _WORD.findall(text.lower().replace("’", "'"))]
+
+
 # how an image is spoken of, whatever it shows
 WORDING = frozenset(
-    re.findall(
-        r"\w+",
-        """the a an in of first second former latter both image images picture pictures photo photos photograph
+    words_in("""the a an in of first second former latter both image images picture pictures photo photos photograph
     photographs scene scenes shows show shown showing showed has have had is are was were features feature featuring
     depicts depict depicting displays display displaying contains contain containing includes include including captures
-    capture capturing presents sees see seen while whereas but and there also too which that it its this other""",
-    )
+    capture capturing presents sees see seen while whereas but and there also too which that it its this other""")
 )
 # words that say nothing without others; numbers, sides and sizes are not among them
 FUNCTION = WORDING | frozenset(
-    re.findall(
-        r"\w+",
-        """about across against along among around as at be been being by can could do does doing during each either
-    every for from he her hers him his how i if into itself like may me might my near neither no nor not on onto or our
-    out over own per she should so some such than their theirs them themselves then these they those through to
-    together toward towards under up upon us very via we what when where who whom whose will with within without would
-    you your another any appear appears look looks seem seems visible appearing depicted displayed compared contrast
-    comparison difference differences different main instead rather more less least most only just""",
-    )
+    words_in("""about across against along among around as at be been being by can could do does doing during each
+    either every for from he her hers him his how i if into itself like may me might my near neither no nor not on
+    onto or our out over own per she should so some such than their theirs them themselves then these they those
+    through to together toward towards under up upon us very via we what when where who whom whose will with
+    within without would you your another any appear appears look looks seem seems visible appearing depicted displayed
+    compared contrast comparison difference differences different main instead rather more less least most only just""")
 )
 
 
 def content_words(text: str) -> list[str]:
     """The words that say what there is, in order, without their endings."""
     return [stem(word) for word in words_in(text) if word not in FUNCTION]
-
-
-def words_in(text: str) -> list[str]:
-    return [word.removesuffix("'s") for word in _WORD.findall(text.lower().replace("’", "'"))]
 
 
 @lru_cache(maxsize=200_000)
@@ -123,15 +119,3 @@ def names_in(clause: str) -> Iterator[tuple[int, int, int]]:
 def _telling(text: str) -> list[str]:
     text = re.sub(r"\bone (?:can )?sees?\b|\b(?:image|picture) [12]\b", "", text, flags=re.IGNORECASE)
     return [stem(word) for word in words_in(text) if word not in WORDING]
-
-
-def said_words(text: str) -> tuple[set[str], set[str]]:
-    """The content words said of the first and of the second image."""
-    function = _function_stems()
-    first, second = said_of(text)
-    return set(first) - function, set(second) - function
-
-
-@lru_cache(maxsize=1)
-def _function_stems() -> frozenset[str]:
-    return frozenset(map(stem, FUNCTION))

@@ -48,10 +48,8 @@ class Writer(ABC):
     def stream(self, jobs: Sequence[Job]) -> Iterator[tuple[int, str]]:
         """(place in jobs, raw sentence) of each job once, in any order, as soon as each is finished.
 
-        A sentence may be an Answer, which says whether it was cut. A job that failed is left out and counted.
-
-        jobs may be half a million, each built when it is looked at, from any thread: look at few at a time. The
-        iterator is closed when its reader stops.
+        A sentence may be an Answer. A job that failed is left out and counted. jobs may be half a million: look at few
+        at a time. The iterator is closed when its reader stops.
         """
 
     @abstractmethod
