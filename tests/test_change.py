@@ -237,7 +237,7 @@ def test_a_run_whose_validation_pairs_have_changed_is_not_continued(config, monk
     tiny_runs.interrupt(config, 4)
     config.resume = True
     monkeypatch.setattr(example_sets, "CHANGES_SIZES", example_sets.CHANGES_SIZES | {"val": 15})
-    with pytest.raises(UserError, match="chose its best epoch on other validation data"):
+    with pytest.raises(UserError, match="learnt from other data: its validation have changed"):
         finetune(config)
 
 

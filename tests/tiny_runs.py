@@ -97,11 +97,11 @@ def interrupt(config: FinetuneConfig, step: int) -> None:
     """Run until a batch of that step is asked for; what was saved before is kept."""
     original = loop.batches
 
-    def interrupted(method, done, total):
-        for n, batch in original(method, done, total):
+    def interrupted(method, done, total, device):
+        for n, batch in enumerate(original(method, done, total, device), start=done):
             if n == step:
                 raise KeyboardInterrupt
-            yield n, batch
+            yield batch
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "batches", interrupted)

@@ -10,9 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
-from torch import Tensor
 
-from pc_clip.core.errors import UserError, check_at_least
 from pc_clip.train import neighbours
 from pc_clip.train.neighbours import Index
 
@@ -30,7 +28,7 @@ def sizes(batch_size: int, size: int, share: float) -> list[int]:
 
 
 def clustered_batch(
-    z: Tensor, wanted: Sequence[int], neighbourhood: int, allowed: np.ndarray, index: Index, rng: np.random.Generator
+    index: Index, wanted: Sequence[int], neighbourhood: int, allowed: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
     """The examples of one batch's clusters, in the order of `wanted`, each pivot first.  -> [sum of `wanted`] int64
 
@@ -51,7 +49,7 @@ def clustered_batch(
             near = near[near >= 0]
             near = near[~taken[near]][:among]
             if len(near) < among:
-                near = neighbours.nearest(z, np.array([pivot]), among, ~taken)[0]
+                near = neighbours.nearest(index.z, np.array([pivot]), among, ~taken)[0]
             partners = near[: size - 1] if neighbourhood == 1 else rng.choice(near, size - 1, replace=False)
             clusters.append(np.concatenate([[pivot], partners]))
             taken[clusters[-1]] = True
@@ -60,7 +58,7 @@ def clustered_batch(
 
 
 def plan(
-    z: Tensor,
+    index: Index,
     batch_size: int,
     steps: int,
     *,
@@ -68,7 +66,6 @@ def plan(
     share: float,
     neighbourhood: int = 1,
     cover: bool = False,
-    index: str | Index = "exact",
     rng: np.random.Generator,
 ) -> Iterator[np.ndarray]:
     """Batches of one epoch.  -> `steps` of [batch_size] int64
@@ -76,41 +73,19 @@ def plan(
     Clusters come first in a batch, whole and one after the other, as large and in the order that `sizes` says, each
     with its pivot first. What is drawn at random follows.
 
-    z: [N, D] unit embeddings, on any device; size, share and neighbourhood: k, p and s of the study. cover: each
+    index: of N examples (`neighbours.build`); size, share and neighbourhood: k, p and s of the study. cover: each
     N // batch_size batches hold no example twice, so that all come once but for the rest of N / batch_size, which
     is drawn anew each time; pivots are drawn from those that have not come, and late clusters are less alike.
     Otherwise an example may come in several batches, as in the reference; those drawn at random come in the order of
-    a shuffled epoch. index: a kind that `neighbours.build` knows, or what it made; one that is wanted for several
-    epochs of the same z is best made once.
-    Raises UserError for settings that cannot be met, and for an index that is not installed.
+    a shuffled epoch. Whether settings can be met is checked by samplers.py.
     """
-    check_settings(len(z), batch_size, size, share, neighbourhood)
-    if isinstance(index, str):  # the spawned generator leaves the draws of `rng` as they are
-        index = neighbours.build(index, z, int(rng.spawn(1)[0].integers(2**31)))
     wanted = sizes(batch_size, size, share)
 
     def clusters_among(allowed: np.ndarray) -> np.ndarray:
-        return clustered_batch(z, wanted, neighbourhood, allowed, index, rng)
+        return clustered_batch(index, wanted, neighbourhood, allowed, rng)
 
     batches = _covering if cover else _independent
-    return batches(clusters_among, len(z), batch_size, steps, rng)
-
-
-def check_settings(n: int, batch_size: int, size: int, share: float, neighbourhood: int) -> None:
-    """Raise UserError unless batches of such clusters can be made of n examples."""
-    check_at_least("the batch size", batch_size, 2)
-    check_at_least("the size of a cluster", size, 2)
-    check_at_least("the neighbourhood", neighbourhood, 1)
-    if not 0 <= share <= 1:
-        raise UserError(f"the share of a batch that is in clusters is {share}; it must be from 0 to 1")
-    if size > batch_size:
-        raise UserError(
-            f"clusters of {size} do not fit into batches of {batch_size}: make them smaller, or the batch larger"
-        )
-    if batch_size > n:
-        raise UserError(
-            f"{n} examples do not make a batch of {batch_size} with none of them twice: make it smaller, or give more"
-        )
+    return batches(clusters_among, len(index.z), batch_size, steps, rng)
 
 
 def _covering(

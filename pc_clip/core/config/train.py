@@ -16,7 +16,6 @@ class SamplerConfig:
         similarity: What makes examples similar, their text or their image.
         online: Similar by the model as it is at the beginning of each epoch; otherwise as it was before training.
         cluster_size: Examples a cluster (k).
-        clusters: Clusters a batch, in place of cluster_size: k is then share * batch_size / clusters.
         share: The share of a batch that is in clusters (p); the rest is drawn at random.
         double_at: Epochs (the first is 0) at which the share doubles, so that it ends at exactly `share`; for three
             of them it begins at an eighth of it. Empty for the same share always.
@@ -29,8 +28,7 @@ class SamplerConfig:
     kind: str = "random"
     similarity: str = "text"
     online: bool = True
-    cluster_size: int | None = None
-    clusters: int | None = None
+    cluster_size: int = 16
     share: float = 1.0
     double_at: list[int] = field(default_factory=list)
     neighbourhood: int = 1
