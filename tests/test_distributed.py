@@ -255,7 +255,7 @@ def test_two_processes_stop_together_and_resuming_loses_nothing(tiny, tiny_resne
     assert first["nan"][1] == second["nan"][1] == 4
     assert "became nan at step 5, on 4 items beginning with train-" in second["nan"][0] and "nan" in first["nan"][0]
     for name, message in (
-        ("precision", "train.precision fp16"),
+        ("precision", "train.precision is 'fp16'"),
         ("batch_size", "batch_size 7 cannot be dealt out to 2"),
     ):
         assert message in first[name] and message in second[name]

@@ -127,81 +127,53 @@ def rows(run: dict[str, bytes]) -> list[dict[str, float]]:
     return [json.loads(line) | {"pairs_per_second": 0} for line in run["metrics.jsonl"].splitlines()]
 
 
-def leftovers() -> list[str]:
-    """What a write or a lock may leave, anywhere below here: in the run's folder, in caches."""
-    return [str(p) for p in Path().rglob("*") if ".partial" in str(p) or p.name.startswith(".")]
-
-
 # -- the moments ---------------------------------------------------------------------------------------
 
 
-def in_step(n):
-    """When the n-th step, counted from 0, has begun: its batch is there."""
+def halting(owner, name, n, is_meant=lambda *_: True, after=False, before=lambda *_: None):
+    """Halt before, or after, the n-th call of a function that is meant, counted from 0."""
 
     def prepare(halt):
-        forward, count = pairwise.Method.forward, itertools.count()
+        function, count = getattr(owner, name), itertools.count()
 
-        def halting(self, batch):
-            if next(count) == n:
+        def patched(*args, **options):
+            mine = is_meant(*args) and next(count) == n
+            if mine and not after:
+                before(*args)
                 halt()
-            return forward(self, batch)
+            result = function(*args, **options)
+            if mine and after:
+                halt()
+            return result
 
-        pairwise.Method.forward = halting
+        setattr(owner, name, patched)
 
     return prepare
+
+
+def in_step(n):
+    """When the n-th step has begun: its batch is there."""
+    return halting(pairwise.Method, "forward", n)
 
 
 def in_writing(name, n, part):
     """When a part of the n-th file of that name is written; safetensors writes into a file of its own beside it."""
 
-    def prepare(halt):
-        save, count = files.save_file, itertools.count()
+    def write_part(tensors, path, metadata):
+        content = safetensors.torch.save(tensors, metadata)
+        Path(path).with_name(".tmpXY").write_bytes(content[: int(part * len(content))])
 
-        def halting(tensors, path, metadata):
-            if name in str(path) and next(count) == n:
-                content = safetensors.torch.save(tensors, metadata)
-                Path(path).with_name(".tmpXY").write_bytes(content[: int(part * len(content))])
-                halt()
-            return save(tensors, path, metadata)
-
-        files.save_file = halting
-
-    return prepare
+    return halting(files, "save_file", n, lambda tensors, path, metadata: name in str(path), before=write_part)
 
 
 def at_moving(name, n, after=False):
     """Before, or after, the n-th file of that name is moved into place."""
-
-    def prepare(halt):
-        replace, count = os.replace, itertools.count()
-
-        def halting(source, target):
-            mine = Path(target).name == name and next(count) == n
-            if mine and not after:
-                halt()
-            replace(source, target)
-            if mine and after:
-                halt()
-
-        os.replace = halting
-
-    return prepare
+    return halting(os, "replace", n, lambda source, target: Path(target).name == name, after)
 
 
 def before_deletion(n):
     """Before the n-th file of the run that is replaced is deleted."""
-
-    def prepare(halt):
-        unlink, count = Path.unlink, itertools.count()
-
-        def halting(self, *args, **options):
-            if self.parent == Path("runs/a") and next(count) == n:
-                halt()
-            unlink(self, *args, **options)
-
-        Path.unlink = halting
-
-    return prepare
+    return halting(Path, "unlink", n, lambda path: path.parent == Path("runs/a"))
 
 
 def moments(rng):
@@ -283,25 +255,18 @@ def test_a_run_that_is_being_trained_is_not_trained_by_another_process(config):
     first.release()
     assert first.end() == "done"
     assert_same_run(contents(Path("runs/a")), expected)
-    assert not leftovers()
+    left = [path for path in Path().rglob("*") if ".partial" in str(path) or path.name.startswith(".")]
+    assert not left  # by a write or a lock, in the run's folder or in caches
 
 
 # -- the state -----------------------------------------------------------------------------------------
 
 
-def trained() -> tuple[dict[str, torch.nn.Parameter], torch.optim.Optimizer]:
-    """Two small parameters and their optimizer, after two steps."""
-    generator = torch.Generator().manual_seed(0)
-    parameters = {n: torch.nn.Parameter(torch.randn(s, generator=generator)) for n, s in {"w": (3, 4), "b": 4}.items()}
-    optimizer = torch.optim.Adam(parameters.values(), lr=0.1)
-    for _ in range(2):
-        sum((p**2).sum() for p in parameters.values()).backward()
-        optimizer.step()
-    return parameters, optimizer
-
-
 def test_no_byte_of_a_state_can_change_unseen(tmp_path):
-    parameters, optimizer = trained()
+    parameters = {"w": torch.nn.Parameter(torch.rand(3, 4)), "b": torch.nn.Parameter(torch.rand(4))}
+    optimizer = torch.optim.Adam(parameters.values(), lr=0.1)
+    sum((p**2).sum() for p in parameters.values()).backward()
+    optimizer.step()
     state.save_state(tmp_path, 2, parameters, optimizer)
     path, expected = tmp_path / STATE_FILE, {n: p.detach().clone() for n, p in parameters.items()}
     whole = path.read_bytes()
@@ -323,7 +288,7 @@ def test_what_cannot_be_continued_says_what_to_do(config):
     path = Path("runs/a/state.safetensors")
     whole = path.read_bytes()
     for content, message in (
-        (whole[: len(whole) // 2], "is not a whole file"),
+        (whole[: len(whole) // 2], "is not a whole safetensors file"),
         (whole[:-1000] + bytes([whole[-1000] ^ 1]) + whole[-999:], "is damaged"),
     ):
         path.write_bytes(content)
@@ -335,27 +300,6 @@ def test_what_cannot_be_continued_says_what_to_do(config):
 
 
 # -- files ---------------------------------------------------------------------------------------------
-
-
-def half_written(path: Path):
-    """A process that has written half of a file, and waits."""
-    ours, theirs = forks.Pipe()
-
-    def work():
-        sync = os.fsync
-
-        def halting(file):
-            theirs.send("half")
-            theirs.recv()
-            sync(file)
-
-        os.fsync = halting
-        files.write_text(path, "all of it")
-
-    process = forks.Process(target=work, daemon=True)
-    process.start()
-    assert ours.recv() == "half"
-    return process, ours
 
 
 def test_many_processes_write_one_file_at_once(tmp_path):

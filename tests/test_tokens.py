@@ -223,12 +223,12 @@ def same(a, b) -> bool:
 @pytest.mark.parametrize("mirror", [False, True])
 def test_a_second_start_reads_no_sentence_and_is_the_same(make, monkeypatch, mirror):
     write_differences()
-    first = make(mirror=mirror, anchor=1.0)
+    first = make(mirror=mirror)
     for name in ("_parse", "swap_roles"):
         monkeypatch.setattr(differences, name, lambda *_: pytest.fail("a sentence was read again"))
     no_tokenizing(monkeypatch)
     monkeypatch.setattr(Texts, "rows", lambda *_: pytest.fail("texts were looked up"))
-    second = make(mirror=mirror, anchor=1.0)
+    second = make(mirror=mirror)
     assert second.notes == first.notes
     assert same_batches(first, second)
 
