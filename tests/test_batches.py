@@ -84,9 +84,8 @@ def test_figures_are_what_counting_one_query_at_a_time_gives(case):
 
 
 def test_left_out_images_are_counted_and_a_batch_is_easier_than_the_whole():
-    rng = np.random.default_rng(0)
-    z = rng.normal(size=(50, 6))
-    texts = z + rng.normal(size=(50, 6))
+    z = np.random.default_rng(0).normal(size=(50, 6))
+    texts = z + np.random.default_rng(1).normal(size=(50, 6))
     small, whole = made(z, texts, [1] * 50, 4), made(z, texts, [1] * 50, 50)
     assert (small.n, small.details["batches"], small.details["left_out"]) == (48, 12, 2)
     assert (whole.n, whole.details["batches"], whole.details["left_out"]) == (50, 1, 0)
@@ -96,19 +95,19 @@ def test_left_out_images_are_counted_and_a_batch_is_easier_than_the_whole():
 
 
 def test_what_cannot_be_measured_is_said():
-    with pytest.raises(UserError, match="batches.size is 1; it must be at least 2"):
-        made(np.eye(4), np.eye(4), [1] * 4, 1)
-    with pytest.raises(UserError, match="made/test has 4 images, too few for one batch; --batches.size is 5"):
-        made(np.eye(4), np.eye(4), [1] * 4, 5)
-    with pytest.raises(UserError, match=r"an image without a caption \(i2\)"):
-        made(np.eye(4), np.eye(3, 4), [1, 1, 0, 1], 2)
+    for each, size, message in (
+        ([1] * 4, 1, "batches.size is 1; it must be at least 2"),
+        ([1] * 4, 5, "made/test has 4 images, too few for one batch; --batches.size is 5"),
+        ([1, 1, 0, 1], 2, r"an image without a caption \(i2\)"),
+    ):
+        with pytest.raises(UserError, match=message):
+            made(np.eye(4), np.eye(sum(each), 4), each, size)
 
 
 def test_it_is_measured_where_it_is_asked_for_by_name_alone(coco_folder, example_clip):
-    data = open_dataset("coco", coco_folder, "val2017")
-    every = measure(example_clip, data, EvaluateConfig())
-    assert "retrieve" in {found["evaluation"] for found in every}
-    assert "batches" not in {found["evaluation"] for found in every}
+    results = measure(example_clip, open_dataset("coco", coco_folder, "val2017"), EvaluateConfig())
+    every = {found["evaluation"] for found in results}
+    assert "retrieve" in every and "batches" not in every
     command = ["--mode", "batches", "--dataset", "coco", "--root", str(coco_folder), "--model.name", "example"]
     for size in ("4", "6"):
         run.main([*command, "--batches.size", size])

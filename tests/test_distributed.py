@@ -16,7 +16,6 @@ import socket
 import sys
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -205,10 +204,8 @@ def stopped_cases(tiny: str, tiny_resnet: str) -> dict[str, FinetuneConfig]:
 @pytest.mark.slow
 def test_two_processes_stop_together_and_resuming_loses_nothing(tiny, tiny_resnet):
     """By SIGTERM, which schedulers send to one process or to all; by a loss that is no number; by wrong settings."""
-    cases, best = (
-        stopped_cases(tiny, tiny_resnet),
-        tiny_runs.settings("change", tiny, steps=None, max_steps_per_epoch=2),
-    )
+    cases = stopped_cases(tiny, tiny_resnet)
+    best = tiny_runs.settings("change", tiny, steps=None, max_steps_per_epoch=2)
     best.change.validation, best.train.epochs, best.name = "val", 2, "best"
     pair, ends = cases["random"], {}
 
@@ -242,8 +239,6 @@ def test_two_processes_stop_together_and_resuming_loses_nothing(tiny, tiny_resne
             ends["best"] = [attempt(best), len(list(figures))]
         best.name, best.train.epochs, best.change.validation = "one epoch", 1, "none"
         attempt(best)
-        group = dist.group.WORLD._get_backend(torch.device("cpu"))
-        ends["waits"] = str(group.options._timeout)
         Path(f"ends.{rank}").write_text(json.dumps(ends))
 
     together(2, work)
@@ -263,7 +258,6 @@ def test_two_processes_stop_together_and_resuming_loses_nothing(tiny, tiny_resne
     assert [first["best"], second["best"]] == [["done", 0], ["done", 2]]  # the first finds the figures, for both
     assert [row["step"] for row in rows("runs/best", "validation")] == [2, 4]
     assert same(weights("runs/best"), weights("runs/one epoch"))
-    assert first["waits"] == str(timedelta(hours=12))  # for one that embeds the images
 
 
 @pytest.mark.slow
