@@ -19,7 +19,6 @@ from statistics import median
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import numpy as np
 import reference
 import surroundings
 import torch
@@ -29,6 +28,7 @@ from torch.utils.data import DataLoader
 
 from pc_clip.core.config.train import FinetuneConfig, PreferenceConfig, TrainConfig
 from pc_clip.core.errors import run_script
+from pc_clip.core.random import stream
 from pc_clip.data.training_data import load_dataset
 from pc_clip.models.loading import create_model
 from pc_clip.train.methods import preference
@@ -108,9 +108,7 @@ def theirs(method: preference.Method) -> Iterator[float]:
 def published(method: preference.Method) -> tuple[torch.nn.Module, torch.nn.Module, DataLoader]:
     """Policy, frozen reference and data, as the reference has them."""
     clip, data, said = create_model("example"), method.images.data, method.texts.distinct
-    items = [
-        (int(row), said[a], said[b]) for row, a, b in zip(method.image, method.preferred, method.rejected, strict=True)
-    ]
+    items = [(int(row), said[a], said[b]) for row, (a, b) in zip(method.image[:, 0], method.text, strict=True)]
     policy, frozen = clip.model, copy.deepcopy(clip.model).requires_grad_(False)
     for name, parameter in policy.named_parameters():
         parameter.requires_grad_(name in method.trainable())
@@ -126,7 +124,7 @@ def compare(method: preference.Method) -> None:
     mine = {name: p.grad.clone() for name, p in method.trainable().items()}
     method.zero_grad(set_to_none=True)
     policy, frozen, loader = published(method)
-    rng = np.random.default_rng([method.config.seed, 2, 0])  # the loader's own, for which items these are
+    rng = stream(method.config.seed, "batches", 0)  # the loader's own, for which items these are
     rows = next(method.sampler.batches(0, rng)).tolist()
     some = [torch.stack(parts) for parts in zip(*(loader.dataset[row] for row in rows))]
     reference.preference_step(policy, frozen, torch.optim.SGD(policy.parameters(), lr=0.0), *some, BETA)

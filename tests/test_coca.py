@@ -123,7 +123,7 @@ def test_log_odds_are_of_cosines_and_of_captions(config):
     scores = method.score(clip, batch)
     for n, key in enumerate(batch.ids):
         image = clip.preprocess(data.load(data.ids.index(key)))[None]
-        texts = batch.tokens[torch.stack([batch.preferred[n], batch.rejected[n]])]
+        texts = batch.tokens[batch.text[n]]
         z = [torch.nn.functional.normalize(z, dim=-1) for z in (clip.encode_image(image), clip.encode_text(texts))]
         captions = likelihood(clip, image.expand(2, -1, -1, -1), texts)
         expected = method.logit_scale * (z[0] @ z[1].T)[0] + 0.5 * captions

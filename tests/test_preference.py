@@ -149,7 +149,7 @@ def test_of_false_statements_the_contradiction_is_preferred(config, clip):
     false = [s for s in data.statements if not s.true]
     assert f"{len(false)} statements are false: what contradicts them is preferred" in method.notes
     texts = np.array(method.texts.distinct)
-    preferred = {(method.images.ids[i], text) for i, text in zip(method.image, texts[method.preferred])}
+    preferred = {(method.images.ids[i], text) for i, text in zip(method.image[:, 0], texts[method.text[:, 0]])}
     assert all((s.image, s.contradiction) in preferred for s in false)
     assert set(method.images.ids) == {s.image for s in data.statements}
 
@@ -211,9 +211,9 @@ def test_preferences_that_are_a_tie_to_the_model_are_left_out_and_counted(config
     config.data.statements = table(ties[0], rest[0], *ties[1:], rest[1])
     method = make(config, clip)
     assert any(note.startswith("3 of 5 statements are left out: the model reads the same") for note in method.notes)
-    assert [ids[row] for row in method.image] == [ids[2], ids[0]] and len(method.reference) == 2
+    assert [ids[row] for row in method.image[:, 0]] == [ids[2], ids[0]] and len(method.reference) == 2
     batch = next(method.loader(0))
-    assert torch.allclose(batch.images[batch.image], z[[ids.index(key) for key in batch.ids]])
+    assert torch.allclose(batch.images[batch.image[:, 0]], z[[ids.index(key) for key in batch.ids]])
     config.data.statements = table(*ties, name="ties.jsonl")
     with pytest.raises(UserError, match="nothing can be learnt from any of the 3 statements: the model reads the same"):
         make(config, clip)
@@ -254,5 +254,5 @@ def test_settings_that_mean_nothing_are_refused(config, clip):
         finetune(config)
     assert not Path("runs/a/config.yaml").exists()
     data = dataclasses.replace(load_dataset(config.data), statements=())
-    with pytest.raises(UserError, match="example_relations/train has none of its own; name files of them with --data"):
+    with pytest.raises(UserError, match="example_relations/train has none; name --data.statements"):
         preference.Method(clip, data, config)

@@ -7,7 +7,7 @@ twice in a batch, because it would be its own negative.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -79,47 +79,26 @@ def plan(
     Otherwise an example may come in several batches, as in the reference; those drawn at random come in the order of
     a shuffled epoch. Whether settings can be met is checked by samplers.py.
     """
-    wanted = sizes(batch_size, size, share)
-
-    def clusters_among(allowed: np.ndarray) -> np.ndarray:
-        return clustered_batch(index, wanted, neighbourhood, allowed, rng)
-
-    batches = _covering if cover else _independent
-    return batches(clusters_among, len(index.z), batch_size, steps, rng)
-
-
-def _covering(
-    clusters_among: Callable[[np.ndarray], np.ndarray], n: int, batch_size: int, steps: int, rng: np.random.Generator
-) -> Iterator[np.ndarray]:
-    """Passes over all of n examples but a rest, which is drawn beforehand: what remains in the end would most often be
-    those far from all others, because they are nobody's neighbours.
-    """
-    unseen = np.zeros(n, dtype=bool)
+    n, wanted = len(index.z), sizes(batch_size, size, share)
+    waiting = np.empty(0, dtype=np.int64) if cover else rng.permutation(n)  # in the order of shuffled epochs
+    free = np.ones(n, dtype=bool)
     for step in range(steps):
-        if step % (n // batch_size) == 0:
-            unseen[:] = True
-            unseen[rng.choice(n, n % batch_size, replace=False)] = False
-        inside = clusters_among(unseen)
-        unseen[inside] = False
-        outside = rng.choice(np.flatnonzero(unseen), batch_size - len(inside), replace=False)
-        unseen[outside] = False
-        yield np.concatenate([inside, outside])
-
-
-def _independent(
-    clusters_among: Callable[[np.ndarray], np.ndarray], n: int, batch_size: int, steps: int, rng: np.random.Generator
-) -> Iterator[np.ndarray]:
-    """Clusters among all of n examples in each batch; the others in the order of shuffled epochs."""
-    waiting = rng.permutation(n)
-    for _ in range(steps):
-        free = np.ones(n, dtype=bool)
-        inside = clusters_among(free)
+        if not cover:
+            free[:] = True
+        elif step % (n // batch_size) == 0:
+            # The rest is drawn beforehand: what remains in the end would most often be those far from all others.
+            free[:] = True
+            free[rng.choice(n, n % batch_size, replace=False)] = False
+        inside = clustered_batch(index, wanted, neighbourhood, free, rng)
         free[inside] = False
-        if np.count_nonzero(free[waiting]) < batch_size - len(inside):  # the order is used up: another one begins
-            again = rng.permutation(n)
-            held = np.zeros(n, dtype=bool)
-            held[waiting] = True
-            waiting = np.concatenate([waiting, again[~held[again]]])  # who still waits comes first
-        places = np.flatnonzero(free[waiting])[: batch_size - len(inside)]
-        yield np.concatenate([inside, waiting[places]])
-        waiting = np.delete(waiting, places)
+        lacking = batch_size - len(inside)
+        if cover:
+            outside = rng.choice(np.flatnonzero(free), lacking, replace=False)
+            free[outside] = False
+        else:
+            if np.count_nonzero(free[waiting]) < lacking:  # another order begins; who still waits comes first
+                again = rng.permutation(n)
+                waiting = np.concatenate([waiting, again[~np.isin(again, waiting)]])
+            places = np.flatnonzero(free[waiting])[:lacking]
+            outside, waiting = waiting[places], np.delete(waiting, places)
+        yield np.concatenate([inside, outside])

@@ -132,16 +132,14 @@ class CompensatedAdam(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # accelerate gives one, always None
         for group in self.param_groups:
-            weights = [p for p in group["params"] if p.grad is not None]
-            if weights:
+            if weights := [p for p in group["params"] if p.grad is not None]:
                 self._step(weights, group)
 
     def _step(self, weights: list[nn.Parameter], group: dict[str, Any]) -> None:
         for p in weights:
             if not self.state[p]:
-                self.state[p] = {"step": torch.zeros((), device=p.device)} | {
-                    name: torch.zeros_like(p) for name in ("carry", "exp_avg", "exp_avg_sq")
-                }
+                self.state[p] = {name: torch.zeros_like(p) for name in ("carry", "exp_avg", "exp_avg_sq")}
+                self.state[p]["step"] = torch.zeros((), device=p.device)
         states, gradients = [self.state[p] for p in weights], [p.grad for p in weights]
         carries = [state["carry"] for state in states]
         if group["weight_decay"]:  # torch's step would decay the carry; the weights are what it is about

@@ -12,7 +12,6 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast, gather
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from pc_clip.core.config.train import FinetuneConfig
 from pc_clip.core.distributed import process_slice
@@ -22,7 +21,8 @@ from pc_clip.data import tokens
 from pc_clip.data.dataset import Dataset, subset
 from pc_clip.data.embedding_shards import Rows
 from pc_clip.data.embeddings import Options, embed_images, encode, load_embeddings
-from pc_clip.data.images import RandomCrop, Reader, Transform, plain
+from pc_clip.data.images import RandomCrop, Reader, plain
+from pc_clip.models import lora
 from pc_clip.models.clip import SCRATCH, Clip
 from pc_clip.models.parameters import image_tower_learns
 from pc_clip.train.samplers import Sampler
@@ -37,6 +37,7 @@ class BaseMethod(nn.Module):
 
     sampler: Sampler  # made by the method, which knows what its examples are
     images: Images
+    idle: tuple[str, ...] = ("logit_", "text_decoder.")  # how the names of weights begin that no loss reaches
     chosen_by = ""  # the figure of `validate` by which the best epoch is chosen; empty for the last epoch
     chosen_on = ""  # what `validate` looks at, by content
 
@@ -58,6 +59,15 @@ class BaseMethod(nn.Module):
             for value in self.model.buffers():
                 broadcast(value)
         self.sampler.begin(epoch)
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The parameters that learn, by name."""
+        learn = lora.trainable(self.clip, self.config.model.train)
+        return {name: p for name, p in learn.items() if not name.startswith(self.idle)}
+
+    def learns(self, similarity: str) -> bool:
+        """Whether what makes examples similar, their text or their image, changes in training."""
+        return similarity == "text" or self.images.learns
 
     def rate(self, name: str) -> float:
         """What train.lr is multiplied by for a parameter of `trainable`."""
@@ -126,12 +136,11 @@ class Tokens:
     def __init__(self, clip: Clip, tokens: np.ndarray) -> None:
         self.clip, self.tokens = clip, tokens
 
-    def count_truncated(self, *rows: np.ndarray) -> int:
+    def count_truncated(self, rows: np.ndarray) -> int:
         """How many texts among these rows, each counted once, were longer than the context and so were cut."""
         if self.clip._causal_tower is None:
             return 0
-        used = np.unique(np.concatenate(rows))
-        return int((self.tokens[used, -1] != 0).sum())
+        return int((self.tokens[np.unique(rows), -1] != 0).sum())
 
     def batch(self, rows: np.ndarray) -> Tensor:
         """Tokens of some rows, cut to the longest of them.  -> [B, L] int64"""
@@ -160,8 +169,14 @@ class Images:
 
     def __init__(self, clip: Clip, data: Dataset, config: FinetuneConfig, pixels: bool = False) -> None:
         self.clip, self.data, self.ids = clip, data, data.ids
-        self.learns = image_tower_learns(config.model.train)
-        self.reader = Reader(data, self._transform(config), config.data.workers)  # of pixels
+        self.learns, share = image_tower_learns(config.model.train), config.data.min_crop
+        if share != 1 and not self.learns:
+            raise UserError(
+                f"data.min_crop is {share:g}, but with model.train {config.model.train} the image tower is frozen and "
+                "its images are embedded once, uncropped; leave it at 1, or set model.train both"
+            )
+        transform = plain(clip.preprocess) if share == 1 else RandomCrop.of(clip, share, config.seed)
+        self.reader = Reader(data, transform, config.data.workers)  # of pixels
         self.z: Tensor | Rows | None = None
         if self.learns or pixels:
             if config.data.embeddings:
@@ -173,18 +188,6 @@ class Images:
         else:
             with PartialState().main_process_first():  # the others then find them in the cache
                 self.z, self.ids = embed_images(clip, data, workers=config.data.workers)
-
-    def _transform(self, config: FinetuneConfig) -> Transform:
-        """What becomes of a picture. Raises UserError for crops that cannot be."""
-        share = config.data.min_crop
-        if share == 1:
-            return plain(self.clip.preprocess)
-        if not self.learns and 0 < share < 1:
-            raise UserError(
-                f"data.min_crop is {share:g}, but with model.train {config.model.train} the image tower is frozen and "
-                "its images are embedded once, uncropped; leave it at 1, or set model.train both"
-            )
-        return RandomCrop.of(self.clip, share, config.seed)
 
     def batches(self, rows: Iterable[np.ndarray], epoch: int) -> Iterator[Tensor]:
         """An epoch's batches: of each array of rows [B, D] embeddings or [B, 3, H, W] pixels, in this epoch's crops.
@@ -256,7 +259,7 @@ def embed_rows_of_texts(texts: Tokens, rows: np.ndarray, precision: str = "no") 
             z[torch.from_numpy(these)] = nn.functional.normalize(found.float(), dim=-1).cpu()
         return z
 
-    return compute_distributed(len(used), compute, "embedding texts")[torch.from_numpy(places)]
+    return compute_distributed(len(used), compute)[torch.from_numpy(places)]
 
 
 def embed_rows_of_images(images: Images, rows: np.ndarray, now: bool, config: FinetuneConfig) -> Tensor:
@@ -268,7 +271,7 @@ def embed_rows_of_images(images: Images, rows: np.ndarray, now: bool, config: Fi
         return nn.functional.normalize(found.float(), dim=-1)
 
     if images.z is None and now:
-        return compute_distributed(len(rows), compute, "embedding images")
+        return compute_distributed(len(rows), compute)
     z = images.z
     if z is None:
         with PartialState().main_process_first():  # the others then find them in the cache
@@ -276,16 +279,11 @@ def embed_rows_of_images(images: Images, rows: np.ndarray, now: bool, config: Fi
     return nn.functional.normalize(_take(z, rows).float(), dim=-1)
 
 
-def compute_distributed(n: int, compute: Callable[[np.ndarray], Tensor], what: str) -> Tensor:
+def compute_distributed(n: int, compute: Callable[[np.ndarray], Tensor]) -> Tensor:
     """Rows 0 to n - 1 by `compute`, each process its part; every process has them all.  -> [n, D] on the CPU"""
-    state = PartialState()
-    found, starts = torch.empty(0), range(0, n, ROWS_AT_ONCE)
-    for start in tqdm(starts, what, leave=False, disable=None if len(starts) > 1 and state.is_main_process else True):
-        block = np.arange(start, min(start + ROWS_AT_ONCE, n))
+    state, found = PartialState(), []
+    for block in np.split(np.arange(n), range(ROWS_AT_ONCE, n, ROWS_AT_ONCE)):
         each = -(-len(block) // state.num_processes)
-        mine = np.resize(block[state.process_index * each : (state.process_index + 1) * each], each)
-        z = compute(mine)
-        z = z if state.num_processes == 1 else gather(z.to(state.device))[: len(block)].cpu()
-        found = found if len(found) else torch.empty(n, z.shape[1])  # filled: what torch.cat makes is there twice
-        found[start : start + len(block)] = z
-    return found
+        z = compute(np.resize(block[state.process_index * each :][:each], each))
+        found.append(z if state.num_processes == 1 else gather(z.to(state.device))[: len(block)].cpu())
+    return torch.cat(found)

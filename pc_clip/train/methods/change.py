@@ -84,7 +84,10 @@ class Method(BaseMethod):
                 raise UserError(f"{config.model.start} was trained with change.{name} {there}; leave it out here")
         self.change = clip.change
         if options.stage == "retrieve":
-            self._prepare_to_retrieve(sentences)
+            self.change.decoder = self.change.vocabulary = None  # what was written before this adaptation is no more
+            self.texts = Texts(clip, sentences)
+            self.sentence = self.texts.rows(sentences)
+            self.note(self.texts.truncated, "sentences longer than the context, cut")
         else:
             self._prepare_to_write(sentences)
         self.validation = self._validation(data)
@@ -97,12 +100,6 @@ class Method(BaseMethod):
         if options.freeze:  # now, when nothing is left that could be refused
             with PartialState().main_process_first():  # the others then find it in the cache
                 self.features = frozen_tokens(clip, data, workers=config.data.workers)
-
-    def _prepare_to_retrieve(self, sentences: list[str]) -> None:
-        self.change.decoder = self.change.vocabulary = None  # what was written before this adaptation is no more
-        self.texts = Texts(self.clip, sentences)
-        self.sentence = self.texts.rows(sentences)
-        self.note(self.texts.truncated, "sentences longer than the context, cut")
 
     def _prepare_to_write(self, sentences: list[str]) -> None:
         """A new decoder, or the one that the model came with, whose sizes and vocabulary stay."""
@@ -140,8 +137,7 @@ class Method(BaseMethod):
             pairs = load_dataset(replace(self.config.data, split=split, captions=None, mix=[]))
         except NoSplit as error:
             raise UserError(
-                f"{data.label} has no {split} beside it to choose the best epoch on. Name other pairs, "
-                "--change.validation with a split or a file, or --change.validation none to keep the last epoch"
+                f"{error}; --change.validation names other pairs, or none to keep the last epoch"
             ) from error
         if pairs.fingerprint == data.fingerprint or _inside(pairs, data):
             raise UserError(f"change.validation {split} is what is learnt from; name another split, or none")

@@ -16,7 +16,6 @@ from pc_clip.core.config.train import FinetuneConfig
 from pc_clip.core.errors import UserError, check_at_least
 from pc_clip.data.dataset import Dataset
 from pc_clip.data.overlap import likely_false
-from pc_clip.models import lora
 from pc_clip.models.clip import Clip
 from pc_clip.train import losses, samplers
 from pc_clip.train.methods.base import BaseMethod, Images, Texts, embed_rows_of_images, embed_rows_of_texts
@@ -48,6 +47,8 @@ class Method(BaseMethod):
         temperature = config.contrastive.temperature
         if temperature is not None and not temperature > 0:
             raise UserError(f"contrastive.temperature is {temperature}; it must be above 0, or null for the model's")
+        if temperature is None:
+            self.idle = ("logit_bias", "text_decoder.")  # the logit scale learns
         if not data.captions:
             raise UserError(
                 f"method contrastive needs captions, and {config.data.dataset} has none: name --data.captions"
@@ -75,12 +76,6 @@ class Method(BaseMethod):
         self.note(len(by_id) - len(rows), f"images of {captions} are not there and are left out")
         return [by_id[ids[row]] for row in rows], np.array(rows)
 
-    def trainable(self) -> dict[str, nn.Parameter]:
-        fixed = self.config.contrastive.temperature is not None
-        found = lora.trainable(self.clip, self.config.model.train)
-        idle = ("logit_bias", "text_decoder.") + (("logit_scale",) if fixed else ())  # no loss reaches these
-        return {n: p for n, p in found.items() if not n.startswith(idle)}
-
     def embeddings(self, similarity: str, now: bool) -> Tensor:
         """What makes images similar: themselves, or the mean over their captions.  -> [N, D] float32, unit length"""
         if similarity == "image":
@@ -89,9 +84,6 @@ class Method(BaseMethod):
         means = torch.zeros(len(self.rows), z.shape[1])
         means.index_add_(0, torch.from_numpy(np.repeat(np.arange(len(self.rows)), self.captions_each)), z)
         return nn.functional.normalize(means, dim=-1)
-
-    def learns(self, similarity: str) -> bool:
-        return similarity == "text" or self.images.learns
 
     def alike(self, similarity: str) -> np.ndarray:
         return np.arange(len(self.rows))

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from accelerate import PartialState
-from torch import Tensor, nn
+from torch import Tensor
 
 from pc_clip.core.config.train import FinetuneConfig, PairwiseConfig
 from pc_clip.core.distributed import process_slice
@@ -21,7 +21,6 @@ from pc_clip.core.errors import UserError, check_at_least, check_choice
 from pc_clip.core.random import stream
 from pc_clip.data import differences
 from pc_clip.data.dataset import Dataset
-from pc_clip.models import lora
 from pc_clip.models.clip import Clip
 from pc_clip.train import losses, samplers
 from pc_clip.train.methods.base import BaseMethod, Images, Texts, Tokens, embed_rows_of_images, embed_rows_of_texts
@@ -82,11 +81,10 @@ class Method(BaseMethod):
         if not usable.any():
             raise UserError(f"none of the {len(usable)} differences in {path} can be used: {'; '.join(self.notes)}")
         self.pairs = found.pairs[usable]  # [N, 2]
-        self.text_rows = found.text[usable]  # [N], rows of texts
-        self.mirror_rows = None if found.mirror is None else found.mirror[usable]
+        said = [found.text] if found.mirror is None else [found.text, found.mirror]
+        self.text_rows = np.stack(said, axis=1)[usable]  # [N, 1], rows of texts, or [N, 2] with the mirror
         self.texts = Tokens(self.clip, found.tokens)
-        said = [self.text_rows] if self.mirror_rows is None else [self.text_rows, self.mirror_rows]
-        self.note(self.texts.count_truncated(*said), "texts longer than the context, cut")
+        self.note(self.texts.count_truncated(self.text_rows), "texts longer than the context, cut")
 
     def _keep_some(self) -> None:
         """The share of the pairs that was asked for: the hardest by their images, or a control of as many."""
@@ -103,7 +101,6 @@ class Method(BaseMethod):
             )
         chosen.sort()
         self.pairs, self.text_rows = self.pairs[chosen], self.text_rows[chosen]
-        self.mirror_rows = None if self.mirror_rows is None else self.mirror_rows[chosen]
         self.notes.append(f"{kept} pairs kept, {self.options.keep_by}")
 
     def _of_both_images(self, compute: Callable[[Tensor, Tensor], Tensor], now: bool) -> Tensor:
@@ -116,16 +113,13 @@ class Method(BaseMethod):
     def embeddings(self, similarity: str, now: bool) -> Tensor:
         """What makes pairs similar: their sentences, or their images' differences.  -> [N, D] float32, unit length"""
         if similarity == "text":
-            return embed_rows_of_texts(self.texts, self.text_rows)
+            return embed_rows_of_texts(self.texts, self.text_rows[:, 0])
         return self._of_both_images(losses.unit_differences, now)
-
-    def learns(self, similarity: str) -> bool:
-        return similarity == "text" or self.images.learns
 
     def alike(self, similarity: str) -> np.ndarray:
         """Pairs of which the same sentence is told, or whose two images are the same."""
         if similarity == "text":
-            return self.text_rows
+            return self.text_rows[:, 0]
         return np.unique(self.pairs, axis=0, return_inverse=True)[1].reshape(-1)
 
     def _draw_anchor(self, captions: list[tuple[str, ...]]) -> None:
@@ -142,20 +136,15 @@ class Method(BaseMethod):
         self.anchor_start = self.clip.embed_texts(self.anchors.distinct)  # [captions, D]
         self.anchor_share = process_slice("pairwise.anchor_batch", self.options.anchor_batch)
 
-    def trainable(self) -> dict[str, nn.Parameter]:
-        learn = lora.trainable(self.clip, self.config.model.train)
-        return {n: p for n, p in learn.items() if not n.startswith(("logit_", "text_decoder."))}
-
     # -- the epoch -------------------------------------------------------------------------------------
 
     def draw(self, chosen: np.ndarray, rng: np.random.Generator, epoch: int, n: int) -> Part:
         anchors = np.empty(0, int)
         if self.anchors:
             anchors = rng.integers(len(self.anchors.distinct), size=self.options.anchor_batch)[self.anchor_share]
-        pairs, rows = self.pairs[chosen], self.text_rows[chosen]
-        if self.mirror_rows is not None:
+        pairs, rows = self.pairs[chosen], self.text_rows[chosen].T.reshape(-1)
+        if self.options.mirror:
             pairs = np.concatenate([pairs, pairs[:, ::-1]])
-            rows = np.concatenate([rows, self.mirror_rows[chosen]])
         return Part(pairs[self.share], rows[self.share], anchors, _identical(rows))
 
     def image_rows(self, part: Part) -> np.ndarray:

@@ -20,27 +20,24 @@ from pc_clip.core.errors import UserError, check_choice
 from pc_clip.data.dataset import Dataset, Statement
 from pc_clip.data.statements import read_statements
 from pc_clip.data.views import located, match
-from pc_clip.models import lora
 from pc_clip.models.clip import Clip
 from pc_clip.train import losses, samplers
 from pc_clip.train.methods import coca
 from pc_clip.train.methods.base import BaseMethod, Images, Texts, embed_rows_of_images, embed_rows_of_texts
 
-BLOCK = 65_536  # preferences whose embeddings are held at a time
+BLOCK = 16_384  # preferences whose embeddings are held at a time
 LOSSES = ("dpo", "ipo", "reward", "contrastive")
 _TIE = "the model reads the same tokens in both texts, or sees the same in both images"
 
 
 class Batch(NamedTuple):
-    """B preferences about U images in V texts. Of ranking data, preferred and rejected are one text and two images."""
+    """B preferences about U images in V texts. Of ranking data both texts are one, and the images are two."""
 
     ids: list[str]
     tokens: Tensor  # [V, L] int64
-    preferred: Tensor  # [B] int64, rows of tokens: a text that occurs twice is encoded once
-    rejected: Tensor  # [B] int64
+    text: Tensor  # [B, 2] int64, rows of tokens: of the preferred and of the rejected text
     images: Tensor  # [U, D] embeddings, or [U, 3, H, W] pixels when the image tower learns
-    image: Tensor  # [B] int64, rows of images
-    instead: Tensor  # [B] int64, where the rejected text is scored: the same image, but for ranking data
+    image: Tensor  # [B, 2] int64, rows of images: of which the text is preferred, and of which it is rejected
     numbers: Tensor  # [B, 3] int64, of the image, the preferred and the rejected text in all the data
     reference: Tensor  # [B] float32, log-odds before training; empty where there are none or each step finds them
 
@@ -50,8 +47,7 @@ class Scores(NamedTuple):
 
     text: Tensor  # [V, D] float32
     image: Tensor  # [U, D] float32
-    preferred: Tensor  # [B], cosine of each preference's image with its preferred text
-    rejected: Tensor  # [B], and of what is rejected
+    cosine: Tensor  # [B, 2], of what is preferred and of what is rejected
     log_odds: Tensor  # [B], of what is preferred
 
 
@@ -64,10 +60,10 @@ class Method(BaseMethod):
         _check(self.options)
         if self.options.captioning:
             coca.check(clip)
-        statements = self._read(data)
-        self.texts = Texts(clip, [text for s in statements for text in (s.preferred, s.rejected)])
-        self.preferred = self.texts.rows([s.preferred for s in statements])  # [N]
-        self.rejected = self.texts.rows([s.rejected for s in statements])
+            self.idle = ("logit_",)  # CoCa's decoder learns
+        texts = [text for s in self._read(data) for text in (s.preferred, s.rejected)]
+        self.texts = Texts(clip, texts)
+        self.text = self.texts.rows(texts).reshape(-1, 2)  # [N, 2]
         self.note(self.texts.truncated, "texts longer than the context, cut")
         self._leave_out_ties()
         scale = self.options.logit_scale
@@ -81,10 +77,7 @@ class Method(BaseMethod):
         paths, embeddings = self.config.data.statements, self.config.data.embeddings
         found = read_statements(paths, self.config.seed) if paths else list(data.statements)
         if not found:
-            raise UserError(
-                f"method preference needs statements, and {data.label} has none of its own; "
-                "name files of them with --data.statements"
-            )
+            raise UserError(f"method preference needs statements, and {data.label} has none; name --data.statements")
         if self.options.loss == "contrastive" and any(s.instead for s in found):  # before images are embedded
             raise UserError(
                 "preference.loss contrastive needs texts that are rejected, and these are images that are; "
@@ -97,20 +90,20 @@ class Method(BaseMethod):
         self.note(there.absent, f"of {len(found)} statements are left out: {where} lacks their image")
         false = sum(not s.true for s in there.statements)
         self.note(false, "statements are false: what contradicts them is preferred")
-        self.image, self.instead = there.rows, there.others  # [N]
+        self.image = np.stack([there.rows, there.others], axis=1)  # [N, 2]
         return there.statements
 
     def _leave_out_ties(self) -> None:
         """Drop and count preferences whose two sides are one to the model: neither can win, whatever is learnt."""
-        tie, tokens = self.image == self.instead, self.texts.tokens
-        texts, images = np.flatnonzero(tie), np.flatnonzero(~tie)
-        tie[texts] = (tokens[self.preferred[texts]] == tokens[self.rejected[texts]]).all(axis=1)
-        tie[images] = self.images.equal(np.stack([self.image[images], self.instead[images]], axis=1))
+        one_image = self.image[:, 0] == self.image[:, 1]
+        first, second = self.texts.tokens[self.text[one_image]].swapaxes(0, 1)
+        tie = np.empty(len(one_image), dtype=bool)
+        tie[one_image] = (first == second).all(axis=1)
+        tie[~one_image] = self.images.equal(self.image[~one_image])
         if tie.all():
             raise UserError(f"nothing can be learnt from any of the {len(tie)} statements: {_TIE}; write others")
         self.note(tie.sum(), f"of {len(tie)} statements are left out: {_TIE}")
-        for name in ("image", "instead", "preferred", "rejected"):
-            setattr(self, name, getattr(self, name)[~tie])
+        self.text, self.image = self.text[~tie], self.image[~tie]
 
     def _find_reference(self) -> None:
         """Log-odds of all preferences by the model as it was before training, from embeddings that are made once.
@@ -134,34 +127,25 @@ class Method(BaseMethod):
             return
         precision = self.config.train.precision
         z_text = embed_rows_of_texts(self.texts, np.arange(len(self.texts.distinct)), precision)  # [texts, D]
-        used, places = np.unique([self.image, self.instead], return_inverse=True)
+        used, places = np.unique(self.image, return_inverse=True)
         z_image = embed_rows_of_images(self.images, used, precision == "bf16", self.config)  # those cached are exact
-        image, instead = places.reshape(2, -1)
-        self.reference = torch.empty(len(image))
-        for start in range(0, len(image), BLOCK):
+        self.reference = torch.empty(len(self.image))
+        for start in range(0, len(self.image), BLOCK):
             some = slice(start, start + BLOCK)
-            preferred = (z_text[self.preferred[some]] * z_image[image[some]]).sum(-1)
-            rejected = (z_text[self.rejected[some]] * z_image[instead[some]]).sum(-1)
-            self.reference[some] = losses.log_odds(preferred, rejected, self.logit_scale)
-
-    def trainable(self) -> dict[str, nn.Parameter]:
-        idle = ("logit_",) if self.options.captioning else ("logit_", "text_decoder.")  # CoCa's decoder
-        return {n: p for n, p in lora.trainable(self.clip, self.config.model.train).items() if not n.startswith(idle)}
+            cosine = (z_text[self.text[some]] * z_image[places.reshape(-1, 2)[some]]).sum(-1)
+            self.reference[some] = losses.log_odds(*cosine.T, self.logit_scale)
 
     # -- for the sampler -------------------------------------------------------------------------------
 
     def embeddings(self, similarity: str, now: bool) -> Tensor:
         """What makes preferences similar: the preferred text, or the image.  -> [N, D] float32, unit length"""
         if similarity == "text":
-            return embed_rows_of_texts(self.texts, self.preferred)
-        used, places = np.unique(self.image, return_inverse=True)
+            return embed_rows_of_texts(self.texts, self.text[:, 0])
+        used, places = np.unique(self.image[:, 0], return_inverse=True)
         return embed_rows_of_images(self.images, used, now, self.config)[torch.from_numpy(places)]
 
-    def learns(self, similarity: str) -> bool:
-        return similarity == "text" or self.images.learns
-
     def alike(self, similarity: str) -> np.ndarray:
-        return self.preferred if similarity == "text" else self.image
+        return (self.text if similarity == "text" else self.image)[:, 0]
 
     # -- the epoch -------------------------------------------------------------------------------------
 
@@ -169,22 +153,18 @@ class Method(BaseMethod):
         return chosen[self.share]
 
     def image_rows(self, chosen: np.ndarray) -> np.ndarray:
-        return np.unique([self.image[chosen], self.instead[chosen]])
+        return np.unique(self.image[chosen])
 
     def batch(self, chosen: np.ndarray, images: Tensor) -> Batch:
-        said, text = np.unique([self.preferred[chosen], self.rejected[chosen]], return_inverse=True)
-        _, image = np.unique([self.image[chosen], self.instead[chosen]], return_inverse=True)
-        text, image = (torch.from_numpy(rows.reshape(2, -1)) for rows in (text, image))
-        numbers = self.image, self.preferred, self.rejected
+        used, text = np.unique(self.text[chosen], return_inverse=True)  # a text that occurs twice is encoded once
+        image = np.unique(self.image[chosen], return_inverse=True)[1]
         return Batch(
-            ids=[self.images.ids[row] for row in self.image[chosen]],
-            tokens=self.texts.batch(said),
-            preferred=text[0],
-            rejected=text[1],
+            ids=[self.images.ids[row] for row in self.image[chosen, 0]],
+            tokens=self.texts.batch(used),
+            text=torch.from_numpy(text.reshape(-1, 2)),
             images=images,
-            image=image[0],
-            instead=image[1],
-            numbers=torch.from_numpy(np.stack([rows[chosen] for rows in numbers], axis=1)),
+            image=torch.from_numpy(image.reshape(-1, 2)),
+            numbers=torch.from_numpy(np.column_stack([self.image[chosen, 0], self.text[chosen]])),
             reference=self.reference[torch.from_numpy(chosen)] if len(self.reference) else self.reference,
         )
 
@@ -200,16 +180,13 @@ class Method(BaseMethod):
             image = batch.images if self.images.z is not None else clip.encode_image(batch.images)
         text, image = text.float(), image.float()
         z_text, z_image = nn.functional.normalize(text, dim=-1), nn.functional.normalize(image, dim=-1)
-        preferred = (z_text[batch.preferred] * z_image[batch.image]).sum(-1)
-        rejected = (z_text[batch.rejected] * z_image[batch.instead]).sum(-1)
-        log_odds = losses.log_odds(preferred, rejected, self.logit_scale)
+        cosine = (z_text[batch.text] * z_image[batch.image]).sum(-1)  # [B, 2]
+        log_odds = losses.log_odds(*cosine.T, self.logit_scale)
         if self.options.captioning:  # by how much the decoder finds the caption likelier where it is preferred
-            likelihood, rejected_likelihood = (
-                coca.log_likelihood(clip.model, seen[there], batch.tokens[said], vectors[said])
-                for there, said in ((batch.image, batch.preferred), (batch.instead, batch.rejected))
-            )
-            log_odds = log_odds + self.options.captioning * (likelihood - rejected_likelihood)
-        return Scores(text, image, preferred, rejected, log_odds)
+            said, there = batch.text.flatten(), batch.image.flatten()
+            likelihood = coca.log_likelihood(clip.model, seen[there], batch.tokens[said], vectors[said]).view(-1, 2)
+            log_odds = log_odds + self.options.captioning * (likelihood[:, 0] - likelihood[:, 1])
+        return Scores(text, image, cosine, log_odds)
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         options, scores = self.options, self.score(self.clip, batch)
@@ -217,11 +194,12 @@ class Method(BaseMethod):
         logs = {"accuracy": (policy > 0).float().mean(), "margin": policy.detach().mean()}
         if options.loss == "reward":
             alpha = self.logit_scale if options.alpha is None else options.alpha
-            return losses.bradley_terry(scores.preferred, scores.rejected, alpha), logs
+            return losses.bradley_terry(*scores.cosine.T, alpha), logs
         if options.loss == "contrastive":
-            texts, image = (scores.text[batch.preferred], scores.text[batch.rejected]), scores.image[batch.image]
-            negatives = losses.info_nce_with_negatives
-            return losses.over_all(negatives, *texts, image, batch.numbers, self.logit_scale), logs
+            preferred, rejected = scores.text[batch.text.T]
+            embeddings = preferred, rejected, scores.image[batch.image[:, 0]]
+            loss = losses.over_all(losses.info_nce_with_negatives, *embeddings, batch.numbers, self.logit_scale)
+            return loss, logs
         reference = batch.reference if len(batch.reference) else None
         if self.frozen:
             with torch.no_grad():
