@@ -132,10 +132,3 @@ def test_the_edges_of_the_settings_work():
     ):
         for batch in plan(embeddings(n), 12, 7, **settings) + plan(embeddings(n), 12, 7, cover=True, **settings):
             assert len(set(batch)) == 12 and set(batch) <= set(range(n)), settings
-
-
-def test_clusters_make_negatives_harder():
-    z = embeddings(300, d=4)
-    shares = (0.0, 0.5, 1.0)
-    mean = [np.mean([hardness(z[batch]) for batch in plan(z, 30, 8, size=10, share=share)]) for share in shares]
-    assert mean[0] < mean[1] < mean[2]

@@ -25,10 +25,9 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_runs import rows, same, weights
+from tiny_runs import attempt, rows, same, weights
 
-from pc_clip.core.config.train import ChangeConfig, FinetuneConfig, PairwiseConfig, PreferenceConfig, SamplerConfig
-from pc_clip.core.errors import UserError
+from pc_clip.core.config.train import FinetuneConfig, SamplerConfig
 from pc_clip.models import fast_text
 from pc_clip.models.clip import SCRATCH
 from pc_clip.train import methods
@@ -74,33 +73,26 @@ def together(processes: int, work: Callable[[int], object]) -> None:
 def gradient_cases(tiny: str) -> dict[str, tuple[FinetuneConfig, set[str]]]:
     """Settings, and weights of which a gradient must be there and not small."""
     text, image = "transformer.resblocks.0.attn.in_proj_weight", "visual.conv1.weight"
-    squared_error, everything, adapters = (tiny_runs.settings("pairwise", tiny) for _ in range(3))
-    squared_error.pairwise.loss, squared_error.model.train = "mse", "text_blocks"
-    everything.pairwise = PairwiseConfig(anchor=1.0, anchor_captions=40, anchor_batch=4, mirror=True)
-    everything.train.recompute = True
-    adapters.model.lora_rank = 2
-    both_towers, clusters = (tiny_runs.settings("contrastive", tiny) for _ in range(2))
-    both_towers.model.train = clusters.model.train = "both"
-    clusters.sampler = SamplerConfig(kind="clusters", similarity="image", cluster_size=4, share=0.5)
-    cases = {
-        "squared error": (squared_error, {text}),
-        "all of pairwise": (everything, {text}),
-        "adapters": (adapters, {f"{text}.lora_B"}),
-        "both towers": (both_towers, {text, image, "logit_scale"}),
-        "clusters of similar images": (clusters, {text, image, "logit_scale"}),  # embedded by both, each its part
-    }
-    for loss in ("dpo", "contrastive"):
-        config = tiny_runs.settings("preference", tiny)
-        config.model.train, config.preference = "both", PreferenceConfig(loss)
-        cases[f"preferences by {loss}"] = config, {text, image}
-    for stage, learning in (("retrieve", {text, "logit_scale"}), ("caption", {"change.decoder.words.weight"})):
+    both, several = {"model.train": "both"}, {"pairwise.anchor": 1.0, "pairwise.anchor_captions": 40}
+    several |= {"pairwise.anchor_batch": 4, "pairwise.mirror": True, "train.recompute": True}
+    clusters = {"sampler.kind": "clusters", "sampler.similarity": "image", "sampler.cluster_size": 4}
+    change = {"change.dropout": 0.0, "change.clip_rate": 1.0}
+    cases = {  # method, settings and weights
+        "squared error": ("pairwise", {"pairwise.loss": "mse", "model.train": "text_blocks"}, {text}),
+        "all of pairwise": ("pairwise", several, {text}),
+        "adapters": ("pairwise", {"model.lora_rank": 2}, {f"{text}.lora_B"}),
+        "both towers": ("contrastive", both, {text, image, "logit_scale"}),
+        # embedded by both, each its part
+        "clusters of images": ("contrastive", both | clusters | {"sampler.share": 0.5}, {text, image, "logit_scale"}),
+        "dpo": ("preference", both, {text, image}),
+        "negatives": ("preference", both | {"preference.loss": "contrastive"}, {text, image}),
         # Sentences of unequal lengths in both processes; those that hold for several pairs are none's negatives.
-        config = tiny_runs.settings("change", tiny)
-        config.change = ChangeConfig(stage, width=16, heads=2, layers=1, dropout=0.0, clip_rate=1.0, validation="none")
-        cases[f"changes, {stage}"] = config, {image, "change.encoder.before"} | learning
-    for config, _ in cases.values():
-        config.train.steps = 2  # in the second, torch tells of parameters that had no part in the first
-    return cases
+        "retrieve": ("change", change | {"change.stage": "retrieve"}, {image, text, "logit_scale"}),
+        "caption": ("change", change, {image, "change.encoder.before", "change.decoder.words.weight"}),
+    }
+    # In the second step torch tells of parameters that had no part in the first.
+    made = {name: tiny_runs.settings(method, tiny, steps=2) for name, (method, _, _) in cases.items()}
+    return {name: (tiny_runs.put(made[name], settings), learn) for name, (_, settings, learn) in cases.items()}
 
 
 def keep_first_gradients(config: FinetuneConfig, path: Path) -> None:
@@ -156,17 +148,6 @@ def test_a_step_of_two_processes_has_the_gradients_of_one_with_the_whole_batch(t
 
 
 # -- what ends one ends both ---------------------------------------------------------------------------
-
-
-def attempt(config: FinetuneConfig) -> str:
-    """How a run ends: done, interrupted, or the error."""
-    try:
-        finetune(config)
-        return "done"
-    except KeyboardInterrupt:
-        return "interrupted"
-    except UserError as error:
-        return str(error)
 
 
 def at_step(patch: pytest.MonkeyPatch, kind: type, step: int, change_loss: Callable[[torch.Tensor], torch.Tensor]):

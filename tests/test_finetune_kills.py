@@ -5,7 +5,6 @@ The processes that are killed are forked, which is quick and no different for th
 come within a write, the process itself halts there, after a random part of it, so that no machine is too fast for it.
 """
 
-import copy
 import itertools
 import json
 import multiprocessing
@@ -21,6 +20,7 @@ import pytest
 import safetensors.torch
 import tiny_runs
 import torch
+from tiny_runs import put
 
 from pc_clip.core import files
 from pc_clip.core.config.train import FinetuneConfig, PairwiseConfig
@@ -44,14 +44,6 @@ def config(tiny) -> FinetuneConfig:
     return config
 
 
-def changed(config: FinetuneConfig, **settings) -> FinetuneConfig:
-    """A copy in which settings have other values: run settings, or those of the loop."""
-    found = copy.deepcopy(config)
-    for name, value in settings.items():
-        setattr(found.train if hasattr(found.train, name) else found, name, value)
-    return found
-
-
 class Run:
     """finetune() in a process of its own. `prepare(halt)` may patch what it likes there; halt() stops it for good,
     or until `release`, and is what `reached` waits for."""
@@ -65,11 +57,7 @@ class Run:
                 theirs.recv()
 
             prepare(halt)
-            try:
-                finetune(config)
-                theirs.send("done")
-            except UserError as error:
-                theirs.send(str(error))
+            theirs.send(tiny_runs.attempt(config))
 
         self.process = forks.Process(target=work, daemon=True)
         self.process.start()
@@ -106,7 +94,7 @@ def killed_at(config, prepare) -> None:
 
 def straight(config) -> dict[str, bytes]:
     """The files of a run that nothing disturbs, which leaves no cache behind."""
-    assert Run(changed(config, out="straight")).end() == "done"
+    assert Run(put(config, {"out": "straight"})).end() == "done"
     shutil.rmtree("data")
     return contents(Path("straight") / config.name)
 
@@ -225,18 +213,18 @@ def test_killed_at_twenty_moments_and_continued_each_time(config):
 @pytest.mark.slow
 def test_a_run_that_is_killed_while_it_replaces_another_is_never_a_mixture(config):
     """--overwrite deletes a run of other settings. Nothing of that one must get into the new one."""
-    config = changed(config, steps=6)
-    assert Run(changed(config, lr=5e-3)).end() == "done"
+    config = put(config, {"train.steps": 6})
+    assert Run(put(config, {"train.lr": 5e-3})).end() == "done"
     shutil.copytree("runs/a", "old")
     expected, outcomes = straight(config), Counter()
     for n in (0, 2, 3):  # all is still there; all but model and state; and but the config
         shutil.rmtree("runs")
         shutil.copytree("old", "runs/a")
-        killed_at(changed(config, overwrite=True), before_deletion(n))
-        message = Run(changed(config, resume=True)).end()
+        killed_at(put(config, {"overwrite": True}), before_deletion(n))
+        message = Run(put(config, {"resume": True})).end()
         if message != "done":
             assert "other settings" in message
-            assert Run(changed(config, overwrite=True)).end() == "done"
+            assert Run(put(config, {"overwrite": True})).end() == "done"
         outcomes[message == "done"] += 1
         assert_same_run(contents(Path("runs/a")), expected)
     assert outcomes[True] and outcomes[False]
@@ -244,13 +232,13 @@ def test_a_run_that_is_killed_while_it_replaces_another_is_never_a_mixture(confi
 
 @pytest.mark.slow
 def test_a_run_that_is_being_trained_is_not_trained_by_another_process(config):
-    config = changed(config, steps=12)
+    config = put(config, {"train.steps": 12})
     expected = straight(config)
     first = Run(config, in_step(8))
     first.reached()
     before = contents(Path("runs/a"))
     for settings in ({}, {"resume": True}, {"overwrite": True}):
-        assert "another process is training runs/a" in Run(changed(config, **settings)).end()
+        assert "another process is training runs/a" in Run(put(config, settings)).end()
     assert contents(Path("runs/a")) == before
     first.release()
     assert first.end() == "done"
@@ -283,7 +271,7 @@ def test_no_byte_of_a_state_can_change_unseen(tmp_path):
 
 
 def test_what_cannot_be_continued_says_what_to_do(config):
-    config = changed(config, steps=6)
+    config = put(config, {"train.steps": 6})
     tiny_runs.interrupt(config, 4)
     path = Path("runs/a/state.safetensors")
     whole = path.read_bytes()
@@ -293,10 +281,10 @@ def test_what_cannot_be_continued_says_what_to_do(config):
     ):
         path.write_bytes(content)
         with pytest.raises(UserError, match=f"{path} {message}.*--overwrite true"):
-            finetune(changed(config, resume=True))
+            finetune(put(config, {"resume": True}))
     Path("runs/a/config.yaml").unlink()
     with pytest.raises(UserError, match="holds a state.safetensors that no config describes"):
-        finetune(changed(config, resume=True))
+        finetune(put(config, {"resume": True}))
 
 
 # -- files ---------------------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ class Scores(NamedTuple):
 
     text: Tensor  # [V, D] float32
     image: Tensor  # [U, D] float32
-    cosine: Tensor  # [B, 2], of what is preferred and of what is rejected
+    cosine: tuple[Tensor, Tensor]  # [B] each, of what is preferred and of what is rejected
     log_odds: Tensor  # [B], of what is preferred
 
 
@@ -180,8 +180,8 @@ class Method(BaseMethod):
             image = batch.images if self.images.z is not None else clip.encode_image(batch.images)
         text, image = text.float(), image.float()
         z_text, z_image = nn.functional.normalize(text, dim=-1), nn.functional.normalize(image, dim=-1)
-        cosine = (z_text[batch.text] * z_image[batch.image]).sum(-1)  # [B, 2]
-        log_odds = losses.log_odds(*cosine.T, self.logit_scale)
+        cosine = tuple((z_text[a] * z_image[b]).sum(-1) for a, b in zip(batch.text.T, batch.image.T))
+        log_odds = losses.log_odds(*cosine, self.logit_scale)
         if self.options.captioning:  # by how much the decoder finds the caption likelier where it is preferred
             said, there = batch.text.flatten(), batch.image.flatten()
             likelihood = coca.log_likelihood(clip.model, seen[there], batch.tokens[said], vectors[said]).view(-1, 2)
@@ -194,7 +194,7 @@ class Method(BaseMethod):
         logs = {"accuracy": (policy > 0).float().mean(), "margin": policy.detach().mean()}
         if options.loss == "reward":
             alpha = self.logit_scale if options.alpha is None else options.alpha
-            return losses.bradley_terry(*scores.cosine.T, alpha), logs
+            return losses.bradley_terry(*scores.cosine, alpha), logs
         if options.loss == "contrastive":
             preferred, rejected = scores.text[batch.text.T]
             embeddings = preferred, rejected, scores.image[batch.image[:, 0]]
