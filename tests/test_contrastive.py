@@ -1,7 +1,6 @@
 """CLIP's loss on captions, in random batches and in clusters: what is similar, what is logged, what scratch means."""
 
 import dataclasses
-from itertools import islice
 
 import numpy as np
 import pytest
@@ -57,17 +56,6 @@ def test_or_by_themselves_as_they_are_cached_or_by_a_tower_that_learns(config):
     with torch.no_grad():
         clip.model.visual.conv1.weight.mul_(20.0)
     assert not torch.allclose(method.embeddings("image", True), expected, atol=1e-2)
-
-
-def test_batches_are_similar_captions_and_so_harder_than_random_ones(config, example_clip):
-    hard = []
-    for config.sampler.kind in ("clusters", "random"):
-        method = make(config, example_clip)
-        with torch.no_grad():
-            hard.append([method(batch)[1] for batch in islice(method.loader(0), 4)])
-    for name in ("mean_negative", "hardest_negative", "likely_false_negatives"):
-        clusters, random = (np.mean([float(each[name]) for each in logs]) for logs in hard)
-        assert clusters > 1.05 * random
 
 
 # -- what is logged ------------------------------------------------------------------------------------

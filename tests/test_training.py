@@ -24,7 +24,7 @@ from pc_clip.data.training_data import load_dataset
 from pc_clip.models import fast_text, lora
 from pc_clip.models.clip import SCRATCH
 from pc_clip.models.loading import create_model
-from pc_clip.train import methods, optim, run_folder
+from pc_clip.train import methods
 from pc_clip.train.loop import finetune
 from pc_clip.train.methods import base, pairwise
 
@@ -211,21 +211,6 @@ def test_a_run_continued_within_an_epoch_and_between_two_ends_the_same(name, tin
         assert all(value.any() for value in carries)
     if config.method == "change":
         assert rows("runs/straight", "validation") == rows("runs/resumed", "validation") != []
-
-
-def test_a_run_keeps_the_precision_that_was_settled(config, monkeypatch):
-    """So that it is continued as it began, and known again, on a machine of another kind."""
-    monkeypatch.setattr(optim, "multiplies_bf16", lambda device: True)
-    config.name, config.train.precision, config.train.steps = "b", "auto", 6
-    tiny_runs.interrupt(config, 3)
-    monkeypatch.setattr(optim, "multiplies_bf16", lambda device: False)
-    config.resume = True
-    run = finetune(config)
-    config.resume = False
-    assert finetune(config) == run  # finished already
-    assert yaml.safe_load((run / "config.yaml").read_text())["train"]["precision"] == "bf16"
-    config.overwrite = True
-    assert run_folder.precision(run, config) is None  # settled anew
 
 
 # -- no numbers ----------------------------------------------------------------------------------------

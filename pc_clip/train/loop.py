@@ -60,8 +60,7 @@ def finetune(config: FinetuneConfig) -> Path:
         raise UserError(f"model.start {model.start} lies in the run that would take its place; choose another --name")
     process = PartialState(cpu=config.device == "cpu", **PATIENCE.to_kwargs())
     config = copy(config)  # not replace, which would lose the options of the method
-    asked = (run_folder.precision(run, config) if train.precision == "auto" else None) or train.precision
-    config.train = replace(train, precision=resolve_precision(asked, process.device))
+    config.train = replace(train, precision=resolve_precision(train.precision, process.device))
     data = load_dataset(config.data, config.seed)  # before the model, whose weights may take long to fetch
     with run_folder.locked(run) if process.is_main_process else nullcontext():  # it alone writes into the folder
         return _run(config, run, data)

@@ -76,14 +76,6 @@ def check_data(run: Path, now: dict[str, str]) -> None:
         raise UserError(f"{run} learnt from other data: its {' and '.join(others)} have changed since. {ANEW}")
 
 
-def precision(run: Path, config: FinetuneConfig) -> str | None:
-    """What the run in a folder multiplies in, if it is to stay; on another kind of machine `auto` may mean another."""
-    settings = run / "config.yaml"
-    if (config.overwrite and not config.resume) or not settings.is_file():
-        return None
-    return yaml.safe_load(settings.read_text())["train"]["precision"]
-
-
 def _changes(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
     """Settings that differ among those of `new`, by dotted name."""
     found = []
