@@ -1,14 +1,11 @@
 """Neighbours: the exact ones are those of a full sort; approximate ones are mostly those, and the same again."""
 
-import sys
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pc_clip.core.errors import UserError
 from pc_clip.train import neighbours
 
 
@@ -67,10 +64,3 @@ def test_what_faiss_does_not_find_is_left_empty_at_the_end(n, m, share, seed):
     rows, allowed = rng.choice(n, min(n, 3), replace=False), rng.random(n) < share
     found = neighbours.build("faiss", z, seed).near(rows, m, allowed)
     assert found.tolist() == neighbours.nearest(z, rows, m, allowed).tolist()
-
-
-def test_an_index_that_is_not_installed_says_what_to_do(monkeypatch):
-    neighbours.check("exact")
-    monkeypatch.setitem(sys.modules, "faiss", None)  # importing it fails
-    with pytest.raises(UserError, match="pip install faiss-cpu"):
-        neighbours.check("faiss")

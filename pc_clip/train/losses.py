@@ -93,16 +93,13 @@ def unit_differences(first: Tensor, second: Tensor) -> Tensor:
 
 
 # -- preferences ---------------------------------------------------------------------------------------
-#
-# An image prefers one of two texts with a probability, the softmax of their scaled similarities over the two. Its
-# log-odds, log p(preferred) - log p(rejected), is what these losses take: the normaliser of the softmax cancels in it.
 
 
 def log_odds(preferred: Tensor, rejected: Tensor, logit_scale: float | Tensor) -> Tensor:
     """How strongly the first of two texts is preferred: log p(preferred) - log p(rejected).
 
     preferred, rejected: [B] cosines of the image with either text. p is the softmax over the two of cosines times
-    logit_scale, so that this is logit_scale * (preferred - rejected).
+    logit_scale; its normaliser cancels, so that this is logit_scale * (preferred - rejected).
     """
     return logit_scale * (preferred - rejected)
 

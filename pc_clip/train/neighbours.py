@@ -15,8 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pc_clip.core.errors import UserError
-
 COLUMNS = 1 << 15  # similarities are computed to so many examples at a time: 64 rows of them are 8 MB
 
 # FAISS. With 4 sqrt(N) lists, fewer than a minute's building at 300,000 examples, a search compares a pivot with
@@ -44,18 +42,6 @@ def build(kind: str, z: Tensor, seed: int = 0) -> Index:
     seed: below 2**31. The same one gives the same index, with any number of threads but for rounding.
     """
     return KINDS[kind](z, seed)
-
-
-def check(kind: str) -> None:
-    """Raise UserError for a kind that is not installed."""
-    try:
-        if kind == "faiss":
-            import faiss  # noqa: F401
-    except ImportError as error:
-        raise UserError(
-            f"sampler.index faiss needs the package faiss-cpu, which cannot be imported ({error}): "
-            "`pip install faiss-cpu`, or take exact"
-        ) from error
 
 
 # -- exact ---------------------------------------------------------------------------------------------

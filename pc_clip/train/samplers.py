@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import Protocol
 
 import numpy as np
@@ -153,7 +154,8 @@ def check_options(options: SamplerConfig, batch_size: int, epochs: int) -> None:
     """Raises UserError for settings of clusters that mean nothing."""
     check_choice("sampler.similarity", options.similarity, ("text", "image"))
     check_choice("sampler.index", options.index, neighbours.KINDS)
-    neighbours.check(options.index)
+    if options.index == "faiss" and find_spec("faiss") is None:
+        raise UserError("sampler.index faiss is not installed: `pip install faiss-cpu`, or take exact")
     check_at_least("sampler.neighbourhood", options.neighbourhood, 1)
     if not 0 < options.share <= 1:
         raise UserError(f"sampler.share is {options.share}; it is a share of the batch, above 0 and at most 1")
