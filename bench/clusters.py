@@ -105,15 +105,16 @@ def _batches(z: Tensor, rounds: int) -> tuple[float, float]:
     return median(ours), median(theirs)
 
 
-def _batch(z: Tensor, seed: int, index: str | neighbours.Index = "exact") -> list[int]:
-    rng = np.random.default_rng(seed)
-    return next(clusters.plan(z, CLUSTERS * SIZE, 1, size=SIZE, share=1.0, index=index, rng=rng)).tolist()
+def _batch(z: Tensor, seed: int, index: neighbours.Index | None = None) -> list[int]:
+    rng, index = np.random.default_rng(seed), index or neighbours.build("exact", z)
+    return next(clusters.plan(index, CLUSTERS * SIZE, 1, size=SIZE, share=1.0, rng=rng)).tolist()
 
 
 def _epoch(z: Tensor, cover: bool) -> tuple[float, float]:
     """Seconds, and GB above those before."""
     rng, n = np.random.default_rng(0), CLUSTERS * SIZE
-    batches = clusters.plan(z, n, len(z) // n, size=SIZE, share=1.0, cover=cover, rng=rng)
+    index = neighbours.build("exact", z)
+    batches = clusters.plan(index, n, len(z) // n, size=SIZE, share=1.0, cover=cover, rng=rng)
     begin = time.perf_counter()
     memory = steps.peak_above(lambda: list(batches))
     return time.perf_counter() - begin, memory

@@ -108,9 +108,7 @@ def theirs(method: preference.Method) -> Iterator[float]:
 def published(method: preference.Method) -> tuple[torch.nn.Module, torch.nn.Module, DataLoader]:
     """Policy, frozen reference and data, as the reference has them."""
     clip, data, said = create_model("example"), method.images.data, method.texts.distinct
-    items = [
-        (int(row), said[a], said[b]) for row, a, b in zip(method.image, method.preferred, method.rejected, strict=True)
-    ]
+    items = [(int(row), said[a], said[b]) for row, (a, b) in zip(method.image[:, 0], method.text, strict=True)]
     policy, frozen = clip.model, copy.deepcopy(clip.model).requires_grad_(False)
     for name, parameter in policy.named_parameters():
         parameter.requires_grad_(name in method.trainable())

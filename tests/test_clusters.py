@@ -7,13 +7,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from test_neighbours import embeddings, slow_nearest
 
-from pc_clip.core.errors import UserError
 from pc_clip.train import clusters, neighbours
-
-
-def embeddings(n, seed=0, d=6):
-    return torch.nn.functional.normalize(torch.from_numpy(np.random.default_rng(seed).normal(size=(n, d))), dim=-1)
 
 
 def hardness(z) -> float:
@@ -22,14 +18,9 @@ def hardness(z) -> float:
     return float((total @ total - len(z)) / (len(z) * (len(z) - 1)))
 
 
-def slow_nearest(z, row, allowed):
-    """All others that may be found, most similar first."""
-    others = [n for n in range(len(z)) if n != row and allowed[n]]
-    return sorted(others, key=lambda n: -float(z[n] @ z[row]))
-
-
-def plan(z, batch_size, steps, seed=0, **settings):
-    found = clusters.plan(z, batch_size, steps, **settings, rng=np.random.default_rng(seed))
+def plan(z, batch_size, steps, seed=0, kind="exact", **settings):
+    index = Forgetful(z) if kind == "forgetful" else neighbours.build(kind, z)
+    found = clusters.plan(index, batch_size, steps, **settings, rng=np.random.default_rng(seed))
     return [batch.tolist() for batch in found]
 
 
@@ -61,7 +52,7 @@ def test_clusters_are_a_pivot_and_partners_from_its_neighbourhood(n, size, neigh
     wanted = [size] * (int(allowed.sum()) // (2 * size)) + [2]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(clusters, "SPARE", spare)  # few enough for earlier clusters to take them all
-        batch = clusters.clustered_batch(z, wanted, neighbourhood, allowed, neighbours.Exact(z), rng)
+        batch = clusters.clustered_batch(neighbours.Exact(z), wanted, neighbourhood, allowed, rng)
     assert len(batch) == len(set(batch.tolist())) == sum(wanted)
     free = allowed.copy()
     for end, size in zip(accumulate(wanted), wanted):
@@ -75,9 +66,8 @@ def test_clusters_are_a_pivot_and_partners_from_its_neighbourhood(n, size, neigh
 
 @given(st.integers(24, 70), st.sampled_from([0.0, 0.3, 0.5, 1.0]), st.booleans(), st.booleans(), st.integers(0, 20))
 def test_a_batch_never_holds_an_example_twice_and_is_full(n, share, cover, approximate, seed):
-    z = embeddings(n, seed)
-    index = Forgetful(z) if approximate else "exact"
-    settings = {"size": 4, "share": share, "cover": cover, "neighbourhood": 1 + seed % 2, "index": index}
+    z, kind = embeddings(n, seed), "forgetful" if approximate else "exact"
+    settings = {"size": 4, "share": share, "cover": cover, "neighbourhood": 1 + seed % 2, "kind": kind}
     batches = plan(z, 12, 9, seed, **settings)
     assert [len(set(batch)) for batch in batches] == [12] * 9
     assert batches == plan(z, 12, 9, seed, **settings)
@@ -90,7 +80,7 @@ def test_a_batch_never_holds_an_example_twice_and_is_full(n, share, cover, appro
 @given(st.integers(1, 4), st.integers(0, 20))
 def test_partners_come_from_the_neighbourhood_also_where_the_index_finds_nothing(neighbourhood, seed):
     z = embeddings(40, seed)
-    (batch,) = plan(z, 8, 1, seed, size=8, share=1.0, neighbourhood=neighbourhood, index=Forgetful(z))
+    (batch,) = plan(z, 8, 1, seed, "forgetful", size=8, share=1.0, neighbourhood=neighbourhood)
     near = slow_nearest(z, batch[0], np.ones(40, bool))
     reach = 8 * neighbourhood - 1 if batch[0] % 2 else 3 * 8 * neighbourhood  # odd ones are completed, all exact
     assert set(batch[1:]) <= set(near[:reach])
@@ -101,16 +91,12 @@ def test_an_approximate_index_makes_whole_batches_nearly_as_similar(cover):
     pytest.importorskip("faiss")
     z = embeddings(1500, d=8).float()
     settings = {"size": 10, "share": 0.8, "cover": cover}
-    exact, found = (plan(z, 50, 30, index=index, **settings) for index in ("exact", "faiss"))
+    exact, found = (plan(z, 50, 30, kind=kind, **settings) for kind in ("exact", "faiss"))
     assert [len(set(batch)) for batch in found] == [50] * 30
-    assert found == plan(z, 50, 30, index="faiss", **settings)
     if cover:
         assert sorted(row for batch in found for row in batch) == list(range(1500))
     theirs, ours = (np.mean([hardness(z[batch[:10]]) for batch in some]) for some in (exact, found))
     assert ours == pytest.approx(theirs, abs=0.05)
-
-
-# -- epochs --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("cover", [False, True])
@@ -137,9 +123,6 @@ def test_who_is_left_over_is_drawn_anew_in_each_pass():
     assert frozenset.union(*left) == set(range(14))
 
 
-# -- the edges of the settings -------------------------------------------------------------------------
-
-
 def test_the_edges_of_the_settings_work():
     for n, settings in (
         (40, {"size": 12, "share": 1.0}),  # one cluster, the whole batch
@@ -149,32 +132,3 @@ def test_the_edges_of_the_settings_work():
     ):
         for batch in plan(embeddings(n), 12, 7, **settings) + plan(embeddings(n), 12, 7, cover=True, **settings):
             assert len(set(batch)) == 12 and set(batch) <= set(range(n)), settings
-
-
-def test_a_neighbourhood_larger_than_the_set_is_the_set():
-    """Partners of one pivot are then anybody: over many batches everybody comes as often."""
-    counts = np.bincount(np.concatenate(plan(embeddings(20), 5, 800, size=5, share=1.0, neighbourhood=100)))
-    assert abs(counts - 200).max() < 5 * np.sqrt(800 * 0.25 * 0.75)
-
-
-def test_settings_that_cannot_be_met_say_so_before_the_first_batch():
-    for settings, message in (
-        ({"size": 13}, "clusters of 13 do not fit into batches of 12"),
-        ({"batch_size": 41}, "40 examples do not make a batch of 41"),
-        ({"share": float("nan")}, "share of a batch that is in clusters is nan; it must be from 0 to 1"),
-    ):
-        settings = {"batch_size": 12, "steps": 3, "size": 4, "share": 0.5, **settings}
-        with pytest.raises(UserError, match=message):
-            clusters.plan(embeddings(40), **settings, rng=np.random.default_rng(0))
-
-
-def test_clusters_make_negatives_harder_and_hardness_is_their_mean_cosine():
-    z = embeddings(300, d=4)
-    of = {
-        share: np.mean([hardness(z[batch]) for batch in plan(z, 30, 8, size=10, share=share)])
-        for share in (0.0, 0.5, 1.0)
-    }
-    assert of[0.0] < of[0.5] < of[1.0]
-    some = z[:7]
-    cosines = [float(some[i] @ some[j]) for i in range(7) for j in range(7) if i != j]
-    assert hardness(some) == pytest.approx(np.mean(cosines))

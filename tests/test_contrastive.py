@@ -1,7 +1,6 @@
 """CLIP's loss on captions, in random batches and in clusters: what is similar, what is logged, what scratch means."""
 
 import dataclasses
-from itertools import islice
 
 import numpy as np
 import pytest
@@ -40,12 +39,11 @@ def make(config: FinetuneConfig, clip: Clip) -> contrastive.Method:
 
 
 def test_images_are_similar_by_the_mean_of_their_captions(config, example_clip):
-    method, data = make(config, example_clip), load_dataset(config.data)
-    for now in (True, False):
-        found = method.embeddings("text", now)
-        for row in (0, 7, 95):
-            mean = example_clip.embed_texts(data.captions[row]).mean(0)
-            assert torch.allclose(found[row], mean / mean.norm(), atol=1e-5)
+    data = load_dataset(config.data)
+    found = make(config, example_clip).embeddings("text", now=True)
+    for row in (0, 7, 95):
+        mean = example_clip.embed_texts(data.captions[row]).mean(0)
+        assert torch.allclose(found[row], mean / mean.norm(), atol=1e-5)
 
 
 def test_or_by_themselves_as_they_are_cached_or_by_a_tower_that_learns(config):
@@ -58,17 +56,6 @@ def test_or_by_themselves_as_they_are_cached_or_by_a_tower_that_learns(config):
     with torch.no_grad():
         clip.model.visual.conv1.weight.mul_(20.0)
     assert not torch.allclose(method.embeddings("image", True), expected, atol=1e-2)
-
-
-def test_batches_are_similar_captions_and_so_harder_than_random_ones(config, example_clip):
-    hard = {}
-    for config.sampler.kind in ("clusters", "random"):
-        method = make(config, example_clip)
-        with torch.no_grad():
-            logs = [method(batch)[1] for batch in islice(method.loader(0), 4)]
-        hard[config.sampler.kind] = {name: np.mean([float(each[name]) for each in logs]) for name in logs[0]}
-    for name in ("mean_negative", "hardest_negative", "likely_false_negatives"):
-        assert hard["clusters"][name] > 1.05 * hard["random"][name]
 
 
 # -- what is logged ------------------------------------------------------------------------------------
@@ -92,12 +79,6 @@ def test_hardness_is_the_mean_cosine_of_wrong_pairs_and_the_share_of_likely_fals
     assert float(logs["likely_false_negatives"]) == pytest.approx(likely_false(drawn, captions))
 
 
-def test_what_is_only_for_the_log_is_found_where_there_is_a_line_of_it(config, example_clip):
-    config.train.log_every, config.train.epochs = 3, 2  # of eight steps
-    found = [float(batch.likely_false) for epoch in (0, 1) for batch in make(config, example_clip).loader(epoch)]
-    assert [np.isfinite(value) for value in found] == [(n + 1) % 3 == 0 or n == 7 for n in range(8)]
-
-
 # -- an epoch's batches depend on the weights at its beginning -------------------------------------------
 
 
@@ -114,15 +95,15 @@ def test_online_looks_at_the_weights_when_all_steps_before_an_epoch_are_done_and
 
     monkeypatch.setattr(contrastive.Method, "begin_epoch", begin)
     monkeypatch.setattr(contrastive.Method, "after_step", lambda self: steps.append(0))
-    config.train.lr = 1e-2
+    config.train.lr, config.train.log_every = 1e-2, 5
     for config.name, config.sampler.online in (("on", True), ("off", False)):
         run = finetune(config)
     assert begun == [(0, 0), (1, 4), (2, 8), (0, 12), (1, 16), (2, 20)]
     assert (plans["on", 0] == plans["off", 0]).mean() > 0.9  # but for rounding
     assert (plans["on", 2] == plans["off", 2]).mean() < 0.9
     log = tiny_runs.rows(run)
-    assert len(log) == 12
-    assert all(-1 < row["mean_negative"] < row["hardest_negative"] < 1 for row in log)
+    assert [row["step"] for row in log] == [5, 10, 12]
+    assert all(0 <= row["likely_false_negatives"] <= 1 for row in log)  # found where there is a line of it
 
 
 def test_the_logit_scale_stays_at_a_hundred_or_below(config):

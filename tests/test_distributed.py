@@ -6,17 +6,16 @@ variables, over gloo. Each of the two groups below goes through many runs, one a
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import sys
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -26,10 +25,9 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_runs import rows, same, weights
+from tiny_runs import attempt, put, rows, same, weights
 
-from pc_clip.core.config.train import ChangeConfig, FinetuneConfig, PairwiseConfig, PreferenceConfig, SamplerConfig
-from pc_clip.core.errors import UserError
+from pc_clip.core.config.train import FinetuneConfig
 from pc_clip.models import fast_text
 from pc_clip.models.clip import SCRATCH
 from pc_clip.train import methods
@@ -75,33 +73,26 @@ def together(processes: int, work: Callable[[int], object]) -> None:
 def gradient_cases(tiny: str) -> dict[str, tuple[FinetuneConfig, set[str]]]:
     """Settings, and weights of which a gradient must be there and not small."""
     text, image = "transformer.resblocks.0.attn.in_proj_weight", "visual.conv1.weight"
-    squared_error, everything, adapters = (tiny_runs.settings("pairwise", tiny) for _ in range(3))
-    squared_error.pairwise.loss, squared_error.model.train = "mse", "text_blocks"
-    everything.pairwise = PairwiseConfig(anchor=1.0, anchor_captions=40, anchor_batch=4, mirror=True)
-    everything.train.recompute = True
-    adapters.model.lora_rank = 2
-    both_towers, clusters = (tiny_runs.settings("contrastive", tiny) for _ in range(2))
-    both_towers.model.train = clusters.model.train = "both"
-    clusters.sampler = SamplerConfig(kind="clusters", similarity="image", cluster_size=4, share=0.5)
-    cases = {
-        "squared error": (squared_error, {text}),
-        "all of pairwise": (everything, {text}),
-        "adapters": (adapters, {f"{text}.lora_B"}),
-        "both towers": (both_towers, {text, image, "logit_scale"}),
-        "clusters of similar images": (clusters, {text, image, "logit_scale"}),  # embedded by both, each its part
-    }
-    for loss in ("dpo", "contrastive"):
-        config = tiny_runs.settings("preference", tiny)
-        config.model.train, config.preference = "both", PreferenceConfig(loss)
-        cases[f"preferences by {loss}"] = config, {text, image}
-    for stage, learning in (("retrieve", {text, "logit_scale"}), ("caption", {"change.decoder.words.weight"})):
+    both, several = {"model.train": "both"}, {"pairwise.anchor": 1.0, "pairwise.anchor_captions": 40}
+    several |= {"pairwise.anchor_batch": 4, "pairwise.mirror": True, "train.recompute": True}
+    clusters = {"sampler.kind": "clusters", "sampler.similarity": "image", "sampler.cluster_size": 4}
+    change = {"change.dropout": 0.0, "change.clip_rate": 1.0}
+    cases = {  # method, settings and weights
+        "squared error": ("pairwise", {"pairwise.loss": "mse", "model.train": "text_blocks"}, {text}),
+        "all of pairwise": ("pairwise", several, {text}),
+        "adapters": ("pairwise", {"model.lora_rank": 2}, {f"{text}.lora_B"}),
+        "both towers": ("contrastive", both, {text, image, "logit_scale"}),
+        # embedded by both, each its part
+        "clusters of images": ("contrastive", both | clusters | {"sampler.share": 0.5}, {text, image, "logit_scale"}),
+        "dpo": ("preference", both, {text, image}),
+        "negatives": ("preference", both | {"preference.loss": "contrastive"}, {text, image}),
         # Sentences of unequal lengths in both processes; those that hold for several pairs are none's negatives.
-        config = tiny_runs.settings("change", tiny)
-        config.change = ChangeConfig(stage, width=16, heads=2, layers=1, dropout=0.0, clip_rate=1.0, validation="none")
-        cases[f"changes, {stage}"] = config, {image, "change.encoder.before"} | learning
-    for config, _ in cases.values():
-        config.train.steps = 2  # in the second, torch tells of parameters that had no part in the first
-    return cases
+        "retrieve": ("change", change | {"change.stage": "retrieve"}, {image, text, "logit_scale"}),
+        "caption": ("change", change, {image, "change.encoder.before", "change.decoder.words.weight"}),
+    }
+    # In the second step torch tells of parameters that had no part in the first.
+    made = {name: tiny_runs.settings(method, tiny, steps=2) for name, (method, _, _) in cases.items()}
+    return {name: (put(made[name], settings), learn) for name, (_, settings, learn) in cases.items()}
 
 
 def keep_first_gradients(config: FinetuneConfig, path: Path) -> None:
@@ -159,17 +150,6 @@ def test_a_step_of_two_processes_has_the_gradients_of_one_with_the_whole_batch(t
 # -- what ends one ends both ---------------------------------------------------------------------------
 
 
-def attempt(config: FinetuneConfig) -> str:
-    """How a run ends: done, interrupted, or the error."""
-    try:
-        finetune(config)
-        return "done"
-    except KeyboardInterrupt:
-        return "interrupted"
-    except UserError as error:
-        return str(error)
-
-
 def at_step(patch: pytest.MonkeyPatch, kind: type, step: int, change_loss: Callable[[torch.Tensor], torch.Tensor]):
     """Change the loss of a step, which is counted from 1, in this process."""
     forward, losses = kind.forward, []
@@ -194,95 +174,62 @@ def saved_step(name: str) -> int:
         return int(file.metadata()["step"])
 
 
-def stopped_cases(tiny: str, tiny_resnet: str) -> dict[str, FinetuneConfig]:
-    """Random batches; clusters by a model from scratch, of whose statistics each process has its own in an epoch."""
-    clusters = tiny_runs.settings("contrastive", tiny_resnet, steps=6, max_steps_per_epoch=3)
-    clusters.model.pretrained, clusters.model.train = SCRATCH, "both"
-    clusters.sampler = SamplerConfig(kind="clusters", similarity="image", cluster_size=4, share=0.5)
-    return {"random": tiny_runs.settings("pairwise", tiny), "clusters": clusters}
-
-
 @pytest.mark.slow
 def test_two_processes_stop_together_and_resuming_loses_nothing(tiny, tiny_resnet):
     """By SIGTERM, which schedulers send to one process or to all; by a loss that is no number; by wrong settings."""
-    cases, best = (
-        stopped_cases(tiny, tiny_resnet),
-        tiny_runs.settings("change", tiny, steps=None, max_steps_per_epoch=2),
-    )
-    best.change.validation, best.train.epochs, best.name = "val", 2, "best"
-    pair, ends = cases["random"], {}
+    random, ends = tiny_runs.settings("pairwise", tiny), {}
+    clusters = {"sampler.kind": "clusters", "sampler.similarity": "image", "sampler.cluster_size": 4}
+    clusters |= {"model.pretrained": SCRATCH, "model.train": "both"}  # each process has statistics of its own
+    clusters = put(tiny_runs.settings("contrastive", tiny_resnet, steps=6, max_steps_per_epoch=3), clusters)
+    best = tiny_runs.settings("change", tiny, steps=None, epochs=2, max_steps_per_epoch=2)
+    best = put(best, {"change.validation": "val", "name": "best"})
+    stops = [("random", random, 3), ("clusters", clusters, 3), ("clusters", clusters, 5)]  # 3: between two epochs
 
     def work(rank: int) -> None:
-        for name, case in cases.items():
-            kind = methods.find(case.method).Method
-            for step in (3, 5) if name == "clusters" else (3,):  # between two epochs, and within one
-                config = copy.deepcopy(case)
-                config.name = f"{name} stopped at {step}"
-                with pytest.MonkeyPatch.context() as patch:
-                    if rank == 1:
-                        at_step(patch, kind, step, sigterm)
-                    ends[config.name] = [attempt(config), saved_step(config.name)]
-                config.resume = True
-                ends[config.name].append(attempt(config))
-            case.name = f"{name} straight"
-            ends[case.name] = attempt(case)
+        for name, case, step in stops:
+            config = put(case, {"name": f"{name} stopped at {step}"})
+            with pytest.MonkeyPatch.context() as patch:
+                if rank == 1:
+                    at_step(patch, methods.find(case.method).Method, step, sigterm)
+                ends[config.name] = [attempt(config), saved_step(config.name)]
+            if rank == 0:
+                shutil.copytree(f"runs/{config.name}", f"alone/{config.name}")
+            ends[config.name].append(attempt(put(config, {"resume": True})))
+        for name, case in (("random straight", random), ("clusters straight", clusters)):
+            ends[name] = attempt(put(case, {"name": name}))
         with pytest.MonkeyPatch.context() as patch:
             if rank == 1:
                 at_step(patch, pairwise.Method, 5, lambda loss: loss * math.nan)
-            pair.name = "nan"
-            ends["nan"] = [attempt(pair), saved_step("nan")]
-        for name, value in (("precision", "fp16"), ("batch_size", 7)):
-            config = copy.deepcopy(pair)
-            config.overwrite, config.name = True, "random straight"
-            setattr(config.train, name, value)
-            ends[name] = attempt(config)
+            ends["nan"] = [attempt(put(random, {"name": "nan"})), saved_step("nan")]
+        for name, value in (("train.precision", "fp16"), ("train.batch_size", 7)):
+            ends[name] = attempt(put(random, {"overwrite": True, "name": "random straight", name: value}))
         figures = iter([0.9, 0.1])
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(change.Method, "validate", lambda self: {"cider": next(figures)})
             ends["best"] = [attempt(best), len(list(figures))]
-        best.name, best.train.epochs, best.change.validation = "one epoch", 1, "none"
-        attempt(best)
-        group = dist.group.WORLD._get_backend(torch.device("cpu"))
-        ends["waits"] = str(group.options._timeout)
+        attempt(put(best, {"name": "one epoch", "train.epochs": 1, "change.validation": "none"}))
         Path(f"ends.{rank}").write_text(json.dumps(ends))
 
     together(2, work)
     first, second = (json.loads(Path(f"ends.{rank}").read_text()) for rank in (0, 1))
-    for name, step in (("random", 3), ("clusters", 3), ("clusters", 5)):
+    for name, _, step in stops:
         stopped = f"{name} stopped at {step}"
         assert first[stopped] == second[stopped] == ["interrupted", step, "done"]
         assert same(weights(f"runs/{stopped}"), weights(f"runs/{name} straight")), stopped
     assert first["nan"][1] == second["nan"][1] == 4
     assert "became nan at step 5, on 4 items beginning with train-" in second["nan"][0] and "nan" in first["nan"][0]
-    for name, message in (
-        ("precision", "train.precision fp16"),
-        ("batch_size", "batch_size 7 cannot be dealt out to 2"),
-    ):
-        assert message in first[name] and message in second[name]
+    for end in (first, second):
+        assert "train.precision is 'fp16'" in end["train.precision"]
+        assert "batch_size 7 cannot be dealt out to 2" in end["train.batch_size"]
     assert Path("runs/random straight/model.safetensors").is_file()  # nothing is overwritten
     assert [first["best"], second["best"]] == [["done", 0], ["done", 2]]  # the first finds the figures, for both
     assert [row["step"] for row in rows("runs/best", "validation")] == [2, 4]
     assert same(weights("runs/best"), weights("runs/one epoch"))
-    assert first["waits"] == str(timedelta(hours=12))  # for one that embeds the images
-
-
-@pytest.mark.slow
-def test_what_two_processes_began_is_continued_by_one(tiny):
-    """The state does not depend on their number, nor does the loss, up to the order of summation."""
-    config, straight = (tiny_runs.settings("pairwise", tiny) for _ in range(2))
-
-    def work(rank: int) -> None:
-        with pytest.MonkeyPatch.context() as patch:
-            at_step(patch, pairwise.Method, 3, sigterm)
-            assert attempt(config) == "interrupted"
-
-    together(2, work)
-    assert saved_step("a") == 3
-    config.resume, straight.name = True, "straight"
-    assert [attempt(config), attempt(straight)] == ["done", "done"]
-    assert [row["loss"] for row in rows("runs/a")] == pytest.approx(
-        [r["loss"] for r in rows("runs/straight")], rel=1e-3
-    )
-    one, two, begin = weights("runs/straight"), weights("runs/a"), tiny_runs.start(config)
+    # What two processes began is continued by one: the same up to the order of summation.
+    config = put(random, {"name": "random stopped at 3", "out": "alone", "resume": True})
+    assert attempt(config) == "done"
+    losses = [[row["loss"] for row in rows(run)] for run in ("alone/random stopped at 3", "runs/random straight")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    one, two, begin = weights("alone/random stopped at 3"), weights("runs/random straight"), tiny_runs.start(config)
     moved, apart = (torch.cat([(one[k] - other[k]).flatten() for k in begin]).norm() for other in (begin, two))
     assert apart < 0.05 * moved  # Adam's first steps are signs, so gradients near zero may part

@@ -5,7 +5,6 @@ The processes that are killed are forked, which is quick and no different for th
 come within a write, the process itself halts there, after a random part of it, so that no machine is too fast for it.
 """
 
-import copy
 import itertools
 import json
 import multiprocessing
@@ -21,6 +20,7 @@ import pytest
 import safetensors.torch
 import tiny_runs
 import torch
+from tiny_runs import put
 
 from pc_clip.core import files
 from pc_clip.core.config.train import FinetuneConfig, PairwiseConfig
@@ -44,14 +44,6 @@ def config(tiny) -> FinetuneConfig:
     return config
 
 
-def changed(config: FinetuneConfig, **settings) -> FinetuneConfig:
-    """A copy in which settings have other values: run settings, or those of the loop."""
-    found = copy.deepcopy(config)
-    for name, value in settings.items():
-        setattr(found.train if hasattr(found.train, name) else found, name, value)
-    return found
-
-
 class Run:
     """finetune() in a process of its own. `prepare(halt)` may patch what it likes there; halt() stops it for good,
     or until `release`, and is what `reached` waits for."""
@@ -65,11 +57,7 @@ class Run:
                 theirs.recv()
 
             prepare(halt)
-            try:
-                finetune(config)
-                theirs.send("done")
-            except UserError as error:
-                theirs.send(str(error))
+            theirs.send(tiny_runs.attempt(config))
 
         self.process = forks.Process(target=work, daemon=True)
         self.process.start()
@@ -106,7 +94,7 @@ def killed_at(config, prepare) -> None:
 
 def straight(config) -> dict[str, bytes]:
     """The files of a run that nothing disturbs, which leaves no cache behind."""
-    assert Run(changed(config, out="straight")).end() == "done"
+    assert Run(put(config, {"out": "straight"})).end() == "done"
     shutil.rmtree("data")
     return contents(Path("straight") / config.name)
 
@@ -127,81 +115,53 @@ def rows(run: dict[str, bytes]) -> list[dict[str, float]]:
     return [json.loads(line) | {"pairs_per_second": 0} for line in run["metrics.jsonl"].splitlines()]
 
 
-def leftovers() -> list[str]:
-    """What a write or a lock may leave, anywhere below here: in the run's folder, in caches."""
-    return [str(p) for p in Path().rglob("*") if ".partial" in str(p) or p.name.startswith(".")]
-
-
 # -- the moments ---------------------------------------------------------------------------------------
 
 
-def in_step(n):
-    """When the n-th step, counted from 0, has begun: its batch is there."""
+def halting(owner, name, n, is_meant=lambda *_: True, after=False, before=lambda *_: None):
+    """Halt before, or after, the n-th call of a function that is meant, counted from 0."""
 
     def prepare(halt):
-        forward, count = pairwise.Method.forward, itertools.count()
+        function, count = getattr(owner, name), itertools.count()
 
-        def halting(self, batch):
-            if next(count) == n:
+        def patched(*args, **options):
+            mine = is_meant(*args) and next(count) == n
+            if mine and not after:
+                before(*args)
                 halt()
-            return forward(self, batch)
+            result = function(*args, **options)
+            if mine and after:
+                halt()
+            return result
 
-        pairwise.Method.forward = halting
+        setattr(owner, name, patched)
 
     return prepare
+
+
+def in_step(n):
+    """When the n-th step has begun: its batch is there."""
+    return halting(pairwise.Method, "forward", n)
 
 
 def in_writing(name, n, part):
     """When a part of the n-th file of that name is written; safetensors writes into a file of its own beside it."""
 
-    def prepare(halt):
-        save, count = files.save_file, itertools.count()
+    def write_part(tensors, path, metadata):
+        content = safetensors.torch.save(tensors, metadata)
+        Path(path).with_name(".tmpXY").write_bytes(content[: int(part * len(content))])
 
-        def halting(tensors, path, metadata):
-            if name in str(path) and next(count) == n:
-                content = safetensors.torch.save(tensors, metadata)
-                Path(path).with_name(".tmpXY").write_bytes(content[: int(part * len(content))])
-                halt()
-            return save(tensors, path, metadata)
-
-        files.save_file = halting
-
-    return prepare
+    return halting(files, "save_file", n, lambda tensors, path, metadata: name in str(path), before=write_part)
 
 
 def at_moving(name, n, after=False):
     """Before, or after, the n-th file of that name is moved into place."""
-
-    def prepare(halt):
-        replace, count = os.replace, itertools.count()
-
-        def halting(source, target):
-            mine = Path(target).name == name and next(count) == n
-            if mine and not after:
-                halt()
-            replace(source, target)
-            if mine and after:
-                halt()
-
-        os.replace = halting
-
-    return prepare
+    return halting(os, "replace", n, lambda source, target: Path(target).name == name, after)
 
 
 def before_deletion(n):
     """Before the n-th file of the run that is replaced is deleted."""
-
-    def prepare(halt):
-        unlink, count = Path.unlink, itertools.count()
-
-        def halting(self, *args, **options):
-            if self.parent == Path("runs/a") and next(count) == n:
-                halt()
-            unlink(self, *args, **options)
-
-        Path.unlink = halting
-
-    return prepare
+    return halting(Path, "unlink", n, lambda path: path.parent == Path("runs/a"))
 
 
 def moments(rng):
@@ -253,18 +213,18 @@ def test_killed_at_twenty_moments_and_continued_each_time(config):
 @pytest.mark.slow
 def test_a_run_that_is_killed_while_it_replaces_another_is_never_a_mixture(config):
     """--overwrite deletes a run of other settings. Nothing of that one must get into the new one."""
-    config = changed(config, steps=6)
-    assert Run(changed(config, lr=5e-3)).end() == "done"
+    config = put(config, {"train.steps": 6})
+    assert Run(put(config, {"train.lr": 5e-3})).end() == "done"
     shutil.copytree("runs/a", "old")
     expected, outcomes = straight(config), Counter()
     for n in (0, 2, 3):  # all is still there; all but model and state; and but the config
         shutil.rmtree("runs")
         shutil.copytree("old", "runs/a")
-        killed_at(changed(config, overwrite=True), before_deletion(n))
-        message = Run(changed(config, resume=True)).end()
+        killed_at(put(config, {"overwrite": True}), before_deletion(n))
+        message = Run(put(config, {"resume": True})).end()
         if message != "done":
             assert "other settings" in message
-            assert Run(changed(config, overwrite=True)).end() == "done"
+            assert Run(put(config, {"overwrite": True})).end() == "done"
         outcomes[message == "done"] += 1
         assert_same_run(contents(Path("runs/a")), expected)
     assert outcomes[True] and outcomes[False]
@@ -272,36 +232,29 @@ def test_a_run_that_is_killed_while_it_replaces_another_is_never_a_mixture(confi
 
 @pytest.mark.slow
 def test_a_run_that_is_being_trained_is_not_trained_by_another_process(config):
-    config = changed(config, steps=12)
+    config = put(config, {"train.steps": 12})
     expected = straight(config)
     first = Run(config, in_step(8))
     first.reached()
     before = contents(Path("runs/a"))
     for settings in ({}, {"resume": True}, {"overwrite": True}):
-        assert "another process is training runs/a" in Run(changed(config, **settings)).end()
+        assert "another process is training runs/a" in Run(put(config, settings)).end()
     assert contents(Path("runs/a")) == before
     first.release()
     assert first.end() == "done"
     assert_same_run(contents(Path("runs/a")), expected)
-    assert not leftovers()
+    left = [path for path in Path().rglob("*") if ".partial" in str(path) or path.name.startswith(".")]
+    assert not left  # by a write or a lock, in the run's folder or in caches
 
 
 # -- the state -----------------------------------------------------------------------------------------
 
 
-def trained() -> tuple[dict[str, torch.nn.Parameter], torch.optim.Optimizer]:
-    """Two small parameters and their optimizer, after two steps."""
-    generator = torch.Generator().manual_seed(0)
-    parameters = {n: torch.nn.Parameter(torch.randn(s, generator=generator)) for n, s in {"w": (3, 4), "b": 4}.items()}
-    optimizer = torch.optim.Adam(parameters.values(), lr=0.1)
-    for _ in range(2):
-        sum((p**2).sum() for p in parameters.values()).backward()
-        optimizer.step()
-    return parameters, optimizer
-
-
 def test_no_byte_of_a_state_can_change_unseen(tmp_path):
-    parameters, optimizer = trained()
+    parameters = {"w": torch.nn.Parameter(torch.rand(3, 4)), "b": torch.nn.Parameter(torch.rand(4))}
+    optimizer = torch.optim.Adam(parameters.values(), lr=0.1)
+    sum((p**2).sum() for p in parameters.values()).backward()
+    optimizer.step()
     state.save_state(tmp_path, 2, parameters, optimizer)
     path, expected = tmp_path / STATE_FILE, {n: p.detach().clone() for n, p in parameters.items()}
     whole = path.read_bytes()
@@ -318,44 +271,23 @@ def test_no_byte_of_a_state_can_change_unseen(tmp_path):
 
 
 def test_what_cannot_be_continued_says_what_to_do(config):
-    config = changed(config, steps=6)
+    config = put(config, {"train.steps": 6})
     tiny_runs.interrupt(config, 4)
     path = Path("runs/a/state.safetensors")
     whole = path.read_bytes()
     for content, message in (
-        (whole[: len(whole) // 2], "is not a whole file"),
+        (whole[: len(whole) // 2], "is not a whole safetensors file"),
         (whole[:-1000] + bytes([whole[-1000] ^ 1]) + whole[-999:], "is damaged"),
     ):
         path.write_bytes(content)
         with pytest.raises(UserError, match=f"{path} {message}.*--overwrite true"):
-            finetune(changed(config, resume=True))
+            finetune(put(config, {"resume": True}))
     Path("runs/a/config.yaml").unlink()
     with pytest.raises(UserError, match="holds a state.safetensors that no config describes"):
-        finetune(changed(config, resume=True))
+        finetune(put(config, {"resume": True}))
 
 
 # -- files ---------------------------------------------------------------------------------------------
-
-
-def half_written(path: Path):
-    """A process that has written half of a file, and waits."""
-    ours, theirs = forks.Pipe()
-
-    def work():
-        sync = os.fsync
-
-        def halting(file):
-            theirs.send("half")
-            theirs.recv()
-            sync(file)
-
-        os.fsync = halting
-        files.write_text(path, "all of it")
-
-    process = forks.Process(target=work, daemon=True)
-    process.start()
-    assert ours.recv() == "half"
-    return process, ours
 
 
 def test_many_processes_write_one_file_at_once(tmp_path):

@@ -1,6 +1,5 @@
 """PC-CLIP in batches of similar pairs, and from pairs whose images are alike."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -63,11 +62,9 @@ def test_a_batch_of_clusters_says_similar_things(config, example_clip, mirror):
 
 
 def test_hardness_and_sentences_that_come_twice_are_in_the_log(config):
-    lines = Path("d.jsonl").read_text().splitlines()
-    texts = [json.loads(line) for line in lines]
-    for n, row in enumerate(texts):
-        row["text"] = f"The first image shows {('a star', 'two rings')[n // 30]}."  # thirty times each
-    Path("d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
+    texts = ["The first image shows a star."] * 30 + ["The first image shows two rings."] * 30
+    found = [found._replace(text=text) for found, text in zip(differences.read("d.jsonl"), texts, strict=True)]
+    Path("d.jsonl").write_text("".join(map(differences.to_line, found)))
     config.train.steps, config.train.log_every = 1, 1
     (row,) = tiny_runs.rows(finetune(config))
     assert 0.3 < row["identical_negatives"] < 0.7
@@ -91,9 +88,7 @@ def test_the_pairs_whose_images_are_most_alike_are_kept(config, example_clip):
 
 
 def test_or_as_many_by_chance_which_the_seed_decides(config, example_clip):
-    config.pairwise = PairwiseConfig(keep=0.25)
-    kept = []
+    config.pairwise, kept = PairwiseConfig(keep=0.25), []
     for config.seed in (0, 0, 1):
         kept.append(make(config, example_clip).pairs.tolist())
-    assert kept[0] == kept[1] != kept[2]
-    assert len(kept[0]) == 15
+    assert kept[0] == kept[1] != kept[2] and len(kept[0]) == 15

@@ -138,7 +138,7 @@ def test_configs_of_methods_run_with_a_tiny_model(name, small_runs, tiny, coco_f
         data = ["--data.dataset", "example_changes", "--data.split", "train", "--change.validation", "val"]
         data += ["--change.intra_layers", "1"]  # the tiny tower has two
     if "sampler" in content:
-        data += ["--sampler.clusters", "null", "--sampler.cluster_size", "2"]
+        data += ["--sampler.cluster_size", "2"]
     finetune.main(["--config", str(path), *size, *data])
     assert Path(f"runs/{content['name']}/model.safetensors").is_file()
 

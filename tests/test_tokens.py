@@ -17,8 +17,6 @@ from pc_clip.data import differences, tokens
 from pc_clip.data.dataset import Dataset
 from pc_clip.data.differences import Difference, contrast, to_line
 from pc_clip.data.embeddings import Embeddings, save_embeddings
-from pc_clip.models.clip import Clip
-from pc_clip.models.loading import create_model
 from pc_clip.train.methods import contrastive, pairwise
 from pc_clip.train.methods.base import Texts, _equal_rows
 
@@ -206,13 +204,12 @@ def same(a, b) -> bool:
 @pytest.mark.parametrize("mirror", [False, True])
 def test_a_second_start_reads_no_sentence_and_is_the_same(make, monkeypatch, mirror):
     write_differences()
-    first = make(mirror=mirror, anchor=1.0)
+    first = make(mirror=mirror)
     for name in ("json_lines", "swap_roles"):
         monkeypatch.setattr(differences, name, lambda *_: pytest.fail("a sentence was read again"))
     no_tokenizing(monkeypatch)
     monkeypatch.setattr(Texts, "rows", lambda *_: pytest.fail("texts were looked up"))
-    monkeypatch.setattr(Clip, "embed_texts", lambda *_: pytest.fail("anchors were embedded again"))
-    second = make(mirror=mirror, anchor=1.0)
+    second = make(mirror=mirror)
     assert second.notes == first.notes
     assert same_batches(first, second)
 
@@ -293,13 +290,3 @@ def test_images_without_a_caption_are_left_out_and_counted(example_clip):
                 assert torch.equal(image, Z[IDS.index(key)])
                 seen.add(key)
     assert seen == told.keys() - {"elsewhere"} and method.steps_per_epoch == 1
-
-
-def test_a_tower_with_the_same_weights_and_other_heads_gets_no_anchors_of_the_first(make):
-    write_differences()
-    make(anchor=1.0)
-    other = create_model("example")
-    for block in other.model.transformer.resblocks:
-        block.attn.num_heads, block.attn.head_dim = 2 * block.attn.num_heads, block.attn.head_dim // 2
-    method = make(clip=other, anchor=1.0)
-    assert torch.equal(method.anchor_start, other.embed_texts(method.anchors.distinct))

@@ -4,7 +4,6 @@ import copy
 import json
 import shutil
 import signal
-from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
@@ -18,14 +17,14 @@ from safetensors.torch import load_file
 from tiny_runs import rows, same, weights
 
 from pc_clip.core.cli import dump
-from pc_clip.core.config.train import FinetuneConfig, PairwiseConfig, SamplerConfig
+from pc_clip.core.config.train import FinetuneConfig, PairwiseConfig
 from pc_clip.core.errors import UserError
 from pc_clip.data.differences import Difference, swap_roles, to_line
 from pc_clip.data.training_data import load_dataset
 from pc_clip.models import fast_text, lora
 from pc_clip.models.clip import SCRATCH
 from pc_clip.models.loading import create_model
-from pc_clip.train import methods, optim, run_folder
+from pc_clip.train import methods
 from pc_clip.train.loop import finetune
 from pc_clip.train.methods import base, pairwise
 
@@ -95,87 +94,67 @@ def test_a_run_whose_sentences_changed_is_neither_finished_nor_resumed(config):
 
 
 REFUSED = [
-    ("train", "precision", "fp16", "precision fp16 would keep the weights in half precision"),
-    ("train", "schedule", "linear", "schedule is 'linear'"),
-    ("train", "tracker", "unknown", "tracker 'unknown' is not installed"),
-    ("train", "optimizer", "sgd", "optimizer is 'sgd'"),
-    ("train", "steps", 0, "steps is 0"),
-    ("train", "warmup_share", 1.0, "train.warmup_share is 1"),
-    ("train", "batch_size", 15, "odd"),
-    ("train", "batch_size", 4000, "do not fill one batch of 4000"),
-    ("pairwise", "loss", "nonsense", "pairwise.loss is 'nonsense'"),
-    ("pairwise", "anchor_batch", 0, "anchor_batch is 0"),
-    ("pairwise", "keep", 1.5, "pairwise.keep is 1.5; it is a share of the pairs, above 0 and at most 1"),
-    ("pairwise", "keep_by", "alike", "pairwise.keep_by is 'alike'"),
-    ("model", "train", "text_block", "model.train is 'text_block'"),
-    ("model", "lora_rank", -1, "model.lora_rank is -1; it must be at least 0"),
-    ("model", "lora_alpha", 4.0, "model.lora_alpha 4 means nothing without model.lora_rank"),
-    ("data", "differences", "absent.jsonl", "absent.jsonl"),
+    ("train.precision", "fp16", "precision is 'fp16'"),
+    ("train.schedule", "linear", "schedule is 'linear'"),
+    ("train.tracker", "unknown", "tracker 'unknown' is not installed"),
+    ("train.steps", 0, "steps is 0"),
+    ("train.warmup_share", 1.0, "train.warmup_share is 1"),
+    ("train.batch_size", 15, "odd"),
+    ("train.batch_size", 4000, "do not fill one batch of 4000"),
+    ("pairwise.loss", "nonsense", "pairwise.loss is 'nonsense'"),
+    ("pairwise.anchor_batch", 0, "anchor_batch is 0"),
+    ("pairwise.keep", 1.5, "pairwise.keep is 1.5; it is a share of the pairs, above 0 and at most 1"),
+    ("pairwise.keep_by", "alike", "pairwise.keep_by is 'alike'"),
+    ("model.train", "text_block", "model.train is 'text_block'"),
+    ("model.lora_rank", -1, "model.lora_rank is -1; it must be at least 0"),
+    ("model.lora_alpha", 4.0, "model.lora_alpha 4 means nothing without model.lora_rank"),
+    ("data.differences", "absent.jsonl", "absent.jsonl"),
 ]
 
 
+def contents(run: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in run.iterdir()}
+
+
 def test_a_wrong_setting_does_not_overwrite_a_run(config):
-    run, bad = Path("runs/a"), []
-    before = {path.name: path.read_bytes() for path in run.iterdir()}
-    config.overwrite = True
-    for part, setting, value, message in REFUSED:
-        wrong = copy.deepcopy(config)
-        setattr(getattr(wrong, part), setting, value)
-        try:
-            finetune(wrong)
-            said = "nothing"
-        except UserError as error:
-            said = str(error)
-        if message not in said or before != {path.name: path.read_bytes() for path in run.iterdir()}:
-            bad.append(f"{part}.{setting} {value}: {said}")
+    before, bad = contents(Path("runs/a")), []
+    for setting, value, message in REFUSED:
+        said = tiny_runs.attempt(tiny_runs.put(config, {"overwrite": True, setting: value}))
+        if message not in said or before != contents(Path("runs/a")):
+            bad.append(f"{setting} {value}: {said}")
     assert not bad, "\n".join(bad)
 
 
 # -- what a run ends with ------------------------------------------------------------------------------
 
 
-def test_the_same_seed_gives_the_same_run_and_another_seed_does_not(config):
-    config.name = "b"
-    assert same(weights("runs/a"), weights(finetune(config)))
+def test_another_seed_gives_another_run(config):
     config.name, config.seed = "c", 1
     assert not same(weights("runs/a"), weights(finetune(config)))
 
 
-@pytest.mark.parametrize("which", ["text_blocks", "all_text_but_embeddings", "text", "both"])
+@pytest.mark.parametrize("which", ["all_text_but_embeddings", "both"])
 def test_only_what_was_named_changes(config, which):
     config.name, config.model.train, config.train.steps = "b", which, 2
     clip = create_model(config.model.name)
     expected = {n for n in lora.trainable(clip, which) if not n.startswith("logit_")}
     changed = tiny_runs.changed(weights(finetune(config)), clip.model.state_dict())
-    learnt_from = {n for n in expected if not n.startswith("visual.")}  # images come from the cache
-    assert changed <= expected and len(changed) > 0.8 * len(learnt_from)
+    assert changed <= expected and len(changed) > 0.8 * len(expected)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("option", ["mse", "bf16", "compensated", "recompute", "plain"])
+@pytest.mark.parametrize("option", ["mse", "bf16", "recompute", "plain"])
 def test_every_ablation_learns(config, option, monkeypatch):
     config.name, config.train.steps, config.train.lr = "b", 30, 3e-3
-    if option == "mse":
-        config.pairwise.loss = "mse"
-    elif option == "bf16":
-        config.train.precision = "bf16"
-    elif option == "plain":
-        config.pairwise = PairwiseConfig()
-    else:
-        setattr(config.train, option, True)
+    if option in ("mse", "plain"):
+        config.pairwise = PairwiseConfig("mse" if option == "mse" else "info_nce")
+    config.train.precision = "bf16" if option == "bf16" else "no"
+    config.train.recompute = option == "recompute"
     recomputed, original = [], fast_text.checkpoint
     monkeypatch.setattr(fast_text, "checkpoint", lambda *args, **how: recomputed.append(0) or original(*args, **how))
     loss = [row["loss"] for row in rows(finetune(config))]
     assert bool(recomputed) == config.train.recompute
     assert np.mean(loss[-3:]) < np.mean(loss[:3])
-
-
-def test_averaging_with_the_start_is_halfway_between(config):
-    config.name, config.train.blend = "b", 0.5
-    half, end, start = weights(finetune(config)), weights("runs/a"), tiny_runs.start(config)
-    name = "transformer.resblocks.0.mlp.c_fc.weight"
-    assert not torch.equal(start[name], end[name])
-    assert torch.allclose(half[name], (start[name] + end[name]) / 2, atol=1e-7)
 
 
 # -- continued -----------------------------------------------------------------------------------------
@@ -204,61 +183,25 @@ def test_a_run_that_is_interrupted_and_continued_ends_the_same_bit_for_bit(confi
     assert [row["step"] for row in rows("runs/b")] == [2, 4, 6, 8, 10, 12]
 
 
-def compensated(tiny: str, tiny_resnet: str) -> FinetuneConfig:
-    return tiny_runs.settings("pairwise", tiny, compensated=True, lr=1e-8)  # most of each step is owed
+CLUSTERS = {"train.batch_size": 24, "sampler.kind": "clusters", "sampler.cluster_size": 4}
+BOTH = {"model.train": "both"}
+CONTINUED = {  # method and settings
+    "clusters": ("contrastive", CLUSTERS),
+    "clusters of the start": ("contrastive", CLUSTERS | {"sampler.online": False}),
+    "from scratch": ("contrastive", CLUSTERS | BOTH | {"model.pretrained": SCRATCH, "sampler.similarity": "image"}),
+    "compensated": ("pairwise", {"train.compensated": True, "train.lr": 1e-8}),  # most of each step is owed
+    "adapters": ("pairwise", {"train.lr": 1e-2, "model.lora_rank": 2}),
+    "bf16": ("preference", BOTH | {"train.precision": "bf16", "train.optimizer": "adamw"}),
+    "crops": ("preference", BOTH | {"data.min_crop": 0.5}),
+    "change": ("change", {"change.dropout": 0.3, "change.validation": "val"}),
+}
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in CONTINUED if name != "clusters"]
 
 
-def adapters(tiny: str, tiny_resnet: str) -> FinetuneConfig:
-    config = tiny_runs.settings("pairwise", tiny, lr=1e-2)
-    config.model.lora_rank = 2
-    return config
-
-
-def clusters(tiny: str, tiny_resnet: str) -> FinetuneConfig:
-    config = tiny_runs.settings("contrastive", tiny, batch_size=24)
-    config.sampler = SamplerConfig(kind="clusters", cluster_size=4)
-    return config
-
-
-def clusters_of_the_start(tiny: str, tiny_resnet: str) -> FinetuneConfig:
-    config = clusters(tiny, tiny_resnet)
-    config.sampler.online = False
-    return config
-
-
-def from_scratch(tiny: str, tiny_resnet: str) -> FinetuneConfig:
-    config = clusters(tiny_resnet, tiny_resnet)
-    config.model.pretrained, config.model.train, config.sampler.similarity = SCRATCH, "both", "image"
-    return config
-
-
-def crops(tiny: str, tiny_resnet: str) -> FinetuneConfig:
-    config = tiny_runs.settings("preference", tiny)
-    config.model.train, config.data.min_crop = "both", 0.5
-    return config
-
-
-def bf16(tiny: str, tiny_resnet: str) -> FinetuneConfig:
-    config = tiny_runs.settings("preference", tiny, precision="bf16", optimizer="adamw")
-    config.model.train = "both"
-    return config
-
-
-def change(tiny: str, tiny_resnet: str) -> FinetuneConfig:
-    config = tiny_runs.settings("change", tiny)
-    config.change.dropout, config.change.validation = 0.3, "val"
-    return config
-
-
-LONG = (compensated, adapters, clusters_of_the_start, from_scratch, bf16, crops, change)
-CONTINUED = [clusters, *(pytest.param(each, marks=pytest.mark.slow) for each in LONG)]
-
-
-@pytest.mark.parametrize("make_config", CONTINUED)
-def test_a_run_continued_within_an_epoch_and_between_two_ends_the_same(
-    make_config: Callable[..., FinetuneConfig], tiny, tiny_resnet
-):
-    config = make_config(tiny, tiny_resnet)
+@pytest.mark.parametrize("name", ["clusters", *SLOW])
+def test_a_run_continued_within_an_epoch_and_between_two_ends_the_same(name, tiny, tiny_resnet):
+    method, settings = CONTINUED[name]
+    config = tiny_runs.put(tiny_runs.settings(method, tiny_resnet if name == "from scratch" else tiny), settings)
     config.train.steps, config.train.max_steps_per_epoch, config.train.save_every = 6, 3, 1
     tiny_runs.assert_resume_is_exact(config, 3, 5)
     state = load_file("runs/resumed/state.safetensors")
@@ -268,22 +211,6 @@ def test_a_run_continued_within_an_epoch_and_between_two_ends_the_same(
         assert all(value.any() for value in carries)
     if config.method == "change":
         assert rows("runs/straight", "validation") == rows("runs/resumed", "validation") != []
-
-
-@pytest.mark.parametrize("quick, kept", [(True, "bf16"), (False, "no")])
-def test_a_run_keeps_the_precision_that_was_settled(config, monkeypatch, quick, kept):
-    """So that it is continued as it began, and known again, on a machine of another kind."""
-    monkeypatch.setattr(optim, "multiplies_bf16", lambda device: quick)
-    config.name, config.train.precision, config.train.steps = "b", "auto", 6
-    tiny_runs.interrupt(config, 3)
-    monkeypatch.setattr(optim, "multiplies_bf16", lambda device: not quick)
-    config.resume = True
-    run = finetune(config)
-    config.resume = False
-    assert finetune(config) == run  # finished already
-    assert yaml.safe_load((run / "config.yaml").read_text())["train"]["precision"] == kept
-    config.overwrite = True
-    assert run_folder.precision(run, config) is None  # settled anew
 
 
 # -- no numbers ----------------------------------------------------------------------------------------
@@ -337,20 +264,13 @@ def test_mirror_pairs_put_both_orders_in_the_batch_with_first_and_second_exchang
     assert [swap_roles(text) for text in texts[:half]] == texts[half:]
 
 
-def test_every_pair_comes_once_an_epoch_and_epochs_differ(config):
-    method = make(config)
-    first, second, again = ([key for batch in method.loader(n) for key in batch.ids[:8]] for n in (0, 1, 0))
-    assert len(first) == len(set(first)) == method.steps_per_epoch * 8
-    assert first == again != second
-
-
 @pytest.mark.parametrize("method", ["pairwise", "contrastive"])
 def test_an_epoch_can_be_joined_later_without_making_what_came_before(config, method, monkeypatch):
     if method == "contrastive":
         config = tiny_runs.settings("contrastive", config.model.name)
     found = make(config)
-    whole = list(found.loader(1))
-    assert len(whole) == found.steps_per_epoch > 4
+    whole, other = list(found.loader(1)), list(found.loader(0))
+    assert len(whole) == found.steps_per_epoch > 4 and [b.ids for b in whole] != [b.ids for b in other]
     for skip in (0, 4, found.steps_per_epoch):
         later = list(found.loader(1, skip))
         assert [batch.ids for batch in later] == [batch.ids for batch in whole[skip:]]
@@ -376,24 +296,12 @@ def test_the_step_is_the_loss_of_the_papers_equation(config):
     assert found == pytest.approx(-np.mean([np.diag(x).mean() for x in log_softmax]), rel=1e-5)
 
 
-def test_pairs_that_cannot_teach_are_dropped_and_counted(config):
-    with Path("d.jsonl").open("a") as file:
-        file.write(to_line(Difference("train-00003", "train-00003", "The first image equals the second.")))
-        file.write(to_line(Difference("train-00003", "train-00004", "Something is different.")))
-    notes = make(config).notes
-    assert "1 pairs of equal images dropped" in notes
-    assert any(note.startswith("1 sentences dropped that do not name both images") for note in notes)
-
-
 def test_a_file_of_which_no_batch_can_be_made_says_why(config):
+    fine = "The first is not the second one."
     for second, text, message in (
-        (
-            "train-00002",
-            "Something is different.",
-            "none of the 1 differences in d.jsonl can be used: 1 sentences",
-        ),
-        ("cat", "The first is not the second one.", r"difference 1 of d\.jsonl is about image 'cat'"),
-        ("train-00002", "The first is not the second one.", "1 differences do not fill one batch of 16"),
+        ("train-00002", "Something is different.", "none of the 1 differences in d.jsonl can be used: 1 sentences"),
+        ("cat", fine, r"difference 1 of d\.jsonl is about image 'cat'"),
+        ("train-00002", fine, "1 differences do not fill one batch of 16"),
     ):
         Path("d.jsonl").write_text(to_line(Difference("train-00001", second, text)))
         with pytest.raises(UserError, match=message):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import shutil
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from pc_clip.core import environment
 from pc_clip.core.config.settings import ModelConfig
 from pc_clip.core.config.train import METHODS, ChangeConfig, FinetuneConfig, TrainConfig
+from pc_clip.core.errors import UserError
 from pc_clip.core.files import write_json
 from pc_clip.data import example_sets, tokens
 from pc_clip.models.clip import SCRATCH
@@ -55,6 +57,15 @@ def tiny_clip(folder: Path, copied: Path | None = None, **parts: dict) -> str:
     return f"local-dir:{folder}"
 
 
+def put(config: FinetuneConfig, settings: dict[str, object]) -> FinetuneConfig:
+    """A copy in which settings, GROUP.NAME or NAME, have other values."""
+    config = copy.deepcopy(config)
+    for setting, value in settings.items():
+        group, _, name = setting.rpartition(".")
+        setattr(getattr(config, group) if group else config, name, value)
+    return config
+
+
 def settings(method: str, model: str, **train) -> FinetuneConfig:
     """Six steps of a method, saved after every second, in the folder runs/a."""
     config = FinetuneConfig(name="a", method=method, device="cpu", model=ModelConfig(name=model, train="text"))
@@ -93,15 +104,26 @@ def rows(run: Path | str, name: str = "metrics") -> list[dict[str, float]]:
     return [json.loads(line) for line in (Path(run) / f"{name}.jsonl").read_text().splitlines()]
 
 
+def attempt(config: FinetuneConfig) -> str:
+    """How a run ends: done, interrupted, or the error."""
+    try:
+        finetune(config)
+        return "done"
+    except KeyboardInterrupt:
+        return "interrupted"
+    except UserError as error:
+        return str(error)
+
+
 def interrupt(config: FinetuneConfig, step: int) -> None:
     """Run until a batch of that step is asked for; what was saved before is kept."""
     original = loop.batches
 
-    def interrupted(method, done, total):
-        for n, batch in original(method, done, total):
+    def interrupted(method, done, total, device):
+        for n, batch in enumerate(original(method, done, total, device), start=done):
             if n == step:
                 raise KeyboardInterrupt
-            yield n, batch
+            yield batch
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "batches", interrupted)

@@ -7,12 +7,10 @@ twice in a batch, because it would be its own negative.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
-from torch import Tensor
 
-from pc_clip.core.errors import UserError, check_at_least
 from pc_clip.train import neighbours
 from pc_clip.train.neighbours import Index
 
@@ -30,7 +28,7 @@ def sizes(batch_size: int, size: int, share: float) -> list[int]:
 
 
 def clustered_batch(
-    z: Tensor, wanted: Sequence[int], neighbourhood: int, allowed: np.ndarray, index: Index, rng: np.random.Generator
+    index: Index, wanted: Sequence[int], neighbourhood: int, allowed: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
     """The examples of one batch's clusters, in the order of `wanted`, each pivot first.  -> [sum of `wanted`] int64
 
@@ -51,7 +49,7 @@ def clustered_batch(
             near = near[near >= 0]
             near = near[~taken[near]][:among]
             if len(near) < among:
-                near = neighbours.nearest(z, np.array([pivot]), among, ~taken)[0]
+                near = neighbours.nearest(index.z, np.array([pivot]), among, ~taken)[0]
             partners = near[: size - 1] if neighbourhood == 1 else rng.choice(near, size - 1, replace=False)
             clusters.append(np.concatenate([[pivot], partners]))
             taken[clusters[-1]] = True
@@ -60,7 +58,7 @@ def clustered_batch(
 
 
 def plan(
-    z: Tensor,
+    index: Index,
     batch_size: int,
     steps: int,
     *,
@@ -68,7 +66,6 @@ def plan(
     share: float,
     neighbourhood: int = 1,
     cover: bool = False,
-    index: str | Index = "exact",
     rng: np.random.Generator,
 ) -> Iterator[np.ndarray]:
     """Batches of one epoch.  -> `steps` of [batch_size] int64
@@ -76,75 +73,32 @@ def plan(
     Clusters come first in a batch, whole and one after the other, as large and in the order that `sizes` says, each
     with its pivot first. What is drawn at random follows.
 
-    z: [N, D] unit embeddings, on any device; size, share and neighbourhood: k, p and s of the study. cover: each
+    index: of N examples (`neighbours.build`); size, share and neighbourhood: k, p and s of the study. cover: each
     N // batch_size batches hold no example twice, so that all come once but for the rest of N / batch_size, which
     is drawn anew each time; pivots are drawn from those that have not come, and late clusters are less alike.
     Otherwise an example may come in several batches, as in the reference; those drawn at random come in the order of
-    a shuffled epoch. index: a kind that `neighbours.build` knows, or what it made; one that is wanted for several
-    epochs of the same z is best made once.
-    Raises UserError for settings that cannot be met, and for an index that is not installed.
+    a shuffled epoch. Whether settings can be met is checked by samplers.py.
     """
-    check_settings(len(z), batch_size, size, share, neighbourhood)
-    if isinstance(index, str):  # the spawned generator leaves the draws of `rng` as they are
-        index = neighbours.build(index, z, int(rng.spawn(1)[0].integers(2**31)))
-    wanted = sizes(batch_size, size, share)
-
-    def clusters_among(allowed: np.ndarray) -> np.ndarray:
-        return clustered_batch(z, wanted, neighbourhood, allowed, index, rng)
-
-    batches = _covering if cover else _independent
-    return batches(clusters_among, len(z), batch_size, steps, rng)
-
-
-def check_settings(n: int, batch_size: int, size: int, share: float, neighbourhood: int) -> None:
-    """Raise UserError unless batches of such clusters can be made of n examples."""
-    check_at_least("the batch size", batch_size, 2)
-    check_at_least("the size of a cluster", size, 2)
-    check_at_least("the neighbourhood", neighbourhood, 1)
-    if not 0 <= share <= 1:
-        raise UserError(f"the share of a batch that is in clusters is {share}; it must be from 0 to 1")
-    if size > batch_size:
-        raise UserError(
-            f"clusters of {size} do not fit into batches of {batch_size}: make them smaller, or the batch larger"
-        )
-    if batch_size > n:
-        raise UserError(
-            f"{n} examples do not make a batch of {batch_size} with none of them twice: make it smaller, or give more"
-        )
-
-
-def _covering(
-    clusters_among: Callable[[np.ndarray], np.ndarray], n: int, batch_size: int, steps: int, rng: np.random.Generator
-) -> Iterator[np.ndarray]:
-    """Passes over all of n examples but a rest, which is drawn beforehand: what remains in the end would most often be
-    those far from all others, because they are nobody's neighbours.
-    """
-    unseen = np.zeros(n, dtype=bool)
+    n, wanted = len(index.z), sizes(batch_size, size, share)
+    waiting = np.empty(0, dtype=np.int64) if cover else rng.permutation(n)  # in the order of shuffled epochs
+    free = np.ones(n, dtype=bool)
     for step in range(steps):
-        if step % (n // batch_size) == 0:
-            unseen[:] = True
-            unseen[rng.choice(n, n % batch_size, replace=False)] = False
-        inside = clusters_among(unseen)
-        unseen[inside] = False
-        outside = rng.choice(np.flatnonzero(unseen), batch_size - len(inside), replace=False)
-        unseen[outside] = False
-        yield np.concatenate([inside, outside])
-
-
-def _independent(
-    clusters_among: Callable[[np.ndarray], np.ndarray], n: int, batch_size: int, steps: int, rng: np.random.Generator
-) -> Iterator[np.ndarray]:
-    """Clusters among all of n examples in each batch; the others in the order of shuffled epochs."""
-    waiting = rng.permutation(n)
-    for _ in range(steps):
-        free = np.ones(n, dtype=bool)
-        inside = clusters_among(free)
+        if not cover:
+            free[:] = True
+        elif step % (n // batch_size) == 0:
+            # The rest is drawn beforehand: what remains in the end would most often be those far from all others.
+            free[:] = True
+            free[rng.choice(n, n % batch_size, replace=False)] = False
+        inside = clustered_batch(index, wanted, neighbourhood, free, rng)
         free[inside] = False
-        if np.count_nonzero(free[waiting]) < batch_size - len(inside):  # the order is used up: another one begins
-            again = rng.permutation(n)
-            held = np.zeros(n, dtype=bool)
-            held[waiting] = True
-            waiting = np.concatenate([waiting, again[~held[again]]])  # who still waits comes first
-        places = np.flatnonzero(free[waiting])[: batch_size - len(inside)]
-        yield np.concatenate([inside, waiting[places]])
-        waiting = np.delete(waiting, places)
+        lacking = batch_size - len(inside)
+        if cover:
+            outside = rng.choice(np.flatnonzero(free), lacking, replace=False)
+            free[outside] = False
+        else:
+            if np.count_nonzero(free[waiting]) < lacking:  # another order begins; who still waits comes first
+                again = rng.permutation(n)
+                waiting = np.concatenate([waiting, again[~np.isin(again, waiting)]])
+            places = np.flatnonzero(free[waiting])[:lacking]
+            outside, waiting = waiting[places], np.delete(waiting, places)
+        yield np.concatenate([inside, outside])

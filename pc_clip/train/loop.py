@@ -13,6 +13,7 @@ from contextlib import closing, nullcontext
 from copy import copy
 from dataclasses import replace
 from datetime import timedelta
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from tqdm import tqdm
 from pc_clip.core import environment
 from pc_clip.core.config.train import FinetuneConfig
 from pc_clip.core.environment import resolve_device
-from pc_clip.core.errors import UserError, check_at_least
+from pc_clip.core.errors import UserError
 from pc_clip.core.files import write_text
 from pc_clip.core.paths import MODEL_FILE, STATE_FILE, checkpoint_file
 from pc_clip.core.prefetch import ahead
@@ -40,6 +41,7 @@ from pc_clip.train.state import BestCheckpoint
 
 log = logging.getLogger(__name__)
 
+METRICS_FILE = "metrics.jsonl"
 PATIENCE = InitProcessGroupKwargs(timeout=timedelta(hours=12))  # the others wait while one process embeds
 
 
@@ -48,19 +50,17 @@ def finetune(config: FinetuneConfig) -> Path:
 
     Raises UserError for what a user can mend, and when the loss is no longer a number.
     """
-    run, train = Path(config.out) / config.name, config.train
-    for name in ("batch_size", "epochs", "log_every", "save_every"):
-        check_at_least(f"train.{name}", getattr(train, name), 1)
-    if train.steps is not None:
-        check_at_least("train.steps", train.steps, 1)
+    run, train, model = Path(config.out) / config.name, config.train, config.model
     resolve_device(config.device)
     check_settings(train)
-    _check_start(config, run)
-    lora.check(config.model.lora_rank, config.model.lora_alpha)
+    lora.check(model.lora_rank, model.lora_alpha)
+    if model.start and model.pretrained:
+        raise UserError("model.start and model.pretrained both say which weights to begin with; leave one out")
+    if model.start and checkpoint_file(model.start).resolve().is_relative_to(run.resolve()):
+        raise UserError(f"model.start {model.start} lies in the run that would take its place; choose another --name")
     process = PartialState(cpu=config.device == "cpu", **PATIENCE.to_kwargs())
     config = copy(config)  # not replace, which would lose the options of the method
-    asked = (run_folder.precision(run, config) if train.precision == "auto" else None) or train.precision
-    config.train = replace(train, precision=resolve_precision(asked, process.device))
+    config.train = replace(train, precision=resolve_precision(train.precision, process.device))
     data = load_dataset(config.data, config.seed)  # before the model, whose weights may take long to fetch
     with run_folder.locked(run) if process.is_main_process else nullcontext():  # it alone writes into the folder
         return _run(config, run, data)
@@ -82,26 +82,24 @@ def _run(config: FinetuneConfig, run: Path, data: Dataset) -> Path:
     clip = _start(config, accelerator.device)
     with accelerator.autocast():
         text_way = clip.choose_text_way(config.model.fast_text, train.recompute)
-    if accelerator.is_main_process:
-        log.info("%s", text_way)
     method = methods.find(config.method).Method(clip, data, config)
-    method.notes[:0] = [data.note] if data.note else []
     learn = method.trainable()  # now, so that a wrong model.train is told of before anything is deleted
-    adapted = lora.weights_to_adapt(clip.model, config.model.train, clip.name) if config.model.lora_rank else []
-    adapted = [name for name in adapted if name in learn]
-    method.notes += [f"adapters of rank {config.model.lora_rank} on {len(adapted)} weights"] if adapted else []
-    if accelerator.is_main_process and not (config.resume and (run / "config.yaml").is_file()):
-        if config.overwrite and not config.resume:
-            run_folder.delete(run)  # only now, when nothing is left that could be refused
-        about = {"data": learnt_from, "start": clip.weights_hash(), "notes": [text_way, *method.notes]}
-        about |= {"validation": method.chosen_on} if method.chosen_on else {}
-        run_folder.begin(run, config, environment.describe() | about)
-    elif accelerator.is_main_process and method.chosen_on:
-        run_folder.check_validation(run, method.chosen_on)
+    rank, adapted = config.model.lora_rank, []
+    if rank:
+        adapted = [n for n in lora.weights_to_adapt(clip.model, config.model.train, clip.name) if n in learn]
+        method.notes.append(f"adapters of rank {rank} on {len(adapted)} weights")
+    method.notes[:0] = [text_way, data.note] if data.note else [text_way]
+    if accelerator.is_main_process:
+        chosen_on = {"validation": method.chosen_on} if method.chosen_on else {}
+        if config.resume and (run / "config.yaml").is_file():
+            run_folder.check_data(run, chosen_on)
+        else:
+            if config.overwrite and not config.resume:
+                run_folder.delete(run)  # only now, when nothing is left that could be refused
+            about = {"data": learnt_from | chosen_on, "start": clip.weights_hash(), "notes": method.notes}
+            run_folder.begin(run, config, environment.describe() | about)
     accelerator.wait_for_everyone()
-    lora.add(
-        clip.model, adapted, config.model.lora_rank, config.model.lora_alpha, config.seed
-    )  # here: what is kept of the start knows none
+    lora.add(clip.model, adapted, rank, config.model.lora_alpha, config.seed)  # what is kept of the start has none
     with _Stop() as stop:
         _loop(accelerator, method, config, run, stop)
     lora.merge(clip.model)
@@ -136,18 +134,19 @@ def _loop(accelerator: Accelerator, method: nn.Module, config: FinetuneConfig, r
     method.restore(memory)
     best = BestCheckpoint(run, done, parameters, method.chosen_by) if method.chosen_by else None
     model, optimizer = accelerator.prepare(method, optimizer)
-    metrics = _Metrics(run / "metrics.jsonl", done, accelerator) if main else None
 
     if main:
+        cut_log(run / METRICS_FILE, done)
+        accelerator.init_trackers("pc_clip")
         count = sum(p.numel() for p in parameters.values())
         for line in method.notes:
             log.info("%s", line)
         log.info("%s: %d steps of %d, %.1f M parameters learn", config.method, total, train.batch_size, count / 1e6)
-    since, then, settling = done, time.perf_counter(), 0.0
+    since, then = done, time.perf_counter()
     bar = tqdm(total=total, initial=done, desc=config.name, disable=None if main else True)
-    with closing(epoch_by_epoch(method, done, total, accelerator.device)) as coming:
-        for step, batch in coming:
-            lr = learning_rate(train, step, per_epoch, total)
+    with closing(batches(method, done, total, accelerator.device)) as coming:
+        for step, batch in enumerate(coming, start=done + 1):
+            lr = learning_rate(train, step - 1, per_epoch, total)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["rate"]
             loss, logs = model(to_device(batch, accelerator.device))
@@ -161,25 +160,24 @@ def _loop(accelerator: Accelerator, method: nn.Module, config: FinetuneConfig, r
             optimizer.zero_grad(set_to_none=True)
             method.after_step()
             bar.update()
-            step += 1
             if step % train.log_every == 0 or step == total:
-                spent = time.perf_counter() - then - (method.settling - settling)
-                rate = (step - since) * train.batch_size / spent
-                since, then, settling = step, time.perf_counter(), method.settling
+                rate = (step - since) * train.batch_size / (time.perf_counter() - then)
+                since, then = step, time.perf_counter()
                 means = {k: v.item() for k, v in accelerator.reduce({"loss": loss.detach()} | logs, "mean").items()}
+                row = {"epoch": step / per_epoch, "lr": lr, "pairs_per_second": rate} | means
                 if main:
-                    metrics.write({"step": step, "epoch": step / per_epoch, "lr": lr, "pairs_per_second": rate} | means)
+                    with (run / METRICS_FILE).open("a") as file:
+                        file.write(json.dumps({"step": step} | row) + "\n")
+                    accelerator.log(row, step=step)
                     tqdm.write(f"step {step}/{total}  loss {means['loss']:.4f}  lr {lr:.2e}  {rate:.0f} pairs/s")
             if best and (step % per_epoch == 0 or step == total):
-                begun = time.perf_counter()
                 if main:
                     with accelerator.autocast():
                         best.after(step, method.validate)
                 accelerator.wait_for_everyone()
-                then += time.perf_counter() - begun  # pairs_per_second is of training alone
             if step % train.save_every == 0 or step == total or asked:
                 if not all(torch.isfinite(p).all() for p in parameters.values()):  # the same in every process
-                    _stop_at_nan(run, step - 1, batch.ids, float("nan"))
+                    _stop_at_nan(run, step, batch.ids, math.nan)
                 if main:
                     state.save_state(run, step, parameters, optimizer.optimizer, method.state())
             if asked:
@@ -215,45 +213,37 @@ class _Stop:
         self.asked = True
 
 
-def epoch_by_epoch(method: nn.Module, done: int, total: int, device: torch.device) -> Iterator[tuple[int, Any]]:
-    """(step, batch) from step `done` on, made ahead within an epoch and not beyond it.
+def _stop_at_nan(run: Path, step: int, ids: list[str], value: float) -> None:
+    value = value if not math.isfinite(value) else math.nan  # it is another process's that is not
+    kept = f"the last good state is {run / STATE_FILE}" if (run / STATE_FILE).is_file() else "nothing was saved yet"
+    raise UserError(
+        f"the loss or a weight became {value} at step {step}, on {len(ids)} items beginning with {', '.join(ids[:5])}; "
+        f"{kept}. Lower train.lr, set train.clip_norm 1, or look at these items."
+    )
+
+
+# -- batches and the log -----------------------------------------------------------------------------------
+
+
+def batches(method: nn.Module, done: int, total: int, device: torch.device) -> Iterator[Any]:
+    """Batches from step `done` on, those a straight run would have; made ahead within an epoch and not beyond it.
 
     What a method puts into an epoch's batches may depend on the weights at its beginning.
     """
     while done < total:
-        epoch = done // method.steps_per_epoch
-        end = min(total, (epoch + 1) * method.steps_per_epoch)
+        epoch, skip = divmod(done, method.steps_per_epoch)
+        count = min(method.steps_per_epoch - skip, total - done)
         method.begin_epoch(epoch)
-        with closing(ahead(pinned(batches(method, done, end), device))) as coming:
+        with closing(ahead(pinned(islice(method.loader(epoch, skip), count), device))) as coming:
             yield from coming
-        done = end
+        done += count
 
 
-def batches(method: nn.Module, done: int, total: int) -> Iterator[tuple[int, Any]]:
-    """(step, batch) from step `done` on: what a straight run would have seen after that many steps."""
-    step = done
-    while step < total:
-        epoch, skip = divmod(step, method.steps_per_epoch)
-        for batch in method.loader(epoch, skip):
-            yield step, batch
-            step += 1
-            if step == total:
-                return
-
-
-def _check_start(config: FinetuneConfig, run: Path) -> None:
-    start = config.model.start
-    if start and config.model.pretrained:
-        raise UserError("model.start and model.pretrained both say which weights to begin with; leave one out")
-    if start and checkpoint_file(start).resolve().is_relative_to(run.resolve()):
-        raise UserError(f"model.start {start} lies in the run that would take its place; choose another --name")
-
-
-def pinned(numbered: Iterator[tuple[int, Any]], device: torch.device) -> Iterator[tuple[int, Any]]:
+def pinned(made: Iterator[Any], device: torch.device) -> Iterator[Any]:
     """Batches in memory that a GPU reads without the CPU's help; as they are for a CPU."""
-    for step, batch in numbered:
+    for batch in made:
         tensors = {k: v for k, v in batch._asdict().items() if isinstance(v, Tensor) and device.type == "cuda"}
-        yield step, batch._replace(**{k: v.contiguous().pin_memory() for k, v in tensors.items()})
+        yield batch._replace(**{k: v.contiguous().pin_memory() for k, v in tensors.items()})
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
@@ -261,32 +251,8 @@ def to_device(batch: Any, device: torch.device) -> Any:
     return batch._replace(**{k: v.to(device, non_blocking=True) for k, v in tensors.items()})
 
 
-# -- the log ---------------------------------------------------------------------------------------------
-
-
-class _Metrics:
-    """metrics.jsonl, cut back to the step a resumed run starts from, and accelerate's tracker if there is one."""
-
-    def __init__(self, path: Path, done: int, accelerator: Accelerator) -> None:
-        self.path, self.accelerator = path, accelerator
-        lines = path.read_text().splitlines() if path.is_file() and done else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= done]
-        write_text(path, "".join(line + "\n" for line in kept))  # whole: a kill must not lose the rows kept
-        if accelerator.trackers or accelerator.log_with:
-            accelerator.init_trackers("pc_clip")
-
-    def write(self, row: dict[str, float]) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=int(row["step"]))
-
-
-def _stop_at_nan(run: Path, step: int, ids: list[str], value: float) -> None:
-    state = run / STATE_FILE
-    value = value if not math.isfinite(value) else float("nan")  # it is another process's that is not
-    kept = f"the last good state is {state}" if state.is_file() else "nothing had been saved yet"
-    raise UserError(
-        f"the loss or a weight became {value} at step {step + 1}, on {len(ids)} items beginning with "
-        f"{', '.join(ids[:5])}; {kept}. "
-        "Lower train.lr, set train.clip_norm 1, or look at these items."
-    )
+def cut_log(path: Path, done: int) -> None:
+    """Cut a log back to the step that a resumed run starts from; a line may be cut short by a kill."""
+    lines = path.read_text().splitlines() if path.is_file() and done else []
+    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= done]
+    write_text(path, "".join(line + "\n" for line in kept))  # whole: a kill must not lose the rows kept

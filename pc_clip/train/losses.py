@@ -3,6 +3,8 @@ except where the docstring says so."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -14,32 +16,23 @@ from pc_clip.core import distributed
 BLOCK = 2048  # rows of similarities held at a time
 
 
-def info_nce(
-    a: Tensor,
-    b: Tensor,
-    temperature: float | Tensor,
-    all_a: Tensor | None = None,
-    all_b: Tensor | None = None,
-    first: int = 0,
-) -> Tensor:
+def info_nce(a: Tensor, b: Tensor, temperature: float | Tensor, own: slice = slice(None)) -> Tensor:
     """Symmetric InfoNCE: row n of `a` belongs to row n of `b`, all other rows are negatives.
 
-    a, b: [B, D], any length: they are normalised here. all_a, all_b: [G, D], where these are part of a larger
-    batch: row n of `a` is row first + n of `all_a`; the result is then the mean over these rows of the whole loss.
-    Returns a scalar; equal to log G when all similarities are equal. Similarities are held a block of rows at a
-    time, so memory grows with G and not with its square. Radford et al. 2021, figure 3; PC-CLIP (arXiv 2409.09721)
-    uses it between text embeddings and image differences with temperature 1.
+    a, b: [G, D], any length: they are normalised here. own: the rows whose loss is returned, for batches that several
+    processes share. Returns a scalar; equal to log G when all similarities are equal. Similarities are held a block of
+    rows at a time, so memory grows with G and not with its square. Radford et al. 2021, figure 3; PC-CLIP
+    (arXiv 2409.09721) uses it between text embeddings and image differences with temperature 1.
     """
     with torch.autocast(a.device.type, enabled=False):  # bf16 would round cosines by more than a step changes them
         a, b = F.normalize(a, dim=-1), F.normalize(b, dim=-1)
-        all_a = a if all_a is None else F.normalize(all_a, dim=-1)
-        all_b = b if all_b is None else F.normalize(all_b, dim=-1)
-        return (_find(a, all_b, temperature, first) + _find(b, all_a, temperature, first)) / 2
+        return (_find(a, b, temperature, own) + _find(b, a, temperature, own)) / 2
 
 
-def _find(rows: Tensor, among: Tensor, temperature: float | Tensor, first: int) -> Tensor:
-    """Mean cross entropy of finding row first + n of `among` for row n."""
-    target = torch.arange(first, first + len(rows), device=rows.device)
+def _find(rows: Tensor, among: Tensor, temperature: float | Tensor, own: slice) -> Tensor:
+    """Mean cross entropy of finding row n of `among` for row n of `rows`, over `own`."""
+    target = torch.arange(len(rows), device=rows.device)[own]
+    rows = rows[own]
     if len(rows) <= BLOCK:
         return _cross_entropy(rows, among, temperature, target) / len(rows)
     total = rows.new_zeros(())
@@ -100,16 +93,13 @@ def unit_differences(first: Tensor, second: Tensor) -> Tensor:
 
 
 # -- preferences ---------------------------------------------------------------------------------------
-#
-# An image prefers one of two texts with a probability, the softmax of their scaled similarities over the two. Its
-# log-odds, log p(preferred) - log p(rejected), is what these losses take: the normaliser of the softmax cancels in it.
 
 
 def log_odds(preferred: Tensor, rejected: Tensor, logit_scale: float | Tensor) -> Tensor:
     """How strongly the first of two texts is preferred: log p(preferred) - log p(rejected).
 
     preferred, rejected: [B] cosines of the image with either text. p is the softmax over the two of cosines times
-    logit_scale, so that this is logit_scale * (preferred - rejected).
+    logit_scale; its normaliser cancels, so that this is logit_scale * (preferred - rejected).
     """
     return logit_scale * (preferred - rejected)
 
@@ -121,7 +111,7 @@ def dpo(policy: Tensor, reference: Tensor | None, beta: float, label_smoothing: 
     reference-free variant, which takes them to be 0. label_smoothing: the share of pairs that are the wrong way round.
     Rafailov et al. 2023 (arXiv 2305.18290), equation 7; the smoothing is "conservative DPO" (Mitchell 2023).
     """
-    logits = beta * _moved(policy, reference)
+    logits = beta * (policy if reference is None else policy - reference)
     return -((1 - label_smoothing) * F.logsigmoid(logits) + label_smoothing * F.logsigmoid(-logits)).mean()
 
 
@@ -131,11 +121,7 @@ def ipo(policy: Tensor, reference: Tensor | None, beta: float) -> Tensor:
     policy, reference: [B] log-odds as in `dpo`. beta: the paper's tau; the odds move by 1 / (2 beta) and no further.
     Azar et al. 2023 (arXiv 2310.12036), equation 17.
     """
-    return (_moved(policy, reference) - 1 / (2 * beta)).pow(2).mean()
-
-
-def _moved(policy: Tensor, reference: Tensor | None) -> Tensor:
-    return policy if reference is None else policy - reference
+    return ((policy if reference is None else policy - reference) - 1 / (2 * beta)).pow(2).mean()
 
 
 def bradley_terry(preferred: Tensor, rejected: Tensor, alpha: float) -> Tensor:
@@ -180,44 +166,20 @@ def info_nce_with_negatives(
 # -- over the rows of all processes -----------------------------------------------------------------------
 
 
-def info_nce_of_all(a: Tensor, b: Tensor, temperature: float | Tensor) -> Tensor:
-    """info_nce over the rows of all processes. a, b: [B, D], this process's.
+def over_all(loss: Callable[..., Tensor], *tensors: Tensor | float) -> Tensor:
+    """A loss over the rows of all processes: loss(*tensors, own), one of those above that take `own`.
 
-    Each process compares its own rows with everybody's, so the work is shared; the mean over processes is the loss
-    of the whole batch, and its gradient that of one process with the whole batch (tested with two against one).
+    tensors: this process's rows [B, ...], embeddings or whole numbers; last a temperature or a logit scale, which is
+    not gathered. Each process compares its own rows with everybody's, so the work is shared; the mean over processes
+    is the loss of the whole batch, and its gradient that of one process with the whole batch (tested with two against
+    one).
     """
     if distributed.world_size() == 1:
-        return info_nce(a, b, temperature)
-    return info_nce(a, b, temperature, distributed.gather(a), distributed.gather(b), dist.get_rank() * len(a))
-
-
-def info_nce_with_negatives_of_all(
-    text: Tensor, rejected: Tensor, image: Tensor, numbers: Tensor, logit_scale: float | Tensor
-) -> Tensor:
-    """info_nce_with_negatives over the rows of all processes. [B, D] each, numbers: [B, 3]; this process's."""
-    if distributed.world_size() == 1:
-        return info_nce_with_negatives(text, rejected, image, numbers, logit_scale)
-    first = dist.get_rank() * len(text)
-    gathered = (
-        distributed.gather(text),
-        distributed.gather(rejected),
-        distributed.gather(image),
-        torch.cat(distributed.parts(numbers)),
-    )
-    return info_nce_with_negatives(*gathered, logit_scale, slice(first, first + len(text)))
-
-
-def info_nce_of_several_of_all(
-    pair: Tensor, text: Tensor, said: Tensor, number: Tensor, logit_scale: float | Tensor
-) -> Tensor:
-    """info_nce_of_several over the rows of all processes. [B, D], [B, D], [B, S], [B]; this process's."""
-    if distributed.world_size() == 1:
-        return info_nce_of_several(pair, text, said, number, logit_scale)
-    first = dist.get_rank() * len(pair)
-    known = torch.cat(distributed.parts(said)), torch.cat(distributed.parts(number))
-    return info_nce_of_several(
-        distributed.gather(pair), distributed.gather(text), *known, logit_scale, slice(first, first + len(pair))
-    )
+        return loss(*tensors)
+    *rows, scale = tensors
+    first, count = dist.get_rank() * len(rows[0]), len(rows[0])
+    gathered = [distributed.gather(x) if x.is_floating_point() else torch.cat(distributed.parts(x)) for x in rows]
+    return loss(*gathered, scale, slice(first, first + count))
 
 
 @torch.no_grad()

@@ -7,17 +7,13 @@ docs/scale.md. It works on the CPU, with as many threads as torch.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator
 from math import sqrt
-from types import ModuleType
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-
-from pc_clip.core.errors import UserError, check_choice
 
 COLUMNS = 1 << 15  # similarities are computed to so many examples at a time: 64 rows of them are 8 MB
 
@@ -29,7 +25,9 @@ PROBES = 64  # lists that a search reads: of a million examples 16,000
 
 
 class Index(Protocol):
-    """What finds neighbours. Made by `build`, or by anybody who has a better one."""
+    """What finds neighbours among z, [N, D] unit embeddings. Made by `build`, or by anybody who has a better one."""
+
+    z: Tensor
 
     def near(self, rows: np.ndarray, m: int, allowed: np.ndarray) -> np.ndarray:
         """Up to m examples similar to each of some, most similar first, themselves left out.  -> [R, m] int64
@@ -42,24 +40,15 @@ def build(kind: str, z: Tensor, seed: int = 0) -> Index:
     """An index of z, [N, D] unit embeddings. kind: exact or faiss.
 
     seed: below 2**31. The same one gives the same index, with any number of threads but for rounding.
-    Raises UserError for a kind that is not known or not installed.
     """
-    check(kind)
     return KINDS[kind](z, seed)
-
-
-def check(kind: str) -> None:
-    """Raise UserError for a kind that is not known or not installed."""
-    check_choice("index", kind, KINDS)
-    if kind == "faiss":
-        _import("faiss", "faiss-cpu")
 
 
 # -- exact ---------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def nearest(z: Tensor, rows: np.ndarray, m: int, allowed: np.ndarray | None = None) -> np.ndarray:
+def nearest(z: Tensor, rows: np.ndarray, m: int, allowed: np.ndarray) -> np.ndarray:
     """The m examples most similar to each of some, nearest first, themselves left out.  -> [R, m] int64
 
     z: [N, D] unit embeddings; rows: [R] of it; allowed: [N] bool, who may be found. Where fewer than m may, the rest of
@@ -79,16 +68,15 @@ def nearest(z: Tensor, rows: np.ndarray, m: int, allowed: np.ndarray | None = No
     return _padded(found.cpu().numpy(), m)
 
 
-def _blocks(z: Tensor, allowed: np.ndarray | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _blocks(z: Tensor, allowed: np.ndarray) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """z in pieces: [C] which examples, [C, D] their embeddings, and which of these columns may not be found."""
     places, none = torch.arange(len(z), device=z.device), torch.empty(0, dtype=torch.long, device=z.device)
-    if allowed is not None and 2 * np.count_nonzero(allowed) < len(z):  # copying them costs less than all the others
+    if 2 * np.count_nonzero(allowed) < len(z):  # copying them costs less than all the others
         for some in places[torch.from_numpy(allowed).to(z.device)].split(COLUMNS):
             yield some, z[some], none
         return
     for block in (slice(start, start + COLUMNS) for start in range(0, len(z), COLUMNS)):
-        barred = none if allowed is None else torch.from_numpy(np.flatnonzero(~allowed[block])).to(z.device)
-        yield places[block], z[block], barred
+        yield places[block], z[block], torch.from_numpy(np.flatnonzero(~allowed[block])).to(z.device)
 
 
 class Exact:
@@ -112,13 +100,13 @@ class Faiss:
     """
 
     def __init__(self, z: Tensor, seed: int = 0) -> None:
-        self.faiss, self.z = _import("faiss", "faiss-cpu"), z
-        self.faiss.omp_set_num_threads(torch.get_num_threads())
+        import faiss
+
+        self.faiss, self.z = faiss, z
+        faiss.omp_set_num_threads(torch.get_num_threads())
         n, d = z.shape
         lists = max(1, min(round(LISTS_PER_ROOT * sqrt(n)), n // LEAST_A_LIST))
-        self.index = self.faiss.IndexIVFFlat(
-            self.faiss.IndexFlatIP(d), d, lists, self.faiss.METRIC_INNER_PRODUCT
-        )  # inner products, which are cosines here
+        self.index = faiss.IndexIVFFlat(faiss.IndexFlatIP(d), d, lists, faiss.METRIC_INNER_PRODUCT)  # here: cosines
         clustering = self.index.cp
         clustering.seed, clustering.niter, clustering.spherical = seed, ROUNDS, True
         clustering.max_points_per_centroid = EXAMPLES_PER_CENTROID
@@ -127,37 +115,21 @@ class Faiss:
         self.index.add(vectors)
 
     def near(self, rows: np.ndarray, m: int, allowed: np.ndarray) -> np.ndarray:
-        self.faiss.omp_set_num_threads(torch.get_num_threads())
         selector = self.faiss.IDSelectorBitmap(np.packbits(allowed, bitorder="little"))
         parameters = self.faiss.SearchParametersIVF(nprobe=PROBES, sel=selector)
         wanted = min(m + 1, len(self.z))  # one more, because itself is among them
         _, found = self.index.search(_vectors(self.z[torch.from_numpy(rows)]), wanted, params=parameters)
-        return _kept(found, rows, m, allowed)
+        keep = (found >= 0) & (found != rows[:, None])
+        order = np.argsort(~keep, axis=1, kind="stable")[:, :m]  # those to keep come first, as they were
+        return _padded(np.take_along_axis(np.where(keep, found, -1), order, 1), m)
 
 
 KINDS = {"exact": Exact, "faiss": Faiss}
 
 
-def _import(module: str, package: str) -> ModuleType:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise UserError(
-            f"index {module!r} needs the package {package}, which cannot be imported ({error}): "
-            f"`pip install {package}`, or take index 'exact'"
-        ) from error
-
-
 def _vectors(z: Tensor) -> np.ndarray:
     """z as FAISS takes it; not copied where it is that already."""
     return np.ascontiguousarray(z.detach().cpu().float().numpy())
-
-
-def _kept(found: np.ndarray, rows: np.ndarray, m: int, allowed: np.ndarray) -> np.ndarray:
-    """The first m of each row of [R, F] that may be taken and are not the row itself; -1 where there are fewer."""
-    keep = (found >= 0) & (found != rows[:, None]) & allowed[found]
-    order = np.argsort(~keep, axis=1, kind="stable")[:, :m]  # those to keep come first, as they were
-    return _padded(np.take_along_axis(np.where(keep, found, -1), order, 1), m)
 
 
 def _padded(found: np.ndarray, m: int) -> np.ndarray:

@@ -19,28 +19,23 @@ from torch import Tensor, nn
 from torch.optim.adam import adam
 
 from pc_clip.core.config.train import TrainConfig
-from pc_clip.core.errors import UserError, check_choice
+from pc_clip.core.errors import UserError, check_at_least, check_choice
 
 log = logging.getLogger(__name__)
 
-SCHEDULES = ("constant", "exponential", "cosine")
-PRECISIONS = ("no", "bf16", "auto")
 CPU_BF16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")  # as torch calls what multiplies bf16, x86-64 and Arm
 CHUNK = 1 << 17  # numbers added at a time on a CPU, so that the three tensors stay in its cache
-HALF = ("bfloat16", "pure_bf16", "bf16_weights", "bf16-true", "float16", "fp16", "pure_fp16", "16-true")
-_WHY_FLOAT32 = (
-    "at small learning rates most steps are lost in anything shorter. Use train.precision bf16, which multiplies in "
-    "bf16 and keeps the weights in float32."
-)
 
 
 def check_settings(train: TrainConfig) -> None:
     """Raise UserError for settings of the loop that mean nothing."""
-    if train.precision in HALF:
-        raise UserError(f"train.precision {train.precision} would keep the weights in half precision; {_WHY_FLOAT32}")
-    check_choice("train.precision", train.precision, PRECISIONS)
+    for name in ("batch_size", "epochs", "log_every", "save_every"):
+        check_at_least(f"train.{name}", getattr(train, name), 1)
+    if train.steps is not None:
+        check_at_least("train.steps", train.steps, 1)
+    check_choice("train.precision", train.precision, ("no", "bf16", "auto"))  # of products; weights are float32
     check_choice("train.optimizer", train.optimizer, ("adam", "adamw"))
-    check_choice("train.schedule", train.schedule, SCHEDULES)
+    check_choice("train.schedule", train.schedule, ("constant", "exponential", "cosine"))
     if not 0 <= train.warmup_share < 1 or (train.warmup_share and train.warmup_steps):
         raise UserError(
             f"train.warmup_share is {train.warmup_share:g}; a share of all steps, from 0 to below 1, in the place "
@@ -48,11 +43,8 @@ def check_settings(train: TrainConfig) -> None:
         )
     if len(train.betas) != 2 or not all(0 <= beta < 1 for beta in train.betas):
         raise UserError(f"train.betas is {train.betas}; it takes two numbers from 0 up to, but not, 1")
-    installed = [str(tracker) for tracker in get_available_trackers()]
-    if train.tracker and train.tracker not in installed:
-        raise UserError(
-            f"tracker {train.tracker!r} is not installed (found: {', '.join(installed) or 'none'}); pip install it"
-        )
+    if train.tracker and train.tracker not in map(str, get_available_trackers()):  # accelerate would pass over it
+        raise UserError(f"train.tracker {train.tracker!r} is not installed; pip install it")
 
 
 def make_optimizer(
@@ -63,9 +55,11 @@ def make_optimizer(
     rates: for each parameter what its learning rate is multiplied by, kept in its group as "rate"; 1 unless given.
     Raises UserError for weights that are not float32.
     """
-    check_choice("train.optimizer", train.optimizer, ("adam", "adamw"))
-    if other := {str(p.dtype).removeprefix("torch.") for p in parameters if p.dtype != torch.float32}:
-        raise UserError(f"weights that learn must be float32, found {', '.join(sorted(other))}; {_WHY_FLOAT32}")
+    if other := {str(p.dtype) for p in parameters if p.dtype != torch.float32}:
+        raise UserError(
+            f"weights that learn must be float32, found {', '.join(sorted(other))}: at small learning rates most steps "
+            "are lost in anything shorter. train.precision bf16 multiplies in bf16 and keeps the weights in float32."
+        )
     kinds: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for p, rate in zip(parameters, rates or [1.0] * len(parameters)):
         kinds.setdefault((p.ndim <= 1, rate), []).append(p)
@@ -94,19 +88,15 @@ def learning_rate(train: TrainConfig, step: int, steps_per_epoch: int, total: in
 
 
 def resolve_precision(asked: str, device: torch.device) -> str:
-    """What to multiply in, "no" (float32) or "bf16". asked: one of CHOICES.
+    """What to multiply in, "no" (float32) or "bf16". asked: train.precision.
 
     A CPU that must take bf16 apart needs several times as long as in float32 (nine times, on a training step of the
     example's captioner on AVX2); where it was asked for by name, that is said and done.
     """
     quick = multiplies_bf16(device)
-    if asked == "auto":
-        return "bf16" if quick else "no"
     if asked == "bf16" and not quick:
-        log.warning(
-            "train.precision bf16: this %s has no instructions for it; float32 (no, or auto) is quicker", device
-        )
-    return asked
+        log.warning("train.precision bf16: this %s has no instructions for it; no (or auto) is quicker", device)
+    return ("bf16" if quick else "no") if asked == "auto" else asked
 
 
 def multiplies_bf16(device: torch.device) -> bool:
@@ -122,8 +112,8 @@ class CompensatedAdam(torch.optim.Optimizer):
     """Adam, or AdamW with `decoupled`, with a carry of what each weight still owes.
 
     The fused step of torch is applied to the carry, which is small and so keeps all its digits; then the carry is
-    added to the weight and what the addition rounded off stays in it. Memory: one more tensor a weight.
-    Raises TypeError for weights that are not float32: the steps they lose are not for a carry to mend.
+    added to the weight and what the addition rounded off stays in it. Memory: one more tensor a weight. Weights are
+    float32: the steps that shorter ones lose are not for a carry to mend.
     """
 
     def __init__(
@@ -138,22 +128,18 @@ class CompensatedAdam(torch.optim.Optimizer):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "fused": True}
         super().__init__(params, defaults)
         self.decoupled = decoupled
-        if any(p.dtype != torch.float32 for group in self.param_groups for p in group["params"]):
-            raise TypeError("CompensatedAdam takes float32 weights")
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # accelerate gives one, always None
         for group in self.param_groups:
-            weights = [p for p in group["params"] if p.grad is not None]
-            if weights:
+            if weights := [p for p in group["params"] if p.grad is not None]:
                 self._step(weights, group)
 
     def _step(self, weights: list[nn.Parameter], group: dict[str, Any]) -> None:
         for p in weights:
             if not self.state[p]:
-                self.state[p] = {"step": torch.zeros((), device=p.device)} | {
-                    name: torch.zeros_like(p) for name in ("carry", "exp_avg", "exp_avg_sq")
-                }
+                self.state[p] = {name: torch.zeros_like(p) for name in ("carry", "exp_avg", "exp_avg_sq")}
+                self.state[p]["step"] = torch.zeros((), device=p.device)
         states, gradients = [self.state[p] for p in weights], [p.grad for p in weights]
         carries = [state["carry"] for state in states]
         if group["weight_decay"]:  # torch's step would decay the carry; the weights are what it is about

@@ -32,6 +32,7 @@ from pc_clip.data.statements import files_of
 log = logging.getLogger(__name__)
 
 LOCK = ".lock"  # in the run's folder while it is trained
+ANEW = "Choose another --name, or --overwrite true to delete it."
 
 
 @contextmanager
@@ -51,50 +52,28 @@ def already_done(run: Path, config: FinetuneConfig, learnt_from: dict[str, str])
     """Whether this very run is finished. Raises UserError when the folder holds another, or an unfinished one."""
     if config.overwrite and not config.resume:
         return False
-    settings = run / "config.yaml"
+    settings, model, state = (run / name for name in ("config.yaml", MODEL_FILE, STATE_FILE))
     if not settings.is_file():
-        for name in (MODEL_FILE, STATE_FILE):
-            if (run / name).exists():
-                raise UserError(f"{run} holds a {name} that no config describes; choose another --name")
-        if config.resume:
-            log.info("there is no run at %s to resume; it starts now", run)
+        for path in (model, state):
+            if path.exists():
+                raise UserError(f"{run} holds a {path.name} that no config describes; choose another --name")
         return False
     changed = _changes(yaml.safe_load(settings.read_text()), json.loads(json.dumps(identity(config))))
     if changed:
-        raise UserError(
-            f"{run} holds a run with other settings ({', '.join(changed[:4])}). "
-            "Choose another --name, or --overwrite true to delete it."
-        )
-    before = json.loads((run / "environment.json").read_text())["data"]
-    if others := [name for name, value in learnt_from.items() if before.get(name, value) != value]:
-        raise UserError(
-            f"{run} learnt from other data: its {' and '.join(others)} have changed since. "
-            "Choose another --name, or --overwrite true to delete it."
-        )
-    if (run / MODEL_FILE).is_file():
+        raise UserError(f"{run} holds a run with other settings ({', '.join(changed[:4])}). {ANEW}")
+    check_data(run, learnt_from)
+    if model.is_file():
         log.info("%s is finished already; --overwrite true runs it again", run)
-        return True
-    if (run / STATE_FILE).is_file() and not config.resume:
+    elif state.is_file() and not config.resume:
         raise UserError(f"{run} was interrupted. Continue it with --resume true, or --overwrite true to start again.")
-    return False
+    return model.is_file()
 
 
-def precision(run: Path, config: FinetuneConfig) -> str | None:
-    """What the run in a folder multiplies in, if it is to stay; on another kind of machine `auto` may mean another."""
-    settings = run / "config.yaml"
-    if (config.overwrite and not config.resume) or not settings.is_file():
-        return None
-    return yaml.safe_load(settings.read_text())["train"]["precision"]
-
-
-def check_validation(run: Path, chosen_on: str) -> None:
-    """The best epoch of a run is chosen on the same images before and after it was interrupted."""
-    before = json.loads((run / "environment.json").read_text()).get("validation", chosen_on)
-    if before != chosen_on:
-        raise UserError(
-            f"{run} chose its best epoch on other validation data, which have changed since. "
-            "Choose another --name, or --overwrite true to delete it."
-        )
+def check_data(run: Path, now: dict[str, str]) -> None:
+    """Raise UserError where a run began with other data than these, by kind: what it learns from, or is chosen on."""
+    before = json.loads((run / "environment.json").read_text())["data"]
+    if others := [name for name, value in now.items() if before.get(name, value) != value]:
+        raise UserError(f"{run} learnt from other data: its {' and '.join(others)} have changed since. {ANEW}")
 
 
 def _changes(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
@@ -112,19 +91,21 @@ def _changes(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list
 def hashes(data: Dataset, config: FinetuneConfig) -> dict[str, str]:
     """What a run learns from, by content."""
     found = {"images": data.fingerprint, "captions": hashlib.sha256(repr(data.captions).encode()).hexdigest()[:16]}
+    files = {}
     if config.model.start:
-        found["start"] = file_digest(checkpoint_file(config.model.start), "sha256")[:16]
-    if config.data.embeddings:
-        path = index_of(config.data.embeddings)  # the index has the checksum of every shard
-        if path.is_file():  # an absent one is told of when it is read
-            found["embeddings"] = file_digest(path, "sha256")[:16]
+        files["start"] = checkpoint_file(config.model.start)
+    if (
+        config.data.embeddings and index_of(config.data.embeddings).is_file()
+    ):  # an absent one is told of when it is read
+        files["embeddings"] = index_of(config.data.embeddings)  # the index has the checksum of every shard
+    if config.data.differences:
+        files["differences"] = differences.find(config.data.differences)
+    found |= {name: file_digest(path, "sha256")[:16] for name, path in files.items()}
     if config.data.statements:
-        files = [path for given in config.data.statements for path in files_of(Path(given))]
-        found["statements"] = digest([file_digest(path, "sha256") for path in files])
+        paths = [path for given in config.data.statements for path in files_of(Path(given))]
+        found["statements"] = digest([file_digest(path, "sha256") for path in paths])
     elif data.statements:
         found["statements"] = digest(data.statements)
-    if config.data.differences:
-        found["differences"] = file_digest(differences.find(config.data.differences), "sha256")[:16]
     return found
 
 

@@ -14,13 +14,12 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pc_clip.core.cache import tensor_checksum
+from pc_clip.core.cache import CorruptFileError, read_checked, write_checked
 from pc_clip.core.errors import UserError
-from pc_clip.core.files import write_tensors, write_text
+from pc_clip.core.files import write_text
 from pc_clip.core.paths import STATE_FILE
 
 
@@ -44,13 +43,9 @@ def save_state(
     """
     tensors = {f"weight.{name}": value for name, value in parameters.items()}
     for index, moments in optimizer.state_dict()["state"].items():
-        for key, value in moments.items():
-            tensors[f"optimizer.{index}.{key}"] = torch.as_tensor(value)
+        tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in moments.items()}
     tensors |= {f"memory.{name}": value for name, value in memory.items()}
-    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    write_tensors(
-        run / STATE_FILE, tensors, {"step": str(step), "checksum": tensor_checksum(tensors, {"step": str(step)})}
-    )
+    write_checked(run / STATE_FILE, tensors, {"step": str(step)})
 
 
 def load_state(run: Path, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> State:
@@ -61,39 +56,27 @@ def load_state(run: Path, parameters: dict[str, Tensor], optimizer: torch.optim.
     path = run / STATE_FILE
     if not path.is_file():
         return State(0, {})
-    step, tensors = _read_state(path)
-    saved = {key.removeprefix("weight.") for key in tensors if key.startswith("weight.")}
-    if saved != parameters.keys():
-        other = sorted(saved ^ parameters.keys())[0]
-        raise UserError(f"{path} was trained with other parameters ({other}); continue it with its own config.yaml")
-    for name, parameter in parameters.items():
-        if tensors[f"weight.{name}"].shape != parameter.shape:
-            shapes = f"{list(tensors[f'weight.{name}'].shape)} there, {list(parameter.shape)} here"
-            raise UserError(f"{path} is of another model: {name} is {shapes}; continue it with its own config.yaml")
-    state: dict[int, dict[str, Tensor]] = {}
+    try:
+        tensors, about = read_checked(path, verify=True)
+    except CorruptFileError as error:
+        raise UserError(f"{error}; put a copy of it back, or start again with --overwrite true") from error
+    saved: dict[str, dict[str, Tensor]] = {"weight": {}, "optimizer": {}, "memory": {}}
     for key, value in tensors.items():
-        if key.startswith("optimizer."):
-            _, index, name = key.split(".", 2)
-            state.setdefault(int(index), {})[name] = value
+        kind, name = key.split(".", 1)
+        saved[kind][name] = value
+    shapes = {name: value.shape for name, value in parameters.items()}
+    if shapes != (there := {name: value.shape for name, value in saved["weight"].items()}):
+        other = min(name for name in shapes.keys() | there.keys() if shapes.get(name) != there.get(name))
+        raise UserError(f"{path} was trained with other parameters ({other}); continue it with its own config.yaml")
+    moments: dict[int, dict[str, Tensor]] = {}
+    for key, value in saved["optimizer"].items():
+        index, name = key.split(".", 1)
+        moments.setdefault(int(index), {})[name] = value
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(tensors[f"weight.{name}"])
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return State(step, {key.removeprefix("memory."): v for key, v in tensors.items() if key.startswith("memory.")})
-
-
-def _read_state(path: Path) -> tuple[int, dict[str, Tensor]]:
-    instead = "put a copy of it back, or start again with --overwrite true"
-    try:
-        with safe_open(path, "pt") as file:
-            about = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise UserError(f"{path} is not a whole file ({error}); {instead}") from error
-    step = about.get("step", "")
-    if not step.isdecimal() or about.get("checksum") != tensor_checksum(tensors, {"step": step}):
-        raise UserError(f"{path} is damaged: its content is not what was written; {instead}")
-    return int(step), tensors
+            parameter.copy_(saved["weight"][name])
+    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+    return State(int(about["step"]), saved["memory"])
 
 
 # -- the best epoch ---------------------------------------------------------------------------------------
@@ -111,44 +94,32 @@ class BestCheckpoint:
     """
 
     def __init__(self, run: Path, done: int, parameters: Mapping[str, nn.Parameter], chosen_by: str) -> None:
-        """Raises UserError where the weights that the lines speak of are not there."""
+        """Raises UserError where the weights that the lines speak of are not there, or cannot be read."""
         self.run, self.parameters, self.chosen_by = run, parameters, chosen_by
         path = run / FIGURES_FILE
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() and done else []
-        known = [json.loads(line) for line in lines]
-        self.rows = [row for row in known if row["step"] <= done]
-        there = done and (self.rows or (run / BEST_FILE).is_file())
-        self.row = self._read_row() if there else None  # of the weights in the file
-
-    def _read_row(self) -> dict[str, float]:
-        path = self.run / BEST_FILE
-        try:
-            with safe_open(path, "pt") as file:
-                return json.loads((file.metadata() or {})["row"])
-        except (OSError, SafetensorError, KeyError) as error:
-            raise UserError(
-                f"{path}, the weights of the best epoch so far, cannot be read ({error}); put a copy of it back, or "
-                "start again with --overwrite true"
-            ) from error
+        self.rows = [row for row in map(json.loads, lines) if row["step"] <= done]
+        self.row: dict[str, float] | None = None  # of the weights in the file
+        if done and (self.rows or (run / BEST_FILE).is_file()):
+            self.row = json.loads(read_checked(run / BEST_FILE)[1]["row"])
 
     def after(self, step: int, validate: Callable[[], dict[str, float]]) -> None:
         """Find the figures after a step, and keep the weights if they are the best so far; the earlier wins a tie."""
-        figures = validate()
-        row = {"step": step, **figures}
-        tqdm.write(f"step {step}  validation  " + "  ".join(f"{k} {v:.4f}" for k, v in figures.items()))
+        row = {"step": step, **validate()}
+        tqdm.write(f"step {step}  validation  " + "  ".join(f"{k} {v:.4f}" for k, v in row.items() if k != "step"))
         if self.row is None or self._value(row) > self._value(self.row):
-            weights = {name: p.detach().cpu().contiguous() for name, p in self.parameters.items()}
-            write_tensors(self.run / BEST_FILE, weights, {"format": "pt", "row": json.dumps(row)})
+            write_checked(self.run / BEST_FILE, self.parameters, {"format": "pt", "row": json.dumps(row)})
             self.row = row
         self.rows.append(row)
         write_text(self.run / FIGURES_FILE, "".join(json.dumps(row) + "\n" for row in self.rows))
 
     def restore(self) -> str:
         """Put the best weights in the place of the last; says which they are."""
-        row = self.row or self._read_row()
-        with safe_open(self.run / BEST_FILE, "pt") as file, torch.no_grad():
+        weights, about = read_checked(self.run / BEST_FILE)
+        row = json.loads(about["row"])
+        with torch.no_grad():
             for name, parameter in self.parameters.items():
-                parameter.copy_(file.get_tensor(name))
+                parameter.copy_(weights[name])
         found = f"{self.chosen_by} {row[self.chosen_by]:.4f}"
         return f"the model is that of step {row['step']}, the best of {len(self.rows)} on validation images ({found})"
 

@@ -12,10 +12,7 @@ class SamplerConfig:
     kind: str = setting("random", "random or clusters.")
     similarity: str = setting("text", "What makes examples similar, their text or their image.")
     online: bool = setting(True, "Similar by the model at the beginning of each epoch, or as it was before training.")
-    cluster_size: int | None = setting(None, "Examples a cluster (k).")
-    clusters: int | None = setting(
-        None, "Clusters a batch, in place of k, which is then share * batch_size / clusters."
-    )
+    cluster_size: int = setting(16, "Examples a cluster (k).")
     share: float = setting(1.0, "The share of a batch that is in clusters (p); the rest is drawn at random.")
     double_at: list[int] = setting(
         [], "Epochs, from 0, at which the share doubles, to end at `share`; empty for never."

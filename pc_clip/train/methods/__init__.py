@@ -20,7 +20,7 @@ has a class `Method`, a torch module (a `BaseMethod` of base.py, which has what 
     state(), restore(state)  tensors by name: what the next step depends on besides weights and optimizer
     notes                    lines for the log: what was counted, dropped, truncated
 
-The loop in training.py asks for nothing else.
+loop.py asks for nothing else.
 """
 
 from __future__ import annotations

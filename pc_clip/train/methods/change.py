@@ -7,8 +7,8 @@ validation pairs is kept: by R@1, and by CIDEr.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import closing, contextmanager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -34,6 +34,7 @@ from pc_clip.models import lora
 from pc_clip.models.caption_decoder import Shape
 from pc_clip.models.change_model import PREFIX, ChangeClip, change_of, fresh
 from pc_clip.models.clip import Clip
+from pc_clip.models.parameters import image_tower_learns
 from pc_clip.models.vocabulary import END, PAD, Vocabulary
 from pc_clip.train import losses, samplers
 from pc_clip.train.methods.base import BaseMethod, Texts
@@ -52,6 +53,14 @@ class Batch(NamedTuple):
     said: Tensor  # [B, T] int64: which sentences are said of both images, by any entry, filled up with -1
     number: Tensor  # [B] int64: which one this is
     seed: int  # of dropout
+
+
+class Part(NamedTuple):
+    """What is drawn for a batch. pairs: [B]; drawn: [B, N], which of its sentences each has, -1 for no more."""
+
+    pairs: np.ndarray
+    drawn: np.ndarray
+    seed: int
 
 
 class Method(BaseMethod):
@@ -75,7 +84,10 @@ class Method(BaseMethod):
                 raise UserError(f"{config.model.start} was trained with change.{name} {there}; leave it out here")
         self.change = clip.change
         if options.stage == "retrieve":
-            self._prepare_to_retrieve(sentences)
+            self.change.decoder = self.change.vocabulary = None  # what was written before this adaptation is no more
+            self.texts = Texts(clip, sentences)
+            self.sentence = self.texts.rows(sentences)
+            self.note(self.texts.truncated, "sentences longer than the context, cut")
         else:
             self._prepare_to_write(sentences)
         self.validation = self._validation(data)
@@ -84,19 +96,13 @@ class Method(BaseMethod):
             self.reader.start()  # while this is the only thread; batches are asked for by another
         self.sampler = samplers.make(config, len(self.pairs), config.train.batch_size, self, "pairs")
         self.notes += self.sampler.notes
-        self.features = None
+        self.features: np.ndarray | None = None
         if options.freeze:  # now, when nothing is left that could be refused
             with PartialState().main_process_first():  # the others then find it in the cache
                 self.features = frozen_tokens(clip, data, workers=config.data.workers)
 
-    def _prepare_to_retrieve(self, sentences: list[str]) -> None:
-        self.change.decoder = self.change.vocabulary = None  # what was written before this adaptation is no more
-        self.texts = Texts(self.clip, sentences)
-        self.sentence = self.texts.rows(sentences)
-        if self.texts.truncated:
-            self.notes.append(f"{self.texts.truncated} sentences longer than the context, cut")
-
     def _prepare_to_write(self, sentences: list[str]) -> None:
+        """A new decoder, or the one that the model came with, whose sizes and vocabulary stay."""
         options, distinct = self.options, list(dict.fromkeys(sentences))
         row = {text: n for n, text in enumerate(distinct)}
         self.sentence = np.array([row[text] for text in sentences], dtype=np.int64)
@@ -108,22 +114,17 @@ class Method(BaseMethod):
                 self.change.add_decoder(vocabulary, shape, options.dropout)
             self.change.to(self.clip.device)
         else:
-            self._take_over(distinct)
+            self.change.decoder.set_dropout(options.dropout)
+            sizes = ", ".join(f"{name} {value}" for name, value in vars(self.change.decoder.shape).items())
+            self.notes.append(f"the decoder of {self.config.model.start} learns on, as it is: {sizes}")
+            lacking = sum(map(self.change.vocabulary.lacks, distinct))
+            self.note(lacking, "sentences have pieces of words that it does not know; these are left out")
         length = self.change.decoder.shape.max_length
         self.written = self.change.vocabulary.encode(distinct, length)  # [U, L]
         one_more = self.change.vocabulary.encode(distinct, length + 1)
-        if cut := int(((one_more != PAD).sum(1) > length).sum()):
-            self.notes.append(f"{cut} sentences longer than {length} pieces of words, cut")
+        cut = int(((one_more != PAD).sum(1) > length).sum())
+        self.note(cut, f"sentences longer than {length} pieces of words, cut")
         self.notes.append(f"{len(self.change.vocabulary.pieces)} pieces of words in {len(distinct)} sentences")
-
-    def _take_over(self, sentences: list[str]) -> None:
-        """The decoder that the model came with; its sizes and its vocabulary stay."""
-        decoder, start = self.change.decoder, self.config.model.start
-        decoder.set_dropout(self.options.dropout)
-        sizes = ", ".join(f"{name} {value}" for name, value in vars(decoder.shape).items())
-        self.notes.append(f"the decoder of {start} learns on, as it is: {sizes}")
-        if lacking := sum(map(self.change.vocabulary.lacks, sentences)):
-            self.notes.append(f"{lacking} sentences have pieces of words that it does not know; these are left out")
 
     def _validation(self, data: Dataset) -> Dataset | None:
         """The pairs that the best epoch is chosen on."""
@@ -133,26 +134,28 @@ class Method(BaseMethod):
             self.notes.append("no validation pairs: the last epoch is kept")
             return None
         try:
-            found = load_dataset(replace(self.config.data, split=split, captions=None, mix=[]))
+            pairs = load_dataset(replace(self.config.data, split=split, captions=None, mix=[]))
         except NoSplit as error:
             raise UserError(
-                f"{data.label} has no {split} beside it to choose the best epoch on. Name other pairs, "
-                "--change.validation with a split or a file, or --change.validation none to keep the last epoch"
+                f"{error}; --change.validation names other pairs, or none to keep the last epoch"
             ) from error
-        if found.fingerprint == data.fingerprint or _inside(found, data):
+        if pairs.fingerprint == data.fingerprint or _inside(pairs, data):
             raise UserError(f"change.validation {split} is what is learnt from; name another split, or none")
-        if options.validate_on is not None:
-            check_at_least("change.validate_on", options.validate_on, 1)
-            if options.validate_on < len(found.changes):
-                rng = stream(self.config.seed, "validation pairs")
-                found = with_changes(found, np.sort(rng.permutation(len(found.changes))[: options.validate_on]))
-        _check_validation(options.stage, found)
-        self.notes += [f"{found.label}: {found.note}"] if found.note else []
-        self.chosen_by, self.chosen_on = "r1" if options.stage == "retrieve" else "cider", found.fingerprint
-        self.notes.append(
-            f"the best epoch is chosen by {self.chosen_by} on {len(found.changes)} pairs of {found.label}"
-        )
-        return found
+        if options.validate_on is not None and options.validate_on < len(pairs.changes):
+            rng = stream(self.config.seed, "validation pairs")
+            pairs = with_changes(pairs, np.sort(rng.permutation(len(pairs.changes))[: options.validate_on]))
+        sentences, count = len(distinct_sentences(pairs.changes)[0]), len(pairs.changes)
+        if count < 2 or (options.stage == "retrieve" and sentences < 2):
+            raise UserError(
+                f"{pairs.label} gives {count} pairs with {sentences} different sentences to choose an epoch by, which "
+                "takes two of each; raise change.validate_on, or set change.validation to another split or none"
+            )
+        if options.stage == "caption":
+            validation_cider(["a"], [["a"]])  # raises where it cannot be computed, now and not after an epoch
+        self.notes += [f"{pairs.label}: {pairs.note}"] if pairs.note else []
+        self.chosen_by, self.chosen_on = "r1" if options.stage == "retrieve" else "cider", pairs.fingerprint
+        self.notes.append(f"the best epoch is chosen by {self.chosen_by} on {count} pairs of {pairs.label}")
+        return pairs
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """What learns by this stage, and nothing that no loss of it reaches."""
@@ -169,51 +172,40 @@ class Method(BaseMethod):
 
     # -- the epoch -------------------------------------------------------------------------------------
 
-    def loader(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
-        """This process's part of each batch; which of a pair's sentences it has is drawn anew each epoch."""
-        rng = stream(self.config.seed, "batches", epoch)
-        mine = []  # pairs and sentences of each batch
-        for chosen in self.sampler.batches(epoch, rng):
-            mine.append((chosen[self.share], self._drawn(chosen, rng)[self.share]))
-        mine = mine[skip:]
-        nothing = torch.empty(0)
-        if self.features is not None:
-            for n, (chosen, drawn) in enumerate(mine, start=skip):
-                seen = torch.from_numpy(self.features[chosen].astype(np.float32))
-                yield self._batch(epoch, n, chosen, drawn, nothing, nothing, seen)
-            return
-        with closing(read_pairs(self.reader, [self.pairs[chosen] for chosen, _ in mine])) as coming:
-            for n, ((chosen, drawn), (before, after)) in enumerate(zip(mine, coming), start=skip):
-                yield self._batch(epoch, n, chosen, drawn, before, after, nothing)
-
-    def _drawn(self, chosen: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Which sentences of its own each pair comes with; -1 where it has no more.  -> [B, N]"""
+    def draw(self, chosen: np.ndarray, rng: np.random.Generator, epoch: int, n: int) -> Part:
+        """Which of a pair's sentences it comes with is drawn anew each epoch."""
         order = rng.random((len(chosen), self.each.max()))
         order[np.arange(order.shape[1]) >= self.each[chosen][:, None]] = 2.0  # after all there are
         drawn = order.argsort(axis=1)[:, : self.options.sentences]
-        return np.where(drawn < self.each[chosen][:, None], drawn, -1)
+        drawn = np.where(drawn < self.each[chosen][:, None], drawn, -1)
+        seed = seed_of(self.config.seed, "dropout", epoch, n, PartialState().process_index)
+        return Part(chosen[self.share], drawn[self.share], int(seed))
 
-    def _batch(
-        self, epoch: int, n: int, chosen: np.ndarray, drawn: np.ndarray, before: Tensor, after: Tensor, seen: Tensor
-    ) -> Batch:
-        number = self.sentence[self.first[chosen][:, None] + np.maximum(drawn, 0)]  # [B, N]
+    def image_rows(self, part: Part) -> np.ndarray:
+        return self.pairs[part.pairs] if self.features is None else part.pairs
+
+    def read(self, rows: Iterable[np.ndarray], epoch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Before, after and what a frozen encoder saw, as a batch has them."""
+        nothing = torch.empty(0)
+        if self.features is not None:
+            for chosen in rows:
+                yield nothing, nothing, torch.from_numpy(self.features[chosen].astype(np.float32))
+            return
+        with closing(read_pairs(self.reader, list(rows))) as coming:
+            for before, after in coming:
+                yield before, after, nothing
+
+    def batch(self, part: Part, images: tuple[Tensor, Tensor, Tensor]) -> Batch:
+        number = self.sentence[self.first[part.pairs][:, None] + np.maximum(part.drawn, 0)]  # [B, N]
         if self.options.stage == "retrieve":
             tokens = self.texts.batch(number[:, 0])
         else:
             tokens = self.written[torch.from_numpy(number)]
-            tokens[torch.from_numpy(drawn < 0)] = PAD
+            tokens[torch.from_numpy(part.drawn < 0)] = PAD
             tokens = tokens[:, :, : int((tokens != PAD).sum(-1).max())]
-        seed = seed_of(self.config.seed, "dropout", epoch, n, PartialState().process_index)
-        return Batch(
-            ids=[self.changes[pair].before for pair in chosen],
-            before=before,
-            after=after,
-            seen=seen,
-            tokens=tokens,
-            said=torch.from_numpy(self.said[chosen]),
-            number=torch.from_numpy(number[:, 0]),
-            seed=int(seed),
-        )
+        ids = [self.changes[pair].before for pair in part.pairs]
+        said, number = torch.from_numpy(self.said[part.pairs]), torch.from_numpy(number[:, 0])
+        return Batch(ids, *images, tokens, said, number, part.seed)
 
     # -- the step --------------------------------------------------------------------------------------
 
@@ -226,13 +218,14 @@ class Method(BaseMethod):
         text = self.clip.encode_text(batch.tokens).float()  # [B, D]
         scale = self.model.logit_scale.exp()
         said = batch.said[:, :0] if self.options.false_negatives else batch.said
-        loss = losses.info_nce_of_several_of_all(pair, text, said, batch.number, scale)
+        loss = losses.over_all(losses.info_nce_of_several, pair, text, said, batch.number, scale)
         return loss, {"temperature": 1 / scale.detach()} | losses.hardness(pair, text)
 
     def _write(self, batch: Batch, seen: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         target = batch.tokens[:, :, 1:]
         decoder = self.change.decoder.train()
-        with _seeded(batch.seed, seen.device) if self.options.dropout else nullcontext():
+        with torch.random.fork_rng(devices=[seen.device] if seen.device.type == "cuda" else []):
+            torch.manual_seed(batch.seed)  # of the step, so that a run that is continued drops what a straight one does
             logits = decoder(batch.tokens[:, :, :-1], seen)  # [B, N, L - 1, words - END]
         decoder.eval()
         word = target != PAD
@@ -271,14 +264,6 @@ def _rows(lists: list[list[int]]) -> np.ndarray:
     return table
 
 
-@contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Dropout by a seed of the step, so that a run that is continued drops what a straight one does."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
-
-
 def _check(config: FinetuneConfig, data: Dataset) -> None:
     """What can be said before anything is computed."""
     options = config.change
@@ -288,28 +273,29 @@ def _check(config: FinetuneConfig, data: Dataset) -> None:
             f"method change needs pairs of images with sentences, and {config.data.dataset} has none; take "
             "example_changes, clevr_change, spot_the_diff, image_editing_request or changes (your own, as JSONL)"
         )
-    if config.data.embeddings or config.data.min_crop != 1:
-        which = "data.embeddings" if config.data.embeddings else "data.min_crop"
-        raise UserError(f"method change reads both images whole, as they are; leave {which} out")
-    if config.train.blend != 1:
-        raise UserError("method change adds weights that have no start to be averaged with; leave train.blend out")
-    if config.sampler.kind != "random":
-        raise UserError("method change takes its pairs at random; leave sampler.kind out")
+    retrieve, train = options.stage == "retrieve", config.model.train
+    without_use = {
+        "data.embeddings": (config.data.embeddings, "both images are read whole, as they are"),
+        "data.min_crop": (config.data.min_crop != 1, "both images are read whole, as they are"),
+        "train.blend": (config.train.blend != 1, "new weights have no start to be averaged with"),
+        "sampler.kind": (config.sampler.kind != "random", "pairs come at random"),
+        "change.sentences": (retrieve and options.sentences > 1, "in stage retrieve each pair comes with one"),
+        "change.freeze": (retrieve and options.freeze, "stage retrieve is there to train the encoder"),
+    }
+    for name, (is_set, why) in without_use.items():
+        if is_set:
+            raise UserError(f"method change does not take {name}: {why}; leave it out")
     if not 0 <= options.clip_rate < float("inf"):
         raise UserError(f"change.clip_rate is {options.clip_rate}; it is a share of train.lr, 0 or more")
     for name in ("dropout", "label_smoothing"):
         if not 0 <= getattr(options, name) < 1:
             raise UserError(f"change.{name} is {getattr(options, name)}; it is a share, from 0 to below 1")
     check_at_least("change.sentences", options.sentences, 1)
-    if options.stage == "retrieve" and options.sentences > 1:
-        raise UserError("change.sentences is for stage caption; in stage retrieve each pair comes with one sentence")
-    if options.stage == "retrieve" and options.freeze:
+    if options.validate_on is not None:
+        check_at_least("change.validate_on", options.validate_on, 1)
+    if not (retrieve or options.freeze or image_tower_learns(train)):
         raise UserError(
-            "change.freeze keeps the encoder as it is, which stage retrieve is there to train; leave it out"
-        )
-    if options.stage == "caption" and not options.freeze and config.model.train not in ("both", "attention"):
-        raise UserError(
-            f"model.train {config.model.train} leaves the image tower as it is; stage caption takes both or attention, "
+            f"model.train {train} leaves the image tower as it is; stage caption takes both or attention, "
             "or change.freeze true, which is quicker"
         )
 
@@ -320,15 +306,3 @@ def _inside(one: Dataset, other: Dataset) -> bool:
         return False
     pairs = ({(change.before, change.after) for change in data.changes} for data in (one, other))
     return next(pairs) <= next(pairs)
-
-
-def _check_validation(stage: str, data: Dataset) -> None:
-    """Whether epochs can be told apart by these pairs, said before the first of them and not after it."""
-    sentences = len(distinct_sentences(data.changes)[0])
-    if len(data.changes) < 2 or (stage == "retrieve" and sentences < 2):
-        raise UserError(
-            f"{data.label} gives {len(data.changes)} pairs with {sentences} different sentences to choose an epoch by, "
-            "which takes two of each; raise change.validate_on, or set change.validation to another split or none"
-        )
-    if stage == "caption":
-        validation_cider(["a"], [["a"]])  # raises where it cannot be computed

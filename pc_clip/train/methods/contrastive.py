@@ -16,7 +16,6 @@ from pc_clip.core.config.train import FinetuneConfig
 from pc_clip.core.errors import UserError, check_at_least
 from pc_clip.data.dataset import Dataset
 from pc_clip.data.overlap import likely_false
-from pc_clip.models import lora
 from pc_clip.models.clip import Clip
 from pc_clip.train import losses, samplers
 from pc_clip.train.methods.base import BaseMethod, Images, Texts, embed_rows_of_images, embed_rows_of_texts
@@ -47,13 +46,12 @@ class Method(BaseMethod):
         check_at_least("train.batch_size", config.train.batch_size, 2)  # one image has no negative
         temperature = config.contrastive.temperature
         if temperature is not None and not temperature > 0:
-            raise UserError(
-                f"contrastive.temperature is {temperature}; it must be above 0, or null for the model's own"
-            )
+            raise UserError(f"contrastive.temperature is {temperature}; it must be above 0, or null for the model's")
+        if temperature is None:
+            self.idle = ("logit_bias", "text_decoder.")  # the logit scale learns
         if not data.captions:
             raise UserError(
-                f"method contrastive needs captions, and {config.data.dataset} has none; "
-                "name a file of them with --data.captions"
+                f"method contrastive needs captions, and {config.data.dataset} has none: name --data.captions"
             )
         self.images = Images(clip, data, config)
         self.said, self.rows = self._match(data)
@@ -62,8 +60,7 @@ class Method(BaseMethod):
         self.caption_rows = self.texts.rows(texts)
         self.captions_each = np.array([len(each) for each in self.said])
         self.first_caption = self.captions_each.cumsum() - self.captions_each
-        if self.texts.truncated:
-            self.notes.append(f"{self.texts.truncated} texts longer than the context, cut")
+        self.note(self.texts.truncated, "texts longer than the context, cut")
         self.sampler = samplers.make(config, len(self.rows), config.train.batch_size, self, "images")
         self.notes += self.sampler.notes
 
@@ -73,36 +70,20 @@ class Method(BaseMethod):
         rows = [row for row, key in enumerate(ids) if key in by_id]
         images, captions = self.config.data.embeddings or data.label, self.config.data.captions or data.label
         if not rows:
-            raise UserError(
-                f"none of the {len(ids)} images of {images} has a caption in {captions}, "
-                f"which is about {data.ids[0]!r} and others"
-            )
-        lacking = [
-            (len(ids), f"images of {images} have no caption"),
-            (len(by_id), f"images of {captions} are not there"),
-        ]
-        self.notes += [f"{n - len(rows)} {what} and are left out" for n, what in lacking if n > len(rows)]
+            example = f"which is about {data.ids[0]!r} and others"
+            raise UserError(f"none of the {len(ids)} images of {images} has a caption in {captions}, {example}")
+        self.note(len(ids) - len(rows), f"images of {images} have no caption and are left out")
+        self.note(len(by_id) - len(rows), f"images of {captions} are not there and are left out")
         return [by_id[ids[row]] for row in rows], np.array(rows)
-
-    def trainable(self) -> dict[str, nn.Parameter]:
-        fixed = self.config.contrastive.temperature is not None
-        found = lora.trainable(self.clip, self.config.model.train)
-        idle = ("logit_bias", "text_decoder.") + (("logit_scale",) if fixed else ())  # no loss reaches these
-        return {n: p for n, p in found.items() if not n.startswith(idle)}
 
     def embeddings(self, similarity: str, now: bool) -> Tensor:
         """What makes images similar: themselves, or the mean over their captions.  -> [N, D] float32, unit length"""
         if similarity == "image":
             return embed_rows_of_images(self.images, self.rows, now, self.config)
-        all_rows = np.arange(len(self.texts.distinct))
-        z = embed_rows_of_texts(self.texts, all_rows) if now else self.texts.embeddings()  # [U, D]
+        z = embed_rows_of_texts(self.texts, self.caption_rows)  # [captions, D]
         means = torch.zeros(len(self.rows), z.shape[1])
-        image_of = torch.from_numpy(np.repeat(np.arange(len(self.rows)), self.captions_each))
-        means.index_add_(0, image_of, z[torch.from_numpy(self.caption_rows)])
+        means.index_add_(0, torch.from_numpy(np.repeat(np.arange(len(self.rows)), self.captions_each)), z)
         return nn.functional.normalize(means, dim=-1)
-
-    def learns(self, similarity: str) -> bool:
-        return similarity == "text" or self.images.learns
 
     def alike(self, similarity: str) -> np.ndarray:
         return np.arange(len(self.rows))
@@ -110,8 +91,11 @@ class Method(BaseMethod):
     def draw(self, chosen: np.ndarray, rng: np.random.Generator, epoch: int, n: int) -> Part:
         """Which of an image's captions it has is drawn anew each epoch."""
         captions = rng.integers(self.captions_each[chosen])
-        likely = self._likely_false(chosen, captions) if self.is_logged(epoch, n) else float("nan")
-        return Part(chosen[self.share], captions[self.share], likely)
+        train, step, share = self.config.train, epoch * self.steps_per_epoch + n + 1, float("nan")
+        if step % train.log_every == 0 or step == (train.steps or train.epochs * self.steps_per_epoch):
+            captions_of = [self.said[image] for image in chosen]
+            share = likely_false([texts[k] for texts, k in zip(captions_of, captions)], captions_of)
+        return Part(chosen[self.share], captions[self.share], share)
 
     def image_rows(self, part: Part) -> np.ndarray:
         return self.rows[part.examples]
@@ -121,16 +105,12 @@ class Method(BaseMethod):
         ids = [self.images.ids[row] for row in self.rows[part.examples]]
         return Batch(ids, tokens, images, torch.tensor(part.likely_false))
 
-    def _likely_false(self, chosen: np.ndarray, drawn: np.ndarray) -> float:
-        told = [self.said[n] for n in chosen]
-        return likely_false([texts[k] for texts, k in zip(told, drawn)], told)
-
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         text = self.clip.encode_text(batch.tokens).float()  # [B, D]
         image = self.images.encode(batch.images).float()  # [B, D]
         fixed = self.config.contrastive.temperature
         temperature = 1 / self.model.logit_scale.exp() if fixed is None else fixed
-        loss = losses.info_nce_of_all(text, image, temperature)
+        loss = losses.over_all(losses.info_nce, text, image, temperature)
         logs = {"temperature": torch.as_tensor(temperature).detach()}
         logs |= {"likely_false_negatives": batch.likely_false} | losses.hardness(text, image)
         return loss, logs

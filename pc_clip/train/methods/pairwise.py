@@ -7,12 +7,13 @@ images are alike. Batches of similar sentences or similar differences come from 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from accelerate import PartialState
-from torch import Tensor, nn
+from torch import Tensor
 
 from pc_clip.core.config.train import FinetuneConfig, PairwiseConfig
 from pc_clip.core.distributed import process_slice
@@ -20,7 +21,6 @@ from pc_clip.core.errors import UserError, check_at_least, check_choice
 from pc_clip.core.random import stream
 from pc_clip.data import differences
 from pc_clip.data.dataset import Dataset
-from pc_clip.models import lora
 from pc_clip.models.clip import Clip
 from pc_clip.train import losses, samplers
 from pc_clip.train.methods.base import BaseMethod, Images, Texts, Tokens, embed_rows_of_images, embed_rows_of_texts
@@ -57,19 +57,7 @@ class Method(BaseMethod):
     def __init__(self, clip: Clip, data: Dataset, config: FinetuneConfig) -> None:
         super().__init__(clip, config)
         self.options: PairwiseConfig = config.pairwise
-        check_choice("pairwise.loss", self.options.loss, ("info_nce", "mse"))
-        if self.options.loss == "info_nce":
-            check_at_least("train.batch_size", config.train.batch_size, 2)  # one pair has no negative
-        check_at_least("pairwise.anchor_batch", self.options.anchor_batch, 1)
-        check_at_least("pairwise.anchor_captions", self.options.anchor_captions, 1)
-        if self.options.mirror and config.train.batch_size % 2:
-            raise UserError(f"train.batch_size {config.train.batch_size} is odd; mirror pairs come by twos")
-        check_choice("pairwise.keep_by", self.options.keep_by, ("random", "similar"))
-        if not 0 < self.options.keep <= 1:
-            raise UserError(f"pairwise.keep is {self.options.keep}; it is a share of the pairs, above 0 and at most 1")
-        self.anchor_share = (
-            process_slice("pairwise.anchor_batch", self.options.anchor_batch) if self.options.anchor else slice(0)
-        )
+        _check(self.options, config.train.batch_size)
         self.images = Images(clip, data, config)
         self._read_differences(config.data.differences)
         self._keep_some()
@@ -85,19 +73,18 @@ class Method(BaseMethod):
             found = differences.compiled(path, self.images.ids, self.clip.tokenizer, mirror=self.options.mirror)
         usable = found.pairs[:, 0] != found.pairs[:, 1]
         usable[usable] = ~self.images.equal(found.pairs[usable])  # a duplicate picture has no difference either
-        self._note((~usable).sum(), "pairs of equal images dropped")
+        self.note((~usable).sum(), "pairs of equal images dropped")
         if found.mirror is not None:
             has_roles = found.mirror >= 0
-            self._note((usable & ~has_roles).sum(), "sentences dropped that do not name both images, so have no mirror")
+            self.note((usable & ~has_roles).sum(), "sentences dropped that do not name both images, so have no mirror")
             usable &= has_roles
         if not usable.any():
             raise UserError(f"none of the {len(usable)} differences in {path} can be used: {'; '.join(self.notes)}")
         self.pairs = found.pairs[usable]  # [N, 2]
-        self.text_rows = found.text[usable]  # [N], rows of texts
-        self.mirror_rows = None if found.mirror is None else found.mirror[usable]
+        said = [found.text] if found.mirror is None else [found.text, found.mirror]
+        self.text_rows = np.stack(said, axis=1)[usable]  # [N, 1], rows of texts, or [N, 2] with the mirror
         self.texts = Tokens(self.clip, found.tokens)
-        said = [self.text_rows] if self.mirror_rows is None else [self.text_rows, self.mirror_rows]
-        self._note(self.texts.count_truncated(*said), "texts longer than the context, cut")
+        self.note(self.texts.count_truncated(self.text_rows), "texts longer than the context, cut")
 
     def _keep_some(self) -> None:
         """The share of the pairs that was asked for: the hardest by their images, or a control of as many."""
@@ -107,44 +94,32 @@ class Method(BaseMethod):
         if self.options.keep_by == "random":
             chosen = stream(self.config.seed, "keep").permutation(len(self.pairs))[:kept]
         else:
-            closeness = self._closeness()
+            closeness = self._of_both_images(lambda z, other: (z * other).sum(-1), now=False).numpy()
             chosen = np.argsort(-closeness, kind="stable")[:kept]
             self.notes.append(
                 f"cosine of a pair's images: {closeness.mean():.3f} in all, {closeness[chosen].mean():.3f} in these"
             )
         chosen.sort()
         self.pairs, self.text_rows = self.pairs[chosen], self.text_rows[chosen]
-        self.mirror_rows = None if self.mirror_rows is None else self.mirror_rows[chosen]
         self.notes.append(f"{kept} pairs kept, {self.options.keep_by}")
 
-    def _closeness(self) -> np.ndarray:
-        """Cosine of the two images of each pair, before training.  -> [N]"""
+    def _of_both_images(self, compute: Callable[[Tensor, Tensor], Tensor], now: bool) -> Tensor:
+        """Something of the unit embeddings of each pair's two images, a block of pairs at a time.  -> [N, ...]"""
         used, places = np.unique(self.pairs, return_inverse=True)
-        z = embed_rows_of_images(self.images, used, False, self.config)
-        places = torch.from_numpy(places.reshape(self.pairs.shape))
-        blocks = places.split(BLOCK)
-        return np.concatenate([(z[some[:, 0]] * z[some[:, 1]]).sum(-1).numpy() for some in blocks])
+        z = embed_rows_of_images(self.images, used, now, self.config)
+        blocks = torch.from_numpy(places.reshape(self.pairs.shape)).split(BLOCK)
+        return torch.cat([compute(z[some[:, 0]], z[some[:, 1]]) for some in blocks])
 
     def embeddings(self, similarity: str, now: bool) -> Tensor:
         """What makes pairs similar: their sentences, or their images' differences.  -> [N, D] float32, unit length"""
         if similarity == "text":
-            said, rows = np.unique(self.text_rows, return_inverse=True)
-            return embed_rows_of_texts(self.texts, said)[torch.from_numpy(rows)]
-        used, places = np.unique(self.pairs, return_inverse=True)
-        z = embed_rows_of_images(self.images, used, now, self.config)
-        places, found = torch.from_numpy(places.reshape(self.pairs.shape)), torch.empty(len(self.pairs), z.shape[1])
-        for n in range(0, len(places), BLOCK):
-            some = places[n : n + BLOCK]
-            found[n : n + BLOCK] = losses.unit_differences(z[some[:, 0]], z[some[:, 1]])
-        return found
-
-    def learns(self, similarity: str) -> bool:
-        return similarity == "text" or self.images.learns
+            return embed_rows_of_texts(self.texts, self.text_rows[:, 0])
+        return self._of_both_images(losses.unit_differences, now)
 
     def alike(self, similarity: str) -> np.ndarray:
         """Pairs of which the same sentence is told, or whose two images are the same."""
         if similarity == "text":
-            return self.text_rows
+            return self.text_rows[:, 0]
         return np.unique(self.pairs, axis=0, return_inverse=True)[1].reshape(-1)
 
     def _draw_anchor(self, captions: list[tuple[str, ...]]) -> None:
@@ -158,27 +133,19 @@ class Method(BaseMethod):
         rng = stream(self.config.seed, "anchor")
         chosen = rng.permutation(len(distinct))[: self.options.anchor_captions]
         self.anchors = Texts(self.clip, [distinct[n] for n in chosen])
-        self.anchor_start = self.anchors.embeddings()  # [captions, D]
-
-    def _note(self, count: int, what: str) -> None:
-        if count:
-            self.notes.append(f"{count} {what}")
-
-    def trainable(self) -> dict[str, nn.Parameter]:
-        learn = lora.trainable(self.clip, self.config.model.train)
-        return {n: p for n, p in learn.items() if not n.startswith(("logit_", "text_decoder."))}
+        self.anchor_start = self.clip.embed_texts(self.anchors.distinct)  # [captions, D]
+        self.anchor_share = process_slice("pairwise.anchor_batch", self.options.anchor_batch)
 
     # -- the epoch -------------------------------------------------------------------------------------
 
     def draw(self, chosen: np.ndarray, rng: np.random.Generator, epoch: int, n: int) -> Part:
         anchors = np.empty(0, int)
         if self.anchors:
-            anchors = rng.integers(len(self.anchors.distinct), size=self.options.anchor_batch)
-        pairs, rows = self.pairs[chosen], self.text_rows[chosen]
-        if self.mirror_rows is not None:
+            anchors = rng.integers(len(self.anchors.distinct), size=self.options.anchor_batch)[self.anchor_share]
+        pairs, rows = self.pairs[chosen], self.text_rows[chosen].T.reshape(-1)
+        if self.options.mirror:
             pairs = np.concatenate([pairs, pairs[:, ::-1]])
-            rows = np.concatenate([rows, self.mirror_rows[chosen]])
-        return Part(pairs[self.share], rows[self.share], anchors[self.anchor_share], _identical(rows))
+        return Part(pairs[self.share], rows[self.share], anchors, _identical(rows))
 
     def image_rows(self, part: Part) -> np.ndarray:
         return np.unique(part.pairs)
@@ -209,7 +176,7 @@ class Method(BaseMethod):
         if self.options.loss == "mse":
             loss = losses.squared_distance(text, target)
         else:
-            loss = losses.info_nce_of_all(text.float(), target.float(), self.options.temperature)
+            loss = losses.over_all(losses.info_nce, text.float(), target.float(), self.options.temperature)
         logs = {"difference_loss": loss.detach(), "identical_negatives": batch.identical}
         logs |= losses.hardness(text, target)
         if len(batch.anchor_tokens):
@@ -217,6 +184,19 @@ class Method(BaseMethod):
             logs["anchor"] = turned.detach()
             loss = loss + self.options.anchor * turned
         return loss, logs
+
+
+def _check(options: PairwiseConfig, batch_size: int) -> None:
+    check_choice("pairwise.loss", options.loss, ("info_nce", "mse"))
+    check_choice("pairwise.keep_by", options.keep_by, ("random", "similar"))
+    for name in ("anchor_batch", "anchor_captions"):
+        check_at_least(f"pairwise.{name}", getattr(options, name), 1)
+    if options.loss == "info_nce":
+        check_at_least("train.batch_size", batch_size, 2)  # one pair has no negative
+    if options.mirror and batch_size % 2:
+        raise UserError(f"train.batch_size {batch_size} is odd; mirror pairs come by twos")
+    if not 0 < options.keep <= 1:
+        raise UserError(f"pairwise.keep is {options.keep}; it is a share of the pairs, above 0 and at most 1")
 
 
 def _identical(rows: np.ndarray) -> float:

@@ -20,30 +20,35 @@ from pc_clip.core.errors import UserError, check_choice
 from pc_clip.data.dataset import Dataset, Statement
 from pc_clip.data.statements import read_statements
 from pc_clip.data.views import located, match
-from pc_clip.models import lora
 from pc_clip.models.clip import Clip
 from pc_clip.train import losses, samplers
 from pc_clip.train.methods import coca
 from pc_clip.train.methods.base import BaseMethod, Images, Texts, embed_rows_of_images, embed_rows_of_texts
-from pc_clip.train.methods.coca import CoCa
 
-BLOCK = 65_536  # preferences whose embeddings are held at a time
+BLOCK = 16_384  # preferences whose embeddings are held at a time
 LOSSES = ("dpo", "ipo", "reward", "contrastive")
 _TIE = "the model reads the same tokens in both texts, or sees the same in both images"
 
 
 class Batch(NamedTuple):
-    """B preferences about U images in V texts. Of ranking data, preferred and rejected are one text and two images."""
+    """B preferences about U images in V texts. Of ranking data both texts are one, and the images are two."""
 
     ids: list[str]
     tokens: Tensor  # [V, L] int64
-    preferred: Tensor  # [B] int64, rows of tokens: a text that occurs twice is encoded once
-    rejected: Tensor  # [B] int64
+    text: Tensor  # [B, 2] int64, rows of tokens: of the preferred and of the rejected text
     images: Tensor  # [U, D] embeddings, or [U, 3, H, W] pixels when the image tower learns
-    image: Tensor  # [B] int64, rows of images
-    instead: Tensor  # [B] int64, where the rejected text is scored: the same image, but for ranking data
+    image: Tensor  # [B, 2] int64, rows of images: of which the text is preferred, and of which it is rejected
     numbers: Tensor  # [B, 3] int64, of the image, the preferred and the rejected text in all the data
     reference: Tensor  # [B] float32, log-odds before training; empty where there are none or each step finds them
+
+
+class Scores(NamedTuple):
+    """What a model thinks of a batch."""
+
+    text: Tensor  # [V, D] float32
+    image: Tensor  # [U, D] float32
+    cosine: tuple[Tensor, Tensor]  # [B] each, of what is preferred and of what is rejected
+    log_odds: Tensor  # [B], of what is preferred
 
 
 class Method(BaseMethod):
@@ -55,12 +60,11 @@ class Method(BaseMethod):
         _check(self.options)
         if self.options.captioning:
             coca.check(clip)
-        statements = self._read(data)
-        self.texts = Texts(clip, [text for s in statements for text in (s.preferred, s.rejected)])
-        self.preferred = self.texts.rows([s.preferred for s in statements])  # [N]
-        self.rejected = self.texts.rows([s.rejected for s in statements])
-        if self.texts.truncated:
-            self.notes.append(f"{self.texts.truncated} texts longer than the context, cut")
+            self.idle = ("logit_",)  # CoCa's decoder learns
+        texts = [text for s in self._read(data) for text in (s.preferred, s.rejected)]
+        self.texts = Texts(clip, texts)
+        self.text = self.texts.rows(texts).reshape(-1, 2)  # [N, 2]
+        self.note(self.texts.truncated, "texts longer than the context, cut")
         self._leave_out_ties()
         scale = self.options.logit_scale
         self.logit_scale = clip.model.logit_scale.detach().exp().item() if scale is None else scale
@@ -73,54 +77,42 @@ class Method(BaseMethod):
         paths, embeddings = self.config.data.statements, self.config.data.embeddings
         found = read_statements(paths, self.config.seed) if paths else list(data.statements)
         if not found:
-            raise UserError(
-                f"method preference needs statements, and {data.label} has none of its own; "
-                "name files of them with --data.statements"
-            )
+            raise UserError(f"method preference needs statements, and {data.label} has none; name --data.statements")
         if self.options.loss == "contrastive" and any(s.instead for s in found):  # before images are embedded
             raise UserError(
                 "preference.loss contrastive needs texts that are rejected, and these are images that are; "
                 f"take one of {', '.join(LOSSES[:3])}"
             )
-        if embeddings and self.options.captioning:
-            raise UserError(
-                "preference.captioning reads the images themselves, for which data.embeddings cannot stand in; "
-                "leave one of the two out"
-            )
-        if embeddings:
-            self.images = Images(self.clip, data, self.config)
-            there = match(found, self.images.ids)
-        else:
-            there = located(found, data)
-            self.images = Images(self.clip, there.data, self.config, pixels=self.options.captioning > 0)
-        if there.absent:
-            where = embeddings or data.label
-            self.notes.append(f"{there.absent} of {len(found)} statements are left out: {where} lacks their image")
-        self.image, self.instead = there.rows, there.others  # [N]
-        true = sum(s.true for s in there.statements)
-        if true < len(there.statements):
-            self.notes.append(
-                f"{len(there.statements) - true} statements are false: what contradicts them is preferred"
-            )
+        there = None if embeddings else located(found, data)
+        self.images = Images(self.clip, there.data if there else data, self.config, self.options.captioning > 0)
+        there = there or match(found, self.images.ids)
+        where = embeddings or data.label
+        self.note(there.absent, f"of {len(found)} statements are left out: {where} lacks their image")
+        false = sum(not s.true for s in there.statements)
+        self.note(false, "statements are false: what contradicts them is preferred")
+        self.image = np.stack([there.rows, there.others], axis=1)  # [N, 2]
         return there.statements
 
     def _leave_out_ties(self) -> None:
         """Drop and count preferences whose two sides are one to the model: neither can win, whatever is learnt."""
-        tie, tokens = self.image == self.instead, self.texts.tokens
-        texts, images = np.flatnonzero(tie), np.flatnonzero(~tie)
-        tie[texts] = (tokens[self.preferred[texts]] == tokens[self.rejected[texts]]).all(axis=1)
-        tie[images] = self.images.equal(np.stack([self.image[images], self.instead[images]], axis=1))
-        if not tie.any():
-            return
+        one_image = self.image[:, 0] == self.image[:, 1]
+        first, second = self.texts.tokens[self.text[one_image]].swapaxes(0, 1)
+        tie = np.empty(len(one_image), dtype=bool)
+        tie[one_image] = (first == second).all(axis=1)
+        tie[~one_image] = self.images.equal(self.image[~one_image])
         if tie.all():
             raise UserError(f"nothing can be learnt from any of the {len(tie)} statements: {_TIE}; write others")
-        self.notes.append(f"{tie.sum()} of {len(tie)} statements are left out: {_TIE}")
-        for name in ("image", "instead", "preferred", "rejected"):
-            setattr(self, name, getattr(self, name)[~tie])
+        self.note(tie.sum(), f"of {len(tie)} statements are left out: {_TIE}")
+        self.text, self.image = self.text[~tie], self.image[~tie]
 
     def _find_reference(self) -> None:
-        """What the start thinks of all preferences; where each epoch has crops of its own, a copy that can be asked."""
-        self.reference, self.frozen = torch.empty(0), None
+        """Log-odds of all preferences by the model as it was before training, from embeddings that are made once.
+
+        They are made as a step makes them, in bf16 if it does: what is rounded off is then the same in both, and
+        cancels. Where each epoch has crops of its own, or captions count, a copy of the model finds them in each step.
+        """
+        self.reference = torch.empty(0)  # [N] float32
+        self.frozen: Clip | None = None
         if self.options.loss not in ("dpo", "ipo") or self.options.reference_free:
             return
         if self.training:  # from scratch
@@ -128,40 +120,32 @@ class Method(BaseMethod):
                 f"preference.loss {self.options.loss} starts from what a model knows, and model.pretrained scratch "
                 "knows nothing; take preference.loss contrastive or reward"
             )
-        if self.images.learns and self.config.data.min_crop < 1:
-            self.frozen = FrozenCopy(self.clip, self.logit_scale, self.options.captioning)
+        if self.options.captioning or (self.images.learns and self.config.data.min_crop < 1):
+            model = copy.deepcopy(self.clip.model).eval().requires_grad_(False)
+            # Texts go the same way through it: two ways round differently. None: the way through its own weights.
+            self.frozen = dataclasses.replace(self.clip, model=model, _fast=None)
             return
-        text, image = (self.preferred, self.rejected), (self.image, self.instead)
-        self.reference = log_odds_of_all(self.texts, self.images, text, image, self.logit_scale, self.config)
-        if self.options.captioning:
-            precision = self.config.train.precision
-            rows = np.concatenate(image), np.concatenate(text)
-            found = coca.log_likelihoods_of_all(self.clip, self.images, self.texts, *rows, precision)
-            preferred, rejected = found.chunk(2)
-            self.reference += self.options.captioning * (preferred - rejected)
-
-    def trainable(self) -> dict[str, nn.Parameter]:
-        idle = ("logit_",) if self.options.captioning else ("logit_", "text_decoder.")  # CoCa's decoder
-        return {n: p for n, p in lora.trainable(self.clip, self.config.model.train).items() if not n.startswith(idle)}
+        precision = self.config.train.precision
+        z_text = embed_rows_of_texts(self.texts, np.arange(len(self.texts.distinct)), precision)  # [texts, D]
+        used, places = np.unique(self.image, return_inverse=True)
+        z_image = embed_rows_of_images(self.images, used, precision == "bf16", self.config)  # those cached are exact
+        self.reference = torch.empty(len(self.image))
+        for start in range(0, len(self.image), BLOCK):
+            some = slice(start, start + BLOCK)
+            cosine = (z_text[self.text[some]] * z_image[places.reshape(-1, 2)[some]]).sum(-1)
+            self.reference[some] = losses.log_odds(*cosine.T, self.logit_scale)
 
     # -- for the sampler -------------------------------------------------------------------------------
 
     def embeddings(self, similarity: str, now: bool) -> Tensor:
         """What makes preferences similar: the preferred text, or the image.  -> [N, D] float32, unit length"""
-        rows = self.preferred if similarity == "text" else self.image
-        used, places = np.unique(rows, return_inverse=True)
-        found = (
-            embed_rows_of_texts(self.texts, used)
-            if similarity == "text"
-            else embed_rows_of_images(self.images, used, now, self.config)
-        )
-        return found[torch.from_numpy(places)]
-
-    def learns(self, similarity: str) -> bool:
-        return similarity == "text" or self.images.learns
+        if similarity == "text":
+            return embed_rows_of_texts(self.texts, self.text[:, 0])
+        used, places = np.unique(self.image[:, 0], return_inverse=True)
+        return embed_rows_of_images(self.images, used, now, self.config)[torch.from_numpy(places)]
 
     def alike(self, similarity: str) -> np.ndarray:
-        return self.preferred if similarity == "text" else self.image
+        return (self.text if similarity == "text" else self.image)[:, 0]
 
     # -- the epoch -------------------------------------------------------------------------------------
 
@@ -169,122 +153,62 @@ class Method(BaseMethod):
         return chosen[self.share]
 
     def image_rows(self, chosen: np.ndarray) -> np.ndarray:
-        return np.unique([self.image[chosen], self.instead[chosen]])
+        return np.unique(self.image[chosen])
 
     def batch(self, chosen: np.ndarray, images: Tensor) -> Batch:
-        said, text = np.unique([self.preferred[chosen], self.rejected[chosen]], return_inverse=True)
-        _, image = np.unique([self.image[chosen], self.instead[chosen]], return_inverse=True)
-        text, image = (torch.from_numpy(rows.reshape(2, -1)) for rows in (text, image))
-        numbers = self.image, self.preferred, self.rejected
+        used, text = np.unique(self.text[chosen], return_inverse=True)  # a text that occurs twice is encoded once
+        image = np.unique(self.image[chosen], return_inverse=True)[1]
         return Batch(
-            ids=[self.images.ids[row] for row in self.image[chosen]],
-            tokens=self.texts.batch(said),
-            preferred=text[0],
-            rejected=text[1],
+            ids=[self.images.ids[row] for row in self.image[chosen, 0]],
+            tokens=self.texts.batch(used),
+            text=torch.from_numpy(text.reshape(-1, 2)),
             images=images,
-            image=image[0],
-            instead=image[1],
-            numbers=torch.from_numpy(np.stack([rows[chosen] for rows in numbers], axis=1)),
+            image=torch.from_numpy(image.reshape(-1, 2)),
+            numbers=torch.from_numpy(np.column_stack([self.image[chosen, 0], self.text[chosen]])),
             reference=self.reference[torch.from_numpy(chosen)] if len(self.reference) else self.reference,
         )
 
     # -- the step --------------------------------------------------------------------------------------
 
-    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def score(self, clip: Clip, batch: Batch) -> Scores:
+        """What a model thinks of a batch, this one or the copy of the start. A text or an image is encoded once."""
         if self.options.captioning:
-            text, image, likelier = encode_captioning(self.model, batch)
+            text, vectors = coca.encode_text(clip.model, batch.tokens)
+            image, seen = coca.encode_image(clip.model, batch.images)
         else:
-            text = self.clip.encode_text(batch.tokens).float()  # [V, D]
-            image = self.images.encode(batch.images).float()  # [U, D]
-            likelier = 0.0
-        preferred, rejected = cosines(text, image, batch)  # [B], [B]
-        policy = losses.log_odds(preferred, rejected, self.logit_scale) + self.options.captioning * likelier
+            text = clip.encode_text(batch.tokens)
+            image = batch.images if self.images.z is not None else clip.encode_image(batch.images)
+        text, image = text.float(), image.float()
+        z_text, z_image = nn.functional.normalize(text, dim=-1), nn.functional.normalize(image, dim=-1)
+        cosine = tuple((z_text[a] * z_image[b]).sum(-1) for a, b in zip(batch.text.T, batch.image.T))
+        log_odds = losses.log_odds(*cosine, self.logit_scale)
+        if self.options.captioning:  # by how much the decoder finds the caption likelier where it is preferred
+            said, there = batch.text.flatten(), batch.image.flatten()
+            likelihood = coca.log_likelihood(clip.model, seen[there], batch.tokens[said], vectors[said]).view(-1, 2)
+            log_odds = log_odds + self.options.captioning * (likelihood[:, 0] - likelihood[:, 1])
+        return Scores(text, image, cosine, log_odds)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        options, scores = self.options, self.score(self.clip, batch)
+        policy = scores.log_odds
         logs = {"accuracy": (policy > 0).float().mean(), "margin": policy.detach().mean()}
-        if self.options.loss == "reward":
-            alpha = self.logit_scale if self.options.alpha is None else self.options.alpha
-            return losses.bradley_terry(preferred, rejected, alpha), logs
-        if self.options.loss == "contrastive":
-            texts = text[batch.preferred], text[batch.rejected]
-            found = *texts, image[batch.image], batch.numbers
-            return losses.info_nce_with_negatives_of_all(*found, self.logit_scale), logs
-        reference = self.frozen.log_odds(batch) if self.frozen else batch.reference if len(batch.reference) else None
+        if options.loss == "reward":
+            alpha = self.logit_scale if options.alpha is None else options.alpha
+            return losses.bradley_terry(*scores.cosine, alpha), logs
+        if options.loss == "contrastive":
+            preferred, rejected = scores.text[batch.text.T]
+            embeddings = preferred, rejected, scores.image[batch.image[:, 0]]
+            loss = losses.over_all(losses.info_nce_with_negatives, *embeddings, batch.numbers, self.logit_scale)
+            return loss, logs
+        reference = batch.reference if len(batch.reference) else None
+        if self.frozen:
+            with torch.no_grad():
+                reference = self.score(self.frozen, batch).log_odds
         if reference is not None:
             logs["moved"] = (policy - reference).detach().mean()
-        if self.options.loss == "ipo":
-            return losses.ipo(policy, reference, self.options.beta), logs
-        return losses.dpo(policy, reference, self.options.beta, self.options.label_smoothing), logs
-
-
-def cosines(text: Tensor, image: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Of each preference's image with its preferred text, and of what is rejected. [V, D], [U, D] -> [B], [B]"""
-    text, image = nn.functional.normalize(text, dim=-1), nn.functional.normalize(image, dim=-1)
-    return (
-        (text[batch.preferred] * image[batch.image]).sum(-1),
-        (text[batch.rejected] * image[batch.instead]).sum(-1),
-    )
-
-
-def encode_captioning(model: CoCa, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Embeddings of a batch's texts and images, and how much likelier captions are where preferred.
-
-    Each text and each image goes through its tower once.  -> [V, D], [U, D], [B], all float32
-    """
-    text, vectors = coca.encode_text(model, batch.tokens)
-    image, image_tokens = coca.encode_image(model, batch.images)
-    preferred, rejected = (
-        coca.log_likelihood(model, image_tokens[there], batch.tokens[said], vectors[said])
-        for there, said in ((batch.image, batch.preferred), (batch.instead, batch.rejected))
-    )
-    return text.float(), image.float(), preferred - rejected
-
-
-# -- what the model thought before it was trained -----------------------------------------------------------
-
-
-def log_odds_of_all(
-    texts: Texts, images: Images, text: tuple[np.ndarray, np.ndarray], image: tuple[np.ndarray, np.ndarray],
-    logit_scale: float, config: FinetuneConfig,
-) -> Tensor:  # fmt: skip
-    """Log-odds of N preferences by the model as it was before training, from embeddings that are made once.
-
-    They are made as a step makes them, in bf16 if it does: what is rounded off is then the same in both, and cancels.
-    text, image: [N] rows each, of what is preferred and of what is rejected.  -> [N] float32, on the CPU
-    """
-    precision = config.train.precision
-    z_text = texts.embeddings(precision)  # [U, D]
-    used, places = np.unique(image, return_inverse=True)
-    z_image = embed_rows_of_images(images, used, precision == "bf16", config)  # those of the cache are exact
-    places = places.reshape(2, -1)
-    found = torch.empty(len(text[0]))
-    for start in range(0, len(found), BLOCK):
-        some = slice(start, start + BLOCK)
-        cosine = [(z_text[text[k][some]] * z_image[places[k][some]]).sum(-1) for k in (0, 1)]
-        found[some] = losses.log_odds(*cosine, logit_scale)
-    return found
-
-
-class FrozenCopy:
-    """The start model, for batches of pixels that differ from epoch to epoch: random crops."""
-
-    def __init__(self, clip: Clip, logit_scale: float, captioning: float = 0.0) -> None:
-        self.model = copy.deepcopy(clip.model).eval().requires_grad_(False)
-        self.logit_scale, self.captioning = logit_scale, captioning
-        # Texts go the same way through it: two ways round differently in bf16. None: the way through its own weights.
-        self.clip = dataclasses.replace(clip, model=self.model, _fast=None)
-
-    @torch.no_grad()
-    def log_odds(self, batch: Batch) -> Tensor:
-        """[B] float32, of the batch's own pixels."""
-        if self.captioning:
-            text, image, likelier = encode_captioning(self.model, batch)
-        else:
-            text = self.clip.encode_text(batch.tokens).float()
-            image = self.clip.encode_image(batch.images).float()
-            likelier = 0.0
-        return losses.log_odds(*cosines(text, image, batch), self.logit_scale) + self.captioning * likelier
-
-
-# -- settings ----------------------------------------------------------------------------------------------
+        if options.loss == "ipo":
+            return losses.ipo(policy, reference, options.beta), logs
+        return losses.dpo(policy, reference, options.beta, options.label_smoothing), logs
 
 
 def _check(options: PreferenceConfig) -> None:
@@ -296,14 +220,9 @@ def _check(options: PreferenceConfig) -> None:
     if not 0 <= options.captioning < float("inf"):
         raise UserError(f"preference.captioning is {options.captioning}; it is a weight, 0 or more")
     if not 0 <= options.label_smoothing < 0.5:
-        raise UserError(
-            f"preference.label_smoothing is {options.label_smoothing}; it is a share of labels, from 0 to below 0.5"
-        )
-    means_nothing = {
-        "label_smoothing": options.label_smoothing and options.loss != "dpo",
-        "reference_free": options.reference_free and options.loss not in ("dpo", "ipo"),
-        "captioning": options.captioning and options.loss not in ("dpo", "ipo"),
-        "alpha": options.alpha is not None and options.loss != "reward",
-    }
-    if named := [f"preference.{name}" for name, set_ in means_nothing.items() if set_]:
-        raise UserError(f"{' and '.join(named)} means nothing for preference.loss {options.loss}; leave it out")
+        raise UserError(f"preference.label_smoothing is {options.label_smoothing}; it is a share, from 0 to below 0.5")
+    used_by = {"label_smoothing": ("dpo",), "reference_free": ("dpo", "ipo"), "captioning": ("dpo", "ipo")}
+    used_by |= {"alpha": ("reward",)}
+    for name, kinds in used_by.items():
+        if getattr(options, name) and options.loss not in kinds:
+            raise UserError(f"preference.{name} means nothing for preference.loss {options.loss}; leave it out")
