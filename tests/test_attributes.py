@@ -9,7 +9,8 @@ from pc_clip.core.config.evaluate import DifferenceConfig, EvaluateConfig
 from pc_clip.core.errors import UserError
 from pc_clip.data import attributes
 from pc_clip.data.dataset import Dataset, Question
-from pc_clip.data.differences import Difference, contrast, to_line
+from pc_clip.data.differences import Difference, to_line
+from pc_clip.data.wordings import contrast
 from pc_clip.evals import EvalContext, difference, rank
 
 TASK = """dataset: zoo

@@ -14,8 +14,9 @@ from pc_clip.core.config.evaluate import EVALUATIONS, DifferenceConfig, Evaluate
 from pc_clip.core.errors import UserError
 from pc_clip.data import differences
 from pc_clip.data.dataset import Attribute, Change, Dataset, Question, Statement
-from pc_clip.data.differences import Difference, swap_roles, to_line
+from pc_clip.data.differences import Difference, to_line
 from pc_clip.data.registry import open_dataset
+from pc_clip.data.wordings import swap_roles
 from pc_clip.evals import EvalContext, average, compositional, difference, find, rank, relations, zeroshot
 from pc_clip.evals.evaluate import measure
 from pc_clip.models.clip import Clip

@@ -25,12 +25,15 @@ from pc_clip.core.errors import UserError, check_at_least
 from pc_clip.core.random import seed_of, stream
 from pc_clip.data import attributes, differences
 from pc_clip.data.dataset import Attribute, Dataset, Question
-from pc_clip.data.differences import UNSEEN, Difference, contrast, swap_roles
+from pc_clip.data.differences import Difference
+from pc_clip.data.wordings import HELD_OUT_FAMILIES, Wordings, contrast, swap_roles
 from pc_clip.evals import EvalContext, Result
 from pc_clip.evals.zeroshot import class_embeddings, templates_of
 from pc_clip.metrics import intervals
 from pc_clip.models.clip import Clip
 
+UNSEEN = 64  # wordings of held-out families that stand for all of them
+VERSION = 2  # unseen: held-out families
 CANDIDATES = 100  # of which one pair is a sentence's own, for difference_r1
 LACKING = "a data set with graded attributes (example, awa2, cifar100, flowers102), or --difference.sentences FILE"
 
@@ -99,16 +102,25 @@ def draw_claims(attribute: Attribute, n: int, seeds: Sequence[int]) -> Claims:
     up = attribute.value[pairs[:, 0]] > attribute.value[pairs[:, 1]]
     # Even wordings tell of the first image first, odd ones do not.
     wording = 2 * np.concatenate([rng.integers(2, size=len(each)) for rng, each in zip(streams, drawn)])
+    rng = streams[0]
+    unseen = [Wordings(HELD_OUT_FAMILIES, ("first_image", "first_photo")).draw(rng) for _ in range(UNSEEN)]
+    which = rng.integers(UNSEEN, size=len(pairs)).tolist()
     known = {(u, w): _wordings(attribute, u, w) for u in (True, False) for w in (0, 2)}
-    texts = [known[each] for each in zip(up.tolist(), wording.tolist())]
+    texts = [
+        (*known[u, w], unseen[k].say(*_phrases(attribute, u))) for u, w, k in zip(up.tolist(), wording.tolist(), which)
+    ]
     return Claims(attribute, draw, pairs, up, *map(list, zip(*texts)))
 
 
-def _wordings(attribute: Attribute, up: bool, wording: int) -> tuple[str, str, str, str]:
-    """A true sentence, its opposite, the order-swapped form, and an unseen template."""
-    a, b = (attribute.more, attribute.less) if up else (attribute.less, attribute.more)
-    opposite, swapped = contrast(b, a, wording), contrast(a, b, wording + 1)
-    return contrast(a, b, wording), opposite, swapped, UNSEEN[wording // 2].format(a=a, b=b)
+def _wordings(attribute: Attribute, up: bool, wording: int) -> tuple[str, str, str]:
+    """A true sentence, its opposite, and the order-swapped form."""
+    a, b = _phrases(attribute, up)
+    return contrast(a, b, wording), contrast(b, a, wording), contrast(a, b, wording + 1)
+
+
+def _phrases(attribute: Attribute, up: bool) -> tuple[str, str]:
+    """What is seen in the first image and in the second."""
+    return (attribute.more, attribute.less) if up else (attribute.less, attribute.more)
 
 
 def draw_pairs(attribute: Attribute, n: int, rng: np.random.Generator, tries: int = 200) -> np.ndarray:

@@ -24,9 +24,9 @@ from pc_clip.core.files import write_json, write_text
 from pc_clip.core.paths import checkpoint_file
 from pc_clip.data import attributes
 from pc_clip.data.dataset import Dataset
-from pc_clip.data.differences import UNSEEN, WORDINGS
 from pc_clip.data.registry import download, open_dataset
 from pc_clip.data.statements import label_of, read_statements
+from pc_clip.data.wordings import FAMILIES, SCHEMES
 from pc_clip.evals import EvalContext, Result
 from pc_clip.evals.comparative import FOLDER as COMPARISONS
 from pc_clip.models.clip import Clip
@@ -195,7 +195,7 @@ def _key(context: EvalContext, mode: str, statements: str) -> str:
     content = (
         mode, getattr(module, "VERSION", None), identity(config), options, statements, data.fingerprint,
         other and other.fingerprint, data.captions, questions, graded, clip.weights_hash(), clip.describe(),
-        WORDINGS, UNSEEN, [path.read_bytes() for path in yaml if path.is_file()],
+        FAMILIES, SCHEMES, [path.read_bytes() for path in yaml if path.is_file()],
     )  # fmt: skip
     return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
 

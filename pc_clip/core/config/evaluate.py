@@ -27,6 +27,21 @@ class DifferenceConfig:
 
 
 @dataclass
+class WordingsConfig:
+    """The same differences in many wordings, among them some that no training sentence has.
+
+    Args:
+        n_pairs: Pairs of images.
+        families: The families of wordings that are held out; empty for those of data/wordings.yaml.
+        schemes: The schemes of names for the two images that are held out; empty for those.
+    """
+
+    n_pairs: int = 300
+    families: list[str] = field(default_factory=list)
+    schemes: list[str] = field(default_factory=list)
+
+
+@dataclass
 class RankConfig:
     """Images in the order of a sentence.
 
@@ -137,6 +152,7 @@ class CaptionConfig:
 EVALUATIONS: dict[str, str] = {  # --mode NAME, in a line each
     "zeroshot": "zero-shot classification by prompts",
     "difference": "difference sentences against pairs of images",
+    "wordings": "differences in any wording, trained or not",
     "rank": "images in the order of an attribute, or of a sentence of yours",
     "comparative": "prompts that know how classes differ",
     "extended": "prompts that describe classes",
@@ -214,6 +230,7 @@ class EvaluateConfig(LoaderConfig):
     threads: int = runtime(0)
     model: PretrainedConfig = field(default_factory=PretrainedConfig, metadata={"identity": False})
     difference: DifferenceConfig = field(default_factory=DifferenceConfig, metadata={"identity": False})
+    wordings: WordingsConfig = field(default_factory=WordingsConfig, metadata={"identity": False})
     rank: RankConfig = field(default_factory=RankConfig, metadata={"identity": False})
     comparative: ComparativeConfig = field(default_factory=ComparativeConfig, metadata={"identity": False})
     extended: ExtendedConfig = field(default_factory=ExtendedConfig, metadata={"identity": False})

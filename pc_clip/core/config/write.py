@@ -102,6 +102,21 @@ class ChangeWriterConfig(LoaderConfig):
 
 
 @dataclass
+class WordingConfig:
+    """In which wordings the writer rules puts a difference; data/wordings.yaml has them all.
+
+    Args:
+        families: Families of templates; empty for all that are not held out for evaluations.
+        schemes: Schemes of names for the two images; empty for all that are not held out.
+        order: Which image is mentioned first: both, each as often, or first, as the templates stand.
+    """
+
+    families: list[str] = field(default_factory=list)
+    schemes: list[str] = field(default_factory=list)
+    order: str = "both"
+
+
+@dataclass
 class RankDataConfig(LoaderConfig):
     """Which images are put in order by how well they fit a caption, for --task rank.
 
@@ -177,6 +192,7 @@ class GenerateConfig:
     allow_missing: bool = runtime(False)
     rank: RankDataConfig = field(default_factory=RankDataConfig, metadata={"tasks": ("rank",)})
     model: PretrainedConfig = field(default_factory=PretrainedConfig, metadata={"tasks": ("rank",)})
+    wording: WordingConfig = field(default_factory=WordingConfig, metadata={"tasks": ("pairs", "compare")})
     transformers: LanguageModelConfig = field(default_factory=LanguageModelConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
     change: ChangeWriterConfig = field(default_factory=ChangeWriterConfig, metadata={"tasks": ("change",)})
