@@ -148,8 +148,8 @@ def _pairs_with(word: str) -> tuple[tuple[str, str], ...]:
 
 
 def role_mentions(text: str) -> list[tuple[int, int, int]]:
-    """(start, end, 0 or 1) of each word that names the first or the second image."""
-    return [(*match.span(match.lastgroup), _side(_lower(match[match.lastgroup]))) for match in _MENTION.finditer(text)]
+    """(start, end, 0 or 1) of each name of the first or of the second image: of "the first image", "image B"."""
+    return [(*match.span(), _side(_lower(match[match.lastgroup]))) for match in _MENTION.finditer(text)]
 
 
 @lru_cache
@@ -197,3 +197,47 @@ def _in_case_of(word: str, other: str) -> str:
     if len(other) == 1:
         return other
     return other.upper() if word.isupper() else other.capitalize() if word[0].isupper() else other
+
+
+# -- any sentence in other words -------------------------------------------------------------------------------
+
+_JOINT = re.compile(r"(?:,|;|\.)\s+(?:(?:while|whereas|but|and)\s+)?|\s+(?:while|whereas)\s+")
+_CONNECTIVES = (", while ", ", whereas ", ", but ", "; ", ". ")
+
+
+def reword(text: str, wordings: Wordings, rng: np.random.Generator) -> str | None:
+    """A difference sentence of any writer in other words: other names of the images, another order or connective.
+
+    "The first image shows a dog, while the second shows a cat." becomes "Image two shows a cat; image one shows a
+    dog." Its two halves change places only where each speaks of one image. None where `swap_roles` gives none.
+    """
+    if swap_roles(text) is None:
+        return None
+    names = wordings.draw(rng).names
+    halves = _halves(text)
+    if halves and rng.integers(2):
+        halves = halves[::-1]
+    joint = _CONNECTIVES[int(rng.integers(len(_CONNECTIVES)))]
+    plain = joint.join(halves) + "." if halves else text
+    pieces, end = [], 0
+    for n, (start, stop, side) in enumerate(role_mentions(plain)):
+        pieces += [plain[end:start], names[side] if n == 0 else names[2 + side]]
+        end = stop
+    said = "".join([*pieces, plain[end:]])
+    return _SENTENCE_START.sub(lambda match: match.group().upper(), said)
+
+
+def _halves(text: str) -> list[str]:
+    """The two halves of a sentence of which each begins with the name of one image; none where it is built otherwise.
+
+    Without capitals at their beginnings, as they stand after a connective.
+    """
+    text, cuts = text.rstrip(" ."), []
+    for match in _JOINT.finditer(text):
+        halves = [text[: match.start()], text[match.end() :]]
+        mentions = [role_mentions(half) for half in halves]
+        begin = all(each and re.fullmatch("(?:in )?", half[: each[0][0]], re.I) for half, each in zip(halves, mentions))
+        sides = [{side for _, _, side in each} for each in mentions]
+        if begin and sides in ([{0}, {1}], [{1}, {0}]):
+            cuts.append(halves)
+    return [half[0].lower() + half[1:] for half in cuts[0]] if len(cuts) == 1 else []
