@@ -7,7 +7,8 @@ count are theirs, and the worst stands beside the mean:
     two_way_FAMILY, r1_FAMILY    a family, in names of schemes that are not held out
     two_way_SCHEME, r1_SCHEME    a held-out scheme, mean over all families
     unseen, unseen_worst         two_way of the held-out families: mean, and the worst of them
-    names, names_worst           two_way of the held-out schemes: the worst scheme's mean, and the worst family of any
+    unseen_names                 two_way of the held-out schemes: mean over families, of the worst scheme
+    unseen_names_worst           the worst family of any of them
     unseen_r1                    mean over all held-out wordings
     consistency                  the share of pairs that are judged alike in all held-out wordings
 
@@ -43,11 +44,15 @@ def applies(data: Dataset, config: EvaluateConfig) -> str | None:
 
 
 class Facts(NamedTuple):
-    """P pairs of images, [P, 2] rows, and what each image of a pair shows."""
+    """P pairs of images, [P, 2] rows, and phrases for what each image of a pair shows.
+
+    plain: the same of one image without the other, for caption subtraction.
+    """
 
     pairs: np.ndarray
     first: list[str]
     second: list[str]
+    plain: tuple[list[str], list[str]]
 
 
 def evaluate(context: EvalContext) -> Result:
@@ -55,8 +60,8 @@ def evaluate(context: EvalContext) -> Result:
     check_at_least("wordings.n_pairs", options.n_pairs, 1)
     families = options.families or HELD_OUT_FAMILIES
     schemes = options.schemes or HELD_OUT_SCHEMES
-    Wordings(families, schemes)  # raises for an unknown name
-    usual = [name for name in SCHEMES if name not in schemes]
+    usual = options.trained_schemes or [name for name in SCHEMES if name not in schemes]
+    Wordings(families, [*schemes, *usual])  # raises for an unknown name
     by_captions = not context.attributes
     facts = _of_captions(context) if by_captions else _of_attributes(context)
     gaps = pair_differences(context.z, facts.pairs)  # [P, D]
@@ -82,13 +87,13 @@ def evaluate(context: EvalContext) -> Result:
     right["consistency"] = (judged.all(0) | ~judged.any(0)).double()
     metrics = {name: float(share.mean()) for name, share in right.items()}
     metrics["unseen_worst"] = min(metrics[f"two_way_{family}"] for family in families)
-    metrics["names"] = min(metrics[f"two_way_{scheme}"] for scheme in schemes)
-    metrics["names_worst"] = min(float(two_way[cell].double().mean()) for cell in unseen if cell[1])
+    metrics["unseen_names"] = min(metrics[f"two_way_{scheme}"] for scheme in schemes)
+    metrics["unseen_names_worst"] = min(float(two_way[cell].double().mean()) for cell in unseen if cell[1])
     if by_captions:
         metrics |= {f"r1_{name}": float(np.mean([r1[cell] for cell in cells])) for name, cells in groups.items()}
         metrics["unseen_r1"] = float(np.mean([r1[cell] for cell in unseen]))
     if context.base is not None:
-        first, second = (context.base.embed_texts(phrases) for phrases in (facts.first, facts.second))
+        first, second = (context.base.embed_texts(phrases) for phrases in facts.plain)
         of_base, subtracted = pair_differences(context.base_z, facts.pairs), F.normalize(first - second, dim=-1)
         right["caption_subtraction"] = ((subtracted * of_base).sum(-1) > 0).double()
         metrics["caption_subtraction"] = float(right["caption_subtraction"].mean())
@@ -122,17 +127,19 @@ def _of_captions(context: EvalContext) -> Facts:
         pairs = np.concatenate([pairs, drawn[drawn[:, 0] != drawn[:, 1]]])
         pairs = pairs[np.sort(np.unique(pairs, axis=0, return_index=True)[1])][:n]
     said = [[as_phrase(captions[row][int(rng.integers(len(captions[row])))]) for row in pair] for pair in pairs]
-    return Facts(pairs, [first for first, _ in said], [second for _, second in said])
+    first, second = map(list, zip(*said))
+    return Facts(pairs, first, second, (first, second))
 
 
 def _of_attributes(context: EvalContext) -> Facts:
     """Pairs that clearly differ in an attribute, each attribute as often."""
-    pairs, first, second = [], [], []
+    pairs, phrases = [], []
     each = -(-context.config.wordings.n_pairs // len(context.attributes))
     for number, attribute in enumerate(context.attributes):
         of_attribute = draw_pairs(attribute, each, stream(context.config.seed, "wordings pairs", number))
         up = attribute.value[of_attribute[:, 0]] > attribute.value[of_attribute[:, 1]]
         pairs.append(of_attribute)
-        first += [attribute.more if more else attribute.less for more in up]
-        second += [attribute.less if more else attribute.more for more in up]
-    return Facts(np.concatenate(pairs), first, second)
+        more, less = (attribute.more, attribute.high), (attribute.less, attribute.low)
+        phrases += [(*more, *less) if of_first else (*less, *more) for of_first in up]
+    first, plain_first, second, plain_second = map(list, zip(*phrases))
+    return Facts(np.concatenate(pairs), first, second, (plain_first, plain_second))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pc_clip.core.config.settings import DataConfig, LoaderConfig, identity, is_group
-from pc_clip.core.config.write import GenerateConfig
+from pc_clip.core.config.write import GenerateConfig, WordingConfig
 from pc_clip.core.distributed import Processes
 from pc_clip.core.errors import UserError, check_at_least, check_choice
 from pc_clip.core.random import stream
@@ -43,9 +43,11 @@ from pc_clip.write.writers import Job, Writer
 log = logging.getLogger(__name__)
 
 TASKS = ("pairs", "compare", "describe", "rewrite", "rank")
-EXAMPLE = GenerateConfig(
-    name="example", split="train", n_images=3000, n_pairs=20000, caption="longest"
-)  # configs/diffs_example.yaml, which a test compares
+_OF_EXAMPLE = {"split": "train", "n_images": 3000, "n_pairs": 20000, "caption": "longest"}
+EXAMPLES = (  # configs/diffs_example.yaml and diffs_example_plain.yaml, which a test compares
+    GenerateConfig(name="example", wording=WordingConfig(schemes=["first_image", "first_photo"]), **_OF_EXAMPLE),
+    GenerateConfig(name="example_plain", wording=WordingConfig(["plain"], ["first_image"], "first"), **_OF_EXAMPLE),
+)
 
 
 def generate(config: GenerateConfig, processes: Processes | None = None) -> Path:
@@ -114,9 +116,10 @@ def compare_classes(
 def write_missing_example(data: DataConfig) -> None:
     """The example's sentences, where a run on the example needs them and they are not there yet."""
     path = Path(data.differences)
-    if data.dataset == "example" and path == Path(EXAMPLE.out) / f"{EXAMPLE.name}.jsonl" and not path.is_file():
-        log.info("%s is not there yet; writing it as generate_diffs.py does with no argument", path)
-        generate(EXAMPLE, Processes())  # alone, whoever waits for it
+    for config in EXAMPLES:
+        if data.dataset == "example" and path == Path(config.out) / f"{config.name}.jsonl" and not path.is_file():
+            log.info("%s is not there yet; writing it by configs/diffs_%s.yaml", path, config.name)
+            generate(config, Processes())  # alone, whoever waits for it
 
 
 # -- tasks ---------------------------------------------------------------------------------------------

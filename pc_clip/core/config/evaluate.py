@@ -34,11 +34,13 @@ class WordingsConfig:
         n_pairs: Pairs of images.
         families: The families of wordings that are held out; empty for those of data/wordings.yaml.
         schemes: The schemes of names for the two images that are held out; empty for those.
+        trained_schemes: The schemes in which families are asked about; empty for all that are not held out.
     """
 
     n_pairs: int = 300
     families: list[str] = field(default_factory=list)
     schemes: list[str] = field(default_factory=list)
+    trained_schemes: list[str] = field(default_factory=list)
 
 
 @dataclass
