@@ -37,9 +37,10 @@ from torch.utils.data import DataLoader
 from pc_clip.core.config.settings import DataConfig
 from pc_clip.core.config.train import FinetuneConfig, TrainConfig
 from pc_clip.core.errors import run_script
-from pc_clip.data.differences import Difference, contrast, to_line
+from pc_clip.data.differences import Difference, to_line
 from pc_clip.data.embeddings import Embeddings, save_embeddings
 from pc_clip.data.training_data import load_dataset
+from pc_clip.data.wordings import contrast
 from pc_clip.train import run_folder
 from pc_clip.train.methods import pairwise
 

@@ -43,9 +43,10 @@ from pc_clip.core.errors import run_script
 from pc_clip.data import differences
 from pc_clip.data.class_text import class_names
 from pc_clip.data.dataset import Dataset
-from pc_clip.data.differences import Difference, contrast, to_line
+from pc_clip.data.differences import Difference, to_line
 from pc_clip.data.embeddings import CACHE
 from pc_clip.data.registry import open_dataset
+from pc_clip.data.wordings import contrast
 from pc_clip.evals import EvalContext
 from pc_clip.evals.difference import cosines, pair_differences
 from pc_clip.evals.evaluate import measure

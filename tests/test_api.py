@@ -18,7 +18,7 @@ RED, BLUE = (Image.new("RGB", (64, 64), colour) for colour in ("red", "blue"))
 
 def test_examples_in_docstrings(small_example, monkeypatch):
     small = GenerateConfig(name="example", split="train", n_images=100, n_pairs=200)
-    monkeypatch.setattr(generate, "EXAMPLE", small)
+    monkeypatch.setattr(generate, "of_example", lambda name: small)
     known = {"pc_clip": pc_clip, "Image": Image, "red": RED, "blue": BLUE}
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
     tests = [test for test in doctest.DocTestFinder().find(api, extraglobs=known) if test.examples]

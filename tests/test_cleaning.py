@@ -3,7 +3,7 @@
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pc_clip.data.differences import contrast
+from pc_clip.data.wordings import contrast
 from pc_clip.write import cleaning, prompts
 from pc_clip.write.cleaning import MIN_CHARACTERS, RULES, TRIMS, Given, check, clean, copies
 from pc_clip.write.words import content_words, said_of, stem

@@ -6,8 +6,8 @@ import pytest
 import yaml
 
 from pc_clip.data.class_text import class_names
-from pc_clip.data.differences import swap_roles
 from pc_clip.data.registry import READERS, open_dataset
+from pc_clip.data.wordings import swap_roles
 from pc_clip.evals import comparative
 from pc_clip.models.clip import open_clip
 from pc_clip.write.cleaning import clean

@@ -11,7 +11,6 @@ import pytest
 from writing_runs import interrupt, meta, names, on_captions, whole
 
 from pc_clip.core import environment
-from pc_clip.core.cli import configure
 from pc_clip.core.config.settings import DataConfig
 from pc_clip.core.config.write import GenerateConfig
 from pc_clip.core.errors import UserError, run_script
@@ -155,7 +154,7 @@ def test_with_all_sentences_there_the_writer_is_not_loaded_to_merge_them(config,
     monkeypatch.setattr(work, "make_writer", None)
     path = generate.generate(config)
     assert path.read_bytes() == expected
-    assert meta(path)["writer"] == {"writer": "rules"}
+    assert meta(path)["writer"]["writer"] == "rules"
 
 
 # -- settings ------------------------------------------------------------------------------------------
@@ -219,7 +218,7 @@ def test_every_line_is_a_clean_sentence_and_the_file_beside_it_says_how_it_was_m
     assert all(clean(d.text) == (d.text, "kept") for d in found)
     about = meta(path)
     assert {"seed": 3, "n_pairs": 120, "split": "val"}.items() <= about["settings"].items()
-    assert about["counts"] == {"kept": 120} and about["writer"] == {"writer": "rules"}
+    assert about["counts"] == {"kept": 120} and about["writer"]["order"] == "both"
     assert about["versions"]["torch"] and about["pc_clip"] and about["command"] == ["generate_diffs.py", "--seed", "3"]
     assert not any(str(path) in json.dumps(about) for path in (tmp_path, ROOT, Path.home()))
 
@@ -299,10 +298,8 @@ def test_coco_captions_as_published_are_compared():
 
 
 def test_training_on_the_example_writes_its_sentences_once(monkeypatch):
-    path = ROOT / "configs" / "diffs_example.yaml"
-    assert configure(GenerateConfig, "generate_diffs.py", "", [], default=path) == generate.EXAMPLE
-    small = dataclasses.replace(generate.EXAMPLE, split="val", n_images=20, n_pairs=30)
-    monkeypatch.setattr(generate, "EXAMPLE", small)
+    small = dataclasses.replace(generate.of_example("example"), split="val", n_images=20, n_pairs=30)
+    monkeypatch.setattr(generate, "of_example", lambda name: dataclasses.replace(small, name=name))
     path = Path("llm_diffs/example.jsonl")
     for data in (DataConfig(differences="llm_diffs/other.jsonl"), DataConfig(dataset="coco", differences=str(path))):
         generate.write_missing_example(data)

@@ -10,8 +10,8 @@ from made_space import FakeClip, made_context
 
 from pc_clip.core.config.evaluate import EvaluateConfig, GeometryConfig
 from pc_clip.data.dataset import Attribute, Question
-from pc_clip.data.differences import contrast
 from pc_clip.data.registry import open_dataset
+from pc_clip.data.wordings import contrast
 from pc_clip.evals import EvalContext, geometry
 from pc_clip.models import lora
 from pc_clip.models.loading import create_model

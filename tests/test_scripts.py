@@ -31,7 +31,7 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", 
 def test_with_no_argument_each_runs_in_any_order_and_says_what_it_made(small_example, monkeypatch, capsys, caplog):
     caplog.set_level("INFO")
     small = GenerateConfig(name="example", split="train", n_images=100, n_pairs=200)
-    monkeypatch.setattr(generate, "EXAMPLE", small)
+    monkeypatch.setattr(generate, "of_example", lambda name: small)
     monkeypatch.setattr(probe, "choose_c", lambda *_: 1.0)  # two thirds of the time; test_probe holds it
     run.main([])
     assert "no finetuned example yet" in caplog.text

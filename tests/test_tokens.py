@@ -15,8 +15,9 @@ from pc_clip.core.config.train import ContrastiveConfig, FinetuneConfig, Pairwis
 from pc_clip.core.errors import UserError
 from pc_clip.data import differences, tokens
 from pc_clip.data.dataset import Dataset
-from pc_clip.data.differences import Difference, contrast, to_line
+from pc_clip.data.differences import Difference, to_line
 from pc_clip.data.embeddings import Embeddings, save_embeddings
+from pc_clip.data.wordings import contrast
 from pc_clip.train.methods import contrastive, pairwise
 from pc_clip.train.methods.base import Texts, _equal_rows
 

@@ -19,8 +19,9 @@ from tiny_runs import rows, same, weights
 from pc_clip.core.cli import dump
 from pc_clip.core.config.train import FinetuneConfig, PairwiseConfig
 from pc_clip.core.errors import UserError
-from pc_clip.data.differences import Difference, swap_roles, to_line
+from pc_clip.data.differences import Difference, to_line
 from pc_clip.data.training_data import load_dataset
+from pc_clip.data.wordings import swap_roles
 from pc_clip.models import fast_text, lora
 from pc_clip.models.clip import SCRATCH
 from pc_clip.models.loading import create_model

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from pc_clip.core.config.write import LanguageModelConfig
+from pc_clip.core.config.write import LanguageModelConfig, WordingConfig
 from pc_clip.core.errors import UserError
 from pc_clip.example import world
 from pc_clip.example.captions import PLACES, parse
@@ -219,7 +219,7 @@ def test_noise_by_row_draws_from_the_softmax():
 def test_what_wrote_the_sentences_is_described(folders):
     about = writer(folders["chat"]).describe()
     assert about["chat_template"] is True and about["temperature"] == 0.0 and about["system"] == PAIRS.system
-    assert RulesWriter().describe() == {"writer": "rules"}
+    assert RulesWriter(WordingConfig(["terse"])).describe()["families"] == ["terse"]
 
 
 def test_a_model_that_cannot_be_loaded_is_an_error_with_its_name(folders, tmp_path):

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import re
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +23,7 @@ from pc_clip.core.errors import UserError
 from pc_clip.core.random import stream
 from pc_clip.data import tokens
 from pc_clip.data.text_files import json_lines, words
+from pc_clip.data.wordings import swap_roles
 
 
 class Difference(NamedTuple):
@@ -94,54 +94,6 @@ def _unrank(k: int, n: int) -> tuple[int, int]:
     i = int(n - 2 - np.floor((np.sqrt(float(4 * n * (n - 1) - 7 - 8 * k)) - 1) / 2))
     before = i * (2 * n - i - 1) // 2
     return i, k - before + i + 1
-
-
-# -- wording -------------------------------------------------------------------------------------------
-
-_SWAP = {"first": "second", "second": "first", "former": "latter", "latter": "former", "1": "2", "2": "1"}
-_ORDINAL = re.compile(r"\b(?:first|second|former|latter)\b|(?<=\bimage )[12]\b|(?<=\bpicture )[12]\b", re.IGNORECASE)
-_IMAGES = "image|images|picture|pictures|photo|photos|photograph|scene|one"
-_VERBS = (
-    "shows?|has|have|is|are|was|does|contains?|features?|depicts?|displays?|includes?|captures?|lacks?|appears?|looks?"
-)
-_OF_AN_IMAGE = re.compile(  # what follows an ordinal that stands for an image: "second base" is none
-    rf"\s+(?:{_IMAGES}|{_VERBS}|only|while|but|and|whereas|with|there)\b|\s*(?:[.,;:!?)]|'s\b|$)", re.IGNORECASE
-)
-
-
-def swap_roles(text: str) -> str | None:
-    """The sentence with "first" and "second" exchanged: of (i, j) it is false, of (j, i) it is true.
-
-    None when the sentence does not name both images, and when it has an ordinal that may not be an image's ("a runner
-    on second base").
-    """
-    ordinals = list(_ORDINAL.finditer(text))
-    named = {match.group().lower() for match in ordinals}
-    words = [match for match in ordinals if match.group().lower() in ("first", "second")]
-    if not any(_SWAP[word] in named for word in named) or not all(_OF_AN_IMAGE.match(text, m.end()) for m in words):
-        return None
-
-    def swap(match: re.Match) -> str:
-        word = match.group()
-        other = _SWAP[word.lower()]
-        return other.upper() if word.isupper() else other.capitalize() if word[0].isupper() else other
-
-    return _ORDINAL.sub(swap, text)
-
-
-def contrast(a: str, b: str, wording: int) -> str:
-    """One of the wordings of "the first image has a, the second b". Odd ones name the second image first."""
-    return WORDINGS[wording % len(WORDINGS)].format(a=a, b=b)
-
-
-WORDINGS = (
-    "The first image shows {a}, while the second shows {b}.",
-    "The second image shows {b}, while the first shows {a}.",
-    "In the first image one sees {a}, in the second image {b}.",
-    "In the second image one sees {b}, in the first image {a}.",
-)
-
-UNSEEN = ("{a} in the first image, {b} in the second.", "{b} in the second image, {a} in the first.")  # only evaluated
 
 
 def rows(differences: Iterable[Difference], ids: Collection[str], source: str | Path) -> np.ndarray:

@@ -24,9 +24,9 @@ from pc_clip.core.files import write_json, write_text
 from pc_clip.core.paths import checkpoint_file
 from pc_clip.data import attributes
 from pc_clip.data.dataset import Dataset
-from pc_clip.data.differences import UNSEEN, WORDINGS
 from pc_clip.data.registry import download, open_dataset
 from pc_clip.data.statements import label_of
+from pc_clip.data.wordings import FAMILIES, SCHEMES
 from pc_clip.evals import EvalContext
 from pc_clip.evals.comparative import FOLDER as COMPARISONS
 from pc_clip.models.clip import Clip
@@ -178,7 +178,7 @@ def _key(context: EvalContext, mode: str) -> str:
     graded = [(a.name, a.more, a.less, a.high, a.low, a.gap, a.value.tolist()) for a in data.attributes]
     content = (
         mode, identity(config), options, context.statements, data.fingerprint, other and other.fingerprint,
-        data.captions, questions, graded, clip.weights_hash(), clip.describe(), WORDINGS, UNSEEN,
+        data.captions, questions, graded, clip.weights_hash(), clip.describe(), FAMILIES, SCHEMES,
         [path.read_bytes() for path in files if path.is_file()],  # by content: after an edit it is evaluated again
     )  # fmt: skip
     return _digest(content, 16)

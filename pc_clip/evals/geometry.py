@@ -39,7 +39,7 @@ from pc_clip.core.errors import UserError
 from pc_clip.core.random import stream
 from pc_clip.data import attributes
 from pc_clip.data.dataset import Attribute, Dataset, Question
-from pc_clip.data.differences import contrast
+from pc_clip.data.wordings import contrast
 from pc_clip.evals import EvalContext, Picture, Result
 from pc_clip.evals.difference import draw_pairs, pair_differences
 from pc_clip.evals.plots import MARKS, draw_map

@@ -24,8 +24,9 @@ from pc_clip.core.errors import UserError, check_at_least
 from pc_clip.core.files import write_json
 from pc_clip.core.random import stream
 from pc_clip.data.captions import read_captions
-from pc_clip.data.differences import read, swap_roles
+from pc_clip.data.differences import read
 from pc_clip.data.registry import open_dataset
+from pc_clip.data.wordings import swap_roles
 from pc_clip.models.clip import open_clip
 from pc_clip.write.cleaning import MIN_CHARACTERS, Given, check, copies
 from pc_clip.write.words import FUNCTION, content_words, said_of, stem

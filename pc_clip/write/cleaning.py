@@ -14,7 +14,8 @@ from functools import lru_cache
 from itertools import takewhile
 from typing import Any, NamedTuple
 
-from pc_clip.write.words import BOTH, FUNCTION, WORDING, content_words, names_in, said_of, words_in
+from pc_clip.data.wordings import role_mentions
+from pc_clip.write.words import BOTH, FUNCTION, WORDING, content_words, said_of, words_in
 
 MIN_CHARACTERS = 60
 COPIED = 4  # content words in a row that make a copy of a worked example
@@ -97,7 +98,7 @@ def _is_talk(segment: str) -> bool:
     heading, words = segment.rstrip().endswith(":"), words_in(segment)
     if heading and (_HERE_IS.search(segment) or words == ["a"]):
         return True
-    if len({image for _, _, image in names_in(segment)}) == 1 or refusal(segment, Given()):
+    if len({image for _, _, image in role_mentions(segment)}) == 1 or refusal(segment, Given()):
         return False
     of_talk = bool(words) and not _TALK.isdisjoint(words) and (_TALK | FUNCTION | {"two", "between"}).issuperset(words)
     return of_talk or (not heading and bool(_SPEAKS.match(segment)))
@@ -138,7 +139,7 @@ def drop_closing(text: str) -> str:
 
 
 def _on_an_image(text: str) -> bool:
-    return any(names_in(text)) or bool(BOTH.search(text))
+    return any(role_mentions(text)) or bool(BOTH.search(text))
 
 
 def drop_list_marks(text: str) -> str:

@@ -12,12 +12,14 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from pc_clip.core.cli import configure
 from pc_clip.core.config.settings import DataConfig, identity, is_group
 from pc_clip.core.config.write import GenerateConfig
 from pc_clip.core.distributed import Processes
 from pc_clip.core.errors import UserError, check_at_least, check_choice
+from pc_clip.core.paths import configs_folder
 from pc_clip.core.random import stream
-from pc_clip.data import attributes, class_text
+from pc_clip.data import attributes, class_text, wordings
 from pc_clip.data.captions import read_captions
 from pc_clip.data.dataset import Dataset, Question
 from pc_clip.data.differences import choose_pairs
@@ -40,9 +42,7 @@ from pc_clip.write.writers import Job, Writer
 log = logging.getLogger(__name__)
 
 TASKS = ("pairs", "compare", "describe", "rewrite", "rank")
-EXAMPLE = GenerateConfig(
-    name="example", split="train", n_images=3000, n_pairs=20000, caption="longest"
-)  # configs/diffs_example.yaml, which a test compares
+EXAMPLES = ("example", "example_plain")  # files of sentences that are written when a run first needs them
 
 
 def generate(config: GenerateConfig, processes: Processes | None = None) -> Path:
@@ -77,7 +77,8 @@ def _check_no_unused(config: GenerateConfig) -> None:
     task = "change" if config.writer == "change" else config.task
     usual = GenerateConfig()
     for f in dataclasses.fields(config):
-        unused = task not in f.metadata.get("tasks", (task,)) or (f.name == "prompt" and config.writer == "rules")
+        unused = task not in f.metadata.get("tasks", (task,))
+        unused |= f.name == ("prompt" if config.writer == "rules" else "wording")
         beside = " with --captions" if f.name == "split" and config.captions and task != "rank" else ""
         if (unused or beside) and getattr(config, f.name) != getattr(usual, f.name):
             hint = "; for COCO's captions give --captions" if f.name == "dataset" else ""
@@ -100,9 +101,16 @@ def compare_classes(
 def write_missing_example(data: DataConfig) -> None:
     """The example's sentences, where a run on the example needs them and they are not there yet."""
     path = Path(data.differences)
-    if data.dataset == "example" and path == Path(EXAMPLE.out) / f"{EXAMPLE.name}.jsonl" and not path.is_file():
-        log.info("%s is not there yet; writing it as generate_diffs.py does with no argument", path)
-        generate(EXAMPLE, Processes())  # alone, whoever waits for it
+    if data.dataset == "example" and path.stem in EXAMPLES and not path.is_file():
+        config = of_example(path.stem)
+        if path == Path(config.out) / f"{config.name}.jsonl":
+            log.info("%s is not there yet; writing it as configs/diffs_%s.yaml says", path, config.name)
+            generate(config, Processes())  # alone, whoever waits for it
+
+
+def of_example(name: str) -> GenerateConfig:
+    """The settings of configs/diffs_NAME.yaml."""
+    return configure(GenerateConfig, "generate_diffs.py", "", [], default=configs_folder() / f"diffs_{name}.yaml")
 
 
 # -- tasks ---------------------------------------------------------------------------------------------
@@ -197,7 +205,7 @@ def _name(config: GenerateConfig) -> str:
         stem = Path(config.captions).stem
         return stem if config.task == "pairs" else f"{stem}_{config.task}"
     if config.task == "pairs":
-        return EXAMPLE.name
+        return EXAMPLES[0]
     return "_".join(part for part in (config.dataset, config.question, config.task) if part)
 
 
@@ -205,7 +213,8 @@ def _settings(config: GenerateConfig, made_from: dict[str, Any]) -> dict[str, An
     """Everything the sentences depend on, and nothing else; files by content, so that an edited one is another."""
     task = "change" if config.writer == "change" else config.task
     used = {f.name for f in dataclasses.fields(config) if task in f.metadata.get("tasks", (task,))}
-    used -= {f.name for f in dataclasses.fields(config) if is_group(f)} - {config.writer}  # other writers' settings
+    of_writer = {config.writer, "wording"} if config.writer == "rules" else {config.writer}
+    used -= {f.name for f in dataclasses.fields(config) if is_group(f)} - of_writer
     used -= {"root", "prompt", "min_characters"}
     settings = {name: value for name, value in identity(config).items() if name in used} | made_from
     if config.captions:
@@ -213,7 +222,9 @@ def _settings(config: GenerateConfig, made_from: dict[str, Any]) -> dict[str, An
     if config.writer in ("transformers", "server"):
         settings["min_characters"] = least_characters(config)
         settings["asked"] = dataclasses.asdict(prompts.read(config.prompt or prompts.FOLDER / f"{config.task}.yaml"))
-    elif config.task in ("describe", "compare"):  # by rule
-        words = [(attributes.FOLDER / f"{task}.yaml").read_bytes() for task in attributes.tasks_of(config.dataset)]
-        settings["words"] = hashlib.sha256(b"".join(words)).hexdigest()
+    elif config.writer == "rules":
+        files = [wordings.FILE] if "wording" in used else []
+        if config.task in ("describe", "compare"):
+            files += [attributes.FOLDER / f"{task}.yaml" for task in attributes.tasks_of(config.dataset)]
+        settings["words"] = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
     return settings

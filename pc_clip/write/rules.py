@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from pc_clip.core.config.write import WordingConfig
+from pc_clip.core.errors import check_choice
 from pc_clip.core.random import stream
-from pc_clip.data.differences import contrast
-from pc_clip.example.captions import OPENINGS, parse
+from pc_clip.data.wordings import Wordings, as_phrase
+from pc_clip.example.captions import parse
 from pc_clip.example.world import COMPARATIVES
 from pc_clip.write.writers import Job, Writer
 
@@ -28,7 +30,7 @@ _ORDER = {"size": ("small", "medium", "large"), "background": ("dark", "grey", "
 
 
 class RulesWriter(Writer):
-    """Compares two captions by rule.
+    """Compares two captions by rule, in one of many wordings (data/wordings.py).
 
     Captions of the example are parsed, and one attribute that both mention and that differs is put into
     words. Any other two captions are set against each other: "The first image shows a man on a moped,
@@ -36,6 +38,10 @@ class RulesWriter(Writer):
     """
 
     needs_cleaning = False  # what it writes is as it is meant
+
+    def __init__(self, options: WordingConfig | None = None) -> None:
+        check_choice("wording.order", (options := options or WordingConfig()).order, ("both", "first"))
+        self.wordings = Wordings(options.families, options.schemes, options.order)
 
     def stream(self, jobs: Sequence[Job]) -> Iterator[tuple[int, str]]:
         for n, job in enumerate(jobs):
@@ -47,15 +53,16 @@ class RulesWriter(Writer):
         rng = stream(job.seed, "rules")
         a, b = parse(job.first), parse(job.second)
         kinds = [kind for kind in _PREFERENCE if kind in a and kind in b and a[kind] != b[kind]]
-        wording = 2 * int(rng.integers(2))  # of the first image first, as language models mostly write
+        wording = self.wordings.draw(rng)
         if not kinds:
-            return contrast(_as_phrase(job.first), _as_phrase(job.second), wording)
+            return wording.say(as_phrase(job.first), as_phrase(job.second))
         weights = np.array([_PREFERENCE[kind] for kind in kinds])
         kind = kinds[int(rng.choice(len(kinds), p=weights / weights.sum()))]
-        return contrast(*_phrases(kind, a[kind], b[kind]), wording)
+        return wording.say(*_phrases(kind, a[kind], b[kind]))
 
     def describe(self) -> dict[str, Any]:
-        return {"writer": "rules"}
+        chosen = {"families": list(self.wordings.families), "schemes": list(self.wordings.schemes)}
+        return {"writer": "rules", **chosen, "order": self.wordings.order}
 
 
 def _phrases(kind: str, a: str | int, b: str | int) -> tuple[str, str]:
@@ -64,16 +71,3 @@ def _phrases(kind: str, a: str | int, b: str | int) -> tuple[str, str]:
         return (more, less) if _ORDER[kind].index(a) > _ORDER[kind].index(b) else (less, more)
     pattern = {"colour": "{} objects", "texture": "{} objects", "shape": "a {}", "position": "an object {}"}[kind]
     return pattern.format(a), pattern.format(b)
-
-
-def _as_phrase(caption: str) -> str:
-    """A caption as it stands inside a sentence: no full stop, no capital at its start unless it has more of them.
-
-    A name loses its capital too; CLIP's tokenizer lowercases everything anyway.
-    """
-    caption = " ".join(caption.split()).rstrip(" .!")
-    for opening in filter(None, OPENINGS):
-        if caption.lower().startswith(opening):
-            caption = caption[len(opening) :]
-    first, *rest = caption.split(" ")
-    return " ".join([first.lower() if first.istitle() else first, *rest])

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from functools import lru_cache
 
-from pc_clip.data.differences import _OF_AN_IMAGE, _ORDINAL
+from pc_clip.data.wordings import role_mentions
 
 _WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)?")
 
@@ -96,7 +95,7 @@ def _parts(clause: str) -> list[tuple[tuple[int, ...], list[str]]]:
     """The images a clause names, each with the words said of it."""
     if BOTH.search(clause):
         return [((0, 1), _telling(clause))]
-    names = list(names_in(clause))
+    names = list(role_mentions(clause))
     if len(names) < 2:
         return [((image,), _telling(clause)) for _, _, image in names]
     starts, ends, images = zip(*names)
@@ -106,14 +105,6 @@ def _parts(clause: str) -> list[tuple[tuple[int, ...], list[str]]]:
         return [(tuple(sorted(set(images))), before + after)]
     words = [before, *between] if before and not after else [before + between[0], *between[1:], after]
     return [((image,), told) for image, told in zip(images, words)]
-
-
-def names_in(clause: str) -> Iterator[tuple[int, int, int]]:
-    """(start, end, 0 or 1) of each word that names the first or the second image."""
-    for match in _ORDINAL.finditer(clause):
-        word = match.group().lower()
-        if word not in ("first", "second") or _OF_AN_IMAGE.match(clause, match.end()):
-            yield match.start(), match.end(), 0 if word in ("first", "former", "1") else 1
 
 
 def _telling(text: str) -> list[str]:

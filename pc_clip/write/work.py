@@ -78,7 +78,7 @@ def make_writer(config: GenerateConfig | ComparativeConfig, task: str | None = N
     """The writer that the settings name, asked the task's question."""
     check_choice("writer", config.writer, WRITERS)
     if config.writer == "rules":
-        return RulesWriter()
+        return RulesWriter(getattr(config, "wording", None))
     own = getattr(config, "prompt", None)
     prompt = prompts.read(own or prompts.FOLDER / f"{task or config.task}.yaml")
     if config.writer == "transformers":

@@ -18,6 +18,16 @@ class DifferenceConfig:
 
 
 @settings
+class WordingsConfig:
+    """The same differences in many wordings, among them some that no training sentence has."""
+
+    n_pairs: int = setting(300, "Pairs of images.")
+    families: list[str] = setting([], "Families of wordings that are held out; empty for those of data/wordings.yaml.")
+    schemes: list[str] = setting([], "Schemes of names for the two images that are held out; empty for those.")
+    trained_schemes: list[str] = setting([], "Schemes in which families are asked about; empty for all not held out.")
+
+
+@settings
 class RankConfig:
     """Images in the order of a sentence."""
 
@@ -88,6 +98,7 @@ class CaptionConfig:
 EVALUATIONS: dict[str, str] = {  # --mode NAME, in a line each
     "zeroshot": "zero-shot classification by prompts",
     "difference": "difference sentences against pairs of images",
+    "wordings": "differences in any wording, trained or not",
     "rank": "images in the order of an attribute, or of a sentence of yours",
     "comparative": "prompts that know how classes differ",
     "extended": "prompts that describe classes",
@@ -129,6 +140,7 @@ class EvaluateConfig(LoaderConfig):
     threads: int = runtime(0, "CPU threads; 0 leaves the choice to torch.")
     model: PretrainedConfig = group(PretrainedConfig, identity=False)
     difference: DifferenceConfig = group(DifferenceConfig, identity=False)
+    wordings: WordingsConfig = group(WordingsConfig, identity=False)
     rank: RankConfig = group(RankConfig, identity=False)
     comparative: ComparativeConfig = group(ComparativeConfig, identity=False)
     extended: ExtendedConfig = group(ExtendedConfig, identity=False)

@@ -60,6 +60,15 @@ class ChangeWriterConfig(LoaderConfig):
 
 
 @settings
+class WordingConfig:
+    """In which wordings the writer rules puts a difference; data/wordings.yaml has them all."""
+
+    families: list[str] = setting([], "Families of templates; empty for all that are not held out for evaluations.")
+    schemes: list[str] = setting([], "Schemes of names for the two images; empty for all that are not held out.")
+    order: str = setting("both", "Which image is mentioned first: both, each as often, or first, as templates stand.")
+
+
+@settings
 class RankDataConfig(LoaderConfig):
     """Which images are put in order by how well they fit a caption, for --task rank."""
 
@@ -111,6 +120,7 @@ class GenerateConfig:
     allow_missing: bool = runtime(False, "Finish without the sentences that no server could write; they are counted.")
     rank: RankDataConfig = group(RankDataConfig, tasks=("rank",))
     model: PretrainedConfig = group(PretrainedConfig, tasks=("rank",))
+    wording: WordingConfig = group(WordingConfig, tasks=("pairs", "compare"))
     transformers: LanguageModelConfig = group(LanguageModelConfig)
     server: ServerConfig = group(ServerConfig)
     change: ChangeWriterConfig = group(ChangeWriterConfig, tasks=("change",))

@@ -1,0 +1,145 @@
+"""Is a difference understood in any wording, or only in the sentences that were learnt?
+
+The same fact about the same pairs of images, in each family of wordings and each scheme of names for the two images
+(data/wordings.yaml). Families and schemes that are held out are in no training sentence of ours; the figures that
+count are theirs, and the worst stands beside the mean:
+
+    two_way_FAMILY, r1_FAMILY    a family, in names of schemes that are not held out
+    two_way_SCHEME, r1_SCHEME    a held-out scheme, mean over all families
+    unseen, unseen_worst         two_way of the held-out families: mean, and the worst of them
+    unseen_names                 two_way of the held-out schemes: mean over families, of the worst scheme
+    unseen_names_worst           the worst family of any of them
+    unseen_r1                    mean over all held-out wordings
+    consistency                  the share of pairs that are judged alike in all held-out wordings
+
+two_way: the true sentence is nearer to the difference of the two images than its opposite (chance 50). r1: its own
+pair is the nearest of 100 (chance 1). caption_subtraction and caption_subtraction_r1: the untrained model without any
+training, by the two phrases subtracted. The phrases are a data set's graded attributes, or else captions; r1 is for
+captions alone, since many pairs share an attribute.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pc_clip.core.config.evaluate import EvaluateConfig
+from pc_clip.core.errors import UserError, check_at_least
+from pc_clip.core.random import stream
+from pc_clip.data import attributes
+from pc_clip.data.dataset import Dataset
+from pc_clip.data.wordings import FAMILIES, HELD_OUT_FAMILIES, HELD_OUT_SCHEMES, SCHEMES, Wordings, as_phrase
+from pc_clip.evals import EvalContext, Result
+from pc_clip.evals.difference import draw_pairs, pair_differences, recall_at_1
+from pc_clip.metrics import intervals
+
+
+def applies(data: Dataset, config: EvaluateConfig) -> str | None:
+    known = data.attributes or attributes.tasks_of(data.name) or data.captions
+    return None if known else "a data set with captions or graded attributes"
+
+
+class Facts(NamedTuple):
+    """P pairs of images, [P, 2] rows, and phrases for what each image of a pair shows.
+
+    plain: the same of one image without the other, for caption subtraction.
+    """
+
+    pairs: np.ndarray
+    first: list[str]
+    second: list[str]
+    plain: tuple[list[str], list[str]]
+
+
+def evaluate(context: EvalContext) -> Result:
+    options = context.config.wordings
+    check_at_least("wordings.n_pairs", options.n_pairs, 1)
+    families = options.families or HELD_OUT_FAMILIES
+    schemes = options.schemes or HELD_OUT_SCHEMES
+    usual = options.trained_schemes or [name for name in SCHEMES if name not in schemes]
+    Wordings(families, [*schemes, *usual])  # raises for an unknown name
+    by_captions = not context.attributes
+    facts = _of_captions(context) if by_captions else _of_attributes(context)
+    gaps = pair_differences(context.z, facts.pairs)  # [P, D]
+
+    two_way: dict[tuple[str, str], Tensor] = {}  # (family, scheme) -> [P]; the scheme is "" for the usual ones
+    r1: dict[tuple[str, str], float] = {}
+    for scheme in ("", *schemes):
+        for family in FAMILIES:
+            rng = stream(context.config.seed, f"wordings {family} {scheme}")
+            wordings = Wordings([family], [scheme] if scheme else usual)
+            drawn = [wordings.draw(rng) for _ in facts.first]
+            true = context.clip.embed_texts([w.say(a, b) for w, a, b in zip(drawn, facts.first, facts.second)])
+            opposite = context.clip.embed_texts([w.say(b, a) for w, a, b in zip(drawn, facts.first, facts.second)])
+            two_way[family, scheme] = ((true - opposite) * gaps).sum(-1) > 0
+            r1[family, scheme] = recall_at_1(true, gaps)
+
+    groups = {family: [(family, "")] for family in FAMILIES}
+    groups |= {scheme: [(family, scheme) for family in FAMILIES] for scheme in schemes}
+    unseen = [cell for cell in two_way if cell[1] or cell[0] in families]
+    right = {f"two_way_{name}": _share_right(two_way, cells) for name, cells in groups.items()}
+    right["unseen"] = _share_right(two_way, [(family, "") for family in families])
+    judged = torch.stack([two_way[cell] for cell in unseen])
+    right["consistency"] = (judged.all(0) | ~judged.any(0)).double()
+    metrics = {name: float(share.mean()) for name, share in right.items()}
+    metrics["unseen_worst"] = min(metrics[f"two_way_{family}"] for family in families)
+    metrics["unseen_names"] = min(metrics[f"two_way_{scheme}"] for scheme in schemes)
+    metrics["unseen_names_worst"] = min(float(two_way[cell].double().mean()) for cell in unseen if cell[1])
+    if by_captions:
+        metrics |= {f"r1_{name}": float(np.mean([r1[cell] for cell in cells])) for name, cells in groups.items()}
+        metrics["unseen_r1"] = float(np.mean([r1[cell] for cell in unseen]))
+    if context.base is not None:
+        first, second = (context.base.embed_texts(phrases) for phrases in facts.plain)
+        of_base, subtracted = pair_differences(context.base_z, facts.pairs), F.normalize(first - second, dim=-1)
+        right["caption_subtraction"] = ((subtracted * of_base).sum(-1) > 0).double()
+        metrics["caption_subtraction"] = float(right["caption_subtraction"].mean())
+        if by_captions:
+            metrics["caption_subtraction_r1"] = recall_at_1(subtracted, of_base)
+    found = intervals.of_pairs(torch.stack(list(right.values()), dim=1).numpy(), facts.pairs)
+    cells = {
+        f"{family}, {scheme or 'usual names'}": float(v.double().mean()) for (family, scheme), v in two_way.items()
+    }
+    details = {"held_out_families": list(families), "held_out_schemes": list(schemes), "two_way": cells}
+    details["wordings_judged_alike"] = len(unseen)
+    return Result(metrics, len(facts.pairs), details, intervals=dict(zip(right, found)))
+
+
+def _share_right(two_way: dict[tuple[str, str], Tensor], cells: list[tuple[str, str]]) -> Tensor:
+    """In how many of some wordings each pair is judged right.  -> [P] float64"""
+    return torch.stack([two_way[cell].double() for cell in cells]).mean(0)
+
+
+def _of_captions(context: EvalContext) -> Facts:
+    """Pairs of different images, drawn without replacement, with a caption of each."""
+    captions, n = context.data.captions, context.config.wordings.n_pairs
+    rows = np.array([row for row, texts in enumerate(captions) if texts])
+    if len(rows) < 2:
+        raise UserError(f"{context.data.label} has captions of {len(rows)} images; a difference needs two")
+    rng = stream(context.config.seed, "wordings pairs")
+    ordered = np.array([(i, j) for i in rows for j in rows if i != j]) if len(rows) ** 2 <= 4 * n else np.empty((0, 2))
+    pairs = rng.permutation(ordered)[:n] if len(ordered) else np.empty((0, 2), dtype=int)
+    while len(pairs) < min(n, len(rows) * (len(rows) - 1)):
+        drawn = rng.choice(rows, size=(2 * n, 2))
+        pairs = np.concatenate([pairs, drawn[drawn[:, 0] != drawn[:, 1]]])
+        pairs = pairs[np.sort(np.unique(pairs, axis=0, return_index=True)[1])][:n]
+    said = [[as_phrase(captions[row][int(rng.integers(len(captions[row])))]) for row in pair] for pair in pairs]
+    first, second = map(list, zip(*said))
+    return Facts(pairs, first, second, (first, second))
+
+
+def _of_attributes(context: EvalContext) -> Facts:
+    """Pairs that clearly differ in an attribute, each attribute as often."""
+    pairs, phrases = [], []
+    each = -(-context.config.wordings.n_pairs // len(context.attributes))
+    for number, attribute in enumerate(context.attributes):
+        of_attribute = draw_pairs(attribute, each, stream(context.config.seed, "wordings pairs", number))
+        up = attribute.value[of_attribute[:, 0]] > attribute.value[of_attribute[:, 1]]
+        pairs.append(of_attribute)
+        more, less = (attribute.more, attribute.high), (attribute.less, attribute.low)
+        phrases += [(*more, *less) if of_first else (*less, *more) for of_first in up]
+    first, plain_first, second, plain_second = map(list, zip(*phrases))
+    return Facts(np.concatenate(pairs), first, second, (plain_first, plain_second))
