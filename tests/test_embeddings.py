@@ -44,32 +44,25 @@ def test_another_tower_other_data_or_another_split_never_share_a_file(example_cl
     assert len(list(tmp_path.glob("*/*.safetensors"))) == 6
 
 
-def flipped(place):
-    return lambda content: content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
-
-
-DAMAGE = {
-    "empty": lambda content: b"",
-    "cut": lambda content: content[:-100],
-    "something else": lambda content: b"something else",
-    "longer": lambda content: content + bytes(20),
-    "a row": lambda content: flipped(len(content) - 9)(content),
-    "the header": lambda content: flipped(content.index(b"example/val"))(content),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
-def test_a_damaged_file_is_computed_again_and_a_named_one_stops(example_clip, tmp_path, caplog, damage):
+def test_a_damaged_file_is_computed_again_and_a_named_one_stops(example_clip, tmp_path, caplog):
     data = example("val", 6)
     good = embeddings.embed_images(example_clip, data, cache=tmp_path).z.clone()
     (path,) = tmp_path.glob("*/*.safetensors")
-    path.write_bytes(damage(path.read_bytes()))
-    for named in (path, path.parent):
-        with pytest.raises(UserError, match=f"{path.name} is (damaged|not a whole safetensors file)"):
-            embeddings.load_embeddings(named, example_clip)
-    assert torch.equal(embeddings.embed_images(example_clip, data, cache=tmp_path).z, good)
-    assert "computing it again" in caplog.text
-    assert torch.equal(embeddings.load_embeddings(path, example_clip).z, good)
+    whole = path.read_bytes()
+
+    def flipped(place):
+        return whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :]
+
+    row, header = flipped(len(whole) - 9), flipped(whole.index(b"example/val"))
+    for content in (b"", whole[:-100], b"something else", whole + bytes(20), row, header):
+        path.write_bytes(content)
+        caplog.clear()
+        for named in (path, path.parent):
+            with pytest.raises(UserError, match=f"{path.name} is (damaged|not a whole safetensors file)"):
+                embeddings.load_embeddings(named, example_clip)
+        assert torch.equal(embeddings.embed_images(example_clip, data, cache=tmp_path).z, good)
+        assert "computing it again" in caplog.text
+        assert torch.equal(embeddings.load_embeddings(path, example_clip).z, good)
 
 
 def test_a_file_of_another_model_or_of_other_images_under_its_name_is_computed_again(example_clip, tmp_path, caplog):

@@ -64,15 +64,15 @@ def truth(rows):
     return torch.tensor([[row + 1, 10, 7] for row in rows]).float()
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_broken_images_are_left_out_and_named(clip, workers):
+def test_broken_images_are_left_out_and_named(clip):
     faults = {2: BrokenImage("pictures/2.png is no image"), 5: ZeroDivisionError(), 6: OSError("broken data stream")}
-    seen, options = [], Options(batch_size=3, workers=workers, broken="skip")
-    encoded = encode(clip, make_data(8, faults), options, seen.append)
-    assert torch.equal(encoded.z, truth([0, 1, 3, 4, 7])) and seen == [3, 3, 2]
-    assert encoded.ids == [f"image {n}" for n in (0, 1, 3, 4, 7)]
-    assert encoded.left_out == ["image 2", "image 5", "image 6"]
-    assert list(broken_images(make_data(8, faults), workers)) == [2, 5, 6]
+    for workers in (0, 1):
+        seen, options = [], Options(batch_size=3, workers=workers, broken="skip")
+        encoded = encode(clip, make_data(8, faults), options, seen.append)
+        assert torch.equal(encoded.z, truth([0, 1, 3, 4, 7])) and seen == [3, 3, 2]
+        assert encoded.ids == [f"image {n}" for n in (0, 1, 3, 4, 7)]
+        assert encoded.left_out == ["image 2", "image 5", "image 6"]
+        assert list(broken_images(make_data(8, faults), workers)) == [2, 5, 6]
     assert encode(clip, make_data(1, {0: BrokenImage("no image")}), options).z.shape == (0, 3)
 
 
@@ -216,11 +216,10 @@ def test_an_image_that_cannot_be_read_stops_training_with_its_path(example_clip)
 
 
 def test_crops_and_processes_that_cannot_be_are_errors(example_clip):
-    cases = [
+    for train, settings, message in [
         ("text", {"min_crop": 0.8}, r"data\.min_crop is 0\.8, but with model\.train text .* embedded once"),
         ("both", {"min_crop": 0.0}, r"data\.min_crop is 0; it is a share"),
         ("both", {"workers": -1}, r"data\.workers is -1; it must be at least 0"),
-    ]
-    for train, settings, message in cases:
+    ]:
         with pytest.raises(UserError, match=message):
             images(example_clip, example("train", 6), train, **settings)

