@@ -40,8 +40,9 @@ SIZES = {"train": 1200, "val": 300, "test": 400}  # scenes: a fifth of the examp
 PAIRS = {"train": 400, "val": 100, "test": 200}
 RELATIONS = "relations,zeroshot,probe,geometry"  # without average, which makes nine image towers
 FEW = ("--n_images", "1000", "--n_pairs", "4000")
+PLAIN = ("--data.differences", "llm_diffs/example_plain.jsonl")
 RUNS = {  # name -> flags; 20 steps each, every loss logged
-    "pairwise": ["--config", "example.yaml"],
+    "pairwise": ["--config", "example.yaml", *PLAIN],
     "pairwise_paper_loss": ["--config", "example_pc.yaml"],
     "contrastive": ["--config", "example_captions.yaml"],
     "contrastive_clusters": ["--config", "example_simclip.yaml"],
@@ -95,7 +96,7 @@ def figures(argv: list[str]) -> dict[str, dict[str, float]]:
 def written() -> dict[str, list[str]]:
     """The first 50 lines of each task that rules can write."""
     tasks = {
-        "pairs": ["--config", str(CONFIGS / "diffs_example.yaml"), *FEW],
+        "pairs": ["--config", str(CONFIGS / "diffs_example_plain.yaml"), *FEW],
         "compare": ["--task", "compare", "--dataset", "example", "--question", "shape", "--both_orders", "true"],
         "describe": ["--task", "describe", "--dataset", "example", "--question", "shape", "--n_each", "9"],
     }
@@ -108,13 +109,15 @@ def written() -> dict[str, list[str]]:
 
 def write_example() -> None:
     """The sentences that training on the example reads."""
-    generate_diffs.main(["--config", str(CONFIGS / "diffs_example.yaml"), *FEW])
+    generate_diffs.main(["--config", str(CONFIGS / "diffs_example_plain.yaml"), *FEW])
 
 
 def mirror() -> dict[str, Any]:
     """A quarter of a quickstart run of pc_anchor_mirror, seed 0, and all figures of it."""
     write_example()
-    return figures(["--checkpoint", str(train("pc_anchor_mirror", "--config", "example.yaml", "--train.steps", "200"))])
+    return figures(
+        ["--checkpoint", str(train("pc_anchor_mirror", "--config", "example.yaml", *PLAIN, "--train.steps", "200"))]
+    )
 
 
 RECIPES: dict[str, Callable[[], Any]] = {

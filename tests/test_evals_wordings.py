@@ -14,7 +14,7 @@ SIZE = Attribute("size", np.arange(8.0), "more", "less", "big", "small", gap=0.5
 
 
 def texts_of(wrong_families=(), wrong_schemes=(), phrases=(("more", "less"),)) -> dict[str, list[float]]:
-    """Every sentence points along the first axis by what it says of the first image, or against it where it is wrong."""
+    """Every sentence points along the first axis as it should, or against it where it is wrong."""
     told = {}
     for family, templates in FAMILIES.items():
         for scheme, variants in SCHEMES.items():

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
@@ -75,10 +75,12 @@ class Wordings:
         self.order = order
 
     def draw(self, rng: np.random.Generator) -> Wording:
-        templates = FAMILIES[self.families[int(rng.integers(len(self.families)))]]
-        names = SCHEMES[self.schemes[int(rng.integers(len(self.schemes)))]]
-        exchanged = bool(rng.integers(2)) and self.order == "both"
-        return Wording(templates[int(rng.integers(len(templates)))], names[int(rng.integers(len(names)))], exchanged)
+        def one_of(options: Sequence) -> Any:
+            return options[int(rng.integers(len(options)))]
+
+        template = one_of(FAMILIES[one_of(self.families)])
+        names = one_of(SCHEMES[one_of(self.schemes)])
+        return Wording(template, names, self.order == "both" and one_of((False, True)))
 
 
 def contrast(a: str, b: str, n: int) -> str:
