@@ -39,6 +39,9 @@ class TinyClip:
     def embed_texts(self, texts):
         return F.normalize(self.model.text.detach()[[TEXTS.index(text) for text in texts]], dim=-1)
 
+    def remembering(self):
+        return self
+
     def preprocess(self, image):
         return torch.tensor(image.getpixel((0, 0))[:2], dtype=torch.float32) / 255
 
@@ -121,7 +124,11 @@ def test_on_the_example_the_ends_are_the_two_models_and_differences_are_measured
     config = EvaluateConfig(
         checkpoint="x", average=AverageConfig(alphas=[0.5]), difference=DifferenceConfig(n_pairs=40, draws=1)
     )
-    found = average.evaluate(EvalContext(clip, lambda: base, open_dataset("example", split="test"), config))
+    data = open_dataset("example", split="test")
+    found = average.evaluate(EvalContext(clip, lambda: base, data, config))
+    remembering = EvalContext(clip.remembering(), lambda: base, data, config)
+    remembering.clip.embed_texts(["This is a photo of a star."])
+    assert average.evaluate(remembering).details == found.details  # each alpha has a memory of its own
     assert {f"{p}_{m}" for p in ("average", "start", "end") for m in average.METRICS} == found.metrics.keys()
     assert found.metrics["start_zeroshot"] > found.metrics["end_zeroshot"]
     assert [row["alpha"] for row in found.details["table"]] == [0.0, 0.5, 1.0]

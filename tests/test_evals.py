@@ -172,6 +172,7 @@ def test_what_each_evaluation_lacks():
         ("zeroshot", data(**classes), plain),
         ("difference", data(attributes=(SIZE,)), plain),
         ("difference", data(), config("difference", sentences="d.jsonl")),
+        ("wordings", data(captions=[("x",)]), plain),
         ("rank", data(), config("rank", attribute="warm")),
         ("comparative", data("example", **classes), config("comparative", pairs="auto")),
         ("extended", data(**classes), config("extended", descriptions="d.jsonl")),

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from writing_runs import interrupt, meta, names, on_captions, whole
+from writing_runs import PLAIN, interrupt, meta, names, on_captions, whole
 
 from pc_clip.core import environment
 from pc_clip.core.config.settings import DataConfig
@@ -88,7 +88,7 @@ def test_a_full_disk_is_the_end_of_the_run_and_of_no_sentence(config, monkeypatc
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
         patch.setattr(Progress, "open", lambda self, rank: Full(self.folder / "0.jsonl", "xb"))
         run_script(lambda: generate.generate(config))
-    assert stop.value.code == 2 and "no space is left on the disk" in capsys.readouterr().err
+    assert stop.value.code == 2 and "no space left on device" in capsys.readouterr().err
     assert generate.generate(config).read_bytes() == whole(config)
 
 
@@ -210,7 +210,9 @@ def test_overwrite_starts_again(config):
 
 def test_every_line_is_a_clean_sentence_and_the_file_beside_it_says_how_it_was_made(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", [str(tmp_path / "generate_diffs.py"), "--seed", "3"])
-    path = generate.generate(GenerateConfig(name="val", split="val", n_images=40, n_pairs=120, seed=3, out="out"))
+    path = generate.generate(
+        GenerateConfig(name="val", split="val", n_images=40, n_pairs=120, seed=3, out="out", wording=PLAIN)
+    )
     found = differences.read(path)
     pairs = differences.rows(found, [f"val-{n:05d}" for n in range(1000)], "val")
     assert len(found) == 120 == len({tuple(sorted(pair)) for pair in pairs.tolist()})

@@ -177,7 +177,7 @@ def test_mentions_say_which_image_is_named():
 def test_a_sentence_is_said_in_other_words_and_stays_true():
     """Other names, another order or connective; where it is not clear whose the halves are, names alone."""
     wordings, rng = Wordings(schemes=["letters"]), np.random.default_rng(0)
-    said = {reword("The first image shows a dog, while the second shows a cat.", wordings, rng) for _ in range(200)}
+    said = {reword("The first image shows a dog, while the second shows a cat.", wordings, rng) for _ in range(400)}
     assert len(said) == 30  # three pairs of names, two orders, five connectives
     for text in said:
         assert re.search(r"(?i)[AX] shows a dog.*[BY] shows a cat|[BY] shows a cat.*[AX] shows a dog", text), text

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from writing_runs import PLAIN
 
 from pc_clip.core.config.write import LanguageModelConfig, WordingConfig
 from pc_clip.core.errors import UserError
@@ -62,7 +63,7 @@ def true_of(phrase, scene):
 def test_what_the_rules_say_is_true_of_the_two_scenes():
     pairs, jobs = example_jobs(2000)
     seen = Counter()
-    for (first, second), job, text in zip(pairs, jobs, RulesWriter().write(jobs)):
+    for (first, second), job, text in zip(pairs, jobs, RulesWriter(PLAIN).write(jobs)):
         wording, a, b = claims(text)
         graded = next((name for name, words in world.COMPARATIVES.items() if {a, b} == set(words)), "other")
         said, of_second = parse(job.first), parse(job.second)
@@ -81,27 +82,27 @@ def test_what_the_rules_say_is_true_of_the_two_scenes():
 
 def test_captions_that_say_nothing_different_are_set_against_each_other():
     job = Job("a picture of a red star", "a small star on a dark background", 0)
-    assert claims(RulesWriter().write([job])[0])[1:] == ("a red star", "a small star on a dark background")
+    assert claims(RulesWriter(PLAIN).write([job])[0])[1:] == ("a red star", "a small star on a dark background")
 
 
 def test_any_other_captions_are_set_against_each_other():
     for seed in range(8):
         job = Job("A man with a red helmet  on a small moped. ", "There is {a} TV, and two cats\nnear it .", seed)
-        _, a, b = claims(RulesWriter().write([job])[0])
-        assert (a, b) == ("a man with a red helmet on a small moped", "there is {a} TV, and two cats near it")
+        _, a, b = claims(RulesWriter(PLAIN).write([job])[0])
+        assert (a, b) == ("a man with a red helmet on a small moped", "{a} TV, and two cats near it")
 
 
 def test_a_capital_at_the_start_does_not_stay_but_an_acronyms_does():
     words = {"Man riding a motor bike on a road.": "man riding", "People stand.": "people stand", "TVs here.": "TVs"}
-    texts = RulesWriter().write([Job(caption, "A cat.", 0) for caption in words])
+    texts = RulesWriter(PLAIN).write([Job(caption, "A cat.", 0) for caption in words])
     assert [word for word, text in zip(words.values(), texts) if word not in text] == []
 
 
 def test_the_rules_depend_on_the_job_alone_and_on_its_seed():
     _, jobs = example_jobs(60)
-    together = RulesWriter().write(jobs)
-    assert together == [RulesWriter().write([job])[0] for job in jobs] == RulesWriter().write(jobs)
-    assert together != RulesWriter().write([job._replace(seed=job.seed + 1) for job in jobs])
+    together = RulesWriter(PLAIN).write(jobs)
+    assert together == [RulesWriter(PLAIN).write([job])[0] for job in jobs] == RulesWriter(PLAIN).write(jobs)
+    assert together != RulesWriter(PLAIN).write([job._replace(seed=job.seed + 1) for job in jobs])
 
 
 # -- a causal language model ---------------------------------------------------------------------------

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from pc_clip.core.config.write import GenerateConfig
+from pc_clip.core.config.write import GenerateConfig, WordingConfig
 from pc_clip.write import generate
 from pc_clip.write.rules import RulesWriter
+
+PLAIN = WordingConfig(["plain"], ["first_image"])  # sentences that are like those of language models
 
 
 def on_captions(captions: Sequence[Sequence[str]]) -> GenerateConfig:
@@ -20,7 +22,7 @@ def on_captions(captions: Sequence[Sequence[str]]) -> GenerateConfig:
     header = "\t".join(["id", "image", *(f"caption{n}" for n in range(1, 1 + len(captions[0])))])
     lines = ["\t".join([f"{n:02d}", f"{n}.jpg", *texts]) for n, texts in enumerate(captions)]
     Path("captions.tsv").write_text("\n".join([header, *lines]) + "\n", encoding="utf-8")
-    return GenerateConfig(name="some", captions="captions.tsv", out="out")
+    return GenerateConfig(name="some", captions="captions.tsv", out="out", wording=PLAIN)
 
 
 def interrupt(config: GenerateConfig, after: int, error: type[BaseException] = KeyboardInterrupt) -> Path:

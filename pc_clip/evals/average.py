@@ -96,8 +96,8 @@ def _averages(start: Clip, end: Clip, alphas: list[float]) -> Iterator[tuple[flo
         with torch.no_grad():
             for name, value in mixed.state_dict().items():  # a weight at a time, so that no further copy is made
                 value.copy_(blend({name: a[name]}, {name: b[name]}, alpha)[name])
-        # A new Clip each time, because one may remember embeddings of texts.
-        yield alpha, dataclasses.replace(end, model=mixed)
+        # With a memory of its own: what one model remembers of texts and weights is wrong of another.
+        yield alpha, dataclasses.replace(end, model=mixed).remembering()
 
 
 def _encode(clip: Clip, split: EvalContext) -> Tensor:

@@ -26,7 +26,7 @@ from pc_clip.core.random import stream
 from pc_clip.data.captions import read_captions
 from pc_clip.data.differences import read
 from pc_clip.data.registry import open_dataset
-from pc_clip.data.wordings import swap_roles
+from pc_clip.data.wordings import role_mentions, swap_roles
 from pc_clip.models.clip import open_clip
 from pc_clip.write.cleaning import MIN_CHARACTERS, Given, check, copies
 from pc_clip.write.words import FUNCTION, content_words, said_of, stem
@@ -141,7 +141,7 @@ def _rules(each: pd.DataFrame, captions: dict[str, tuple[str, ...]], meta: dict[
     said = [said_of(text) for text in each.text]
     copied = [copies(text, given.examples, known) for text, known in zip(each.text, shown)]
     return {
-        "names_both": float(np.mean([swap_roles(text) is not None for text in each.text])),
+        "names_both": float(np.mean([_names_both(text) for text in each.text])),
         "same_of_both": float(np.mean([bool(first) and first == second for first, second in said])),
         "copies_example": float(np.mean(copied)) if given.examples else None,
         "rejected_now": float((~each.reason.isin(["kept", "trimmed"])).mean()),
@@ -183,13 +183,17 @@ def _symmetry(each: pd.DataFrame) -> Figures:
     pairs = [(text[i, j], swap_roles(text[j, i])) for i, j in text if i < j and (j, i) in text]
     straight, crossed = [], []
     for one, other in pairs:
-        if other is None or swap_roles(one) is None:
+        if other is None or not (_names_both(one) and _names_both(other)):
             continue
         a, b = ([set(words) - _FUNCTION_STEMS for words in said_of(sentence)] for sentence in (one, other))
         if any(a) or any(b):
             straight.append(_in_common(a, b))
             crossed.append(_in_common(a, b[::-1]) > straight[-1])
     return {"both_orders": len(pairs), "agreement": _mean(straight), "crossed": _mean(crossed)}
+
+
+def _names_both(text: str) -> bool:
+    return swap_roles(text) is not None and {side for _, _, side in role_mentions(text)} == {0, 1}
 
 
 def _in_common(a: Sequence[set[str]], b: Sequence[set[str]]) -> float:
