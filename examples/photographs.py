@@ -63,6 +63,18 @@ def write_split(out: Path, split: str, ids: list[str], photographs: dict[str, tu
     write_json(out / "annotations" / f"captions_{split}.json", {"images": images, "annotations": annotations})
 
 
+def write_captions_alone(out: Path, folder: Path, photographs: dict[str, tuple[Path, tuple[str, ...]]]) -> None:
+    """captions_alone.json: the captions of all images whose picture is not there. No file where all are."""
+    images, annotations = [], []
+    for file in sorted([*folder.glob("captions_*.json"), *folder.glob("annotations/captions_*.json")]):
+        for key, (name, captions) in read_coco_captions(file).items():
+            if key not in photographs:
+                images.append({"id": key, "file_name": name})
+                annotations += [{"image_id": key, "caption": text} for text in captions]
+    if images:
+        write_json(out / "annotations" / "captions_alone.json", {"images": images, "annotations": annotations})
+
+
 def prepare(folder: Path, out: Path, seed: int) -> None:
     photographs = find_photographs(folder)
     beside = folder.resolve().parent / "sugar_crepe"
@@ -79,6 +91,7 @@ def prepare(folder: Path, out: Path, seed: int) -> None:
     splits = split_ids(sorted(photographs), asked, seed)
     for split, ids in splits.items():
         write_split(out, split, ids, photographs)
+    write_captions_alone(out, folder, photographs)
     counts = {split: len(ids) for split, ids in splits.items()}
     write_json(out / "split.json", {"seed": seed, "counts": counts, "held_out_for_sugar_crepe": len(asked)})
     print(f"{folder}: " + ", ".join(f"{n} {split}" for split, n in counts.items()) + f" photographs, in {out}")

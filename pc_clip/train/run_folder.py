@@ -100,6 +100,10 @@ def hashes(data: Dataset, config: FinetuneConfig) -> dict[str, str]:
         files["embeddings"] = index_of(config.data.embeddings)  # the index has the checksum of every shard
     if config.data.differences:
         files["differences"] = differences.find(config.data.differences)
+    options = getattr(config, config.method, None)
+    for name in ("captions", "captioned_differences"):
+        if path := getattr(options, name, ""):
+            files[f"{config.method}.{name}"] = differences.find(path)
     found |= {name: file_digest(path, "sha256")[:16] for name, path in files.items()}
     if config.data.statements:
         paths = [path for given in config.data.statements for path in files_of(Path(given))]

@@ -60,6 +60,13 @@ class PairwiseConfig:
     anchor_captions: int = setting(20000, "How many captions it holds in all, drawn from the data set's.")
     anchor_batch: int = setting(64, "How many of them a step.")
     mirror: bool = setting(False, 'Put each pair into the batch in both orders, with "first" and "second" exchanged.')
+    target: str = setting(
+        "images",
+        "What a sentence is held against: the difference of the two images, or (captions) of the mean embeddings of "
+        "their captions at the start; no picture is read then, and --data.missing keep lets all be absent.",
+    )
+    captioned_differences: str = setting("", "Further sentences, about images of which only captions are known.")
+    captions: str = setting("", "The captions of those images: a COCO JSON or a SimCLIP TSV.")
     keep: float = setting(1.0, "The share of the pairs that is learnt from.")
     keep_by: str = setting("random", "Which those are: random, or similar for pairs of images most alike at the start.")
 

@@ -1,8 +1,9 @@
 """PC-CLIP: the embedding of a difference sentence moves to the difference of the two images' embeddings.
 
-Finetuning CLIP to Reason about Pairwise Differences (arXiv 2409.09721, TMLR 2025). Three additions, all off
-unless asked for: an anchor that keeps ordinary captions where they were, mirror pairs, and a choice of pairs whose
-images are alike. Batches of similar sentences or similar differences come from the sampler (train/samplers.py).
+Finetuning CLIP to Reason about Pairwise Differences (arXiv 2409.09721, TMLR 2025). Four additions, all off unless
+asked for: an anchor that keeps ordinary captions where they were, mirror pairs, a choice of pairs whose images are
+alike, and captions in the place of images that nobody has (target, captioned_differences). Batches of similar sentences
+or similar differences come from the sampler (train/samplers.py).
 """
 
 from __future__ import annotations
@@ -20,10 +21,20 @@ from pc_clip.core.distributed import process_slice
 from pc_clip.core.errors import UserError, check_at_least, check_choice
 from pc_clip.core.random import stream
 from pc_clip.data import differences
+from pc_clip.data.captions import read_captions
 from pc_clip.data.dataset import Dataset
 from pc_clip.models.clip import Clip
+from pc_clip.models.parameters import image_tower_learns
 from pc_clip.train import losses, samplers
-from pc_clip.train.methods.base import BaseMethod, Images, Texts, Tokens, embed_rows_of_images, embed_rows_of_texts
+from pc_clip.train.methods.base import (
+    BaseMethod,
+    CaptionedImages,
+    Images,
+    Texts,
+    Tokens,
+    embed_rows_of_images,
+    embed_rows_of_texts,
+)
 
 BLOCK = 8192  # pairs whose embeddings are held at a time
 
@@ -58,14 +69,48 @@ class Method(BaseMethod):
         super().__init__(clip, config)
         self.options: PairwiseConfig = config.pairwise
         _check(self.options, config.train.batch_size)
-        self.images = Images(clip, data, config)
+        captions = data.captions or []
+        if self.options.target == "images":
+            self.images = Images(clip, data, config)
+        else:
+            self.images = self._captioned(data)
         self._read_differences(config.data.differences)
+        if self.options.captioned_differences:
+            captions = [*captions, *self._add_captioned()]
         self._keep_some()
-        self._draw_anchor(data.captions or [])
+        self._draw_anchor(captions)
         # With mirror pairs a batch of B sentences is about B / 2 differences.
         self.pairs_per_batch = config.train.batch_size // (2 if self.options.mirror else 1)
         self.sampler = samplers.make(config, len(self.pairs), self.pairs_per_batch, self, "differences")
         self.notes += self.sampler.notes
+
+    def _captioned(self, data: Dataset) -> CaptionedImages:
+        """The data set's images by their captions alone."""
+        if self.config.data.embeddings or image_tower_learns(self.config.model.train):
+            raise UserError("pairwise.target captions reads no image: leave data.embeddings out, train the text tower")
+        known = [n for n, texts in enumerate(data.captions or []) if texts]
+        if not known:
+            raise UserError(f"pairwise.target captions needs captions, and {data.label} has none; set data.captions")
+        return CaptionedImages(self.clip, [data.ids[n] for n in known], [data.captions[n] for n in known])
+
+    def _add_captioned(self) -> list[tuple[str, ...]]:
+        """Put images of which only captions are known after the others, with their sentences; returns the captions."""
+        if not isinstance(self.images.z, Tensor):
+            raise UserError(
+                "pairwise.captioned_differences needs images that are embedded once: train the text tower alone, and "
+                "name one file as data.embeddings, if any"
+            )
+        captions = read_captions(self.options.captions)
+        texts = [texts for _, texts in captions.values()]
+        pairs, text_rows, tokens, images = self.pairs, self.text_rows, self.texts.tokens, self.images
+        self.images = CaptionedImages(self.clip, list(captions), texts)
+        self._read_differences(self.options.captioned_differences)
+        self.pairs = np.concatenate([pairs, self.pairs + len(images.z)])
+        self.text_rows = np.concatenate([text_rows, self.text_rows + len(tokens)])
+        self.texts = Tokens(self.clip, np.concatenate([tokens, self.texts.tokens]))
+        self.images.z = torch.cat([images.z, self.images.z])
+        self.images.ids = [*images.ids, *(f"captions:{key}" for key in captions)]
+        return texts
 
     def _read_differences(self, path: str) -> None:
         """Sentences as tokens, pairs as rows; those that cannot teach anything are dropped and counted."""
@@ -189,6 +234,9 @@ class Method(BaseMethod):
 def _check(options: PairwiseConfig, batch_size: int) -> None:
     check_choice("pairwise.loss", options.loss, ("info_nce", "mse"))
     check_choice("pairwise.keep_by", options.keep_by, ("random", "similar"))
+    check_choice("pairwise.target", options.target, ("images", "captions"))
+    if bool(options.captioned_differences) != bool(options.captions):
+        raise UserError("pairwise.captioned_differences and pairwise.captions go together: sentences, and of what")
     for name in ("anchor_batch", "anchor_captions"):
         check_at_least(f"pairwise.{name}", getattr(options, name), 1)
     if options.loss == "info_nce":
