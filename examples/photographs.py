@@ -64,15 +64,18 @@ def write_split(out: Path, split: str, ids: list[str], photographs: dict[str, tu
 
 
 def write_captions_alone(out: Path, folder: Path, photographs: dict[str, tuple[Path, tuple[str, ...]]]) -> None:
-    """captions_alone.json: the captions of all images whose picture is not there. No file where all are."""
+    """captions_alone.json: the captions of all images whose picture is not there, or of the training photographs."""
     images, annotations = [], []
     for file in sorted([*folder.glob("captions_*.json"), *folder.glob("annotations/captions_*.json")]):
         for key, (name, captions) in read_coco_captions(file).items():
             if key not in photographs:
                 images.append({"id": key, "file_name": name})
                 annotations += [{"image_id": key, "caption": text} for text in captions]
+    alone = out / "annotations" / "captions_alone.json"
     if images:
-        write_json(out / "annotations" / "captions_alone.json", {"images": images, "annotations": annotations})
+        write_json(alone, {"images": images, "annotations": annotations})
+    else:
+        shutil.copy(alone.with_name("captions_train.json"), alone)
 
 
 def prepare(folder: Path, out: Path, seed: int) -> None:

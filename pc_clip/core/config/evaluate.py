@@ -21,7 +21,7 @@ class DifferenceConfig:
 class WordingsConfig:
     """The same differences in many wordings, among them some that no training sentence has."""
 
-    n_pairs: int = setting(300, "Pairs of images.")
+    n_pairs: int = setting(200, "Pairs of images.")
     families: list[str] = setting([], "Families of wordings that are held out; empty for those of data/wordings.yaml.")
     schemes: list[str] = setting([], "Schemes of names for the two images that are held out; empty for those.")
     trained_schemes: list[str] = setting([], "Schemes in which families are asked about; empty for all not held out.")
