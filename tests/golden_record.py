@@ -40,6 +40,7 @@ SIZES = {"train": 1200, "val": 300, "test": 400}  # scenes: a fifth of the examp
 PAIRS = {"train": 400, "val": 100, "test": 200}
 RELATIONS = "relations,zeroshot,probe,geometry"  # without average, which makes nine image towers
 FEW = ("--n_images", "1000", "--n_pairs", "4000")
+OLD_WORDINGS = ("--wording.families", "plain", "--wording.schemes", "first_image", "--wording.order", "first")
 PLAIN = ("--data.differences", "llm_diffs/example_plain.jsonl")
 RUNS = {  # name -> flags; 20 steps each, every loss logged
     "pairwise": ["--config", "example.yaml", *PLAIN],
@@ -97,7 +98,17 @@ def written() -> dict[str, list[str]]:
     """The first 50 lines of each task that rules can write."""
     tasks = {
         "pairs": ["--config", str(CONFIGS / "diffs_example_plain.yaml"), *FEW],
-        "compare": ["--task", "compare", "--dataset", "example", "--question", "shape", "--both_orders", "true"],
+        "compare": [
+            "--task",
+            "compare",
+            "--dataset",
+            "example",
+            "--question",
+            "shape",
+            "--both_orders",
+            "true",
+            *OLD_WORDINGS,
+        ],
         "describe": ["--task", "describe", "--dataset", "example", "--question", "shape", "--n_each", "9"],
     }
     lines = {

@@ -248,7 +248,7 @@ def test_training_on_pixels_stops_at_a_broken_picture_or_goes_on_without_it(tmp_
         finetune.main([*argv, "--train.batch_size", "6"])
     run = finetune.main([*argv, "--data.broken", "skip", "--name", "without"])
     assert (run / "model.safetensors").is_file()
-    said = f"python run.py --dataset tsv --root {config.root} --split HELD_OUT --checkpoint {run} (HELD_OUT: the name"
+    said = f"python run.py --dataset tsv --root {config.root} --checkpoint {run}"
     assert said in capsys.readouterr().out
 
 

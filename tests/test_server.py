@@ -17,7 +17,7 @@ from faulty_server import HALF, HTML, RESET, Server, as_json, closing, saying, s
 from PIL import Image
 from writing_runs import meta, on_captions
 
-from pc_clip.core.config.write import ServerConfig
+from pc_clip.core.config.write import ServerConfig, WordingConfig
 from pc_clip.core.errors import UserError
 from pc_clip.write import generate, prompts
 from pc_clip.write.server import ServerWriter
@@ -227,7 +227,7 @@ def test_what_is_missing_is_named_and_asked_again_or_left_out_and_counted(server
     server.instead = lambda *_: out_of_memory if len(server.seen) > 25 else None
     settings = ServerConfig(url=[server.url], model="small", retries=0, concurrency=1)
     captions = on_captions([[f"a dog on {n} sofas"] for n in range(9)])
-    config = dataclasses.replace(captions, writer="server", n_pairs=30, server=settings)
+    config = dataclasses.replace(captions, writer="server", n_pairs=30, server=settings, wording=WordingConfig())
     with pytest.raises(UserError, match=r"5 of 30 sentences.*out of memory.*same command continues"):
         generate.generate(config)
     server.seen.clear()

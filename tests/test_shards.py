@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from writing_runs import interrupt, names, on_captions, whole
+from writing_runs import PLAIN_FLAGS, interrupt, names, on_captions, whole
 
 from pc_clip.core import environment
 from pc_clip.core.distributed import Processes
@@ -150,7 +150,7 @@ def test_launched_as_two_processes_the_script_writes_what_one_does(config):
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
     Path("none.yaml").write_text("name: some\n")
     script = [str(ROOT / "generate_diffs.py"), "--config", "none.yaml", "--split", "null"]
-    script += ["--captions", config.captions, "--out", config.out]
+    script += ["--captions", config.captions, "--out", config.out, *PLAIN_FLAGS]
     ran = subprocess.run([*launch, *script], env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     assert Path("out/some.jsonl").read_bytes() == whole(config)

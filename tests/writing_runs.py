@@ -15,6 +15,7 @@ from pc_clip.write import generate
 from pc_clip.write.rules import RulesWriter
 
 PLAIN = WordingConfig(["plain"], ["first_image"])  # sentences that are like those of language models
+PLAIN_FLAGS = ("--wording.families", "plain", "--wording.schemes", "first_image")
 
 
 def on_captions(captions: Sequence[Sequence[str]]) -> GenerateConfig:

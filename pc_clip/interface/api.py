@@ -191,7 +191,7 @@ def write_differences(captions: str | Path | Mapping[str, Sequence[str]], **sett
 
     >>> written = pc_clip.write_differences({"a.jpg": ["a dog on a sofa"], "b.jpg": ["two cats"]}, name="pets")
     >>> written.text[0]
-    'In the first image one sees a dog on a sofa, in the second image two cats.'
+    'The second photo does not have a dog on a sofa, which the first one has, but two cats.'
     """
     if isinstance(captions, Mapping):
         captions = _written(captions, Path(settings.get("out", "llm_diffs")) / f"{settings.get('name', 'mine')}.json")

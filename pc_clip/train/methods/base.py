@@ -13,6 +13,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast, gather
 from torch import Tensor, nn
 
+from pc_clip.core import cache
 from pc_clip.core.config.train import FinetuneConfig
 from pc_clip.core.distributed import process_slice
 from pc_clip.core.errors import UserError
@@ -224,9 +225,17 @@ class CaptionedImages(Images):
 
 
 def embed_captions(clip: Clip, captions: Sequence[Sequence[str]]) -> Tensor:
-    """Of each image the unit mean of its captions' unit embeddings.  -> [N, D] float32"""
+    """Of each image the unit mean of its captions' unit embeddings, kept in the cache.  -> [N, D] float32"""
     row = {text: n for n, text in enumerate(dict.fromkeys(text for texts in captions for text in texts))}
-    z = clip.embed_texts(list(row))
+    key = {"texts": tokens.digest_of(list(row)), "weights": clip.weights_hash(), "device": clip.device.type}
+    key["tokenizer"] = tokens.identity(clip.tokenizer) or ""
+
+    def embed() -> dict[str, np.ndarray]:
+        return {"z": clip.embed_texts(list(row)).numpy()}
+
+    with PartialState().main_process_first():  # the others then find them in the cache
+        made = cache.cached("captions", key, embed) if key["tokenizer"] else embed()
+    z = torch.from_numpy(made["z"])
     means = torch.stack([z[[row[text] for text in texts]].mean(0) for texts in captions])
     return nn.functional.normalize(means, dim=-1)
 
