@@ -110,6 +110,7 @@ ATTENTION = {  # of the image and the text tower
 }
 
 
+@pytest.mark.slow
 def test_attention_is_what_makes_queries_keys_and_values(built):
     for kind, (image, text) in ATTENTION.items():
         assert set(lora.trainable(built[kind], "attention")) == image | text, kind

@@ -16,6 +16,7 @@ from pc_clip.write import generate
 RED, BLUE = (Image.new("RGB", (64, 64), colour) for colour in ("red", "blue"))
 
 
+@pytest.mark.slow
 def test_examples_in_docstrings(small_example, monkeypatch):
     small = GenerateConfig(name="example", split="train", n_images=100, n_pairs=200)
     monkeypatch.setattr(generate, "of_example", lambda name: small)

@@ -115,6 +115,7 @@ def test_copies_of_the_examples_that_the_writer_was_shown_are_counted():
         assert figures(item, captions=captions, meta=meta)["copies_example"] == share
 
 
+@pytest.mark.slow
 def test_reasons_and_the_shortest_length_are_the_writers_own():
     meta = {"settings": {"min_characters": 20}, "counts": {"repetition": 3, "kept": 1, "trimmed": 2}}
     short = ("1", "2", "In the first image a dog, in the second a cat.")

@@ -116,6 +116,7 @@ def test_what_cannot_be_averaged_is_said(monkeypatch):
             average.evaluate(made)
 
 
+@pytest.mark.slow
 def test_on_the_example_the_ends_are_the_two_models_and_differences_are_measured_too(small_example):
     base, clip = create_model("example"), create_model("example")
     with torch.no_grad():

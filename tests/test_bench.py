@@ -37,6 +37,7 @@ def test_the_published_step_and_ours_have_one_loss_and_one_gradient(model):
         assert (steps.gradient(model, ours, batch) - exact).norm() < 1e-5 * exact.norm()
 
 
+@pytest.mark.slow
 def test_no_module_of_the_package_lies_on_a_circle_of_imports():
     height, circle = size.floors(size.imports(size.modules()))
     assert (height > 5, circle) == (True, [])

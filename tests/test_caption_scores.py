@@ -72,6 +72,7 @@ def test_without_java_words_are_lower_case_and_the_result_says_so(monkeypatch, c
         find_java(spice=True)
 
 
+@pytest.mark.slow
 def test_a_java_program_that_dies_or_hangs_does_not_take_the_other_scores_with_it(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", program(tmp_path / "dies", "exit 3"))
     with pytest.raises(RuntimeError, match="Meteor failed"):

@@ -218,6 +218,7 @@ def test_a_start_with_another_encoder_is_refused(config, adapted):
         finetune(config)
 
 
+@pytest.mark.slow
 def test_the_best_epoch_is_kept_not_the_last(config, monkeypatch):
     figures, kept, after = iter([0.3, 0.7, 0.5]), [], loop.BestCheckpoint.after
 

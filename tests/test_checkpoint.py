@@ -24,6 +24,7 @@ def test_a_saved_model_comes_back_with_its_name_and_weights(example_clip, tmp_pa
         assert (found.name, found.weights_hash()) == ("example", example_clip.weights_hash())
 
 
+@pytest.mark.slow
 def test_open_clip_loads_our_checkpoint_itself_and_the_image_transform_comes_back_too(tmp_path):
     """Some pretrained tags have a transform of their own; a finetuned model must keep it."""
     transform, path = {"mean": (0.5,) * 3, "std": (0.5,) * 3}, tmp_path / "model.safetensors"
@@ -38,6 +39,7 @@ def test_open_clip_loads_our_checkpoint_itself_and_the_image_transform_comes_bac
     assert found.image_tower_hash() == clip.image_tower_hash()
 
 
+@pytest.mark.slow
 def test_another_architecture_is_named_with_the_first_weight_that_differs(example_clip, tmp_path):
     state = dict(example_clip.model.state_dict())
     state["text_projection"] = torch.zeros(64, 64)
@@ -103,6 +105,7 @@ def test_weights_come_from_the_file_that_is_named_or_it_is_an_error(folder, exam
         create_model(name, str(tmp_path / "cut.pt"))
 
 
+@pytest.mark.slow
 def test_every_door_takes_the_same_files(tiny, tmp_path):
     """What wrappers put before names, a logit_scale of one dimension, and both kinds of file."""
     state, name, bad = dict(create_model(tiny).model.state_dict()), tiny, []

@@ -133,6 +133,7 @@ def perturbed(clip: Clip, scale: float) -> Clip:
     return clip
 
 
+@pytest.mark.slow
 def test_the_embedded_model(keys, benchmark, example_clip):
     theirs = benchmark(f"local-dir:{model_folder('example')}", "")
     ours = measure("--dataset", "webdataset", "--root", "web", "--prompts", "several", "--model.name", "example")
@@ -141,6 +142,7 @@ def test_the_embedded_model(keys, benchmark, example_clip):
     assert assert_agree(theirs, "runs/same", example_clip, keys) > len(keys) / 2
 
 
+@pytest.mark.slow
 def test_a_finetuned_checkpoint_through_its_export(keys, benchmark):
     clip = perturbed(create_model("example"), 1.5)
     loading.save_model(Path("runs/mine/model.safetensors"), clip)
@@ -209,6 +211,7 @@ def captioned(tmp_path) -> int:
     return len(samples)
 
 
+@pytest.mark.slow
 def test_retrieval_of_a_finetuned_checkpoint_through_its_export(captioned):
     loading.save_model(Path("runs/mine/model.safetensors"), perturbed(create_model("example"), 0.5))
     export.main(["runs/mine", "--out", "exported/mine"])

@@ -130,6 +130,7 @@ def test_log_odds_are_of_cosines_and_of_captions(config):
         assert scores.log_odds[n].item() == pytest.approx((expected[0] - expected[1]).item(), abs=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train, crop, rank", [("text", 1.0, 2), ("both", 0.5, 0), ("text_blocks", 1.0, 0)])
 def test_it_begins_at_log_2_and_learns_what_model_train_names(config, train, crop, rank):
     config.model.train, config.data.min_crop, config.model.lora_rank = train, crop, rank

@@ -82,6 +82,7 @@ def test_hardness_is_the_mean_cosine_of_wrong_pairs_and_the_share_of_likely_fals
 # -- an epoch's batches depend on the weights at its beginning -------------------------------------------
 
 
+@pytest.mark.slow
 def test_online_looks_at_the_weights_when_all_steps_before_an_epoch_are_done_and_offline_at_those_of_the_start(
     config, monkeypatch
 ):
@@ -127,6 +128,7 @@ def test_weights_from_scratch_are_drawn_by_the_seed(tiny):
     assert same(one, again) and not same(one, other)
 
 
+@pytest.mark.slow
 def test_a_model_from_scratch_learns_its_batch_statistics_and_a_finetuned_one_keeps_its_own(config, tiny_resnet):
     """And it has no model before it that baselines could be of."""
     config.model.name, config.model.train, config.sampler, config.train.epochs = tiny_resnet, "both", SamplerConfig(), 1

@@ -147,6 +147,7 @@ def test_processes_of_a_launch_share_the_units_and_the_main_one_writes_the_index
     assert torch.equal(load(run(data, monkeypatch)).z.whole(), truth(range(57)))
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_it_continues_and_ends_as_an_undisturbed_run(monkeypatch):
     data, rng = make_data(400), np.random.default_rng(0)
     monkeypatch.setattr(Corner, "wait", 0.001)

@@ -37,6 +37,7 @@ def test_cached_equals_uncached_and_no_image_is_encoded_twice(example_clip, tmp_
     assert torch.equal(fresh.z, again.z) and fresh.ids == again.ids == data.ids
 
 
+@pytest.mark.slow
 def test_another_tower_other_data_or_another_split_never_share_a_file(example_clip, tmp_path):
     for clip in (example_clip, other_tower()):
         for split, n in (("val", 4), ("val", 5), ("test", 4)):
@@ -110,6 +111,7 @@ def test_an_image_that_cannot_be_read_stops_with_its_path_and_leaves_no_file(exa
     assert not embeddings.CACHE.exists()
 
 
+@pytest.mark.slow
 def test_a_cache_that_cannot_be_written_is_a_warning_and_an_error_of_the_command(small_example, example_clip, caplog):
     Path("full").write_text("a file where the folder should be")
     data = example("val", 10)

@@ -168,6 +168,7 @@ def test_a_process_that_dies_is_an_error_in_words_and_ctrl_c_does_not_end_it(mon
         list(coming)
 
 
+@pytest.mark.slow
 def test_a_thread_may_start_processes_beside_a_main_thread_that_computes(tmp_path):
     """Where a forked one does not always live: it may inherit a lock that is held for ever."""
     (tmp_path / "a.png").write_bytes(b"no picture")

@@ -84,6 +84,7 @@ def truth(data: Dataset) -> dict[str, str]:
 # -- captions ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_who_says_what_the_references_say_is_right_everywhere_and_above_those_who_never_look():
     data, train = (open_dataset("example_changes", split=split) for split in ("test", "train"))
     found = caption.evaluate(subject(FakeClip(truth(data)), data))
@@ -105,6 +106,7 @@ def test_who_says_what_the_references_say_is_right_everywhere_and_above_those_wh
     assert found.metrics["shuffled_cider"] < found.metrics["cider"]
 
 
+@pytest.mark.slow
 def test_who_always_says_that_nothing_changed_is_right_of_unchanged_pairs_alone():
     data = open_dataset("example_changes", split="test")
     unchanged = np.array([change.kind == "none" for change in data.changes])
@@ -118,6 +120,7 @@ def test_who_always_says_that_nothing_changed_is_right_of_unchanged_pairs_alone(
     assert found.items["right"] == unchanged.astype(float).tolist()
 
 
+@pytest.mark.slow
 def test_each_sentence_is_scored_against_its_own_pair():
     """Half of the pairs get their own sentence. Items say which, and their mean is the metric."""
     data = open_dataset("example_changes", split="test")
@@ -135,6 +138,7 @@ def test_each_sentence_is_scored_against_its_own_pair():
         assert found.metrics[f"cider_{kind}"] == pytest.approx(np.array(found.items["cider"])[of].mean(), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_without_a_decoder_the_nearest_training_sentence_is_said():
     data, train = (open_dataset("example_changes", split=split) for split in ("test", "train"))
     sentences = list(dict.fromkeys(s for change in train.changes for s in change.sentences))

@@ -95,6 +95,7 @@ def load_in_open_clip(name: str, pretrained: str | None = None):
 # -- open_clip -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_embedded_model_exports_for_open_clip_and_says_why_not_for_transformers(example_clip, capsys):
     loading.save_model(Path("runs/mine/model.safetensors"), example_clip)
     export.main(["runs/mine", "--out", "exported"])
@@ -160,6 +161,7 @@ ARCHITECTURES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", ARCHITECTURES.values(), ids=ARCHITECTURES.keys())
 def test_transformers_embeds_images_and_texts_as_open_clip_does(architecture, changes):
     clip = random_clip(architecture(**changes), HALVES)
@@ -196,6 +198,7 @@ def tokens_until_the_end(tokens: torch.Tensor) -> list[int]:
     return row[: row.index(49407) + 1]
 
 
+@pytest.mark.slow
 def test_the_tokens_are_open_clips_but_for_its_cleaning(exported):
     theirs = transformers.AutoTokenizer.from_pretrained(exported)
     tokenize, clean = open_clip.get_tokenizer("ViT-B-32"), open_clip.tokenizer.get_clean_fn("lower")
@@ -215,6 +218,7 @@ EXACT = [(32, 32), (34, 32), (40, 46), (97, 94), (200, 275)]
 SHIFTED = [(64, 70), (110, 90), (47, 32)]
 
 
+@pytest.mark.slow
 def test_pixels_are_open_clips_but_for_the_rounding_of_the_crop(architecture):
     clip = random_clip(architecture(), HALVES)
     export.export(clip, Path("exported"))
@@ -240,6 +244,7 @@ def test_pixels_are_open_clips_but_for_the_rounding_of_the_crop(architecture):
         assert torch.equal(pixels, shifted), size
 
 
+@pytest.mark.slow
 def test_a_squashing_and_a_bicubic_transform_are_kept(architecture):
     for n, transform in enumerate(({"resize_mode": "squash"}, {"interpolation": "bicubic"})):
         clip = random_clip(architecture(), HALVES | transform)
@@ -266,6 +271,7 @@ REFUSED = [  # the reason, and what is changed
 ]
 
 
+@pytest.mark.slow
 def test_what_a_clipmodel_has_no_place_for_is_named(architecture):
     for n, (reason, changes) in enumerate(REFUSED):
         clip = random_clip(architecture(f"tiny-{n}", **changes))
@@ -319,6 +325,7 @@ def test_what_is_there_is_kept_and_a_failed_export_leaves_nothing(example_clip, 
     assert [p.name for p in Path().iterdir()] == ["exported"]
 
 
+@pytest.mark.slow
 def test_a_clipmodel_that_differs_is_not_handed_out(architecture, monkeypatch):
     clip, original = random_clip(architecture()), export.rename_weights
 
@@ -331,6 +338,7 @@ def test_a_clipmodel_that_differs_is_not_handed_out(architecture, monkeypatch):
     assert not Path("exported/config.json").exists()
 
 
+@pytest.mark.slow
 def test_a_bare_state_dict_is_exported_by_the_name_given(architecture, capsys):
     clip = random_clip(architecture())
     torch.save(clip.model.state_dict(), "theirs.pt")

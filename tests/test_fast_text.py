@@ -57,6 +57,7 @@ def assert_equal(one, other, tolerance):
         assert apart <= tolerance * gradient.norm() + 1e-9, name
 
 
+@pytest.mark.slow
 @given(st.lists(st.integers(2, 40), min_size=1, max_size=12), st.integers(0, 20), st.booleans())
 def test_values_and_every_gradient_are_open_clips(lengths, seed, recompute):
     model, tokens = tower(), texts(lengths, seed)
@@ -76,6 +77,7 @@ def test_the_variants_it_knows(options):
     assert_equal(both_ways(FastText.of(model), model, tokens), both_ways(model, model, tokens), 1e-5)
 
 
+@pytest.mark.slow
 def test_the_size_of_the_papers_tower_meets_the_bounds_that_training_needs():
     """On real widths: cosine 0.9999 in bf16 and an error below 1e-5 in float32, over the gradient of all blocks."""
     torch.manual_seed(0)
@@ -125,6 +127,7 @@ def test_packing_keeps_every_token_once_and_no_padding(lengths):
     assert sum(group.rows for group in packed.groups) == sum(lengths)
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(st.integers(1, 30), st.integers(0, 3)), min_size=1, max_size=12))
 def test_without_gradients_texts_that_begin_alike_are_computed_once(parts):
     """A beginning of some length in common, then tokens of their own. As many rows as there are beginnings."""
@@ -232,6 +235,7 @@ def test_it_is_chosen_by_itself_and_one_switch_turns_it_off():
     assert torch.allclose(fast, plain, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_other_towers_are_encoded_by_open_clip_and_the_log_says_why():
     clip = loading.complete(open_clip.create_model("coca_ViT-B-32", pretrained=None), "coca_ViT-B-32", None)
     assert "open_clip's own, because it is no plain causal transformer" in clip.choose_text_way(True)

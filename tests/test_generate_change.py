@@ -71,6 +71,7 @@ def said_by(runs: Path, data, beams: int = 1) -> list[str]:
 # -- what is written -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beams", [1, 3])
 def test_the_picture_after_is_the_first_and_the_sentence_is_the_captioners(config, runs, beams):
     config.change.beams = beams
@@ -113,6 +114,7 @@ def test_all_that_is_said_of_a_pair_that_is_listed_twice_may_be_told(config, tmp
     assert {d.text for d in found} == {"it left", "it is gone"}
 
 
+@pytest.mark.slow
 def test_both_orders_shows_the_captioner_the_pictures_the_other_way_round(config, runs):
     config.both_orders = True
     data = open_dataset("example_changes", split="train")
@@ -146,6 +148,7 @@ def test_some_pairs_are_drawn_by_seed(config):
 # -- interrupted, asked again --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_it_is_the_checkpoints_content_that_counts(config, runs, tmp_path, monkeypatch):
     path = generate.generate(config)
     copy = tmp_path / "moved.safetensors"
@@ -210,6 +213,7 @@ def test_ways_to_say_that_nothing_changed_and_what_only_sounds_like_it():
 # -- as a user runs it ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_learns_from_what_the_captioner_wrote(runs, small_example):
     captioner = ["--writer", "change", "--change.checkpoint", str(runs / "captioner.safetensors")]
     path = generate_diffs.main([*captioner, "--dataset", "example_changes"])

@@ -170,6 +170,7 @@ def test_the_untrained_model_stands_beside_a_model_that_differs_from_it_and_only
     assert "before" not in same.pictures["map.png"].alt
 
 
+@pytest.mark.slow
 def test_on_the_example_images_and_texts_agree(small_example, example_clip):
     clip = create_model("example")
     with torch.no_grad():

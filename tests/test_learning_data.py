@@ -252,6 +252,7 @@ def test_training_on_pixels_stops_at_a_broken_picture_or_goes_on_without_it(tmp_
     assert said in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_crops_are_learnt_from_and_processes_change_no_bit_of_the_result(monkeypatch, tiny):
     monkeypatch.setitem(example_sets.EXAMPLE_SIZES, "train", 40)
     Path("c.yaml").write_text("method: contrastive\nmodel:\n  train: both\ndata:\n  min_crop: 0.5\n")

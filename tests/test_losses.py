@@ -167,6 +167,7 @@ def trl_loss():
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beta", [0.05, 0.5, 2.0])
 def test_dpo_and_ipo_are_those_of_trl(trl_loss, beta):
     policy, reference = torch.from_numpy(random(2, 7, seed=3))

@@ -64,6 +64,7 @@ def slow_log_odds(clip: Clip, config: FinetuneConfig) -> list[float]:
 # -- the reference -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_reference_is_what_the_start_thinks_statement_by_statement(config, clip):
     expected = slow_log_odds(clip, config)
     for config.model.train in ("text", "both"):

@@ -122,6 +122,7 @@ def test_it_wants_a_train_split_that_is_not_reported_on_with_the_same_classes(ru
             run(RIGHT, learnt, reported, **settings)
 
 
+@pytest.mark.slow
 def test_on_the_example_more_images_help_and_the_solver_always_converges(small_example, example_clip):
     subject = EvalContext(
         example_clip,

@@ -100,6 +100,7 @@ def test_words_that_a_description_shares():
 # -- the whole task ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_example_is_ranked_by_rule(config, tmp_path):
     path = generate.generate(config)
     assert path == Path(config.out) / "example_rank.parquet"
@@ -162,6 +163,7 @@ def test_a_language_model_describes_and_orders(by_model):
     assert about["counts"]["own_image_rejected"] > 0 and (table.rejected_image != table.query_image).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [5, 40])
 def test_interrupted_in_either_phase_and_continued_it_is_as_uninterrupted(by_model, monkeypatch, tmp_path, after):
     whole = generate.generate(dataclasses.replace(by_model, out=str(tmp_path / "whole"))).read_bytes()

@@ -132,6 +132,7 @@ def test_where_all_are_true_another_mode_is_named():
 # -- what texts give away ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_nothing_is_learnt_from_other_statements_about_the_same_photograph():
     """Each photograph's statements are alike and have one label: by them it would be known, by others it is not."""
     rng = np.random.default_rng(3)
@@ -147,6 +148,7 @@ def test_nothing_is_learnt_from_other_statements_about_the_same_photograph():
 # -- VSR's own files ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (SHARED / "vsr").is_dir(), reason="VSR's files are not at hand")
 @pytest.mark.parametrize("split", ["random", "zeroshot"])
 def test_on_vsr_who_does_not_look_is_held_to_the_majority(split, example_clip):
@@ -179,6 +181,7 @@ def rows(path: str, *labelled: tuple[str, str, int]) -> None:
     Path(path).write_text("\n".join(lines))
 
 
+@pytest.mark.slow
 def test_results_of_two_files_are_kept_apart_and_an_edited_one_is_measured_again():
     Path("pictures").mkdir()
     for i in range(4):

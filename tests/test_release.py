@@ -72,6 +72,7 @@ def converted():
 # -- the model -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_authors_checkpoint_becomes_one_of_ours_that_run_py_takes(small_example, example_clip, capsys):
     torch.save(example_clip.model.state_dict(), "theirs.pt")
     authors.main(["checkpoint", "--from", "theirs.pt", "--model", "example"])
@@ -85,6 +86,7 @@ def test_the_authors_checkpoint_becomes_one_of_ours_that_run_py_takes(small_exam
     assert len(list(Path("results").rglob("zeroshot*.json"))) == 1
 
 
+@pytest.mark.slow
 def test_the_papers_model_keeps_the_tag_of_the_weights_it_was_finetuned_from(tiny, monkeypatch, example_clip):
     monkeypatch.setattr(authors, "MODEL", tiny)  # ViT-L-14 itself has 428 million weights
     torch.save(create_model(tiny, load_weights=False).model.state_dict(), "theirs.pt")
@@ -299,6 +301,7 @@ def drive(monkeypatch):
     return files, asked
 
 
+@pytest.mark.slow
 def test_the_three_files_are_fetched_by_id_and_once(drive, tiny, example_clip):
     files, asked = drive
     torch.save(example_clip.model.state_dict(), "theirs.pt")
@@ -332,6 +335,7 @@ def test_what_cannot_be_fetched_is_an_error_with_the_address(drive, tiny):
 # -- and then train on it ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_the_released_files_without_a_picture(example_clip, caplog):
     caplog.set_level("INFO")
     data = example("train", 40)

@@ -195,6 +195,7 @@ def test_intervals_are_over_images_because_captions_of_one_image_are_alike():
 # -- among the images of a batch -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @given(small_sets(), st.integers(2, 9), st.integers(0, 9))
 def test_figures_of_batches_are_what_counting_one_query_at_a_time_gives(case, size, seed):
     z, texts, each = case
@@ -229,6 +230,7 @@ def test_left_out_images_are_counted_and_a_batch_is_easier_than_the_whole():
     assert low < small.metrics["batch_t2i_r1"] < high
 
 
+@pytest.mark.slow
 def test_batches_are_measured_where_they_are_asked_for_by_name_alone(coco_folder, example_clip):
     every = measure_all(example_clip, open_dataset("coco", coco_folder, "val2017"), EvaluateConfig())
     modes = {found["evaluation"] for found in every}

@@ -28,6 +28,7 @@ ROOT = Path(__file__).parents[1]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
 
 
+@pytest.mark.slow
 def test_with_no_argument_each_runs_in_any_order_and_says_what_it_made(small_example, monkeypatch, capsys, caplog):
     caplog.set_level("INFO")
     small = GenerateConfig(name="example", split="train", n_images=100, n_pairs=200)
@@ -47,6 +48,7 @@ def test_with_no_argument_each_runs_in_any_order_and_says_what_it_made(small_exa
         generate_diffs.main(["--n_images", "99", "--n_pairs", "200"])
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_is_done_is_skipped_and_done_again_on_request(small_example, caplog):
     caplog.set_level("INFO")
     argv = ["--mode", "zeroshot", "--split", "val"]
@@ -65,6 +67,7 @@ def test_an_evaluation_that_is_done_is_skipped_and_done_again_on_request(small_e
     assert json.loads(other.read_text())["key"] != first["key"] == json.loads(path.read_text())["key"]
 
 
+@pytest.mark.slow
 def test_the_pc_clip_authors_kind_of_checkpoint_evaluates_unchanged(small_example, example_clip):
     """A bare state dict, as torch.save writes it; its architecture is given because it is in no list of open_clip's."""
     torch.save(example_clip.model.state_dict(), "ckpt.pt")
@@ -77,6 +80,7 @@ def test_the_pc_clip_authors_kind_of_checkpoint_evaluates_unchanged(small_exampl
     assert found[0]["metrics"] == found[1]["metrics"]
 
 
+@pytest.mark.slow
 def test_a_folder_of_images_is_ranked_into_a_csv_and_a_sheet():
     Path("mine").mkdir()
     for i in range(10):
@@ -180,6 +184,7 @@ REFUSED = [  # a script, its arguments, and what its message says
 ]
 
 
+@pytest.mark.slow
 def test_bad_input_is_one_line_and_leaves_nothing(small_example):
     Path("empty.json").write_text("")
     Path("none.json").write_text('{"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": []}')

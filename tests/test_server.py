@@ -211,6 +211,7 @@ def test_a_fault_costs_another_try_and_a_job_that_fails_for_good_is_left_out_and
     assert model.failed == 1
 
 
+@pytest.mark.slow
 def test_a_server_that_answers_nothing_ends_it_early_with_what_to_do(server):
     for status, tries in ((401, 1), (404, 1), (500, 5), (400, 1)):
         server.instead = failing((status, {}, b"no\nway"))

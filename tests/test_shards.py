@@ -35,6 +35,7 @@ def config(monkeypatch):
     return on_captions([[f"A large café with {n} green tables in it and a dog"] for n in range(10)])
 
 
+@pytest.mark.slow
 def test_any_lines_in_any_files_with_any_tails_give_the_same_file(config):
     path = interrupt(config, N_PAIRS)
     lines, expected, asked = path.read_bytes().splitlines(keepends=True), whole(config), []

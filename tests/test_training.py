@@ -161,6 +161,7 @@ def test_every_ablation_learns(config, option, monkeypatch):
 # -- continued -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_that_is_interrupted_and_continued_ends_the_same_bit_for_bit(config, monkeypatch):
     """Between two saves, by Ctrl-C, which ends the step and saves it, and between two saves again."""
     config.name = "b"
@@ -199,6 +200,7 @@ CONTINUED = {  # method and settings
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in CONTINUED if name != "clusters"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["clusters", *SLOW])
 def test_a_run_continued_within_an_epoch_and_between_two_ends_the_same(name, tiny, tiny_resnet):
     method, settings = CONTINUED[name]
