@@ -64,11 +64,11 @@ def dead_url():
 def test_a_chat_model_is_asked_with_a_system_prompt_and_the_jobs_own_seed(server):
     options = {"max_tokens": 33, "temperature": 0.5, "top_p": 0.9, "stop": ["END"]}
     rename = ["max_tokens=max_completion_tokens", "top_p="]
-    model = writer(server, **options, rename=rename)
+    model = writer(server, **options, rename=rename, extra='{"top_k": 5}')
     check(list(model.stream(JOBS)))
     question = PAIRS.question(JOBS[2].first, JOBS[2].second)
     messages = [{"role": "system", "content": PAIRS.system}, {"role": "user", "content": question}]
-    asked = {"model": "small", "temperature": 0.5, "seed": 20, "stop": ["END"], "messages": messages}
+    asked = {"model": "small", "top_k": 5, "temperature": 0.5, "seed": 20, "stop": ["END"], "messages": messages}
     assert asked | {"max_completion_tokens": 33} in [body for _, _, body in server.seen]
     described = model.describe()
     assert described["answered_by"] == ["small-0125"] and described["system"] == PAIRS.system
@@ -95,6 +95,7 @@ def test_an_answer_is_read_without_thoughts_and_says_whether_it_was_cut(server):
         "only thoughts": (saying(None, "length"), {}, ("", True)),
         "filtered": (saying(None, "content_filter"), {}, ("", False)),
         "a refusal": (saying(None, refusal="I'm sorry, no."), {}, ("I'm sorry, no.", False)),
+        "parts": (saying([{"type": "text", "text": "A "}, {"type": "text", "text": "dog."}]), {}, ("A dog.", False)),
     }
     wrong = {}
     for name, (reply, options, expected) in cases.items():
@@ -263,7 +264,7 @@ def test_settings_that_cannot_be_right_are_errors():
     urls = ([], *([url] for url in ("http://me:pw@a/v1", "http://a/v1?key=pw", "a:1/v1", "ftp://a")))
     cases = [("url", value) for value in urls]
     cases += [("concurrency", 0), ("max_tokens", 0), ("retries", -1), ("timeout", 0.0), ("stop", ["END", ""])]
-    for name, value in (*cases, ("rename", ["model=other"])):
+    for name, value in (*cases, ("rename", ["model=other"]), ("extra", "[1]"), ("extra", "{")):
         with pytest.raises(UserError, match=rf"server\.{name}") as raised:
             ServerWriter(dataclasses.replace(ServerConfig(model="small"), **{name: value}), PAIRS)
         assert "pw" not in str(raised.value)

@@ -40,6 +40,16 @@ LONGEST_SIDE = 1024  # pixels of an image that is sent; vision-language models s
 _RENAMED = re.compile(r"(max_tokens|temperature|top_p|seed|stop)=\w*")
 
 
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        fields = json.loads(text or "{}")
+    except json.JSONDecodeError:
+        fields = None
+    if not isinstance(fields, dict):
+        raise UserError(f"server.extra needs a JSON object, as in '{{\"top_k\": 5}}'; found {text!r}")
+    return fields
+
+
 class _Failure(Exception):
     """Why a job has no answer."""
 
@@ -80,6 +90,7 @@ class ServerWriter(Writer):
                 f"server.rename has {wrong[0]!r}; write max_tokens=max_completion_tokens, or seed= to leave it out; "
                 "max_tokens, temperature, top_p, seed and stop can be renamed"
             )
+        self.extra = _json_object(config.extra)
         self._key = os.environ.get(config.api_key_env, "").strip() if config.api_key_env else ""
         for library in ("httpx2", "openai"):
             logging.getLogger(library).setLevel(logging.WARNING)  # they would write a line for each request
@@ -119,6 +130,7 @@ class ServerWriter(Writer):
             "url": self.urls,
             **{name: getattr(config, name) for name in ("chat", "system_role", "max_tokens", "temperature", "top_p")},
             "stop": self.stop,
+            "extra": self.extra,
             "system": self.asked.system,
             "instruction": self.asked.instruction,
             "worked_examples": [] if config.chat else list(self.asked.examples),
@@ -176,6 +188,8 @@ class ServerWriter(Writer):
         try:
             choice = reply.choices[0]
             text = (choice.message.content or choice.message.refusal or "") if self.config.chat else choice.text
+            if isinstance(text, list):  # of parts, as some servers answer
+                text = "".join(part["text"] for part in text if part["type"] == "text")
             return self._read(text, choice.finish_reason == "length", reply.model)
         except (AttributeError, LookupError, TypeError):  # the openai package checks no shapes
             raise self._failure(server.url, ValueError(f"no answer of a language model: {reply!r}")) from None
@@ -214,7 +228,7 @@ class ServerWriter(Writer):
             "temperature": self.config.temperature,
             "top_p": self.config.top_p,  # sent even when 1: vLLM would otherwise take the model's own
             "seed": job.seed,
-            "extra_body": {},  # fields that the openai package does not know
+            "extra_body": dict(self.extra),  # fields that the openai package does not know
             "extra_headers": {"X-Request-Id": hashlib.sha256(json.dumps(job).encode()).hexdigest()[:16]},
         }
         if self.stop:

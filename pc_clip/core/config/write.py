@@ -46,6 +46,7 @@ class ServerConfig:
     temperature: float = setting(0.0, "0 for the most likely answer; above it, answers are drawn by seed.")
     top_p: float = setting(1.0, "Draw from the likeliest tokens that make up this share.")
     stop: list[str] = setting([], "Strings that end an answer; without chat, the end of the line unless given.")
+    extra: str = setting("", 'Further fields of a request: {"chat_template_kwargs": {"enable_thinking": false}}.')
     rename: list[str] = setting([], "Fields of a request under other names: max_tokens=max_completion_tokens.")
 
 
