@@ -29,10 +29,9 @@ from pc_clip.data.registry import open_dataset
 from pc_clip.data.wordings import role_mentions, swap_roles
 from pc_clip.models.clip import open_clip
 from pc_clip.write.cleaning import MIN_CHARACTERS, Given, check, copies
-from pc_clip.write.words import FUNCTION, content_words, said_of, stem
+from pc_clip.write.words import content_words, said_of, said_words
 
 CONTEXT = 77  # tokens that CLIP's text tower reads, the start and the end among them
-_FUNCTION_STEMS = frozenset(map(stem, FUNCTION))
 
 Figures = dict[str, float | None]
 
@@ -185,7 +184,7 @@ def _symmetry(each: pd.DataFrame) -> Figures:
     for one, other in pairs:
         if other is None or not (_names_both(one) and _names_both(other)):
             continue
-        a, b = ([set(words) - _FUNCTION_STEMS for words in said_of(sentence)] for sentence in (one, other))
+        a, b = (said_words(sentence) for sentence in (one, other))
         if any(a) or any(b):
             straight.append(_in_common(a, b))
             crossed.append(_in_common(a, b[::-1]) > straight[-1])

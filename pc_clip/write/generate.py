@@ -28,6 +28,7 @@ from pc_clip.write import prompts
 from pc_clip.write.captioner import change_task
 from pc_clip.write.cleaning import clean
 from pc_clip.write.rank import generate_rank
+from pc_clip.write.reword import reword_task
 from pc_clip.write.work import (
     MIN_OF_CLASSES,
     WRITERS,
@@ -41,7 +42,7 @@ from pc_clip.write.writers import Job, Writer
 
 log = logging.getLogger(__name__)
 
-TASKS = ("pairs", "compare", "describe", "rewrite", "rank")
+TASKS = ("pairs", "compare", "describe", "rewrite", "reword", "rank")
 EXAMPLES = ("example", "example_plain")  # files of sentences that are written when a run first needs them
 
 
@@ -64,7 +65,9 @@ def generate(config: GenerateConfig, processes: Processes | None = None) -> Path
     processes = processes or Processes.here()
     if config.task == "rank":
         return generate_rank(config, processes)
-    tasks = {"pairs": _pairs, "rewrite": _rewrite, "compare": _compare, "describe": _describe}
+    tasks = {
+        "pairs": _pairs, "rewrite": _rewrite, "reword": reword_task, "compare": _compare, "describe": _describe,
+    }  # fmt: skip
     task = change_task(config, processes) if config.writer == "change" else tasks[config.task](config)
     out = Path(config.out) / f"{config.name}.jsonl"
     return write_all(config, task, out, _settings(config, task.made_from), processes)
@@ -201,8 +204,8 @@ def _class_job(writer: str, data: Dataset, question: Question, a: str, b: str, s
 def _name(config: GenerateConfig) -> str:
     if config.writer == "change":
         return f"{config.dataset}_change"
-    if config.captions:
-        stem = Path(config.captions).stem
+    if source := config.captions or config.differences:
+        stem = Path(source).stem
         return stem if config.task == "pairs" else f"{stem}_{config.task}"
     if config.task == "pairs":
         return EXAMPLES[0]

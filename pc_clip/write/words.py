@@ -97,7 +97,7 @@ def _parts(clause: str) -> list[tuple[tuple[int, ...], list[str]]]:
         return [((0, 1), _telling(clause))]
     names = list(role_mentions(clause))
     if len(names) < 2:
-        return [((image,), _telling(clause)) for _, _, image in names]
+        return [((image,), _telling(f"{clause[:start]} {clause[end:]}")) for start, end, image in names]
     starts, ends, images = zip(*names)
     before, after = _telling(clause[: starts[0]]), _telling(clause[ends[-1] :])
     between = [_telling(clause[end:start]) for end, start in zip(ends, starts[1:])]
@@ -110,3 +110,12 @@ def _parts(clause: str) -> list[tuple[tuple[int, ...], list[str]]]:
 def _telling(text: str) -> list[str]:
     text = re.sub(r"\bone (?:can )?sees?\b|\b(?:image|picture) [12]\b", "", text, flags=re.IGNORECASE)
     return [stem(word) for word in words_in(text) if word not in WORDING]
+
+
+def said_words(text: str) -> tuple[set[str], set[str]]:
+    """The content words said of the first and of the second image, without their endings."""
+    first, second = said_of(text)
+    return set(first) - _FUNCTION_STEMS, set(second) - _FUNCTION_STEMS
+
+
+_FUNCTION_STEMS = frozenset(map(stem, FUNCTION))

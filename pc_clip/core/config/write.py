@@ -89,9 +89,10 @@ class GenerateConfig:
     task: str = setting(
         "pairs",
         "pairs (of images, from their captions), compare (how one class differs from another), describe (what "
-        "images of a class look like), rewrite (captions in other words) or rank (which images fit a caption "
-        "better).",
+        "images of a class look like), rewrite (captions in other words), reword (difference sentences in other words) "
+        "or rank (which images fit a caption better).",
     )
+    differences: str = of_tasks("", "reword", "The file of difference sentences that are put in other words.")
     captions: str | None = of_tasks(
         None, "pairs rewrite rank", "A COCO JSON or a SimCLIP TSV; empty for the data set's own."
     )
@@ -110,10 +111,10 @@ class GenerateConfig:
     caption: str = of_tasks("random", "pairs rank", "Which of an image's captions is used: random or longest.")
     writer: str = setting("rules", "rules, transformers, server, or change, a captioner that looks at the pictures.")
     min_characters: int | None = of_tasks(
-        None, "pairs rewrite compare describe rank", "The shortest sentence; empty for 60, and 20 for classes."
+        None, "pairs rewrite reword compare describe rank", "The shortest sentence; empty for 60, and 20 for classes."
     )
     prompt: str | None = of_tasks(
-        None, "pairs rewrite compare describe rank", "A YAML like those in write/prompts/; empty for the task's."
+        None, "pairs rewrite reword compare describe rank", "A YAML like those in write/prompts/; empty for the task's."
     )
     seed: int = setting(0, "Of every random choice.")
     out: str = runtime("llm_diffs", "Where the sentences are kept.")
@@ -121,7 +122,7 @@ class GenerateConfig:
     allow_missing: bool = runtime(False, "Finish without the sentences that no server could write; they are counted.")
     rank: RankDataConfig = group(RankDataConfig, tasks=("rank",))
     model: PretrainedConfig = group(PretrainedConfig, tasks=("rank",))
-    wording: WordingConfig = group(WordingConfig, tasks=("pairs", "compare"))
+    wording: WordingConfig = group(WordingConfig, tasks=("pairs", "reword", "compare"))
     transformers: LanguageModelConfig = group(LanguageModelConfig)
     server: ServerConfig = group(ServerConfig)
     change: ChangeWriterConfig = group(ChangeWriterConfig, tasks=("change",))
