@@ -41,9 +41,8 @@ PAIRS = {"train": 400, "val": 100, "test": 200}
 RELATIONS = "relations,zeroshot,probe,geometry"  # without average, which makes nine image towers
 FEW = ("--n_images", "1000", "--n_pairs", "4000")
 OLD_WORDINGS = ("--wording.families", "plain", "--wording.schemes", "first_image", "--wording.order", "first")
-PLAIN = ("--data.differences", "llm_diffs/example_plain.jsonl")
 RUNS = {  # name -> flags; 20 steps each, every loss logged
-    "pairwise": ["--config", "example.yaml", *PLAIN],
+    "pairwise": ["--config", "example_mirror.yaml"],
     "pairwise_paper_loss": ["--config", "example_pc.yaml"],
     "contrastive": ["--config", "example_captions.yaml"],
     "contrastive_clusters": ["--config", "example_simclip.yaml"],
@@ -127,7 +126,7 @@ def mirror() -> dict[str, Any]:
     """A quarter of a quickstart run of pc_anchor_mirror, seed 0, and all figures of it."""
     write_example()
     return figures(
-        ["--checkpoint", str(train("pc_anchor_mirror", "--config", "example.yaml", *PLAIN, "--train.steps", "200"))]
+        ["--checkpoint", str(train("pc_anchor_mirror", "--config", "example_mirror.yaml", "--train.steps", "200"))]
     )
 
 
