@@ -39,7 +39,7 @@ def context_of(texts, options=None, **known) -> EvalContext:
 
 def test_what_was_learnt_by_heart_is_told_from_what_is_understood():
     right = wordings.evaluate(context_of(texts_of(), attributes=(SIZE,))).metrics
-    for name in ("unseen", "unseen_worst", "unseen_names", "unseen_names_worst", "consistency", "caption_subtraction"):
+    for name in ("unseen", "unseen_worst", "unseen_names", "unseen_names_worst", "consistency", "subtraction"):
         assert right[name] == 1.0, name
     assert all(right[f"two_way_{family}"] == 1.0 for family in FAMILIES)
 

@@ -13,7 +13,7 @@ count are theirs, and the worst stands beside the mean:
     consistency                  the share of pairs that are judged alike in all held-out wordings
 
 two_way: the true sentence is nearer to the difference of the two images than its opposite (chance 50). r1: its own
-pair is the nearest of 100 (chance 1). caption_subtraction and caption_subtraction_r1: the untrained model without any
+pair is the nearest of 100 (chance 1). subtraction and caption_subtraction_r1: the untrained model without any
 training, by the two phrases subtracted. The phrases are a data set's graded attributes, or else captions; r1 is for
 captions alone, since many pairs share an attribute.
 """
@@ -95,8 +95,8 @@ def evaluate(context: EvalContext) -> Result:
     if context.base is not None:
         first, second = (context.base.embed_texts(phrases) for phrases in facts.plain)
         of_base, subtracted = pair_differences(context.base_z, facts.pairs), F.normalize(first - second, dim=-1)
-        right["caption_subtraction"] = ((subtracted * of_base).sum(-1) > 0).double()
-        metrics["caption_subtraction"] = float(right["caption_subtraction"].mean())
+        right["subtraction"] = ((subtracted * of_base).sum(-1) > 0).double()
+        metrics["subtraction"] = float(right["subtraction"].mean())
         if by_captions:
             metrics["caption_subtraction_r1"] = recall_at_1(subtracted, of_base)
     found = intervals.of_pairs(torch.stack(list(right.values()), dim=1).numpy(), facts.pairs)
