@@ -29,6 +29,9 @@ _PREFERENCE = {
 _ORDER = {"size": ("small", "medium", "large"), "background": ("dark", "grey", "light"), "count": (1, 2, 3)}
 
 
+PLAIN = WordingConfig(["plain"], ["first_image"], "first")  # where nothing else is asked for, as in an evaluation
+
+
 class RulesWriter(Writer):
     """Compares two captions by rule, in one of many wordings (data/wordings.py).
 
@@ -39,8 +42,8 @@ class RulesWriter(Writer):
 
     needs_cleaning = False  # what it writes is as it is meant
 
-    def __init__(self, options: WordingConfig | None = None) -> None:
-        check_choice("wording.order", (options := options or WordingConfig()).order, ("both", "first"))
+    def __init__(self, options: WordingConfig = PLAIN) -> None:
+        check_choice("wording.order", options.order, ("both", "first"))
         self.wordings = Wordings(options.families, options.schemes, options.order)
 
     def stream(self, jobs: Sequence[Job]) -> Iterator[tuple[int, str]]:

@@ -24,7 +24,7 @@ from pc_clip.write import prompts
 from pc_clip.write.causal import LanguageModelWriter
 from pc_clip.write.cleaning import MIN_CHARACTERS, Checked, Given, check
 from pc_clip.write.progress import Item, Progress, read_json
-from pc_clip.write.rules import RulesWriter
+from pc_clip.write.rules import PLAIN, RulesWriter
 from pc_clip.write.writers import Job, Writer
 
 log = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ def make_writer(config: GenerateConfig | ComparativeConfig, task: str | None = N
     """The writer that the settings name, asked the task's question."""
     check_choice("writer", config.writer, WRITERS)
     if config.writer == "rules":
-        return RulesWriter(getattr(config, "wording", None))
+        return RulesWriter(getattr(config, "wording", PLAIN))
     own = getattr(config, "prompt", None)
     prompt = prompts.read(own or prompts.FOLDER / f"{task or config.task}.yaml")
     if config.writer == "transformers":
