@@ -32,6 +32,7 @@ from pc_clip.core.errors import UserError, check_at_least
 from pc_clip.core.random import stream
 from pc_clip.data import attributes
 from pc_clip.data.dataset import Dataset
+from pc_clip.data.differences import choose_pairs
 from pc_clip.data.wordings import FAMILIES, HELD_OUT_FAMILIES, HELD_OUT_SCHEMES, SCHEMES, Wordings, as_phrase
 from pc_clip.evals import EvalContext, Result
 from pc_clip.evals.difference import draw_pairs, pair_differences, recall_at_1
@@ -114,18 +115,13 @@ def _share_right(two_way: dict[tuple[str, str], Tensor], cells: list[tuple[str, 
 
 
 def _of_captions(context: EvalContext) -> Facts:
-    """Pairs of different images, drawn without replacement, with a caption of each."""
-    captions, n = context.data.captions, context.config.wordings.n_pairs
-    rows = np.array([row for row, texts in enumerate(captions) if texts])
+    """Distinct pairs of images in random order, with a caption of each."""
+    captions, seed = context.data.captions, context.config.seed
+    rows = [row for row, texts in enumerate(captions) if texts]
     if len(rows) < 2:
         raise UserError(f"{context.data.label} has captions of {len(rows)} images; a difference needs two")
-    rng = stream(context.config.seed, "wordings pairs")
-    ordered = np.array([(i, j) for i in rows for j in rows if i != j]) if len(rows) ** 2 <= 4 * n else np.empty((0, 2))
-    pairs = rng.permutation(ordered)[:n] if len(ordered) else np.empty((0, 2), dtype=int)
-    while len(pairs) < min(n, len(rows) * (len(rows) - 1)):
-        drawn = rng.choice(rows, size=(2 * n, 2))
-        pairs = np.concatenate([pairs, drawn[drawn[:, 0] != drawn[:, 1]]])
-        pairs = pairs[np.sort(np.unique(pairs, axis=0, return_index=True)[1])][:n]
+    n = min(context.config.wordings.n_pairs, len(rows) * (len(rows) - 1) // 2)
+    pairs, rng = np.array(choose_pairs(rows, n, seed, both_orders=False)), stream(seed, "wordings captions")
     said = [[as_phrase(captions[row][int(rng.integers(len(captions[row])))]) for row in pair] for pair in pairs]
     first, second = map(list, zip(*said))
     return Facts(pairs, first, second, (first, second))
