@@ -36,7 +36,7 @@ from pc_clip.data.embeddings import embed_images
 from pc_clip.data.registry import held_out, open_dataset
 from pc_clip.data.statements import read_statements
 from pc_clip.models.clip import SCRATCH, Clip
-from pc_clip.models.loading import create_model
+from pc_clip.models.loading import create_model, load_model
 
 log = logging.getLogger(__name__)
 
@@ -159,10 +159,26 @@ def find(name: str) -> ModuleType:
 
 
 def base_of(clip: Clip) -> Clip | None:
-    """The model a checkpoint was finetuned from; None when it cannot be had, or there was none."""
-    if clip.pretrained == SCRATCH:
+    """The model a checkpoint was finetuned from; None when it cannot be had, or there was none.
+
+    A run remembers the hash of its start. Weights of another one are not taken for it.
+    """
+    start = clip.start or {}
+    if clip.pretrained == SCRATCH and "checkpoint" not in start:
         return None
     try:
-        return create_model(clip.name, clip.pretrained, device=clip.device)
-    except UserError:
+        if "checkpoint" in start:
+            base = load_model(start["checkpoint"], device=clip.device)
+        else:
+            transform = dict(clip.model.visual.preprocess_cfg)
+            base = create_model(clip.name, clip.pretrained, device=clip.device, preprocess=transform)
+    except (UserError, OSError) as error:
+        log.info("nothing is compared with the model from before finetuning, which is not at hand: %s", error)
         return None
+    if "weights" in start and base.weights_hash() != start["weights"]:
+        log.warning(
+            "%s is not what this run began with: nothing is compared with it. --model.pretrained FILE names the start",
+            start.get("checkpoint") or base.describe(),
+        )
+        return None
+    return base

@@ -74,7 +74,7 @@ def _check(context: EvalContext, alphas: list[float]) -> None:
     if start is None:
         raise UserError(
             "mode average needs the weights from before finetuning, and those of "
-            f"{end.describe()} are not at hand; name them with --model.pretrained"
+            f"{end.describe()} are not at hand; name them with --model.pretrained TAG or FILE"
         )
     if start.weights_hash() == end.weights_hash():
         raise UserError(

@@ -108,7 +108,8 @@ def _open_model(config: EvaluateConfig) -> Clip:
     device = resolve_device(config.device)
     if config.checkpoint is None:
         return create_model(*config.model.source(config.dataset if config.images is None else ""), device=device)
-    return load_model(config.checkpoint, config.model.name or None, config.model.pretrained, device=device)
+    model = config.model
+    return load_model(config.checkpoint, model.name or None, model.pretrained, device=device, tag=model.tag)
 
 
 def _run(context: EvalContext, mode: str) -> dict[str, Any]:

@@ -38,6 +38,7 @@ class Clip:
     name: an open_clip architecture ("ViT-L-14"), "example" for the embedded model, "example_vit" for the same with a
         vision transformer as its image tower, or "local-dir:FOLDER".
     pretrained: the weights before any finetuning: a tag of open_clip's, a file, SCRATCH, or None.
+    start: what a finetuned model began with: the hash of its "weights", and the "checkpoint" where that was one.
     fast_text: whether texts are encoded by fast_text.py where it knows the tower. The result is the same;
         `choose_text_way` checks that on this machine.
     """
@@ -47,6 +48,7 @@ class Clip:
     preprocess: Any
     name: str
     pretrained: str | None = None
+    start: dict[str, str] | None = None
     fast_text: bool = True
     _fast: tuple[nn.Module | None, FastText | str] | None = field(default=None, repr=False, compare=False)
     _memory: dict[Any, Any] | None = field(default=None, repr=False, compare=False)

@@ -26,6 +26,7 @@ from pc_clip.core.errors import UserError, nearest
 from pc_clip.core.files import write_tensors
 from pc_clip.core.paths import MODEL_FILE, checkpoint_file
 from pc_clip.core.random import seed_of
+from pc_clip.models import tags
 from pc_clip.models.change_model import PREFIX, ChangeClip, ChangeModel
 from pc_clip.models.clip import SCRATCH, SHIPPED, Clip, model_folder, open_clip
 
@@ -48,6 +49,7 @@ RANDOM_WEIGHTS = ("No pretrained weights loaded", "Local config loaded, but no C
 def create_model(
     name: str,
     pretrained: str | None = None,
+    tag: str | None = None,
     *,
     load_weights: bool = True,
     device: str | torch.device = "cpu",
@@ -56,14 +58,21 @@ def create_model(
 ) -> Clip:
     """Build an architecture and load its weights.
 
-    preprocess: the image transform in place of the one that comes with the weights (mean, std, ...). seed: of the
-    weights where `pretrained` is SCRATCH.
+    tag: where `pretrained` is a file, the tag of open_clip's whose image transform its weights have.
+    preprocess: the image transform in place of the one that comes with the weights (mean, std, ...).
+    seed: of the weights where `pretrained` is SCRATCH.
     Raises UserError for an unknown name, an unknown tag, or weights that cannot be had.
     """
     load_weights = load_weights and pretrained != SCRATCH
     file = _weights_file(name, pretrained) if load_weights else None
     by_tag = load_weights and file is None  # then open_clip reads the weights, and all that it warns of is heard
     architecture = _architecture(name)
+    if tag and file is None:
+        raise UserError(f"model.tag {tag} is for weights from a file; here it would have no effect")
+    if by_tag:
+        tags.check_activation(name, pretrained)
+    elif file is not None and preprocess is None:
+        preprocess = tags.transform_of_file(name, tag, str(file))
     options = _local_text_tower(architecture) | ({"force_preprocess_cfg": preprocess} if preprocess else {})
     try:
         with _quiet_open_clip(random_weights=not by_tag), torch.random.fork_rng(devices=[]):
@@ -73,10 +82,11 @@ def create_model(
             )
     except Exception as error:
         reason = textwrap.shorten(str(error) or type(error).__name__, 160, placeholder=" ...")
-        tag = open_clip.get_pretrained_cfg(name, pretrained) if by_tag else {}
-        source = tag.get("hf_hub", "").rstrip("/") or tag.get("url")
+        known = tags.config_of(name, pretrained) if by_tag else {}
+        source = known.get("hf_hub", "").rstrip("/") or known.get("url")
         by_hand = (
-            f". Without a network, fetch the weights at {source} elsewhere and pass --model.pretrained PATH/TO/FILE"
+            f". Without a network, fetch the weights at {source} elsewhere and pass --model.pretrained PATH/TO/FILE "
+            f"--model.tag {pretrained}"
         )
         raise UserError(f"{name} could not be loaded: {reason}{by_hand if source else ''}") from error
     if file is not None:
@@ -114,15 +124,15 @@ def _weights_file(name: str, pretrained: str | None) -> Path | None:
     if pretrained and Path(pretrained).is_file():
         return Path(pretrained)
     if not architecture.startswith("local-dir:"):
-        tags = [tag for known, tag in open_clip.list_pretrained() if known == name]
+        known = open_clip.list_pretrained_tags_by_model(name)
         if pretrained is None:
             raise UserError(
                 f"model {name} was asked for without weights. Give --model.pretrained a file or one of its tags: "
-                f"{', '.join(tags) or 'it has none'}; or --checkpoint a finetuned one."
+                f"{', '.join(known) or 'it has none'}; or --checkpoint a finetuned one."
             )
-        if not name.startswith("hf-hub:") and not open_clip.get_pretrained_cfg(name, pretrained):
+        if not name.startswith("hf-hub:") and pretrained not in known:
             raise UserError(
-                f"{pretrained!r} is neither a file nor a pretrained tag of {name}. {nearest(pretrained, tags)}"
+                f"{pretrained!r} is neither a file nor a pretrained tag of {name}. {nearest(pretrained, known)}"
             )
         return None
     folder = Path(architecture.removeprefix("local-dir:"))
@@ -188,14 +198,22 @@ def save_model(path: Path, clip: Clip) -> None:
     """
     transform = clip.model.visual.preprocess_cfg
     about = {"model": clip.name, "pretrained": clip.pretrained, "preprocess": transform, "pc_clip": pc_clip.__version__}
+    about |= {"start": clip.start} if clip.start else {}
     weights = clip.model.state_dict() | clip.extra_weights()
     write_tensors(path, weights, {"format": "pt", "pc_clip": json.dumps(about | clip.about())})
 
 
-def load_model(path: str | Path, name: str | None = None, pretrained: str | None = None, device: str = "cpu") -> Clip:
+def load_model(
+    path: str | Path,
+    name: str | None = None,
+    pretrained: str | None = None,
+    device: str = "cpu",
+    tag: str | None = None,
+) -> Clip:
     """A model from a checkpoint: a run's folder, a safetensors file of ours, or anybody's state dict.
 
-    name: the architecture, for files that do not say; guessed from the shapes when not given.
+    name: the architecture, for files that do not say; guessed from the shapes when not given. pretrained: the weights
+    before finetuning. tag: open_clip's, whose image transform the weights have; `pretrained` where that is a tag.
     Raises UserError for a file that is absent, cut short, of another architecture, or not only weights.
     """
     path = checkpoint_file(path)
@@ -205,12 +223,16 @@ def load_model(path: str | Path, name: str | None = None, pretrained: str | None
     if name and saved and name != saved and not moved:  # activations differ without a trace in the weights' shapes
         raise UserError(f"{path} says that it is of {saved}, not {name}; leave --model.name out")
     name = name or saved or guess_architecture(state)
+    start = about.get("start")
+    if pretrained and start:  # the user says where they are now
+        start = {"weights": start["weights"]}
     pretrained = pretrained or about.get("pretrained")
-    tag = open_clip.get_pretrained_cfg(name, pretrained) if pretrained else {}  # its image transform
-    of_tag = {key: tag[key] for key in ("mean", "std", "interpolation", "resize_mode") if key in tag}
-    preprocess = about.get("preprocess") or of_tag or None
+    if tag and "preprocess" in about:
+        raise UserError(f"{path} says what its image transform is; leave --model.tag out")
+    tag = tag or (pretrained if tags.config_of(name, pretrained) else None)
+    preprocess = about.get("preprocess") or tags.transform_of_file(name, tag, str(path))
     clip = create_model(name, load_weights=False, device=device, preprocess=preprocess)
-    clip.pretrained = pretrained
+    clip.pretrained, clip.start = pretrained, start
     if "change" in about:
         change = {key.removeprefix(PREFIX): state.pop(key) for key in list(state) if key.startswith(PREFIX)}
         clip = ChangeClip.of(clip, ChangeModel.build(clip, about["change"]))
@@ -326,7 +348,8 @@ def guess_architecture(state: Mapping[str, Tensor]) -> str:
     """The open_clip architecture of a bare state dict, by the names and shapes of its weights.
 
     Activations leave no trace in a state dict, so "ViT-L-14" and "ViT-L-14-quickgelu" look the same; the
-    plain one is taken, which is right for the PC-CLIP authors' checkpoint (a DataComp model).
+    plain one is taken, which is right for the PC-CLIP authors' checkpoint (a DataComp model); `transform_of_file` then
+    warns of the other.
     Raises UserError when no architecture, or a state dict of something else, is found.
     """
     shapes = {key: value.shape for key, value in state.items()}
@@ -339,7 +362,6 @@ def guess_architecture(state: Mapping[str, Tensor]) -> str:
         with _quiet_open_clip(random_weights=True), torch.device("meta"):
             model = open_clip.create_model(name, load_weights=False, device="meta")
         if {key: value.shape for key, value in model.state_dict().items()} == shapes:
-            log.info("this state dict has the shapes of %s; if its activations differ, use --model.name", name)
             return name
     first = ", ".join(f"{key} {list(shape)}" for key, shape in list(shapes.items())[:3])
     raise UserError(

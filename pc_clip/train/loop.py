@@ -83,6 +83,9 @@ def _run(config: FinetuneConfig, run: Path, data: Dataset) -> Path:
     with accelerator.autocast():
         text_way = clip.choose_text_way(config.model.fast_text, train.recompute)
     method = methods.find(config.method).Method(clip, data, config)
+    method.clip.start = {"weights": clip.weights_hash()}
+    if config.model.start:
+        method.clip.start["checkpoint"] = str(loading.checkpoint_file(config.model.start))
     learn = method.trainable()  # now, so that a wrong model.train is told of before anything is deleted
     rank, adapted = config.model.lora_rank, []
     if rank:
@@ -96,7 +99,7 @@ def _run(config: FinetuneConfig, run: Path, data: Dataset) -> Path:
         else:
             if config.overwrite and not config.resume:
                 run_folder.delete(run)  # only now, when nothing is left that could be refused
-            about = {"data": learnt_from | chosen_on, "start": clip.weights_hash(), "notes": method.notes}
+            about = {"data": learnt_from | chosen_on, "start": method.clip.start["weights"], "notes": method.notes}
             run_folder.begin(run, config, environment.describe() | about)
     accelerator.wait_for_everyone()
     lora.add(clip.model, adapted, rank, config.model.lora_alpha, config.seed)  # what is kept of the start has none
@@ -117,7 +120,7 @@ def _start(config: FinetuneConfig, device: torch.device | str) -> Clip:
     """The model as it is before training."""
     model = config.model
     if model.start:
-        return loading.load_model(model.start, model.name or None, device=device)
+        return loading.load_model(model.start, model.name or None, device=device, tag=model.tag)
     return create_model(*model.source(config.data.dataset), device=device, seed=config.seed)
 
 

@@ -63,16 +63,17 @@ class PretrainedConfig:
         "embedded one on the example, and PC-CLIP's ViT-L-14 on anything else.",
     )
     pretrained: str | None = setting(None, "One of open_clip's tags, a file of weights, or scratch for random ones.")
+    tag: str | None = setting(None, "The tag whose image transform and activation weights from a file have.")
 
-    def source(self, dataset: str) -> tuple[str, str | None]:
-        """The architecture and the weights a model is made of, when it is used on `dataset`."""
+    def source(self, dataset: str) -> tuple[str, str | None, str | None]:
+        """The architecture, the weights and their tag that a model is made of, when it is used on `dataset`."""
         if self.name:
-            return self.name, self.pretrained
+            return self.name, self.pretrained, self.tag
         if dataset in ("example", "example_relations"):
-            return "example", self.pretrained
+            return "example", self.pretrained, self.tag
         if dataset == "example_changes":
-            return "example_vit", self.pretrained
-        return "ViT-L-14", self.pretrained or "datacomp_xl_s13b_b90k"
+            return "example_vit", self.pretrained, self.tag
+        return "ViT-L-14", self.pretrained or "datacomp_xl_s13b_b90k", self.tag
 
 
 @settings
