@@ -1,5 +1,6 @@
 """What a run learns from: data sets mixed together, and pictures that do not decode."""
 
+import json
 import logging
 import os
 import shutil
@@ -19,7 +20,7 @@ from pc_clip.data import example_sets, training_data
 from pc_clip.data.embeddings import embed
 from pc_clip.data.registry import open_dataset
 from pc_clip.data.training_data import load_dataset
-from pc_clip.interface import finetune
+from pc_clip.interface import finetune, run
 
 SHADES = range(20, 140, 20)
 
@@ -180,6 +181,28 @@ def test_broken_pictures_are_left_out_and_counted_when_that_is_asked_for():
     assert data.note.startswith("2 broken pictures are left out, first: main/train/60.png cannot be read as an image")
 
 
+def test_sentences_about_a_picture_that_is_left_out_are_dropped_and_counted(capsys, caplog):
+    config = tsv("main")
+    sentences = [
+        {"first": f"{a}.png", "second": f"{b}.png", "text": f"The first image is {a}, the second is {b}."}
+        for a, b in [(20, 40), (40, 60), (60, 80), (100, 120), (80, 20)]
+    ]
+    Path("d.jsonl").write_text("".join(json.dumps(each) + "\n" for each in sentences))
+    argv = ["--data.dataset", "tsv", "--data.root", config.root, "--data.differences", "d.jsonl", "--model.name"]
+    argv += ["example", "--train.steps", "1", "--train.batch_size", "2"]
+    harm("main/train/60.png"), Path("main/train/100.png").unlink()
+    with pytest.raises(UserError, match=r"1 of the 6 pictures named in .* are absent"):
+        finetune.main(argv)
+    with caplog.at_level(logging.INFO):
+        finetune.main([*argv, "--data.missing", "skip", "--data.broken", "skip"])
+    assert "3 pairs dropped, because a picture of theirs is absent or broken" in caplog.text + capsys.readouterr().out
+    scores = ["--dataset", "tsv", "--root", config.root, "--difference.sentences", "d.jsonl", "--mode", "difference"]
+    scores += ["--model.name", "example"]
+    Path("main/train/60.png").unlink()
+    results = run.main([*scores, "--split", "train", "--missing", "skip"])
+    assert (results[0]["n"], results[0]["details"]["left_out"]) == (2, 3)
+
+
 def test_what_is_broken_is_looked_for_once_for_as_long_as_the_files_stay_as_they_are(monkeypatch):
     config = tsv("main")
     config.broken = "skip"
@@ -246,9 +269,9 @@ def test_training_on_pixels_stops_at_a_broken_picture_or_goes_on_without_it(tmp_
     argv += ["--model.name", tiny, "--model.train", "both", "--train.epochs", "1", "--train.lr", "1e-4"]
     with pytest.raises(UserError, match=r"main/train/60\.png cannot be read as an image"):
         finetune.main([*argv, "--train.batch_size", "6"])
-    run = finetune.main([*argv, "--data.broken", "skip", "--name", "without"])
-    assert (run / "model.safetensors").is_file()
-    said = f"python run.py --dataset tsv --root {config.root} --checkpoint {run}"
+    run_folder = finetune.main([*argv, "--data.broken", "skip", "--name", "without"])
+    assert (run_folder / "model.safetensors").is_file()
+    said = f"python run.py --dataset tsv --root {config.root} --checkpoint {run_folder}"
     assert said in capsys.readouterr().out
 
 

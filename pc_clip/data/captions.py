@@ -193,4 +193,5 @@ def _with_pictures(
         captions=[captions[key][1] for key in ids],
         note="; ".join(filter(None, (captions.note, note))),
         part=part,
+        left_out=frozenset(captions) - frozenset(ids),
     )

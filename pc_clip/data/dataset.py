@@ -116,7 +116,8 @@ class Dataset:
 
     split: how results and files name it; it says how a random split was made ("test-10pct-seed0"). part: the
     split as it was asked for ("test"); empty for a data set without splits. changes: pairs of its images with what is
-    said of how the second differs; judge(row, sentence) tells which parts of a sentence about changes[row] are right
+    said of how the second differs; left_out: ids that its files name and that were left out because their picture is
+    absent or broken; judge(row, sentence) tells which parts of a sentence about changes[row] are right
     ("type", "object", "value"), where the data set can know.
     """
 
@@ -130,6 +131,7 @@ class Dataset:
     attributes: tuple[Attribute, ...] = ()
     note: str = ""
     part: str = ""
+    left_out: frozenset[str] = frozenset()
     statements: tuple[Statement, ...] = ()
     changes: tuple[Change, ...] = ()
     judge: Callable[[int, str], dict[str, bool]] | None = None

@@ -96,13 +96,18 @@ def _unrank(k: int, n: int) -> tuple[int, int]:
     return i, k - before + i + 1
 
 
-def rows(differences: Iterable[Difference], ids: Collection[str], source: str | Path) -> np.ndarray:
-    """Differences as row numbers into `ids`.  -> [N, 2] int64
+def rows(
+    differences: Iterable[Difference],
+    ids: Collection[str],
+    source: str | Path,
+    left_out: Collection[str] = frozenset(),
+) -> np.ndarray:
+    """Differences as row numbers into `ids`, -1 for an image in `left_out`.  -> [N, 2] int64
 
-    Raises UserError for the first difference whose image is not among them.
+    Raises UserError for the first difference whose image is in neither.
     """
     names, places = _places(differences)
-    return _rows(names, places, ids, source)
+    return _rows(names, places, ids, source, left_out)
 
 
 def _places(differences: Iterable[Difference]) -> tuple[list[str], np.ndarray]:
@@ -112,12 +117,15 @@ def _places(differences: Iterable[Difference]) -> tuple[list[str], np.ndarray]:
     return list(place), np.array(pairs, dtype=np.int64).reshape(-1, 2)
 
 
-def _rows(names: list[str], places: np.ndarray, ids: Collection[str], source: str | Path) -> np.ndarray:
-    """places: rows of `names`  ->  rows of `ids`, where there may be very many others."""
+def _rows(
+    names: list[str], places: np.ndarray, ids: Collection[str], source: str | Path, left_out: Collection[str]
+) -> np.ndarray:
+    """places: rows of `names`  ->  rows of `ids`, where there may be very many others; -1 for one in `left_out`."""
     wanted = set(names)
     row = {key: n for n, key in enumerate(ids) if key in wanted}
     pairs = np.array([row.get(name, -1) for name in names], dtype=np.int64)[places]
-    for n, side in np.argwhere(pairs < 0)[:1]:
+    unknown = np.array([name not in row and name not in left_out for name in names], dtype=bool)[places]
+    for n, side in np.argwhere(unknown)[:1]:
         known = ", ".join(itertools.islice(ids, 3))
         raise UserError(
             f"difference {n + 1} of {source} is about image {names[places[n, side]]!r}, which the data set does not "
@@ -129,9 +137,9 @@ def _rows(names: list[str], places: np.ndarray, ids: Collection[str], source: st
 class Compiled(NamedTuple):
     """N differences as numbers, U of their texts distinct.
 
-    pairs: [N, 2] int64, rows of the images; text: [N] int32, rows of tokens; mirror: [N] int32, rows of tokens of the
-    texts with their roles exchanged, -1 where that cannot be done (`swap_roles`), None unless it was asked for;
-    tokens: [U, L], as `pc_clip.data.tokens.tokenize` gives them.
+    pairs: [N, 2] int64, rows of the images, -1 for one that was left out; text: [N] int32, rows of tokens; mirror: [N]
+    int32, rows of tokens of the texts with their roles exchanged, -1 where that cannot be done (`swap_roles`), None
+    unless it was asked for; tokens: [U, L], as `pc_clip.data.tokens.tokenize` gives them.
     """
 
     pairs: np.ndarray
@@ -140,7 +148,9 @@ class Compiled(NamedTuple):
     tokens: np.ndarray
 
 
-def compiled(path: str | Path, ids: Sequence[str], tokenizer: Any, *, mirror: bool) -> Compiled:
+def compiled(
+    path: str | Path, ids: Sequence[str], tokenizer: Any, *, mirror: bool, left_out: Collection[str] = frozenset()
+) -> Compiled:
     """The differences of a file as rows of `ids` and of a table of tokens.
 
     Raises what `read` and `rows` raise. All that is slow is kept by `pc_clip.core.cache`, under a key of the
@@ -152,7 +162,7 @@ def compiled(path: str | Path, ids: Sequence[str], tokenizer: Any, *, mirror: bo
     def make() -> dict[str, np.ndarray]:
         differences = read(path, content)
         names, places = _places(differences)
-        _rows(names, places, ids, path)  # its error before a minute goes into tokens
+        _rows(names, places, ids, path, left_out)  # its error before a minute goes into tokens
         texts = [difference.text for difference in differences]
         mirrored = [swap_roles(text) for text in texts] if mirror else []
         distinct = list(dict.fromkeys(texts + [text for text in mirrored if text is not None]))
@@ -168,5 +178,5 @@ def compiled(path: str | Path, ids: Sequence[str], tokenizer: Any, *, mirror: bo
     made_by = tokens.identity(tokenizer)
     key = {"file": hashlib.sha256(content).hexdigest(), "tokenizer": made_by or "", "mirror": str(mirror)}
     arrays = cache.cached("compiled", key, make) if made_by else make()
-    pairs = _rows(json.loads(arrays["names"].tobytes()), arrays["places"], ids, path)
+    pairs = _rows(json.loads(arrays["names"].tobytes()), arrays["places"], ids, path, left_out)
     return Compiled(pairs, arrays["text"], arrays.get("mirror"), arrays["tokens"])

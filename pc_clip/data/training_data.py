@@ -156,4 +156,5 @@ def _without_broken(data: Dataset, workers: int) -> Dataset:
     if len(broken) == len(data):
         raise UserError(f"none of the {len(data)} pictures of {data.label} can be used: {first}")
     whole = subset(data, np.setdiff1d(np.arange(len(data)), broken))
+    whole = dataclasses.replace(whole, left_out=data.left_out | {data.ids[row] for row in broken})
     return _note(whole, f"{len(broken)} broken pictures are left out, first: {first}")

@@ -25,16 +25,21 @@ FAMILIES: dict[str, tuple[str, ...]] = {name: tuple(each) for name, each in _TAB
 SCHEMES: dict[str, tuple[tuple[str, ...], ...]] = {
     name: tuple((*names, *names)[:4] for names in each) for name, each in _TABLE["schemes"].items()
 }
+OPENERS: tuple[str, ...] = tuple(_TABLE["openers"])
 HELD_OUT_FAMILIES: tuple[str, ...] = tuple(_TABLE["held_out"]["families"])
 HELD_OUT_SCHEMES: tuple[str, ...] = tuple(_TABLE["held_out"]["schemes"])
 
 
 class Wording(NamedTuple):
-    """names: first, second, and both in short; exchanged: what the template says of the first is said of the second."""
+    """names: first, second, and both in short; exchanged: what the template says of the first is said of the second.
+
+    opener: what stands before the sentence, such as "Overall,".
+    """
 
     template: str
     names: tuple[str, ...]
     exchanged: bool
+    opener: str = ""
 
     def say(self, a: str, b: str) -> str:
         """The sentence for a pair of which the first image shows `a` and the second `b`."""
@@ -43,7 +48,12 @@ class Wording(NamedTuple):
             a, b, first, second, first_short, second_short = b, a, second, first, second_short, first_short
         said = {"a": a, "b": b, "there_a": f"{_there(a)} {a}", "there_b": f"{_there(b)} {b}"}
         named = {"first": first, "second": second, "first_short": first_short, "second_short": second_short}
-        return _SENTENCE_START.sub(lambda match: match.group().upper(), self.template.format(**said, **named))
+        sentence = self.template.format(**said, **named)
+        if self.opener:
+            sentence = (
+                f"{self.opener} {sentence[0].lower() if self.template[0].isupper() else sentence[0]}{sentence[1:]}"
+            )
+        return _SENTENCE_START.sub(lambda match: match.group().upper(), sentence)
 
 
 _SENTENCE_START = re.compile(r"^[a-z]|(?<=[.?!] )(?<!vs\. )[a-z]")
@@ -61,18 +71,20 @@ def _there(phrase: str) -> str:
 class Wordings:
     """The wordings of some families and schemes, to draw from: each family as often, each scheme as often.
 
-    Empty lists stand for all that are not held out. order: both (of mention) or first (the template's own).
-    Raises UserError for an unknown name.
+    Empty lists stand for all that are not held out. order: both (of mention) or first (the template's own). openers:
+    the share of sentences with an opener. Raises UserError for an unknown name.
     """
 
-    def __init__(self, families: Sequence[str] = (), schemes: Sequence[str] = (), order: str = "both") -> None:
+    def __init__(
+        self, families: Sequence[str] = (), schemes: Sequence[str] = (), order: str = "both", openers: float = 0.0
+    ) -> None:
         self.families = tuple(families) or tuple(name for name in FAMILIES if name not in HELD_OUT_FAMILIES)
         self.schemes = tuple(schemes) or tuple(name for name in SCHEMES if name not in HELD_OUT_SCHEMES)
         for kind, chosen, known in (("family", self.families, FAMILIES), ("scheme", self.schemes, SCHEMES)):
             for name in chosen:
                 if name not in known:
                     raise UserError(f"no {kind} of wordings is called {name!r}. {nearest(name, list(known))}")
-        self.order = order
+        self.order, self.openers = order, openers
 
     def draw(self, rng: np.random.Generator) -> Wording:
         def one_of(options: Sequence) -> Any:
@@ -80,7 +92,9 @@ class Wordings:
 
         template = one_of(FAMILIES[one_of(self.families)])
         names = one_of(SCHEMES[one_of(self.schemes)])
-        return Wording(template, names, self.order == "both" and one_of((False, True)))
+        exchanged = self.order == "both" and one_of((False, True))
+        opener = one_of(OPENERS) if self.openers and rng.random() < self.openers else ""
+        return Wording(template, names, exchanged, opener)
 
 
 def contrast(a: str, b: str, n: int) -> str:

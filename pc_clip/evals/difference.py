@@ -12,6 +12,7 @@ the interval accounts for images that stand in many pairs.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -30,6 +31,8 @@ from pc_clip.evals import EvalContext, Result
 from pc_clip.evals.zeroshot import class_embeddings, templates_of
 from pc_clip.metrics import intervals
 from pc_clip.models.clip import Clip
+
+log = logging.getLogger(__name__)
 
 VERSION = 2  # what was called unseen went to mode wordings
 CANDIDATES = 100  # of which one pair is a sentence's own, for difference_r1
@@ -203,7 +206,11 @@ def _about_sentences(context: EvalContext) -> Result:
     sentences = differences.read(options.sentences)
     question = next((q for q in data.questions if sentences[0].first in q.classes), None)
     question = None if sentences[0].first in set(data.ids) else question
-    named = differences.rows(sentences, question.classes if question else data.ids, options.sentences)  # [S, 2]
+    named = differences.rows(sentences, question.classes if question else data.ids, options.sentences, data.left_out)
+    there = (named >= 0).all(1)
+    if not there.any():
+        raise UserError(f"of none of the {len(there)} sentences in {options.sentences} are both pictures there")
+    named, sentences = named[there], [each for each, kept in zip(sentences, there) if kept]  # [S, 2]
     draws = options.draws if question else 1
     sentence = np.tile(np.arange(len(sentences)), draws)  # [P], which one is asked of a pair
     pairs = _draw_images(context, question, named[sentence]) if question else named
@@ -224,7 +231,10 @@ def _about_sentences(context: EvalContext) -> Result:
         )
         along = (pair_differences(context.base_z, pairs) * pair_differences(of_named, named)[sentence]).sum(-1)
         right["caption_subtraction"] = along > 0
-    result = Result({}, len(pairs), {"sentences": options.sentences, "standard_error": {}})
+    left_out = int((~there).sum())
+    if left_out:
+        log.warning("  %d sentences are left out, because a picture of theirs is absent", left_out)
+    result = Result({}, len(pairs), {"sentences": options.sentences, "left_out": left_out, "standard_error": {}})
     _add(result, [[Answers.of(right, pairs, np.repeat(np.arange(draws), len(sentences)))]])
     if question:
         result.details["classes"] = len(np.unique(named))

@@ -44,7 +44,7 @@ class RulesWriter(Writer):
 
     def __init__(self, options: WordingConfig = PLAIN) -> None:
         check_choice("wording.order", options.order, ("both", "first"))
-        self.wordings = Wordings(options.families, options.schemes, options.order)
+        self.wordings = Wordings(options.families, options.schemes, options.order, options.openers)
 
     def stream(self, jobs: Sequence[Job]) -> Iterator[tuple[int, str]]:
         for n, job in enumerate(jobs):
@@ -65,7 +65,7 @@ class RulesWriter(Writer):
 
     def describe(self) -> dict[str, Any]:
         chosen = {"families": list(self.wordings.families), "schemes": list(self.wordings.schemes)}
-        return {"writer": "rules", **chosen, "order": self.wordings.order}
+        return {"writer": "rules", **chosen, "order": self.wordings.order, "openers": self.wordings.openers}
 
 
 def _phrases(kind: str, a: str | int, b: str | int) -> tuple[str, str]:

@@ -8,7 +8,7 @@ or similar differences come from the sampler (train/samplers.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 import numpy as np
@@ -74,7 +74,7 @@ class Method(BaseMethod):
             self.images = Images(clip, data, config)
         else:
             self.images = self._captioned(data)
-        self._read_differences(config.data.differences)
+        self._read_differences(config.data.differences, data.left_out)
         if self.options.captioned_differences:
             captions = [*captions, *self._add_captioned()]
         self._keep_some()
@@ -112,13 +112,17 @@ class Method(BaseMethod):
         self.images.ids = [*images.ids, *(f"captions:{key}" for key in captions)]
         return texts
 
-    def _read_differences(self, path: str) -> None:
+    def _read_differences(self, path: str, left_out: Collection[str] = frozenset()) -> None:
         """Sentences as tokens, pairs as rows; those that cannot teach anything are dropped and counted."""
         with PartialState().main_process_first():  # the others then find in the cache what is slow
-            found = differences.compiled(path, self.images.ids, self.clip.tokenizer, mirror=self.options.mirror)
-        usable = found.pairs[:, 0] != found.pairs[:, 1]
+            found = differences.compiled(
+                path, self.images.ids, self.clip.tokenizer, mirror=self.options.mirror, left_out=left_out
+            )
+        there = (found.pairs >= 0).all(1)
+        self.note((~there).sum(), "pairs dropped, because a picture of theirs is absent or broken")
+        usable = there & (found.pairs[:, 0] != found.pairs[:, 1])
         usable[usable] = ~self.images.equal(found.pairs[usable])  # a duplicate picture has no difference either
-        self.note((~usable).sum(), "pairs of equal images dropped")
+        self.note((there & ~usable).sum(), "pairs of equal images dropped")
         if found.mirror is not None:
             has_roles = found.mirror >= 0
             self.note((usable & ~has_roles).sum(), "sentences dropped that do not name both images, so have no mirror")
