@@ -14,9 +14,11 @@ import torch
 import torch.nn.functional as F
 import transformers
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from pc_clip.core.errors import UserError
 from pc_clip.core.files import write_json
+from pc_clip.evals import base_of
 from pc_clip.models import export, loading
 from pc_clip.models.clip import Clip
 from pc_clip.models.loading import create_model
@@ -345,3 +347,41 @@ def test_a_bare_state_dict_is_exported_by_the_name_given(architecture, capsys):
     export.main(["theirs.pt", "--model", "tiny-vit", "--out", "exported/theirs"])
     assert "CLIPModel.from_pretrained('exported/theirs'), equal to within" in capsys.readouterr().out
     assert create_model("local-dir:exported/theirs").weights_hash() == clip.weights_hash()
+
+
+# -- and back ------------------------------------------------------------------------------------------
+
+
+def test_an_export_is_a_checkpoint_and_so_is_a_clip_model_of_transformers(architecture):
+    for quick, name in ((False, "tiny-vit"), (True, "tiny-vit-quickgelu")):
+        transform = {"mean": (0.5,) * 3, "interpolation": "bilinear"}
+        clip = random_clip(architecture(name, quick_gelu=quick), transform)
+        loading.save_model(Path(f"runs/{name}/model.safetensors"), clip)
+        export.main([f"runs/{name}", "--out", name])
+        exported = loading.load_model(name)
+        assert exported.weights_hash() == clip.weights_hash() and base_of(exported) is None
+        shutil.copytree(name, f"hf-{name}", ignore=shutil.ignore_patterns("open_clip*", "pc_clip.json"))
+        of_transformers = loading.load_model(f"hf-{name}")
+        assert of_transformers.name == name and repr(of_transformers.preprocess) == repr(clip.preprocess)
+        assert_same(
+            embeddings(of_transformers.model, of_transformers.preprocess, of_transformers.tokenizer),
+            embeddings(clip.model, clip.preprocess, clip.tokenizer),
+        )
+
+
+def test_a_clip_model_is_read_in_shards_and_never_in_part(architecture):
+    clip = random_clip(architecture())
+    export.write_transformers(clip, Path("whole"))
+    model = transformers.CLIPModel.from_pretrained("whole")
+    model.save_pretrained("shards", max_shard_size="20KB")
+    assert len(list(Path("shards").glob("*.safetensors"))) > 1
+    loaded = loading.load_model("shards").model.state_dict()
+    assert all(torch.equal(value, loaded[name]) for name, value in clip.model.state_dict().items())
+    state = load_file("whole/model.safetensors")
+    state.pop("text_projection.weight")
+    save_file(state, "whole/model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="whole lacks 1 weights of its CLIPModel, first text_projection.weight"):
+        loading.load_model("whole")
+    write_json(Path("bert/config.json"), {"model_type": "bert"})
+    with pytest.raises(UserError, match="bert holds a model of transformers of the kind 'bert'"):
+        loading.load_model("bert")

@@ -106,6 +106,15 @@ def test_an_answer_is_read_without_thoughts_and_says_whether_it_was_cut(server):
     assert not wrong
 
 
+def test_a_server_that_asks_for_max_completion_tokens_gets_them(server):
+    message = "'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
+    refusal = as_json({"error": {"message": message, "code": "unsupported_parameter"}}, 400)
+    server.instead = lambda path, _, body: refusal if "max_tokens" in body else None
+    check(list(writer(server, max_tokens=33, concurrency=2).stream(JOBS)))
+    bodies = [body for path, _, body in server.seen if "seed" in body]
+    assert len(bodies) <= len(JOBS) + 2 and bodies[-1]["max_completion_tokens"] == 33
+
+
 def test_a_template_without_a_system_role_gets_it_in_the_question(server):
     check(list(writer(server, system_role=False).stream(JOBS)))
     [message] = server.seen[-1][2]["messages"]

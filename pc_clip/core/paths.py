@@ -8,15 +8,22 @@ from pc_clip.core.errors import UserError
 
 MODEL_FILE = "model.safetensors"
 STATE_FILE = "state.safetensors"
+EXPORTED_FILE = "open_clip_model.safetensors"
+CONFIG_FILE = "config.json"  # transformers'
 
 
 def checkpoint_file(path: str | Path) -> Path:
-    """The file of a checkpoint: a run's, or the one that is named. Raises UserError where there is none."""
+    """The file of a checkpoint: of a run, an export, or the one that is named. Raises UserError where there is none.
+
+    Of a folder of transformers it is the file that says what it is.
+    """
     path = Path(path)
     if path.is_dir():
         if not (path / MODEL_FILE).is_file() and (path / STATE_FILE).is_file():
             raise UserError(f"the run {path} is not finished; continue it with finetune.py --resume true")
-        path = path / MODEL_FILE
+        path = next(
+            (file for name in (EXPORTED_FILE, CONFIG_FILE) if (file := path / name).is_file()), path / MODEL_FILE
+        )
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}. Give a run's folder, a .safetensors or a .pt file.")
     return path

@@ -36,6 +36,7 @@ from pc_clip.core.errors import UserError
 from pc_clip.core.files import write_json, write_tensors, write_text
 from pc_clip.models.change_model import change_of
 from pc_clip.models.clip import SHIPPED, Clip, model_folder
+from pc_clip.models.from_transformers import RENAMED
 from pc_clip.models.loading import describe_checkpoint, load_model
 
 import open_clip  # isort: skip
@@ -44,21 +45,6 @@ from open_clip.transformer import QuickGELU, TextTransformer, VisionTransformer 
 
 TOLERANCE = 1e-5  # of a unit embedding's coordinate, between CLIPModel and open_clip
 SPECIAL = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}  # open_clip's name: OpenAI's
-RENAMED = {  # open_clip's names inside a tower: CLIPModel's
-    "transformer.resblocks": "encoder.layers",
-    "class_embedding": "embeddings.class_embedding",
-    "conv1": "embeddings.patch_embedding",
-    "positional_embedding": "embeddings.position_embedding.weight",
-    "token_embedding": "embeddings.token_embedding",
-    "ln_pre": "pre_layrnorm",  # spelt so there
-    "ln_post": "post_layernorm",
-    "ln_final": "final_layer_norm",
-    "ln_1": "layer_norm1",
-    "ln_2": "layer_norm2",
-    "attn.": "self_attn.",
-    "mlp.c_fc": "mlp.fc1",
-    "mlp.c_proj": "mlp.fc2",
-}
 
 
 class Unfit(Exception):
@@ -86,6 +72,7 @@ def export(clip: Clip, out: Path, source: str = "") -> float | str:
         about = {
             "pc_clip": pc_clip.__version__, "checkpoint": source or None, "model": _without_path(clip.name),
             "pretrained": _without_path(clip.pretrained), "weights": clip.weights_hash(),
+            "start": clip.start,
         }  # fmt: skip
         write_json(folder / "pc_clip.json", about)
         for path in folder.iterdir():

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 import pc_clip
 from pc_clip.core.errors import UserError, nearest
 from pc_clip.core.files import write_tensors
-from pc_clip.core.paths import MODEL_FILE, checkpoint_file
+from pc_clip.core.paths import CONFIG_FILE, EXPORTED_FILE, MODEL_FILE, checkpoint_file
 from pc_clip.core.random import seed_of
-from pc_clip.models import tags
+from pc_clip.models import from_transformers, tags
 from pc_clip.models.change_model import PREFIX, ChangeClip, ChangeModel
 from pc_clip.models.clip import SCRATCH, SHIPPED, Clip, model_folder, open_clip
 
@@ -210,13 +210,17 @@ def load_model(
     device: str = "cpu",
     tag: str | None = None,
 ) -> Clip:
-    """A model from a checkpoint: a run's folder, a safetensors file of ours, or anybody's state dict.
+    """A model from a checkpoint: the folder of a run, of an export or of transformers' CLIPModel, or a state dict.
 
     name: the architecture, for files that do not say; guessed from the shapes when not given. pretrained: the weights
     before finetuning. tag: open_clip's, whose image transform the weights have; `pretrained` where that is a tag.
     Raises UserError for a file that is absent, cut short, of another architecture, or not only weights.
     """
     path = checkpoint_file(path)
+    if path.name == EXPORTED_FILE:
+        return _exported(path, pretrained, device)
+    if path.name == CONFIG_FILE:
+        return _of_transformers(path.parent, name, pretrained, device)
     state, about = _read(path)
     saved = about.get("model")
     moved = any((each or "").startswith("local-dir:") for each in (name, saved))  # folders may have been moved
@@ -238,6 +242,31 @@ def load_model(
         clip = ChangeClip.of(clip, ChangeModel.build(clip, about["change"]))
         _load_strictly(clip.change, change, path, name)
     _load_strictly(clip.model, state, path, name)
+    return clip
+
+
+def _exported(path: Path, pretrained: str | None, device: str) -> Clip:
+    """The model in a folder that `python -m pc_clip export` wrote, or in one that is built like it."""
+    clip = create_model(f"local-dir:{path.parent}", str(path), device=device)
+    file = path.parent / "pc_clip.json"
+    about = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    clip.pretrained = pretrained
+    clip.start = about.get("start") or {"weights": "unknown"}  # so that the model is not compared with itself
+    return clip
+
+
+def _of_transformers(folder: Path, name: str | None, pretrained: str | None, device: str) -> Clip:
+    """transformers' CLIPModel as the architecture of open_clip's that has its shapes and its activation."""
+    state, preprocess, quick = from_transformers.read(folder)
+    name = name or guess_architecture(state)
+    quick_name = f"{name.removesuffix('-quickgelu')}-quickgelu"
+    if quick and not (open_clip.get_model_config(name) or {}).get("quick_gelu"):
+        if quick_name not in open_clip.list_models():
+            raise UserError(f"{folder} has QuickGELU, and open_clip has no {quick_name}")
+        name = quick_name
+    clip = create_model(name, load_weights=False, device=device, preprocess=preprocess)
+    clip.pretrained = pretrained
+    _load_strictly(clip.model, state, folder, name)
     return clip
 
 

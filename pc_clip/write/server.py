@@ -30,6 +30,7 @@ from pc_clip.write.writers import Answer, Job, Writer
 
 log = logging.getLogger(__name__)
 
+NEW_LIMIT = "max_completion_tokens"  # what newer servers call max_tokens
 FAILURES_IN_A_ROW = 20  # so many jobs without an answer between them: the fault is hardly theirs
 ADVICE = (
     "check --server.url (which mostly ends in /v1), .model, .chat, .system_role (which not all chat templates know), "
@@ -97,7 +98,7 @@ class ServerWriter(Writer):
         self.stop = list(config.stop) or ([] if config.chat else ["\n"])  # a base model goes on with another example
         self.answered_by: set[str] = set()
         self._warned: set[str] = set()  # the URLs of which a failure was logged
-        self.model = config.model or self._only_model()
+        self.model, self.rename = config.model or self._only_model(), config.rename
 
     def stream(self, jobs: Sequence[Job]) -> Iterator[tuple[int, Answer]]:
         """As of every writer. Closing the iterator cancels the requests under way.
@@ -183,6 +184,13 @@ class ServerWriter(Writer):
         body = await asyncio.to_thread(self._body, job) if job.picture else self._body(job)
         try:
             reply = await endpoint.create(**body)
+        except openai.BadRequestError as error:
+            if NEW_LIMIT not in error.response.text or "max_tokens" not in body:
+                raise self._failure(server.url, error) from None
+            if self.rename == self.config.rename:
+                log.info("%s asks for %s in place of max_tokens", server.url, NEW_LIMIT)
+            self.rename = [*self.config.rename, f"max_tokens={NEW_LIMIT}"]
+            return await self._ask(server, job)
         except (openai.APIError, ValueError, RecursionError) as error:  # the last two: no JSON
             raise self._failure(server.url, error) from None
         try:
@@ -233,7 +241,7 @@ class ServerWriter(Writer):
         }
         if self.stop:
             body["stop"] = self.stop
-        for pair in self.config.rename:
+        for pair in self.rename:
             old, _, new = pair.partition("=")
             value = body.pop(old, None)
             if new and value is not None:
