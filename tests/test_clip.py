@@ -1,5 +1,8 @@
 """The model: trimmed texts, towers that train, hashes, averaging, and guessing an architecture."""
 
+import dataclasses
+from types import SimpleNamespace
+
 import open_clip
 import pytest
 import torch
@@ -139,3 +142,20 @@ def test_models_that_cannot_be_had():
             create_model(*arguments)
     with pytest.raises(UserError, match=r"not known: its first weights are fc\.weight \[2, 3\].*--model\.name"):
         guess_architecture({"fc.weight": torch.zeros(2, 3)})
+
+
+def test_texts_that_reach_the_context_length_are_counted_and_said(example_clip, caplog):
+    long = "very " * 100 + "long"
+    example_clip.embed_texts(["a dog", long, "a cat"])
+    assert (
+        "1 of 3 texts reach the context length of 77 tokens; what comes after it is not read, first: very"
+        in caplog.text
+    )
+    cases = {  # padding and end-of-text tokens of the tokenizer: the last columns -> whether the text fills the context
+        (0, 2): {(0, 0): False, (2, 0): False, (5, 2): True},
+        (1, 1): {(1, 1): False, (5, 1): True},  # SigLIP's: the end of a text looks like padding
+    }
+    for (padding, end), rows in cases.items():
+        kind = SimpleNamespace(pad_token_id=padding, eos_token_id=end)
+        clip = dataclasses.replace(example_clip, tokenizer=SimpleNamespace(tokenizer=kind, context_length=2))
+        assert clip.fills_context(torch.tensor(list(rows))).tolist() == list(rows.values())

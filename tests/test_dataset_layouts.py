@@ -448,6 +448,17 @@ def test_what_does_not_go_together_in_a_webdataset_is_an_error(tmp_path):
         open_dataset("webdataset", tmp_path, "val")
 
 
+def test_samples_of_a_webdataset_without_picture_or_text_are_left_out_when_that_is_asked_for(tmp_path):
+    write(tmp_path / "dataset_type.txt", "retrieval")
+    members = {"a.jpg": jpeg(1), "b.jpg": jpeg(2), "b.txt": "a dog", "c.txt": "a cat", "d.jpg": jpeg(3), "d.txt": " "}
+    shard(tmp_path / "test" / "0.tar", members)
+    with pytest.raises(UserError, match=r"lacks a\.txt; it has a\.jpg\. --data\.missing skip"):
+        open_dataset("webdataset", tmp_path)
+    data = open_dataset("webdataset", tmp_path, missing="skip")
+    assert data.ids == ["0/b.jpg"] and data.captions == [("a dog",)]
+    assert data.note.startswith("3 samples without a picture or a text are left out, first: ")
+
+
 def test_tar_files_in_the_root_are_embedded_and_images_passed_over_are_counted(tmp_path, caplog):
     path = shard(tmp_path / "00000.tar", {"a.jpg": jpeg(1), "b.txt": "x", "c.left.jpg": jpeg(2)})
     assert find_tars(tmp_path, None) == (tmp_path.name, [path]) and open_tar(path).ids == ["00000/a.jpg"]

@@ -220,9 +220,9 @@ def test_what_is_dropped_is_counted_alike_with_and_without_the_cache(make, monke
     write_differences()
     dropped = ["2 pairs of equal images dropped"]
     expected = {
-        False: [*dropped, "1 texts longer than the context, cut"],
+        False: [*dropped, "1 texts reach the context length; what comes after it is not read"],
         True: [*dropped, "1 sentences dropped that do not name both images, so have no mirror",
-               "2 texts longer than the context, cut"],
+               "2 texts reach the context length; what comes after it is not read"],
     }  # fmt: skip
     for mirror, notes in expected.items():
         assert make(mirror=mirror).notes == make(mirror=mirror).notes == notes

@@ -92,7 +92,7 @@ READERS: dict[str, Reader] = {
     "coco": _reader("coco", open_coco, any_split=True, may_miss=True),
     "tsv": _reader("tsv", open_tsv, any_split=True, may_miss=True, is_table=partial(is_list, endings=TABLES)),
     "folder": _reader("folder", open_folder),
-    "webdataset": _reader("webdataset", open_webdataset, any_split=True),
+    "webdataset": _reader("webdataset", open_webdataset, any_split=True, may_miss=True),
     **{name: _reader(name, partial(open_classified, name)) for name in KINDS},
     "cub": _reader("cub", open_cub),
     "awa2": _reader("awa2", open_awa2),

@@ -47,14 +47,20 @@ class Sample(NamedTuple):
         return f"{self.shard}: {self.name}"
 
 
-def open_webdataset(root: Path, split: str) -> Dataset:
-    """One split: a question by class for classification, captions for retrieval."""
+def open_webdataset(root: Path, split: str, missing: str = "error") -> Dataset:
+    """One split: a question by class for classification, captions for retrieval.
+
+    missing: what a sample without its picture or its text means, "error", or "skip": left out and counted.
+    """
     retrieval = has_captions(root)
-    shards = _shards(root, split)
-    samples = [sample for shard in shards for sample in read_shard(shard, "txt" if retrieval else "cls")]
+    shards, skipped = _shards(root, split), [] if missing != "error" else None
+    samples = [sample for shard in shards for sample in read_shard(shard, "txt" if retrieval else "cls", skipped)]
     if not samples:
         raise UserError(f"the shards in {root / split} hold no images")
     data = _data_set(f"{root.resolve().name}-{split}", samples, fingerprint(root, shards))
+    if skipped:
+        note = f"{len(skipped)} samples without a picture or a text are left out, first: {skipped[0]}"
+        data = dataclasses.replace(data, note=note)
     if not retrieval:
         return dataclasses.replace(data, questions=(_question(root, samples),), part=split)
     captions = [tuple(" ".join(t.split()) for t in sample.text.splitlines() if t.strip()) for sample in samples]
@@ -107,10 +113,11 @@ def unopened(root: Path, split: str | None) -> Dataset:
     return dataclasses.replace(_data_set(label, [], fingerprint(root, shards)), part=split or "")
 
 
-def read_shard(shard: Path, beside: str | None) -> list[Sample]:
+def read_shard(shard: Path, beside: str | None, skipped: list[str] | None = None) -> list[Sample]:
     """The samples of a tar file in their order; only headers and texts are read.
 
-    beside: the ending of the text that each image needs; None: they need none, and their texts are empty. Images that
+    beside: the ending of the text that each image needs; None: they need none, and their texts are empty. skipped: gets
+    what is said of samples that lack one of the two, instead of an error. Images that
     the layout does not know are counted in the log. Raises UserError for a tar file that does not end where it must,
     and for an image without its text or the other way round.
     """
@@ -143,8 +150,13 @@ def read_shard(shard: Path, beside: str | None) -> list[Sample]:
         image = next((endings[ending] for ending in IMAGES if ending in endings), None)
         if beside and (image is None) != (beside not in endings):
             lacks = f"{key}.{beside}" if image else f"the image of {key} ({', '.join(IMAGES)})"
-            raise UserError(f"{shard} lacks {lacks}; it has {key}.{next(iter(endings))}")
-        if image:
+            fault = f"{shard} lacks {lacks}; it has {key}.{next(iter(endings))}"
+            if skipped is None:
+                raise UserError(f"{fault}. --data.missing skip (--missing for run.py) leaves such samples out")
+            skipped.append(fault)
+        elif image and beside == "txt" and not texts[key].strip() and skipped is not None:
+            skipped.append(f"{shard}: {key}.txt is empty")
+        elif image:
             samples.append(Sample(shard, image.name, image.offset_data, image.size, texts.get(key, "")))
     if passed := sorted(set(images) - {sample.name for sample in samples}):
         log.warning(

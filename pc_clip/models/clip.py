@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import logging
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ from pc_clip.models import torchvision_compat  # noqa: F401  (before open_clip)
 from pc_clip.models.fast_text import FastText
 
 import open_clip  # isort: skip
+
+log = logging.getLogger(__name__)
 
 SHIPPED = ("example", "example_vit")  # models inside the package
 SCRATCH = "scratch"  # in place of a tag of pretrained weights: weights drawn at random
@@ -95,6 +98,16 @@ class Clip:
             return tokens[:, : int((tokens != padding).sum(-1).max())]
         return tokens
 
+    def fills_context(self, tokens: Tensor) -> Tensor:
+        """Which texts reach the end of the context, so that more of them would not be read.  -> [N] bool
+
+        tokens: [N, 2 or more], the last columns of what the tokenizer gave. A text that just fits is among them.
+        """
+        of_hugging_face = getattr(self.tokenizer, "tokenizer", None)
+        padding = getattr(of_hugging_face, "pad_token_id", 0)
+        ends_as_padding = of_hugging_face is not None and of_hugging_face.eos_token_id == padding  # as SigLIP's
+        return tokens[:, -2 if ends_as_padding else -1] != padding
+
     def encode_text(self, tokens: Tensor) -> Tensor:
         """Text embeddings, not normalised. [N, L] int64 -> [N, D], for any L that `trim` leaves."""
         if self.fast_text and isinstance(self._fast_tower, FastText):
@@ -130,12 +143,19 @@ class Clip:
     def _embed_distinct(self, distinct: Mapping[str, int], batch_size: int) -> Tensor:
         """Each text's embedding at its row.  -> [len(distinct), D]"""
         ordered = sorted(distinct, key=len)  # like lengths together, so that little padding is computed
-        rows = torch.empty(len(ordered), self.embed_dim)
+        rows, cut = torch.empty(len(ordered), self.embed_dim), []
         starts = range(0, len(ordered), batch_size)
         for start in tqdm(starts, "encoding texts", leave=False, disable=None if len(starts) > 4 else True):
             batch = ordered[start : start + batch_size]
-            z = self.encode_text(self.tokenize(batch).to(self.device)).float().cpu()
+            tokens = self.tokenizer(batch)
+            cut += [batch[n] for n in self.fills_context(tokens).nonzero().flatten().tolist()]
+            z = self.encode_text(self.trim(tokens).to(self.device)).float().cpu()
             rows[[distinct[text] for text in batch]] = nn.functional.normalize(z, dim=-1)
+        if cut:
+            log.warning(
+                "%d of %d texts reach the context length of %d tokens; what comes after it is not read, first: %s",
+                len(cut), len(ordered), self.context_length, textwrap.shorten(cut[0], 80, placeholder=" ..."),
+            )  # fmt: skip
         return rows
 
     @property

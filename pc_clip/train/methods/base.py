@@ -31,6 +31,7 @@ from pc_clip.train.samplers import Sampler
 LARGEST_LOGIT_SCALE = torch.tensor(100.0).log().item()
 TEXTS_PER_BATCH = 256
 ROWS_AT_ONCE = 1 << 16  # rows of embeddings that all processes hold at a time
+CUT = "texts reach the context length; what comes after it is not read"
 
 
 class BaseMethod(nn.Module):
@@ -138,10 +139,8 @@ class Tokens:
         self.clip, self.tokens = clip, tokens
 
     def count_truncated(self, rows: np.ndarray) -> int:
-        """How many texts among these rows, each counted once, were longer than the context and so were cut."""
-        if self.clip._causal_tower is None:
-            return 0
-        return int((self.tokens[np.unique(rows), -1] != 0).sum())
+        """How many texts among these rows, each counted once, reach the end of the context and may be cut."""
+        return int(self.clip.fills_context(torch.from_numpy(self.tokens[np.unique(rows), -2:].astype(np.int64))).sum())
 
     def batch(self, rows: np.ndarray) -> Tensor:
         """Tokens of some rows, cut to the longest of them.  -> [B, L] int64"""

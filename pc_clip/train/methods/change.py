@@ -37,7 +37,7 @@ from pc_clip.models.clip import Clip
 from pc_clip.models.parameters import image_tower_learns
 from pc_clip.models.vocabulary import END, PAD, Vocabulary
 from pc_clip.train import losses, samplers
-from pc_clip.train.methods.base import BaseMethod, Texts
+from pc_clip.train.methods.base import CUT, BaseMethod, Texts
 
 STAGES = ("retrieve", "caption")
 
@@ -87,7 +87,7 @@ class Method(BaseMethod):
             self.change.decoder = self.change.vocabulary = None  # what was written before this adaptation is no more
             self.texts = Texts(clip, sentences)
             self.sentence = self.texts.rows(sentences)
-            self.note(self.texts.truncated, "sentences longer than the context, cut")
+            self.note(self.texts.truncated, CUT)
         else:
             self._prepare_to_write(sentences)
         self.validation = self._validation(data)

@@ -18,7 +18,7 @@ from pc_clip.data.dataset import Dataset
 from pc_clip.data.overlap import likely_false
 from pc_clip.models.clip import Clip
 from pc_clip.train import losses, samplers
-from pc_clip.train.methods.base import BaseMethod, Images, Texts, embed_rows_of_images, embed_rows_of_texts
+from pc_clip.train.methods.base import CUT, BaseMethod, Images, Texts, embed_rows_of_images, embed_rows_of_texts
 
 
 class Batch(NamedTuple):
@@ -60,7 +60,7 @@ class Method(BaseMethod):
         self.caption_rows = self.texts.rows(texts)
         self.captions_each = np.array([len(each) for each in self.said])
         self.first_caption = self.captions_each.cumsum() - self.captions_each
-        self.note(self.texts.truncated, "texts longer than the context, cut")
+        self.note(self.texts.truncated, CUT)
         self.sampler = samplers.make(config, len(self.rows), config.train.batch_size, self, "images")
         self.notes += self.sampler.notes
 

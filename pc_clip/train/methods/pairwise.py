@@ -27,6 +27,7 @@ from pc_clip.models.clip import Clip
 from pc_clip.models.parameters import image_tower_learns
 from pc_clip.train import losses, samplers
 from pc_clip.train.methods.base import (
+    CUT,
     BaseMethod,
     CaptionedImages,
     Images,
@@ -133,7 +134,7 @@ class Method(BaseMethod):
         said = [found.text] if found.mirror is None else [found.text, found.mirror]
         self.text_rows = np.stack(said, axis=1)[usable]  # [N, 1], rows of texts, or [N, 2] with the mirror
         self.texts = Tokens(self.clip, found.tokens)
-        self.note(self.texts.count_truncated(self.text_rows), "texts longer than the context, cut")
+        self.note(self.texts.count_truncated(self.text_rows), CUT)
 
     def _keep_some(self) -> None:
         """The share of the pairs that was asked for: the hardest by their images, or a control of as many."""

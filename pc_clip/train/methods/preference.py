@@ -23,7 +23,7 @@ from pc_clip.data.views import located, match
 from pc_clip.models.clip import Clip
 from pc_clip.train import losses, samplers
 from pc_clip.train.methods import coca
-from pc_clip.train.methods.base import BaseMethod, Images, Texts, embed_rows_of_images, embed_rows_of_texts
+from pc_clip.train.methods.base import CUT, BaseMethod, Images, Texts, embed_rows_of_images, embed_rows_of_texts
 
 BLOCK = 16_384  # preferences whose embeddings are held at a time
 LOSSES = ("dpo", "ipo", "reward", "contrastive")
@@ -64,7 +64,7 @@ class Method(BaseMethod):
         texts = [text for s in self._read(data) for text in (s.preferred, s.rejected)]
         self.texts = Texts(clip, texts)
         self.text = self.texts.rows(texts).reshape(-1, 2)  # [N, 2]
-        self.note(self.texts.truncated, "texts longer than the context, cut")
+        self.note(self.texts.truncated, CUT)
         self._leave_out_ties()
         scale = self.options.logit_scale
         self.logit_scale = clip.model.logit_scale.detach().exp().item() if scale is None else scale
