@@ -6,11 +6,14 @@ from types import SimpleNamespace
 import open_clip
 import pytest
 import torch
+import torch.nn.functional as F
 
 from pc_clip.core.errors import UserError
+from pc_clip.models import clip as clip_module
 from pc_clip.models import lora
 from pc_clip.models.clip import Clip, hash_tensors
 from pc_clip.models.loading import blend, create_model, guess_architecture
+from pc_clip.train import losses
 
 TEXTS = ["a red circle", "two large striped blue stars on a light background", "an object"]
 
@@ -159,3 +162,21 @@ def test_texts_that_reach_the_context_length_are_counted_and_said(example_clip, 
         kind = SimpleNamespace(pad_token_id=padding, eos_token_id=end)
         clip = dataclasses.replace(example_clip, tokenizer=SimpleNamespace(tokenizer=kind, context_length=2))
         assert clip.fills_context(torch.tensor(list(rows))).tolist() == list(rows.values())
+
+
+def test_what_is_computed_again_in_parts_has_the_gradient_of_the_whole_batch(monkeypatch):
+    monkeypatch.setattr(clip_module, "PART", 3)
+    clip = create_model("example_vit")
+    pixels = torch.rand(8, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    tokens = clip.tokenize([f"{n} red circles" for n in range(8)])
+    gradients = []
+    for recompute in (False, True):
+        clip.choose_text_way(fast=False, recompute=recompute)
+        clip.model.zero_grad()
+        image, text = (F.normalize(z, dim=-1) for z in (clip.encode_image(pixels), clip.encode_text(tokens)))
+        losses.info_nce(text, image, 0.1).backward()
+        gradients.append({name: p.grad.clone() for name, p in clip.model.named_parameters() if p.grad is not None})
+    whole, parts = gradients
+    assert whole.keys() == parts.keys() and len(whole) > 40
+    for name, gradient in whole.items():
+        torch.testing.assert_close(parts[name], gradient, rtol=1e-4, atol=1e-6)

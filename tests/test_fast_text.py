@@ -10,9 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from pc_clip.core.errors import UserError
 from pc_clip.models import fast_text, loading
-from pc_clip.models.clip import Clip
 from pc_clip.models.fast_text import FastText
 from pc_clip.models.loading import create_model
 from pc_clip.models.packing import STEP, pack, pack_shared
@@ -240,13 +238,6 @@ def test_other_towers_are_encoded_by_open_clip_and_the_log_says_why():
     clip = loading.complete(open_clip.create_model("coca_ViT-B-32", pretrained=None), "coca_ViT-B-32", None)
     assert "open_clip's own, because it is no plain causal transformer" in clip.choose_text_way(True)
     assert clip.encode_text(clip.tokenize(["a dog"])).shape == (1, 512)
-
-
-def test_a_tower_that_cannot_recompute_says_so(monkeypatch):
-    clip = create_model("example")
-    monkeypatch.setattr(Clip, "_is_hugging_face", True)
-    with pytest.raises(UserError, match=r"cannot be recomputed; leave train\.recompute out"):
-        clip.choose_text_way(True, recompute=True)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])

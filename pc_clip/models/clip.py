@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from pc_clip.core.errors import UserError
 from pc_clip.models import torchvision_compat  # noqa: F401  (before open_clip)
 from pc_clip.models.fast_text import FastText
 
@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 SHIPPED = ("example", "example_vit")  # models inside the package
 SCRATCH = "scratch"  # in place of a tag of pretrained weights: weights drawn at random
 REMEMBERED = 100_000  # texts of a list whose embeddings are kept, at most: 300 MB at 768 numbers each
+PART = 32  # texts or images that are encoded at a time where they are computed again
 _SAMPLES = ("a dog", "two large red circles on a striped background", "A photo. " * 30)  # of every kind of length
 
 
@@ -44,6 +45,8 @@ class Clip:
     start: what a finetuned model began with: the hash of its "weights", and the "checkpoint" where that was one.
     fast_text: whether texts are encoded by fast_text.py where it knows the tower. The result is the same;
         `choose_text_way` checks that on this machine.
+    recompute: what a gradient is taken of is encoded in parts, of which nothing is kept but the embeddings; the
+        backward pass computes each again (GradCache, Gao et al. 2021). The gradient is that of the whole batch.
     """
 
     model: nn.Module
@@ -53,6 +56,7 @@ class Clip:
     pretrained: str | None = None
     start: dict[str, str] | None = None
     fast_text: bool = True
+    recompute: bool = False
     _fast: tuple[nn.Module | None, FastText | str] | None = field(default=None, repr=False, compare=False)
     _memory: dict[Any, Any] | None = field(default=None, repr=False, compare=False)
 
@@ -112,7 +116,7 @@ class Clip:
         """Text embeddings, not normalised. [N, L] int64 -> [N, D], for any L that `trim` leaves."""
         if self.fast_text and isinstance(self._fast_tower, FastText):
             return self._fast_tower(tokens)
-        return self._encode_text_plainly(tokens)
+        return self._in_parts(self._encode_text_plainly, tokens)
 
     def _encode_text_plainly(self, tokens: Tensor) -> Tensor:
         """With open_clip's own modules: the reference for fast_text.py, and the way for all other towers."""
@@ -128,7 +132,13 @@ class Clip:
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         """Image embeddings, not normalised. [N, 3, H, W] -> [N, D]"""
-        return self.model.encode_image(pixels)
+        return self._in_parts(self.model.encode_image, pixels)
+
+    def _in_parts(self, encode: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
+        """Not where BatchNorm learns its statistics from the batch, which is in training from scratch."""
+        if not self.recompute or self.model.training or not torch.is_grad_enabled():
+            return encode(batch)
+        return torch.cat([checkpoint(encode, part, use_reentrant=False) for part in batch.split(PART)])
 
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str], batch_size: int = 256) -> Tensor:
@@ -191,12 +201,9 @@ class Clip:
         """Choose how texts are encoded: by fast_text.py where it knows the tower.  -> the choice, for the log
 
         Both ways are compared on a few texts first, under the autocast in force; where they differ, open_clip's own
-        is taken. recompute: activation checkpointing, see FastText; for other towers it is open_clip's own.
-        Raises UserError for a tower that cannot recompute.
+        is taken. recompute: in parts, here and in FastText, and in training from scratch as open_clip does it.
         """
-        self.fast_text = False
-        if recompute and self._is_hugging_face:
-            raise UserError(f"the text tower of {self.name} cannot be recomputed; leave train.recompute out")
+        self.fast_text, self.recompute = False, recompute
         if hasattr(self.model, "set_grad_checkpointing"):
             self.model.set_grad_checkpointing(recompute)  # for an image tower that learns, too
         fast_tower = self._fast_tower
