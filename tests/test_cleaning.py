@@ -1,5 +1,8 @@
 """Cleaning: every rule by name, on what small language models really wrote about COCO's captions."""
 
+from pathlib import Path
+
+import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -75,6 +78,27 @@ def test_a_usable_sentence_is_kept_and_all_that_stands_around_it_is_trimmed():
     cases = {text: (text, "kept") for text in KEPT}
     cases |= {text.format(DOG_CAT): (DOG_CAT, "trimmed") for text in TRIMMED}
     assert not wrong(cases, clean)
+
+
+def test_of_what_six_chat_models_say_around_a_sentence_little_is_left():
+    """198 answers. Of those kept aside while the rules were written, 93 of 99 come out as the sentence alone."""
+    sentences = [
+        "The first image shows a man riding a horse on a beach, while the second image shows two dogs on a sofa.",
+        "In the first picture there is a red bus in a street; the second one has a bowl of fruit on a wooden table.",
+        "Unlike the second image, where a cat sleeps on a keyboard, the first image shows a child flying a kite.",
+    ]
+    answers = yaml.safe_load((Path(__file__).parent / "chat_answers.yaml").read_text(encoding="utf-8"))
+    alone = {
+        half: [
+            clean(opening + sentences[n] + said["endings"][(i + (0, 3, 1)[n]) % 6]).text == sentences[n]
+            for said in models.values()
+            for i, opening in enumerate(said["openings"])
+            for n in range(3)
+        ]
+        for half, models in answers.items()
+    }
+    assert len(alone["tuned"]) == len(alone["aside"]) == 99
+    assert all(alone["tuned"]) and sum(alone["aside"]) >= 93
 
 
 def test_paragraphs_on_the_images_stay_and_talk_goes():

@@ -74,6 +74,12 @@ _TALK = frozenset(
     hello hi thanks thank welcome happy glad help here difference differences comparison answer answers response
     assistant result summary sentence sentences description descriptions caption captions know need let hope""")
 )
+_OF_ANSWERS = re.compile(  # what a heading speaks of that stands before an answer
+    r"\b(?:differ\w*|compar\w*|contrast\w*|descri\w*|answers?|responses?|results?|summar\w*|sentences?|captions?|here|"
+    r"follow\w*|below)\b",
+    re.IGNORECASE,
+)
+_BOLD = re.compile(r"^\s*(?:\*\*|__)([^*_\n]{1,80}?)(?:(:)(?:\*\*|__)|(?:\*\*|__):)")  # **Answer:**
 _FIELD = r"(?:question|answer|note|q|(?:caption|picture|image) ?\d|user|human|assistant|instruction|response)\s*:"
 _GREETING = re.compile(
     r"(?:(?:sure|of course|certainly|okay|absolutely)\b[,!.]*|"
@@ -98,17 +104,26 @@ def _is_talk(segment: str) -> bool:
     heading, words = segment.rstrip().endswith(":"), words_in(segment)
     if heading and (_HERE_IS.search(segment) or words == ["a"]):
         return True
-    if len({image for _, _, image in role_mentions(segment)}) == 1 or refusal(segment, Given()):
+    of_one_image = len({image for _, _, image in role_mentions(segment)}) == 1
+    if heading and _OF_ANSWERS.search(segment) and not of_one_image and "(" not in segment:
+        return True
+    if of_one_image or refusal(segment, Given()):
         return False
     of_talk = bool(words) and not _TALK.isdisjoint(words) and (_TALK | FUNCTION | {"two", "between"}).issuperset(words)
     return of_talk or (not heading and bool(_SPEAKS.match(segment)))
 
 
+def _is_interjection(segment: str) -> bool:
+    """ "Got it." before an answer."""
+    return segment.rstrip().endswith((".", "!")) and len(words_in(segment)) <= 3 and not _on_an_image(segment)
+
+
 def drop_opening(text: str) -> str:
     """ "Sure thing! I'd be happy to help. Here is the difference:" answers the person who asked."""
+    text = _BOLD.sub(r"\1:", text, count=1)
     while True:
         greeting, segment = _GREETING.match(text), _SEGMENT.match(text)
-        if segment and _is_talk(segment.group()):
+        if segment and (_is_talk(segment.group()) or _is_interjection(segment.group())):
             text = text[segment.end() :]
         elif greeting:
             text = text[greeting.end() :]

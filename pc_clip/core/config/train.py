@@ -42,9 +42,7 @@ class TrainConfig:
     clip_norm: float = setting(0.0, "Largest gradient norm; 0 for none.")
     precision: str = setting("no", "no for float32, bf16 for mixed precision, auto for bf16 where it is native.")
     compensated: bool = setting(False, "Add steps to weights by compensated summation, for tiny learning rates.")
-    recompute: bool = setting(
-        False, "Encode in parts, and again in the backward pass: less memory, more time."
-    )
+    recompute: bool = setting(False, "Encode in parts, and again in the backward pass: less memory, more time.")
     blend: float = setting(1.0, "Averages the weights with the start at the end: 1 is as trained, 0 the start.")
     log_every: int = runtime(50, "Steps between two lines of the log.")
     save_every: int = runtime(500, "Steps between two saves of the state that --resume continues from.")
