@@ -275,3 +275,18 @@ def test_only_what_was_read_and_does_not_decode_is_a_broken_image(tmp_path, monk
     monkeypatch.setattr(Image.Image, "convert", lambda self, mode: (_ for _ in ()).throw(without))
     with pytest.raises(MemoryError, match=r"a\.png"):
         read_image(path)
+
+
+def test_pictures_of_ones_own_are_turned_as_their_exif_says_and_counted(tmp_path):
+    (tmp_path / "own").mkdir()
+    exif = Image.Exif()
+    exif[0x112] = 6  # to be turned by a quarter to be seen as it was taken
+    Image.new("RGB", (20, 10), "red").save(tmp_path / "own" / "a.jpg", exif=exif)
+    Image.new("RGB", (20, 10), "red").save(tmp_path / "own" / "b.jpg")
+    data = registry.open_dataset("folder", tmp_path / "own")
+    assert [data.load(row).size for row in (0, 1)] == [(10, 20), (20, 10)]
+    assert data.note == "1 pictures are turned upright, as their EXIF says (--data.upright, --upright)"
+    stored = registry.open_dataset("folder", tmp_path / "own", upright=False)
+    assert stored.load(0).size == (20, 10) and not stored.note and stored.fingerprint != data.fingerprint
+    with pytest.raises(UserError, match="data.upright .* turns pictures in files, and example/val has none"):
+        registry.open_dataset("example", split="val", upright=True)

@@ -31,7 +31,10 @@ from pc_clip.data.dataset import Dataset
 from pc_clip.data.example_sets import example, example_changes, example_relations
 from pc_clip.data.folder import open_folder
 from pc_clip.data.picture_files import is_list
+from pc_clip.data.upright import upright as turned_upright
 from pc_clip.data.webdataset import open_webdataset
+
+ONES_OWN = ("folder", "tsv", "changes")
 
 
 @dataclass(frozen=True)
@@ -110,11 +113,18 @@ def _known(name: str) -> Reader:
 
 
 def open_dataset(
-    name: str, root: str | Path | None = None, split: str | None = None, *, missing: str = "error"
+    name: str,
+    root: str | Path | None = None,
+    split: str | None = None,
+    *,
+    missing: str = "error",
+    upright: bool | None = None,
 ) -> Dataset:
     """Open a data set by name.
 
-    missing: what a caption file's absent pictures mean, "error", "skip" or "keep" (counted in the note).
+    missing: what a caption file's absent pictures mean, "error", "skip" or "keep" (counted in the note). upright:
+    whether pictures are turned as their EXIF says; None for one's own (ONES_OWN) and not for published benchmarks,
+    whose figures are of pictures as they are stored.
     Raises UserError for an unknown name or split and for a data set that is not there, with what to fetch.
     """
     check_choice("missing", missing, ("error", "skip", "keep"))
@@ -126,7 +136,9 @@ def open_dataset(
     if root or not (reader.is_table and reader.is_table(Path(split))):
         _require(name, reader, folder)
     opener = partial(reader.open, missing=missing) if reader.may_miss else reader.open
-    return opener(reader.folder(folder), split)
+    data = opener(reader.folder(folder), split)
+    own = name in ONES_OWN and missing != "keep"
+    return turned_upright(data) if (own if upright is None else upright) else data
 
 
 def _require(name: str, reader: Reader, folder: Path) -> None:

@@ -46,7 +46,7 @@ def load_dataset(data: DataConfig, seed: int = 0) -> Dataset:
             texts = [texts for _, texts in captions.values()] or None
             return dataclasses.replace(unopened(root, data.split), ids=list(captions), captions=texts)
     missing = "keep" if data.embeddings else data.missing  # nobody will look at the pictures
-    main = dataset = _open(data.dataset, data.root, data.split, missing)
+    main = dataset = _open(data.dataset, data.root, data.split, missing, data.upright)
     if data.captions:
         dataset = _with_captions(dataset, data.captions)
     if data.mix:
@@ -54,9 +54,9 @@ def load_dataset(data: DataConfig, seed: int = 0) -> Dataset:
     return _without_broken(dataset, data.workers) if data.broken == "skip" else dataset
 
 
-def _open(name: str, root: str | None, split: str | None, missing: str) -> Dataset:
+def _open(name: str, root: str | None, split: str | None, missing: str, upright: bool | None = None) -> Dataset:
     splits = READERS[name].splits if name in READERS else ()
-    return open_dataset(name, root, split or next(iter(splits), None), missing=missing)
+    return open_dataset(name, root, split or next(iter(splits), None), missing=missing, upright=upright)
 
 
 def _with_captions(data: Dataset, path: str) -> Dataset:

@@ -96,7 +96,8 @@ class EvalContext:
         """Another split of the data set, opened once. missing: as the setting, or "keep" where no image is read."""
         key = split, missing or self.config.missing
         if key not in self._splits:
-            self._splits[key] = open_dataset(self.data.name, self.config.root, split, missing=key[1])
+            config = self.config
+            self._splits[key] = open_dataset(self.data.name, config.root, split, missing=key[1], upright=config.upright)
         return self._splits[key]
 
     @cached_property

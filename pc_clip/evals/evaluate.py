@@ -98,10 +98,10 @@ def _open_data(config: EvaluateConfig) -> Dataset:
     if config.images is None:
         if config.download:
             download(config.dataset, config.root)
-        return open_dataset(config.dataset, config.root, config.split, missing=config.missing)
+        return open_dataset(config.dataset, config.root, config.split, missing=config.missing, upright=config.upright)
     if not config.rank.attribute:
         raise UserError("--images ranks a folder of images by --rank.attribute; say which, as in 'a larger animal'")
-    return open_dataset("folder", config.images)
+    return open_dataset("folder", config.images, upright=config.upright)
 
 
 def _open_model(config: EvaluateConfig) -> Clip:

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from pc_clip.core.environment import resolve_device
@@ -66,7 +66,7 @@ class Model:
 
         Raises UserError for an image that cannot be read, with its path.
 
-        >>> from PIL import Image
+        >>> from PIL import Image, ImageOps
         >>> model = pc_clip.load("example")
         >>> model.embed_images([Image.new("RGB", (64, 64), "red"), Image.new("RGB", (64, 64), "blue")]).shape
         torch.Size([2, 128])
@@ -191,7 +191,7 @@ def write_differences(captions: str | Path | Mapping[str, Sequence[str]], **sett
 
     >>> written = pc_clip.write_differences({"a.jpg": ["a dog on a sofa"], "b.jpg": ["two cats"]}, name="pets")
     >>> written.text[0]
-    'The second photo does not have a dog on a sofa, which the first one has, but two cats.'
+    'Photo number one shows a dog on a sofa and not two cats; photo number two shows two cats and not a dog on a sofa.'
     """
     if isinstance(captions, Mapping):
         captions = _written(captions, Path(settings.get("out", "llm_diffs")) / f"{settings.get('name', 'mine')}.json")
@@ -228,6 +228,7 @@ def _ids(images: Images) -> list[str]:
 def _dataset(images: Sequence[str | Path | Image.Image]) -> Dataset:
     def image_at(row: int) -> Image.Image:
         image = images[row]
-        return image.convert("RGB") if isinstance(image, Image.Image) else read_image(Path(image))
+        picture = image.convert("RGB") if isinstance(image, Image.Image) else read_image(Path(image))
+        return ImageOps.exif_transpose(picture)
 
     return Dataset("images", "", _ids(images), image_at, "")

@@ -21,7 +21,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, 
 from typing import Any, NamedTuple
 
 import openai
-from PIL import Image
+from PIL import Image, ImageOps
 
 from pc_clip.core.config.write import ServerConfig
 from pc_clip.core.errors import UserError, check_at_least
@@ -292,7 +292,7 @@ async def _end(answers: AsyncGenerator[Any, None]) -> None:
 
 def _as_url(image: Image.Image) -> str:
     """A JPEG of at most LONGEST_SIDE inside an address."""
-    image = image.convert("RGB")  # a copy, which may shrink
+    image = ImageOps.exif_transpose(image).convert("RGB")  # a copy, which may shrink; no server sees EXIF
     image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
     content = io.BytesIO()
     image.save(content, "JPEG", quality=95, subsampling=0)

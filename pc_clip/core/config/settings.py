@@ -96,6 +96,9 @@ class LoaderConfig:
     """How images are read and embedded."""
 
     missing: str = setting("error", "What to do with annotated images that are absent, error or skip.")
+    upright: bool | None = setting(
+        None, "Turn pictures as their EXIF says; empty for one's own (folder, tsv, changes) alone."
+    )
     batch_size: int = runtime(128, "Images embedded together.")
     workers: int = runtime(0, "Processes that read images.")
     device: str = runtime("", "cpu or cuda; empty for the GPU if there is one.")
@@ -120,6 +123,9 @@ class DataConfig:
     root: str | None = setting(None, "The folder it is in, unless it is where that list says.")
     split: str | None = setting(None, "Which part of it, or the path of a file for tsv and changes; empty for train.")
     missing: str = setting("error", "What a picture means that is named and absent, error or skip.")
+    upright: bool | None = setting(
+        None, "Turn pictures as their EXIF says; empty for one's own (folder, tsv, changes) alone."
+    )
     differences: str = setting("", "The JSONL file of difference sentences, for methods that learn from them.")
     statements: list[str] = setting([], "Files of true and false statements, in place of the data set's own.")
     captions: str | None = setting(None, "A file in place of the data set's own; images without one are left out.")
