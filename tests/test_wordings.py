@@ -124,6 +124,11 @@ def test_draws_keep_to_what_was_asked_for_and_reach_all_of_it():
         Wordings(["negations"])
     with pytest.raises(UserError, match="no scheme .*'lefts'"):
         Wordings([], ["lefts"])
+    with pytest.raises(UserError, match="no family or scheme of wordings is called 'lefts'"):
+        Wordings(without=["lefts"])
+    with pytest.raises(UserError, match="without terse no wording is left"):
+        Wordings(["terse"], without=["terse"])
+    assert "terse" not in Wordings(without=["terse", "numbers"]).families
 
 
 # -- the roles in anybody's sentence ---------------------------------------------------------------------------

@@ -72,29 +72,46 @@ class Wordings:
     """The wordings of some families and schemes, to draw from: each family as often, each scheme as often.
 
     Empty lists stand for all that are not held out. order: both (of mention) or first (the template's own). openers:
-    the share of sentences with an opener. Raises UserError for an unknown name.
+    the share of sentences with an opener. without: families and schemes that are left out.
+    Raises UserError for an unknown name, and where none is left.
     """
 
     def __init__(
-        self, families: Sequence[str] = (), schemes: Sequence[str] = (), order: str = "both", openers: float = 0.0
+        self,
+        families: Sequence[str] = (),
+        schemes: Sequence[str] = (),
+        order: str = "both",
+        openers: float = 0.0,
+        without: Sequence[str] = (),
     ) -> None:
-        self.families = tuple(families) or tuple(name for name in FAMILIES if name not in HELD_OUT_FAMILIES)
-        self.schemes = tuple(schemes) or tuple(name for name in SCHEMES if name not in HELD_OUT_SCHEMES)
-        for kind, chosen, known in (("family", self.families, FAMILIES), ("scheme", self.schemes, SCHEMES)):
+        left_out = {*HELD_OUT_FAMILIES, *HELD_OUT_SCHEMES}
+        self.families = tuple(families) or tuple(name for name in FAMILIES if name not in left_out)
+        self.schemes = tuple(schemes) or tuple(name for name in SCHEMES if name not in left_out)
+        for kind, chosen, known in (
+            ("family", self.families, FAMILIES),
+            ("scheme", self.schemes, SCHEMES),
+            ("family or scheme", without, {**FAMILIES, **SCHEMES}),
+        ):
             for name in chosen:
                 if name not in known:
                     raise UserError(f"no {kind} of wordings is called {name!r}. {nearest(name, list(known))}")
+        self.families = tuple(name for name in self.families if name not in without)
+        self.schemes = tuple(name for name in self.schemes if name not in without)
+        if not (self.families and self.schemes):
+            raise UserError(f"without {', '.join(without)} no wording is left")
         self.order, self.openers = order, openers
 
-    def draw(self, rng: np.random.Generator) -> Wording:
+    def draw(self, rng: np.random.Generator, template: str | None = None) -> Wording:
+        """template: one that is taken in place of the one that is drawn."""
+
         def one_of(options: Sequence) -> Any:
             return options[int(rng.integers(len(options)))]
 
-        template = one_of(FAMILIES[one_of(self.families)])
+        drawn = one_of(FAMILIES[one_of(self.families)])
         names = one_of(SCHEMES[one_of(self.schemes)])
         exchanged = self.order == "both" and one_of((False, True))
         opener = one_of(OPENERS) if self.openers and rng.random() < self.openers else ""
-        return Wording(template, names, exchanged, opener)
+        return Wording(template or drawn, names, exchanged, opener)
 
 
 def contrast(a: str, b: str, n: int) -> str:

@@ -9,8 +9,9 @@ count are theirs, and the worst stands beside the mean:
     unseen, unseen_worst         two_way of the held-out families: mean, and the worst of them
     unseen_names                 two_way of the held-out schemes: mean over families, of the worst scheme
     unseen_names_worst           the worst family of any of them
-    unseen_r1                    mean over all held-out wordings
-    consistency                  the share of pairs that are judged alike in all held-out wordings
+    unseen_r1                    mean over all held-out wordings that tell of both images; one-sided ones do not
+    consistency                  the share of pairs that are judged alike in every template of the held-out families
+    consistency_names            the same in every family under held-out names
 
 two_way: the true sentence is nearer to the difference of the two images than its opposite (chance 50). r1: its own
 pair is the nearest of 100 (chance 1). subtraction and caption_subtraction_r1: the untrained model without any
@@ -20,6 +21,7 @@ captions alone, since many pairs share an attribute.
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -33,10 +35,13 @@ from pc_clip.core.random import stream
 from pc_clip.data import attributes
 from pc_clip.data.dataset import Dataset
 from pc_clip.data.differences import choose_pairs
-from pc_clip.data.wordings import FAMILIES, HELD_OUT_FAMILIES, HELD_OUT_SCHEMES, SCHEMES, Wordings, as_phrase
+from pc_clip.data.wordings import FAMILIES, HELD_OUT_FAMILIES, HELD_OUT_SCHEMES, SCHEMES, Wording, Wordings, as_phrase
 from pc_clip.evals import EvalContext, Result
 from pc_clip.evals.difference import draw_pairs, pair_differences, recall_at_1
 from pc_clip.metrics import intervals
+
+VERSION = 2  # held-out families template by template
+ONE_SIDED = "one_sided"  # the family that says of one image alone what it shows
 
 
 def applies(data: Dataset, config: EvaluateConfig) -> str | None:
@@ -67,32 +72,31 @@ def evaluate(context: EvalContext) -> Result:
     facts = _of_captions(context) if by_captions else _of_attributes(context)
     gaps = pair_differences(context.z, facts.pairs)  # [P, D]
 
-    two_way: dict[tuple[str, str], Tensor] = {}  # (family, scheme) -> [P]; the scheme is "" for the usual ones
+    two_way: dict[tuple[str, str], Tensor] = {}  # (family, scheme) -> [W, P]; the scheme is "" for the usual ones
     r1: dict[tuple[str, str], float] = {}
-    for scheme in ("", *schemes):
-        for family in FAMILIES:
-            rng = stream(context.config.seed, f"wordings {family} {scheme}")
-            wordings = Wordings([family], [scheme] if scheme else usual)
-            drawn = [wordings.draw(rng) for _ in facts.first]
-            true = context.clip.embed_texts([w.say(a, b) for w, a, b in zip(drawn, facts.first, facts.second)])
-            opposite = context.clip.embed_texts([w.say(b, a) for w, a, b in zip(drawn, facts.first, facts.second)])
-            two_way[family, scheme] = ((true - opposite) * gaps).sum(-1) > 0
-            r1[family, scheme] = recall_at_1(true, gaps)
+    for scheme, family in itertools.product(("", *schemes), FAMILIES):
+        rng = stream(context.config.seed, f"wordings {family} {scheme}")
+        wordings = Wordings([family], [scheme] if scheme else usual)
+        # Of a held-out family each template is asked of each pair, of others one that is drawn.
+        templates = FAMILIES[family] if family in families and not scheme else (None,)
+        answers = [_ask(context, facts, gaps, [wordings.draw(rng, t) for _ in facts.first]) for t in templates]
+        two_way[family, scheme] = torch.stack([right for right, _ in answers])
+        r1[family, scheme] = float(np.mean([recall for _, recall in answers]))
 
     groups = {family: [(family, "")] for family in FAMILIES}
     groups |= {scheme: [(family, scheme) for family in FAMILIES] for scheme in schemes}
     unseen = [cell for cell in two_way if cell[1] or cell[0] in families]
     right = {f"two_way_{name}": _share_right(two_way, cells) for name, cells in groups.items()}
     right["unseen"] = _share_right(two_way, [(family, "") for family in families])
-    judged = torch.stack([two_way[cell] for cell in unseen])
-    right["consistency"] = (judged.all(0) | ~judged.any(0)).double()
+    right["consistency"] = _judged_alike(two_way, [(family, "") for family in families])
+    right["consistency_names"] = _judged_alike(two_way, [cell for cell in unseen if cell[1]])
     metrics = {name: float(share.mean()) for name, share in right.items()}
     metrics["unseen_worst"] = min(metrics[f"two_way_{family}"] for family in families)
     metrics["unseen_names"] = min(metrics[f"two_way_{scheme}"] for scheme in schemes)
     metrics["unseen_names_worst"] = min(float(two_way[cell].double().mean()) for cell in unseen if cell[1])
     if by_captions:
         metrics |= {f"r1_{name}": float(np.mean([r1[cell] for cell in cells])) for name, cells in groups.items()}
-        metrics["unseen_r1"] = float(np.mean([r1[cell] for cell in unseen]))
+        metrics["unseen_r1"] = float(np.mean([r1[cell] for cell in unseen if cell[0] != ONE_SIDED]))
     if context.base is not None:
         first, second = (context.base.embed_texts(phrases) for phrases in facts.plain)
         of_base, subtracted = pair_differences(context.base_z, facts.pairs), F.normalize(first - second, dim=-1)
@@ -105,13 +109,26 @@ def evaluate(context: EvalContext) -> Result:
         f"{family}, {scheme or 'usual names'}": float(v.double().mean()) for (family, scheme), v in two_way.items()
     }
     details = {"held_out_families": list(families), "held_out_schemes": list(schemes), "two_way": cells}
-    details["wordings_judged_alike"] = len(unseen)
+    details["wordings_judged_alike"] = sum(len(FAMILIES[family]) for family in families)
     return Result(metrics, len(facts.pairs), details, intervals=dict(zip(right, found)))
+
+
+def _ask(context: EvalContext, facts: Facts, gaps: Tensor, drawn: list[Wording]) -> tuple[Tensor, float]:
+    """Each pair in one wording: whether the true sentence is nearer than its opposite, [P] bool, and R@1."""
+    true = context.clip.embed_texts([w.say(a, b) for w, a, b in zip(drawn, facts.first, facts.second)])
+    opposite = context.clip.embed_texts([w.say(b, a) for w, a, b in zip(drawn, facts.first, facts.second)])
+    return ((true - opposite) * gaps).sum(-1) > 0, recall_at_1(true, gaps)
+
+
+def _judged_alike(two_way: dict[tuple[str, str], Tensor], cells: list[tuple[str, str]]) -> Tensor:
+    """Whether each pair is judged right in all wordings of some cells, or wrong in all.  -> [P] float64"""
+    judged = torch.cat([two_way[cell] for cell in cells])
+    return (judged.all(0) | ~judged.any(0)).double()
 
 
 def _share_right(two_way: dict[tuple[str, str], Tensor], cells: list[tuple[str, str]]) -> Tensor:
     """In how many of some wordings each pair is judged right.  -> [P] float64"""
-    return torch.stack([two_way[cell].double() for cell in cells]).mean(0)
+    return torch.stack([two_way[cell].double().mean(0) for cell in cells]).mean(0)
 
 
 def _of_captions(context: EvalContext) -> Facts:

@@ -40,7 +40,8 @@ class _Rules(Writer):
     needs_cleaning = False
 
     def __init__(self, config: GenerateConfig) -> None:
-        self.wordings = Wordings(config.wording.families, config.wording.schemes)
+        wording = config.wording
+        self.wordings = Wordings(wording.families, wording.schemes, without=wording.without)
 
     def stream(self, jobs: Sequence[Job]) -> Iterator[tuple[int, str]]:
         for n, job in enumerate(jobs):

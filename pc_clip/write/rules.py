@@ -44,7 +44,7 @@ class RulesWriter(Writer):
 
     def __init__(self, options: WordingConfig = PLAIN) -> None:
         check_choice("wording.order", options.order, ("both", "first"))
-        self.wordings = Wordings(options.families, options.schemes, options.order, options.openers)
+        self.wordings = Wordings(options.families, options.schemes, options.order, options.openers, options.without)
 
     def stream(self, jobs: Sequence[Job]) -> Iterator[tuple[int, str]]:
         for n, job in enumerate(jobs):

@@ -67,6 +67,7 @@ class WordingConfig:
     families: list[str] = setting([], "Families of templates; empty for all that are not held out for evaluations.")
     schemes: list[str] = setting([], "Schemes of names for the two images; empty for all that are not held out.")
     order: str = setting("both", "Which image is mentioned first: both, each as often, or first, as templates stand.")
+    without: list[str] = setting([], "Families and schemes that are left out in addition.")
     openers: float = setting(0.0, 'The share of sentences with an opener, as in "Overall, the first image ...".')
 
 
