@@ -309,3 +309,15 @@ def test_a_file_of_which_no_batch_can_be_made_says_why(config):
         Path("d.jsonl").write_text(to_line(Difference("train-00001", second, text)))
         with pytest.raises(UserError, match=message):
             make(config)
+
+
+def test_what_accelerate_is_asked_for_and_would_have_no_effect_is_refused(tiny, monkeypatch):
+    config = tiny_runs.settings("pairwise", tiny, steps=1)
+    for name, value, said in [
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "gradient_accumulation_steps 4.*--train.recompute true"),
+        ("ACCELERATE_MIXED_PRECISION", "bf16", "asked for bf16, and train.precision is no"),
+    ]:
+        monkeypatch.setenv(name, value)
+        with pytest.raises(UserError, match=said):
+            finetune(config)
+        monkeypatch.delenv(name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import signal
 import threading
 import time
@@ -79,6 +80,7 @@ def _run(config: FinetuneConfig, run: Path, data: Dataset) -> Path:
         project_dir=run if train.tracker else None,
         kwargs_handlers=[PATIENCE],
     )
+    _check_launch(accelerator, train.precision)
     clip = _start(config, accelerator.device)
     with accelerator.autocast():
         text_way = clip.choose_text_way(config.model.fast_text, train.recompute)
@@ -114,6 +116,21 @@ def _run(config: FinetuneConfig, run: Path, data: Dataset) -> Path:
         loading.save_model(run / MODEL_FILE, method.clip)
     accelerator.end_training()
     return run
+
+
+def _check_launch(accelerator: Accelerator, precision: str) -> None:
+    """Raises UserError for what `accelerate launch` or its config file asks for and this loop does not do."""
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if asked not in ("no", precision):
+        raise UserError(f"accelerate was asked for {asked}, and train.precision is {precision}; set --train.precision")
+    if (steps := accelerator.gradient_accumulation_steps) != 1:
+        raise UserError(
+            f"accelerate was asked for gradient_accumulation_steps {steps}, which would have no effect. For a batch "
+            "that does not fit set --train.recompute true: its gradient is that of the whole batch"
+        )
+    kind = accelerator.distributed_type.value
+    if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP"):
+        raise UserError(f"accelerate was asked for {kind}; here each process holds the whole model: --multi_gpu")
 
 
 def _start(config: FinetuneConfig, device: torch.device | str) -> Clip:
