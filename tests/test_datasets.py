@@ -277,6 +277,13 @@ def test_only_what_was_read_and_does_not_decode_is_a_broken_image(tmp_path, monk
         read_image(path)
 
 
+def test_a_name_that_is_no_utf_8_is_shown_with_its_bytes(tmp_path):
+    picture(tmp_path / "a" / "x.jpg")
+    os.rename(tmp_path / "a" / "x.jpg", os.fsencode(tmp_path / "a") + b"/caf\xe9.jpg")
+    data = open_dataset("folder", tmp_path / "a")
+    assert data.ids == ["caf\\xe9.jpg"] and data.load(0).size == (8, 6)
+
+
 def test_pictures_of_ones_own_are_turned_as_their_exif_says_and_counted(tmp_path):
     (tmp_path / "own").mkdir()
     exif = Image.Exif()

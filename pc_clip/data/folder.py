@@ -40,7 +40,8 @@ def open_folder(root: Path, split: str) -> Dataset:
     files, others = _find_images(root)
     if not files:
         raise UserError(f"{root} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    ids = [key for key, _ in files]
+    paths = [os.path.join(root, key) for key, _ in files]
+    ids = [os.fsencode(key).decode("utf-8", "backslashreplace") for key, _ in files]  # a name may be no UTF-8
     notes = [f"{sum(others.values())} other files are not read ({', '.join(sorted(others))})"] if others else []
     classes = [key.split(os.sep)[0] if os.sep in key else None for key in ids]
     questions: tuple[Question, ...] = ()
@@ -61,7 +62,7 @@ def open_folder(root: Path, split: str) -> Dataset:
         split=label,
         part=split,
         ids=ids,
-        load=partial(read_file, [os.path.join(root, key) for key in ids]),
+        load=partial(read_file, paths),
         fingerprint=digest(*[(key, status.st_size, status.st_mtime_ns) for key, status in files]),
         questions=questions,
         note="; ".join(notes),
