@@ -1,6 +1,7 @@
 """The command line answers at once: settings are read and checked before torch is imported."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 
 from pc_clip.core.errors import UserError
 from pc_clip.core.paths import package_data
+from pc_clip.interface import finetune, generate_diffs, run
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "open_clip", "transformers", "accelerate", "pandas", "sklearn")
@@ -60,3 +62,23 @@ def test_help_of_run_shows_the_settings_of_the_mode_it_is_asked_about():
 def test_an_installation_that_lost_its_yaml_says_so(tmp_path):
     with pytest.raises(UserError, match="is missing or empty: this installation of pc_clip is not whole"):
         package_data(tmp_path / "prompts")
+
+
+def test_a_flag_that_another_setting_leaves_without_effect_is_refused():
+    kept = []
+    for script, argv, said in [
+        (finetune.main, ["--sampler.share", "0.5"], "--sampler.share has no effect with sampler.kind random"),
+        (finetune.main, ["--train.decay", "0.5"], "--train.decay has no effect with train.schedule cosine"),
+        (finetune.main, ["--pairwise.anchor", "0", "--pairwise.anchor_batch", "8"], "with pairwise.anchor 0.0"),
+        (finetune.main, ["--pairwise.keep_by", "similar"], "has no effect with pairwise.keep 1.0"),
+        (
+            run.main,
+            ["--mode", "zeroshot", "--difference.draws", "3"],
+            "has no effect with --mode zeroshot",
+        ),
+        (generate_diffs.main, ["--writer", "rules", "--server.url", "http://x"], "has no effect with writer rules"),
+    ]:
+        with pytest.raises(UserError) as error:
+            script(argv)
+        kept += [str(error.value)] * (re.search(said, str(error.value)) is None)
+    assert not kept

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -70,6 +71,7 @@ def configure(
     for name in options:
         setattr(config, name, getattr(parsed, name))
     _check_shared(config)
+    _check_effect(config, [word.removeprefix("--").partition("=")[0] for word in argv if word.startswith("--")])
     return config
 
 
@@ -147,6 +149,21 @@ def _parser(
         if action.help == "Path to a configuration file.":
             action.help = argparse.SUPPRESS
     return parser
+
+
+def _check_effect(config: Any, flags: Iterable[str]) -> None:
+    """Raises UserError for a flag that another setting leaves without effect, as its `needs` says."""
+    for flag in (flag for flag in flags if flag != "config"):
+        place, groups = config, ""
+        for name in flag.split("."):
+            known = {f.name: f.metadata for f in dataclasses.fields(place)}
+            if need := known.get(name, {}).get("needs"):
+                other, sign, wanted = re.fullmatch(r"(\w+)(=|!=|)(.*)", need).groups()
+                value = getattr(place, other)
+                met = (str(value) in wanted.split("|")) == (sign == "=") if sign else bool(value)
+                if not met:
+                    raise UserError(f"--{flag} has no effect with {groups}{other} {value}; leave it out")
+            place, groups = getattr(place, name), f"{groups}{name}."
 
 
 def _check_shared(config: Any) -> None:

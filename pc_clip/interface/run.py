@@ -55,6 +55,9 @@ def settings(argv: Sequence[str]) -> EvaluateConfig:
         description = f"Settings of --mode {','.join(modes)}; run.py --help lists those that all evaluations share."
         hidden = {f.name for f in dataclasses.fields(EvaluateConfig)} - set(modes)
     config = configure(EvaluateConfig, "run.py", description, argv, hidden=hidden)
+    for group in {key.split(".")[0] for key in given(argv)} & set(EVALUATIONS):
+        if modes and group not in modes and "average" not in modes:  # which measures differences, too
+            raise UserError(f"--{group}.* has no effect with --mode {','.join(modes)}; leave it out")
     if config.checkpoint:
         checkpoint_file(config.checkpoint)
     return config

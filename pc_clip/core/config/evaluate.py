@@ -46,8 +46,8 @@ class ComparativeConfig:
         ["none", "norm", "offset", "centred", "shuffled"], "How comparisons are brought to the scale of prompts."
     )
     writer: str = setting("rules", "What writes comparisons when pairs is auto: rules, transformers or server.")
-    transformers: LanguageModelConfig = group(LanguageModelConfig)
-    server: ServerConfig = group(ServerConfig)
+    transformers: LanguageModelConfig = group(LanguageModelConfig, needs="writer=transformers")
+    server: ServerConfig = group(ServerConfig, needs="writer=server")
 
 
 @settings

@@ -8,7 +8,11 @@ from typing import Any
 
 
 def setting(default: Any, doc: str, **metadata: Any) -> Any:
-    """A setting of a group: its default, and what --help says of it."""
+    """A setting of a group: its default, and what --help says of it.
+
+    needs: what another setting of the same group has to be for this one to have an effect: "kind=clusters",
+    "keep!=1.0", or a name alone for anything but 0, false and nothing (core/cli).
+    """
     metadata["doc"] = doc
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)

@@ -10,16 +10,28 @@ class SamplerConfig:
     """Which examples come together in a batch: at random, or in clusters of similar ones (SimCLIP)."""
 
     kind: str = setting("random", "random or clusters.")
-    similarity: str = setting("text", "What makes examples similar, their text or their image.")
-    online: bool = setting(True, "Similar by the model at the beginning of each epoch, or as it was before training.")
-    cluster_size: int = setting(16, "Examples a cluster (k).")
-    share: float = setting(1.0, "The share of a batch that is in clusters (p); the rest is drawn at random.")
-    double_at: list[int] = setting(
-        [], "Epochs, from 0, at which the share doubles, to end at `share`; empty for never."
+    similarity: str = setting("text", "What makes examples similar, their text or their image.", needs="kind=clusters")
+    online: bool = setting(
+        True,
+        "Similar by the model at the beginning of each epoch, or as it was before training.",
+        needs="kind=clusters",
     )
-    neighbourhood: int = setting(1, "Partners are drawn from the neighbourhood * k nearest (s); 1 for the nearest.")
-    cover: bool = setting(False, "No example comes twice in an epoch; late clusters are then less alike.")
-    index: str = setting("exact", "How neighbours are found, exact, or faiss where that is installed.")
+    cluster_size: int = setting(16, "Examples a cluster (k).", needs="kind=clusters")
+    share: float = setting(
+        1.0, "The share of a batch that is in clusters (p); the rest is drawn at random.", needs="kind=clusters"
+    )
+    double_at: list[int] = setting(
+        [], "Epochs, from 0, at which the share doubles, to end at `share`; empty for never.", needs="kind=clusters"
+    )
+    neighbourhood: int = setting(
+        1, "Partners are drawn from the neighbourhood * k nearest (s); 1 for the nearest.", needs="kind=clusters"
+    )
+    cover: bool = setting(
+        False, "No example comes twice in an epoch; late clusters are then less alike.", needs="kind=clusters"
+    )
+    index: str = setting(
+        "exact", "How neighbours are found, exact, or faiss where that is installed.", needs="kind=clusters"
+    )
 
 
 @settings
@@ -36,7 +48,7 @@ class TrainConfig:
     eps: float = setting(1e-8, "Added to the root of the second moment.")
     weight_decay: float = setting(0.0, "As the optimizer understands it.")
     schedule: str = setting("exponential", "constant, exponential (times `decay` after each epoch) or cosine.")
-    decay: float = setting(0.9, "Factor of the exponential schedule.")
+    decay: float = setting(0.9, "Factor of the exponential schedule.", needs="schedule=exponential")
     warmup_steps: int = setting(0, "Steps of linear warm-up.")
     warmup_share: float = setting(0.0, "The same as a share of all steps; one of the two.")
     clip_norm: float = setting(0.0, "Largest gradient norm; 0 for none.")
@@ -55,10 +67,12 @@ class PairwiseConfig:
     """PC-CLIP: sentences against differences of images."""
 
     loss: str = setting("info_nce", "info_nce, or mse for the ablation.")
-    temperature: float = setting(1.0, "Of the InfoNCE loss.")
+    temperature: float = setting(1.0, "Of the InfoNCE loss.", needs="loss=info_nce")
     anchor: float = setting(0.0, "Weight of the term that keeps ordinary captions near the start; 0 for none.")
-    anchor_captions: int = setting(20000, "How many captions it holds in all, drawn from the data set's.")
-    anchor_batch: int = setting(64, "How many of them a step.")
+    anchor_captions: int = setting(
+        20000, "How many captions it holds in all, drawn from the data set's.", needs="anchor"
+    )
+    anchor_batch: int = setting(64, "How many of them a step.", needs="anchor")
     mirror: bool = setting(False, 'Put each pair into the batch in both orders, with "first" and "second" exchanged.')
     target: str = setting(
         "images",
@@ -68,7 +82,9 @@ class PairwiseConfig:
     captioned_differences: str = setting("", "Further sentences, about images of which only captions are known.")
     captions: str = setting("", "The captions of those images: a COCO JSON or a SimCLIP TSV.")
     keep: float = setting(1.0, "The share of the pairs that is learnt from.")
-    keep_by: str = setting("random", "Which those are: random, or similar for pairs of images most alike at the start.")
+    keep_by: str = setting(
+        "random", "Which those are: random, or similar for pairs of images most alike at the start.", needs="keep!=1.0"
+    )
 
 
 @settings

@@ -125,6 +125,6 @@ class GenerateConfig:
     rank: RankDataConfig = group(RankDataConfig, tasks=("rank",))
     model: PretrainedConfig = group(PretrainedConfig, tasks=("rank",))
     wording: WordingConfig = group(WordingConfig, tasks=("pairs", "reword", "compare"))
-    transformers: LanguageModelConfig = group(LanguageModelConfig)
-    server: ServerConfig = group(ServerConfig)
+    transformers: LanguageModelConfig = group(LanguageModelConfig, needs="writer=transformers")
+    server: ServerConfig = group(ServerConfig, needs="writer=server")
     change: ChangeWriterConfig = group(ChangeWriterConfig, tasks=("change",))
