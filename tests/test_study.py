@@ -8,8 +8,10 @@ import pandas as pd
 import pytest
 import yaml
 
-from pc_clip.core.config.train import METHODS
+from pc_clip.core.cli import configure, given
+from pc_clip.core.config.train import METHODS, FinetuneConfig
 from pc_clip.core.errors import UserError
+from pc_clip.interface import run
 from pc_clip.report import study
 from pc_clip.report.study import COLUMNS, Study, best, conduct, render, results_of, tabulate
 
@@ -60,12 +62,15 @@ def test_what_is_wrong_is_said():
         Study.read(Path("absent.yaml"))
 
 
-def test_every_study_of_the_project_names_configs_that_exist():
+def test_every_command_of_every_study_of_the_project_is_one_that_the_scripts_take():
     for path in sorted((ROOT / "configs" / "studies").glob("*.yaml")):
         shipped = Study.read(path)
         for arguments in filter(None, shipped.variants.values()):
-            config = ROOT / arguments[arguments.index("--config") + 1]
-            assert yaml.safe_load(config.read_text())["method"] in METHODS, path
+            argv = [str(argument) for argument in arguments]
+            method = given(argv)["method"]
+            configure(FinetuneConfig, "finetune.py", "", argv, options={method: METHODS[method]})
+        for arguments in shipped.evaluations:
+            run.settings([str(argument) for argument in arguments])
         modes = {mode for words in shipped.evaluations for word in words for mode in str(word).split(",")}
         compares_with_the_start = modes & {"average", "change_retrieval"}  # start_* and subtraction_* are the base's
         blind = "caption" in modes and {"most_common_right", "shuffled_right"} <= set(shipped.metrics)
