@@ -52,7 +52,7 @@ class TrainConfig:
     warmup_steps: int = setting(0, "Steps of linear warm-up.")
     warmup_share: float = setting(0.0, "The same as a share of all steps; one of the two.")
     clip_norm: float = setting(0.0, "Largest gradient norm; 0 for none.")
-    precision: str = setting("no", "no for float32, bf16 for mixed precision, auto for bf16 where it is native.")
+    precision: str = setting("no", "no for float32, bf16 (fp16 for GPUs without it), auto for bf16 where it is native.")
     compensated: bool = setting(False, "Add steps to weights by compensated summation, for tiny learning rates.")
     recompute: bool = setting(False, "Encode in parts, and again in the backward pass: less memory, more time.")
     blend: float = setting(1.0, "Averages the weights with the start at the end: 1 is as trained, 0 the start.")
