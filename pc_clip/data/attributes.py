@@ -29,9 +29,11 @@ import yaml
 from pc_clip.core.config.evaluate import EvaluateConfig
 from pc_clip.core.errors import UserError, nearest
 from pc_clip.core.paths import package_data
+from pc_clip.data import graded_nouns
 from pc_clip.data.dataset import Attribute, Dataset, Question
 
 FOLDER = package_data(Path(__file__).with_name("attributes"))
+NOUNS = "nouns"
 _WORDS = ("more", "less", "high", "low")
 
 
@@ -40,18 +42,26 @@ def tasks_of(dataset: str) -> list[str]:
     return [path.stem for path in sorted(FOLDER.glob("*.yaml")) if read_task(path)["dataset"] == dataset]
 
 
+def known_of(data: Dataset, config: EvaluateConfig) -> bool:
+    """Whether anything graded is known of a data set's images."""
+    return bool(data.attributes or tasks_of(data.name) or (NOUNS in config.tasks and data.captions))
+
+
 def of(data: Dataset, config: EvaluateConfig) -> tuple[Attribute, ...]:
     """The data set's own attributes and those of its tasks, or of the tasks that were asked for alone.
 
+    The task nouns, of any data set with captions, has to be asked for (data/graded_nouns.py).
     Raises UserError for a task that is unknown or of another data set.
     """
     defined = tasks_of(data.name)
     own = {attribute.name for attribute in data.attributes}
-    for task in config.tasks:
+    nouns = NOUNS in config.tasks and bool(data.captions)
+    for task in config.tasks if not nouns else ():
         if task not in defined and task not in own:
             raise UserError(f"{data.name} has no task {task!r}. {nearest(task, [*defined, *own])}")
     wanted = config.tasks or [*own, *defined]
     return (
+        *(graded_nouns.attributes_of(data) if nouns else ()),
         *(attribute for attribute in data.attributes if attribute.name in wanted),
         *(attribute for task in defined if task in wanted for attribute in read(FOLDER / f"{task}.yaml", data)),
     )

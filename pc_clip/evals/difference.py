@@ -40,7 +40,7 @@ LACKING = "a data set with graded attributes (example, awa2, cifar100, flowers10
 
 
 def applies(data: Dataset, config: EvaluateConfig) -> str | None:
-    graded = data.attributes or attributes.tasks_of(data.name)
+    graded = attributes.known_of(data, config)
     return None if graded or config.difference.sentences else LACKING
 
 

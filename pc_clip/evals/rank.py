@@ -33,7 +33,7 @@ LACKING = (
 
 
 def applies(data: Dataset, config: EvaluateConfig) -> str | None:
-    graded = data.attributes or attributes.tasks_of(data.name)
+    graded = attributes.known_of(data, config)
     return None if graded or config.rank.attribute else LACKING
 
 
@@ -41,8 +41,9 @@ def evaluate(context: EvalContext) -> Result:
     """Graded attributes, put in order by sentences and by the untrained baseline; or a folder, by --rank.attribute.
 
     rank: by a difference sentence minus its opposite; rank_one_sentence: by the sentence alone; rank_reversed: by
-    the same fact told of the second image first, minus its opposite; rank_by_subtraction: enc(high) - enc(low) in
-    the untrained model; each is the share of clearly different pairs in the right order. spearman: of the first.
+    the same fact told of the second image first, minus its opposite; rank_by_phrase: enc(high) - enc(low);
+    rank_by_subtraction: the same in the untrained model; each is the share of clearly different pairs in the right
+    order. spearman: of the first. rank_worst_TASK: of a task in several wordings the worst, in either order of mention.
     """
     if context.config.rank.attribute:
         return _rank_folder(context)
@@ -64,6 +65,9 @@ def evaluate(context: EvalContext) -> Result:
     result.metrics = means.mean(axis=1, skipna=False).to_dict()  # each task counts alike
     names = samples[0].names
     result.intervals = dict(zip(names, interval_of(list(samples_of.values()))))
+    for task, members in tasks.items():
+        if len(members) > 1:
+            result.metrics[f"rank_worst_{task}"] = min(min(m["rank"], m["rank_reversed"]) for m in members)
     for task, members in samples_of.items():
         result.metrics |= means[task].add_suffix(f"_{task}").to_dict()
         result.intervals |= dict(zip([f"{name}_{task}" for name in names], interval_of([members])))
@@ -79,6 +83,7 @@ def _scores(context: EvalContext, attribute: Attribute) -> dict[str, np.ndarray]
         "rank_one_sentence": scores_of(clip, z, first),
         "rank_reversed": scores_of(clip, z, contrast(more, less, 1), contrast(less, more, 1)),
     }
+    scores["rank_by_phrase"] = scores_of(clip, z, attribute.high, attribute.low)
     if context.base is not None:
         scores["rank_by_subtraction"] = scores_of(context.base, context.base_z, attribute.high, attribute.low)
     return scores

@@ -10,6 +10,7 @@ import numpy as np
 from pc_clip.core.config.write import WordingConfig
 from pc_clip.core.errors import check_choice
 from pc_clip.core.random import stream
+from pc_clip.data.graded_nouns import compared
 from pc_clip.data.wordings import Wordings, as_phrase
 from pc_clip.example.captions import parse
 from pc_clip.example.world import COMPARATIVES
@@ -43,6 +44,7 @@ class RulesWriter(Writer):
     needs_cleaning = False  # what it writes is as it is meant
 
     def __init__(self, options: WordingConfig = PLAIN) -> None:
+        self.graded = options.graded
         check_choice("wording.order", options.order, ("both", "first"))
         self.wordings = Wordings(options.families, options.schemes, options.order, options.openers, options.without)
 
@@ -58,6 +60,8 @@ class RulesWriter(Writer):
         kinds = [kind for kind in _PREFERENCE if kind in a and kind in b and a[kind] != b[kind]]
         wording = self.wordings.draw(rng)
         if not kinds:
+            if self.graded and rng.random() < self.graded and (phrases := compared(job.first, job.second, rng)):
+                return wording.say(*phrases)
             return wording.say(as_phrase(job.first), as_phrase(job.second))
         weights = np.array([_PREFERENCE[kind] for kind in kinds])
         kind = kinds[int(rng.choice(len(kinds), p=weights / weights.sum()))]
@@ -65,7 +69,8 @@ class RulesWriter(Writer):
 
     def describe(self) -> dict[str, Any]:
         chosen = {"families": list(self.wordings.families), "schemes": list(self.wordings.schemes)}
-        return {"writer": "rules", **chosen, "order": self.wordings.order, "openers": self.wordings.openers}
+        shares = {"openers": self.wordings.openers, "graded": self.graded}
+        return {"writer": "rules", **chosen, "order": self.wordings.order, **shares}
 
 
 def _phrases(kind: str, a: str | int, b: str | int) -> tuple[str, str]:

@@ -68,6 +68,7 @@ class WordingConfig:
     schemes: list[str] = setting([], "Schemes of names for the two images; empty for all that are not held out.")
     order: str = setting("both", "Which image is mentioned first: both, each as often, or first, as templates stand.")
     without: list[str] = setting([], "Families and schemes that are left out in addition.")
+    graded: float = setting(0.0, "The share of sentences that compare: larger, more people (data/graded_nouns.yaml).")
     openers: float = setting(0.0, 'The share of sentences with an opener, as in "Overall, the first image ...".')
 
 
