@@ -102,13 +102,14 @@ def test_a_file_that_holds_no_captions_says_why_in_a_line(tmp_path):
         ("c.json", {"images": [{"id": 1, "file_name": None}], "annotations": []}, "entry 0 of images: file_name must"),
         ("c.json", {"images": [], "annotations": [{"image_id": 1, "bbox": []}]}, r"captions_\*.json is wanted"),
         ("c.json", coco([1], [(1, " ")]), r"holds no captions \(1 captions are empty"),
-        ("t.tsv", "image,caption1\na.jpg,A dog\n", r"apart by tabs; found image,caption1"),
-        ("t.tsv", "image\tcaption_id\na.jpg\tA dog\n", r"caption1, caption2.*found image, caption_id"),
+        ("t.tsv", "picture,caption1\na.jpg,A dog\n", r"needs a column of pictures .* found picture, caption1"),
+        ("t.tsv", "image\tcaption_id\na.jpg\tA dog\n", r"columns of captions .*found image, caption_id"),
         ("t.tsv", "image\tcaption1\na.jpg\t\n", r"holds no captions"),
-        ("t.tsv", "", r"is no tab-separated table, or it is empty"),
+        ("t.tsv", "", r"is no table of columns .*, or it is empty"),
+        ("t.parquet", "x", r"is no whole Parquet file"),
         ("t.tsv", "image\tcaption1\na\tA dog\n\nb\tA cat\tOne cat\n", r", line 4: 3 fields, but .* 2 columns"),
         ("t.tsv", "image\tcaption1\na.jpg\tA dog\n\tA cat\n", r", line 3: image must name an image"),
-        ("t.tsv", "image\tcaption1\na.jpg\tA dog\na.jpg\tA cat\n", r"line 3: a second row for 'a\.jpg'"),
+        ("t.tsv", "id\timage\tcaption\n1\ta.jpg\tA dog\n1\tb.jpg\tA cat\n", r"line 3: the id '1' is that of another"),
         ("t.tsv", 'image\tcaption1\na.jpg\t"A\ndog"\nb.jpg\t"A cat\n', r"line 3: one field only; is a quote"),
         ("t.jsonl", {"image": "a", "text": None}, "line 1: text must be a text"),
         ("t.jsonl", "{", "line 1 is not JSON"),
@@ -148,6 +149,20 @@ def test_a_table_is_read_by_its_columns_and_nan_is_no_caption(tmp_path):
     captions = read_captions(write(tmp_path / "t.tsv", text))
     assert captions == {"7": ("a.jpg", ("A dog",)), "8": ("b.jpg", ("A cat",))}
     assert captions.note == "t.tsv: 1 of 3 images have no caption; left out"
+
+
+def test_tables_of_other_programs_are_read_by_their_columns(tmp_path):
+    said = {"a.jpg": ("a.jpg", ("A dog, asleep", "One dog")), "b.jpg": ("b.jpg", ("A cat",))}
+    rows = [("a.jpg", "A dog, asleep"), ("b.jpg", "A cat"), ("a.jpg", "One dog")]
+    table = pd.DataFrame(rows, columns=["filepath", "title"]).assign(width=3)  # open_clip's names, a row a caption
+    table.to_csv(tmp_path / "comma.csv", index=False)
+    table.to_csv(tmp_path / "excel.csv", sep=";", index=False)
+    table.to_parquet(tmp_path / "t.parquet")
+    for name in ("comma.csv", "excel.csv", "t.parquet"):
+        assert read_captions(tmp_path / name) == said, name
+    wide = pd.DataFrame([("a.jpg", "A dog", None), ("b.jpg", None, None)], columns=["image", "caption1", "caption2"])
+    wide.to_parquet(tmp_path / "wide.parquet")
+    assert read_captions(tmp_path / "wide.parquet") == {"a.jpg": ("a.jpg", ("A dog",))}
 
 
 def test_rewritten_captions_are_a_json_a_line(tmp_path):

@@ -1,4 +1,4 @@
-"""Images with captions: COCO's JSON, SimCLIP's table, and the JSON lines that `--task rewrite` writes."""
+"""Images with captions: COCO's JSON, tables, and the JSON lines that `--task rewrite` writes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import re
 from collections import Counter
 from pathlib import Path
 
+import pandas as pd
+
 from pc_clip.core.errors import UserError
 from pc_clip.data.dataset import Dataset, NoSplit, digest
 from pc_clip.data.picture_files import OR_SKIP, find_list, find_pictures
@@ -17,7 +19,9 @@ from pc_clip.data.text_files import image_name, json_lines, read_json, read_text
 
 log = logging.getLogger(__name__)
 
-TABLES = (".tsv", ".csv", ".txt")  # endings of tables in any case; columns are apart by tabs whatever the ending
+TABLES = (".tsv", ".csv", ".txt", ".parquet")  # endings of tables, in any case
+IMAGE_COLUMNS = ("image", "filepath", "file_name", "filename", "image_path", "path")
+CAPTION_COLUMN = re.compile(r"caption\d*|title|text")
 
 
 class Captions(dict[str, tuple[str, tuple[str, ...]]]):
@@ -43,7 +47,7 @@ def read_captions(path: str | Path) -> Captions:
     if not path.is_file():
         raise UserError(f"no captions file at {path}. COCO's are in annotations_trainval2017.zip of cocodataset.org.")
     table = path.suffix.lower() in TABLES
-    read = read_rewritten if path.suffix == ".jsonl" else read_simclip_tsv if table else read_coco_captions
+    read = read_rewritten if path.suffix == ".jsonl" else read_table if table else read_coco_captions
     captions = read(path)
     if captions.note:
         log.warning("%s", captions.note)
@@ -84,18 +88,22 @@ def read_coco_captions(path: Path) -> Captions:
     return Captions(path, entries, Counter({"annotations are of images that it does not list": elsewhere}))
 
 
-def read_simclip_tsv(path: Path) -> Captions:
-    """SimCLIP's table, `image caption1 caption2 ...`, tab-separated. The id is the column `id`, else the file's name.
+def read_table(path: Path) -> Captions:
+    """A table of pictures and captions, a row an image (SimCLIP's) or a row a caption (open_clip's), or Parquet.
 
-    An empty caption and "nan" are none. Raises UserError for absent columns and for a row that does not fit.
+    Columns, in any order and beside others: the picture, called one of IMAGE_COLUMNS; its captions, called caption,
+    caption1, caption2, ..., title or text; its id, if it has another than the picture's name. Columns are apart by
+    tabs, commas or semicolons. An empty caption and "nan" are none.
+    Raises UserError for absent columns, a row that does not fit, and two pictures of one id.
     """
-    (_, head), *rows = _rows(path)
-    columns = [n for n, name in enumerate(head) if re.fullmatch(r"caption\d*", name)]
-    if "image" not in head or not columns:
+    (_, head), *rows = _parquet(path) if path.suffix.lower() == ".parquet" else _rows(path)
+    columns = [n for n, name in enumerate(head) if CAPTION_COLUMN.fullmatch(name)]
+    image = next((head.index(name) for name in IMAGE_COLUMNS if name in head), None)
+    if image is None or not columns:
         raise UserError(
-            f"{path} needs a column image and columns caption1, caption2, ..., apart by tabs; found {', '.join(head)}"
+            f"{path} needs a column of pictures ({', '.join(IMAGE_COLUMNS)}) and columns of captions (caption, "
+            f"caption1, ..., title, text); found {', '.join(head)}"
         )
-    image = head.index("image")
     named = head.index("id") if "id" in head else image
     entries: dict[str, tuple[str, list[str]]] = {}
     for line, row in rows:
@@ -107,11 +115,22 @@ def read_simclip_tsv(path: Path) -> Captions:
         row += [""] * (len(head) - len(row))
         file = image_name(row[image], where, "image")
         key = row[named] or file
-        if key in entries:
-            raise UserError(f"{where}: a second row for {key!r}; put all captions of an image into one row")
-        texts = [words(row[n], where, head[n], may_be_empty=True) for n in columns]
-        entries[key] = (file, [text for text in texts if text and text.lower() != "nan"])
+        known, texts = entries.setdefault(key, (file, []))
+        if known != file:
+            raise UserError(f"{where}: the id {key!r} is that of another picture, {known}")
+        said = [words(row[n], where, head[n], may_be_empty=True) for n in columns]
+        texts += [text for text in said if text and text.lower() != "nan"]
     return Captions(path, entries, Counter())
+
+
+def _parquet(path: Path) -> list[tuple[int, list[str]]]:
+    """As `_rows`; whatever is no text is written as one, and what is missing is empty."""
+    try:
+        table = pd.read_parquet(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is no whole Parquet file ({error})") from error
+    rows = table.astype(object).where(table.notna(), "").astype(str).values.tolist()
+    return [(1, [str(name) for name in table.columns]), *enumerate(rows, start=2)]
 
 
 def _rows(path: Path) -> list[tuple[int, list[str]]]:
@@ -121,20 +140,23 @@ def _rows(path: Path) -> list[tuple[int, list[str]]]:
     quote, which would swallow the rows after it, tabs too: where that happens, quotes are read as characters.
     """
     text = read_text(path)
-    rows = _csv(text, csv.QUOTE_MINIMAL)
-    if rows is None or any("\t" in field and "\n" in field for _, row in rows for field in row):
+    first = text.lstrip("\ufeff").partition("\n")[0]
+    separator = max("\t,;", key=first.count)
+    rows = _csv(text, separator, csv.QUOTE_MINIMAL)
+    swallows = separator == "\t" and any("\t" in field and "\n" in field for _, row in rows or () for field in row)
+    if rows is None or swallows:
         quoted = re.compile(r'"(?:[^"]|"")*"')
         rows = [
             (line, [f[1:-1].replace('""', '"') if quoted.fullmatch(f) else f for f in row])
-            for line, row in _csv(text, csv.QUOTE_NONE) or ()
+            for line, row in _csv(text, separator, csv.QUOTE_NONE) or ()
         ]
     if not rows:
-        raise UserError(f"{path} is no tab-separated table, or it is empty")
+        raise UserError(f"{path} is no table of columns apart by tabs, commas or semicolons, or it is empty")
     return rows
 
 
-def _csv(text: str, quoting: int) -> list[tuple[int, list[str]]] | None:
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter="\t", quoting=quoting, strict=True)
+def _csv(text: str, separator: str, quoting: int) -> list[tuple[int, list[str]]] | None:
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, quoting=quoting, strict=True)
     try:
         return [(reader.line_num, row) for row in reader if any(map(str.strip, row))]
     except csv.Error:
@@ -164,12 +186,12 @@ def open_coco(root: Path, split: str, missing: str = "error") -> Dataset:
 
 
 def open_tsv(root: Path, split: str, missing: str = "error") -> Dataset:
-    """SimCLIP's table, and its pictures below {root}, in the folders where COCO's may be, or at whole paths.
+    """A table of captions, and its pictures below {root}, in the folders where COCO's may be, or at whole paths.
 
     split: as for `find_list`; missing: as for `find_pictures`.
     """
     path, label = find_list(root, split, TABLES)
-    return _with_pictures("tsv", label, split, path, read_simclip_tsv(path), root, path.stem, missing)
+    return _with_pictures("tsv", label, split, path, read_table(path), root, path.stem, missing)
 
 
 def _with_pictures(
