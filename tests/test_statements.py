@@ -172,3 +172,21 @@ def test_the_published_files():
     labels = [json.loads(line)["label"] for line in (SHARED / "vsr/random/dev.jsonl").read_text().splitlines()]
     assert len(vsr) == 10972 and [s.true for s in vsr[: len(labels)]] == [label == 1 for label in labels]
     assert len(match(vsr, photographs).statements) == 51
+
+
+VALSE = {"image_file": "COCO_val2014_000000000139.jpg", "caption": "a dog", "foil": "a cat", "mturk": {"caption": 2}}
+
+
+def test_rows_of_valse_that_its_annotators_did_not_confirm_are_left_out_and_counted(tmp_path, caplog):
+    rows = {"a": VALSE, "b": {**VALSE, "mturk": {"caption": 1, "foil": 2}}}
+    path = tmp_path / "plurals.json"
+    path.write_text(json.dumps(rows))
+    with caplog.at_level("INFO"):
+        (statement,) = read_statements([path])
+    assert (statement.text, statement.contradiction, statement.kind) == ("a dog", "a cat", "plurals")
+    assert statement.category == "valse" and "1 of 2 rows are left out, not confirmed (--unconfirmed)" in caplog.text
+    assert len(read_statements([path], unconfirmed=True)) == 2
+    valse = SHARED / "benchmarks" / "valse"
+    if valse.is_dir():
+        confirmed, every = (len(read_statements([valse], unconfirmed=each)) for each in (False, True))
+        assert (confirmed, every) == (7702, 8782)

@@ -6,12 +6,13 @@
     image, caption, negative_caption [, label]  SugarCrepe: the second is false; with a label 0, the first
     image, true_caption, false_caption,         ARO, its relations and its attributes: of the part of the image in the
       bbox_x, bbox_y, bbox_w, bbox_h            box, which is how ARO defines its test; without bbox, of all of it
+    image, caption, foil [, mturk]              VALSE: the second is false
     image, preferred, rejected                  your own pairs
     caption, preferred_image, rejected_image    ranking data: one text, two images
 
-The column of the image may be called image, filename, image_path or image_id, and what it holds may be a view
-(data/views.py). Further columns kind and category say what a row is reported under, else the file's name does, and
-for VSR and ARO relation or attributes. Other columns are left alone. The names of columns are written as here.
+The column of the image may be called image, filename, image_path, image_id or image_file, and what it holds may be a
+view (data/views.py). Further columns kind and category say what a row is reported under, else the file's name does,
+and for VSR and ARO relation or attributes. Other columns are left alone. The names of columns are written as here.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from __future__ import annotations
 import csv
 import io
 import itertools
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,24 +30,35 @@ from pc_clip.data import relations
 from pc_clip.data.dataset import Statement
 from pc_clip.data.text_files import Entries, image_name, json_lines, read_json, read_text, with_keys, words
 
-IMAGE_COLUMNS = ("image", "filename", "image_path", "image_id")
+log = logging.getLogger(__name__)
+
+IMAGE_COLUMNS = ("image", "filename", "image_path", "image_id", "image_file")
 BOX_COLUMNS = ("bbox_x", "bbox_y", "bbox_w", "bbox_h")
-PAIRS = (("preferred", "rejected"), ("true_caption", "false_caption"), ("caption", "negative_caption"))  # true, false
+PAIRS = (  # true, false
+    ("preferred", "rejected"), ("true_caption", "false_caption"), ("caption", "negative_caption"), ("caption", "foil"),
+)  # fmt: skip
+CONFIRMED = 2  # of three annotators, who have to have preferred a caption for VALSE to count it
 LABELS = {"1": True, "1.0": True, "true": True, "0": False, "0.0": False, "false": False}
 
 
-def read_statements(paths: Sequence[str | Path], seed: int = 0) -> list[Statement]:
+def read_statements(paths: Sequence[str | Path], seed: int = 0, unconfirmed: bool = False) -> list[Statement]:
     """All statements of some files, in their order. A folder stands for the files in it, by name.
 
-    seed: for the contradictions that are drawn. Rows that are there twice are kept. Raises UserError with file and
-    line for a row that is none of the above, and for a file or folder without any.
+    seed: for the contradictions that are drawn. unconfirmed: keep VALSE's rows that fewer than CONFIRMED annotators
+    confirmed, which its authors leave out; they are counted in the log. Rows that are there twice are kept.
+    Raises UserError with file and line for a row that is none of the above, and for a file or folder without any.
     """
     statements = []
     for file in (file for path in paths for file in files_of(Path(path))):
-        rows = [_statement(_Row(where, row), file.stem, seed) for where, row in READERS[file.suffix.lower()](file)]
-        if not rows:
+        rows = [_Row(where, row) for where, row in READERS[file.suffix.lower()](file)]
+        kept = [row for row in rows if unconfirmed or row.is_confirmed()]
+        if not kept:
             raise UserError(f"{file} holds no rows; remove it, or write it again")
-        statements += rows
+        if len(kept) < len(rows):
+            log.info(
+                "%s: %d of %d rows are left out, not confirmed (--unconfirmed)", file, len(rows) - len(kept), len(rows)
+            )
+        statements += [_statement(row, file.stem, seed) for row in kept]
     return statements
 
 
@@ -89,6 +102,10 @@ class _Row:
         if label is None:
             raise self.wrong(f"label must be 0 or 1 (false or true), found {str(self.columns['label'])[:60]!r}")
         return label
+
+    def is_confirmed(self) -> bool:
+        votes = self.columns.get("mturk")
+        return not isinstance(votes, dict) or votes.get("caption", 0) >= CONFIRMED
 
     def box(self) -> str:
         """ARO's box as the end of a view's name; empty where the row has none."""
@@ -146,6 +163,8 @@ def _statement(row: _Row, stem: str, seed: int) -> Statement:
         if texts == PAIRS[1]:
             image += row.box()
             kind, category = row.aro_kind(stem)
+        elif texts == PAIRS[3]:
+            category = "valse"
         elif texts == PAIRS[2] and row.columns.get("label", "") != "":
             true = row.label()
     else:

@@ -130,7 +130,9 @@ class EvalContext:
     def statements(self) -> list[Statement]:
         """Those of the files that were named, else the data set's own."""
         files = self.config.statements
-        return read_statements(files, self.config.seed) if files else list(self.data.statements)
+        return (
+            read_statements(files, self.config.seed, self.config.unconfirmed) if files else list(self.data.statements)
+        )
 
     def held_out(self) -> Dataset:
         """The split that settings are chosen on, where there is one besides what is reported on."""

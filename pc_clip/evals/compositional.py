@@ -1,10 +1,11 @@
-"""Does an image prefer its caption to one with a small, wrong change? SugarCrepe, ARO, and files of that kind.
+"""Does an image prefer its caption to one with a small, wrong change? SugarCrepe, ARO, VALSE, and files of that kind.
 
 Captions are all positives, so text-only biases alone can score above chance (hence the baselines that need no image,
 evals/blind_baselines.py). Intervals draw photographs again.
 
 Figures are named by where the statements come from: sugarcrepe (Hsieh et al. 2023; its seven files), aro_relation and
-aro_attribution (Yuksekgonul et al. 2023), and compositional for any other file.
+aro_attribution (Yuksekgonul et al. 2023), valse (Parcalabescu et al. 2022; a kind for each of its eleven files), and
+compositional for any other file.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ def applies(data: Dataset, config: EvaluateConfig) -> str | None:
     if config.statements or (data.statements and all(s.true for s in data.statements)):
         return None
     return (
-        "captions, each with one that is wrong: --statements PATH (SugarCrepe's or ARO's files, or your own with "
-        "image, caption and negative_caption), and a data set that holds their images (coco)"
+        "captions, each with one that is wrong: --statements PATH (SugarCrepe's, ARO's or VALSE's files, or your own "
+        "with image, caption and negative_caption), and a data set that holds their images (coco)"
     )
 
 
@@ -67,7 +68,7 @@ def evaluate(context: EvalContext) -> Result:
 def _family(statement: Statement) -> str:
     if statement.kind in SUGAR_CREPE:
         return "sugarcrepe"
-    return statement.category if statement.category in ARO_FEWEST else "compositional"
+    return statement.category if statement.category in (*ARO_FEWEST, "valse") else "compositional"
 
 
 def _add(

@@ -108,7 +108,7 @@ EVALUATIONS: dict[str, str] = {  # --mode NAME, in a line each
     "retrieve": "retrieval, R@k both ways",
     "batches": "retrieval within batches (by name alone)",
     "relations": "true and false statements (VSR)",
-    "compositional": "a caption against a hard negative (SugarCrepe, ARO)",
+    "compositional": "a caption against a hard negative (SugarCrepe, ARO, VALSE)",
     "caption": "sentences on what changed",
     "change_retrieval": "retrieval of such sentences",
 }
@@ -131,6 +131,7 @@ class EvaluateConfig(LoaderConfig):
     statements: list[str] = setting(
         [], "Files or folders of true and false statements, in place of the data set's own."
     )
+    unconfirmed: bool = setting(False, "Keep VALSE's rows that fewer than two of three annotators confirmed.")
     prompts: str = setting("paper", 'paper for "This is a photo of a {}.", several for the data set\'s own list.')
     templates: list[str] = setting([], "Prompts with {} for the class, in place of either.")
     seed: int = setting(0, "Of every random choice.")
