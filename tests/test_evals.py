@@ -1,5 +1,6 @@
 """Each evaluation on hand-made embeddings whose right answer is known by arithmetic."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -168,6 +169,8 @@ def test_what_each_evaluation_lacks():
     true, false = (Statement("0", "a", "b", label) for label in (True, False))
     classes, change = {"questions": (question,)}, Change("0", "0", ("x",))
     plain = EvaluateConfig()
+    for name, column in (("x", "caption"), ("triplets", "caption2"), ("quartets", "image_0")):
+        Path(f"{name}.jsonl").write_text(json.dumps({column: "a"}))
     cases = [  # mode, what has it, its settings
         ("zeroshot", data(**classes), plain),
         ("difference", data(attributes=(SIZE,)), plain),
@@ -186,6 +189,8 @@ def test_what_each_evaluation_lacks():
         ("relations", data(statements=(true, false)), plain),
         ("relations", data(), EvaluateConfig(statements=["x.jsonl"])),
         ("compositional", data(statements=(true,)), plain),
+        ("paraphrases", data(), EvaluateConfig(statements=["triplets.jsonl"])),
+        ("winoground", data(), EvaluateConfig(statements=["quartets.jsonl"])),
     ]
     assert {mode for mode, _, _ in cases} == EVALUATIONS.keys()
     for mode, enough, options in cases:

@@ -50,8 +50,8 @@ def read_statements(paths: Sequence[str | Path], seed: int = 0, unconfirmed: boo
     """
     statements = []
     for file in (file for path in paths for file in files_of(Path(path))):
-        rows = [_Row(where, row) for where, row in READERS[file.suffix.lower()](file)]
-        kept = [row for row in rows if unconfirmed or row.is_confirmed()]
+        rows = [Row(where, row) for where, row in READERS[file.suffix.lower()](file)]
+        kept = [row for row in rows if row.has_a_foil() and (unconfirmed or row.is_confirmed())]
         if not kept:
             raise UserError(f"{file} holds no rows; remove it, or write it again")
         if len(kept) < len(rows):
@@ -77,7 +77,7 @@ def files_of(path: Path) -> list[Path]:
     return files
 
 
-class _Row:
+class Row:
     """A row of a file, and where it stands there. A column that holds nothing (null) counts as none."""
 
     def __init__(self, where: str, columns: dict[str, Any]) -> None:
@@ -106,6 +106,10 @@ class _Row:
     def is_confirmed(self) -> bool:
         votes = self.columns.get("mturk")
         return not isinstance(votes, dict) or votes.get("caption", 0) >= CONFIRMED
+
+    def has_a_foil(self) -> bool:
+        """Of VALSE's rows that nobody confirmed some have none: the caption once more."""
+        return "foil" not in self.columns or self.columns["foil"] != self.columns.get("caption")
 
     def box(self) -> str:
         """ARO's box as the end of a view's name; empty where the row has none."""
@@ -144,7 +148,7 @@ class _Row:
         )
 
 
-def _statement(row: _Row, stem: str, seed: int) -> Statement:
+def _statement(row: Row, stem: str, seed: int) -> Statement:
     """What a row says; reported under the file's name `stem` where it says nothing else."""
     columns, kind, category, true, other = row.columns.keys(), stem, "", True, ""
     texts = next((pair for pair in PAIRS if columns >= {*pair}), None)

@@ -33,6 +33,7 @@ from pc_clip.core.random import stream
 from pc_clip.data import attributes
 from pc_clip.data.dataset import Attribute, Dataset, Statement, subset
 from pc_clip.data.embeddings import embed_images
+from pc_clip.data.groups import Quartet, Triplet, form_of, read_groups
 from pc_clip.data.registry import held_out, open_dataset
 from pc_clip.data.statements import read_statements
 from pc_clip.models.clip import SCRATCH, Clip
@@ -127,12 +128,12 @@ class EvalContext:
         return attributes.of(self.data, self.config)
 
     @cached_property
-    def statements(self) -> list[Statement]:
-        """Those of the files that were named, else the data set's own."""
-        files = self.config.statements
-        return (
-            read_statements(files, self.config.seed, self.config.unconfirmed) if files else list(self.data.statements)
-        )
+    def statements(self) -> list[Statement] | list[Triplet] | list[Quartet]:
+        """Those of the files that were named, else the data set's own; or groups (data/groups.py)."""
+        files, config = self.config.statements, self.config
+        if not files:
+            return list(self.data.statements)
+        return read_groups(files) if form_of(files) else read_statements(files, config.seed, config.unconfirmed)
 
     def held_out(self) -> Dataset:
         """The split that settings are chosen on, where there is one besides what is reported on."""

@@ -17,6 +17,7 @@ import numpy as np
 from pc_clip.core.config.evaluate import EvaluateConfig
 from pc_clip.core.errors import UserError
 from pc_clip.data.dataset import Dataset, Statement
+from pc_clip.data.groups import form_of
 from pc_clip.evals import EvalContext, Result, blind_baselines
 from pc_clip.evals.blind_baselines import right
 from pc_clip.metrics import intervals
@@ -27,7 +28,8 @@ MANY = 12  # kinds; beyond it they are in the details alone
 
 
 def applies(data: Dataset, config: EvaluateConfig) -> str | None:
-    if config.statements or (data.statements and all(s.true for s in data.statements)):
+    own = data.statements and all(s.true for s in data.statements)
+    if form_of(config.statements) is None if config.statements else own:
         return None
     return (
         "captions, each with one that is wrong: --statements PATH (SugarCrepe's, ARO's or VALSE's files, or your own "

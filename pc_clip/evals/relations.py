@@ -20,6 +20,7 @@ import numpy as np
 from pc_clip.core.config.evaluate import EvaluateConfig
 from pc_clip.core.errors import UserError
 from pc_clip.data.dataset import Dataset, Statement
+from pc_clip.data.groups import form_of
 from pc_clip.evals import EvalContext, Result, blind_baselines
 from pc_clip.evals.blind_baselines import right
 from pc_clip.metrics import intervals
@@ -29,7 +30,7 @@ MACRO = ("macro_recall", "macro_precision", "macro_f1")
 
 
 def applies(data: Dataset, config: EvaluateConfig) -> str | None:
-    if config.statements or len({s.true for s in data.statements}) == 2:
+    if (config.statements and form_of(config.statements) is None) or len({s.true for s in data.statements}) == 2:
         return None
     return (
         "statements of which some are true and some false: --statements PATH (VSR's files, or your own with image, "

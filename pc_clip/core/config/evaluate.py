@@ -109,6 +109,8 @@ EVALUATIONS: dict[str, str] = {  # --mode NAME, in a line each
     "batches": "retrieval within batches (by name alone)",
     "relations": "true and false statements (VSR)",
     "compositional": "a caption against a hard negative (SugarCrepe, ARO, VALSE)",
+    "paraphrases": "a caption in two wordings against a wrong one (SugarCrepe++)",
+    "winoground": "two captions against two images (Winoground)",
     "caption": "sentences on what changed",
     "change_retrieval": "retrieval of such sentences",
 }
