@@ -111,6 +111,7 @@ EVALUATIONS: dict[str, str] = {  # --mode NAME, in a line each
     "compositional": "a caption against a hard negative (SugarCrepe, ARO, VALSE)",
     "paraphrases": "a caption in two wordings against a wrong one (SugarCrepe++)",
     "winoground": "two captions against two images (Winoground)",
+    "imagecode": "a sentence that means one of ten nearly equal images (ImageCoDe)",
     "caption": "sentences on what changed",
     "change_retrieval": "retrieval of such sentences",
 }
