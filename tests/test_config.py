@@ -147,7 +147,7 @@ def test_the_papers_config_holds_the_papers_numbers():
 def test_unknown_methods_modes_and_devices_are_named():
     with pytest.raises(UserError, match="method is 'pairwize'. Did you mean 'pairwise'"):
         methods.find("pairwize")
-    with pytest.raises(UserError, match="Known: .*comparative, .*difference, .*retrieve, wordings, zeroshot"):
+    with pytest.raises(UserError, match="Known: .*comparative, .*difference, .*retrieve, .*wordings, zeroshot"):
         evals.find("everything")
     with pytest.raises(UserError, match="torch finds no GPU"):
         resolve_device("cuda")

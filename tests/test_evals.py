@@ -171,6 +171,7 @@ def test_what_each_evaluation_lacks():
     plain = EvaluateConfig()
     for name, column in (("x", "caption"), ("triplets", "caption2"), ("quartets", "image_0")):
         Path(f"{name}.jsonl").write_text(json.dumps({column: "a"}))
+    Path("relative.json").write_text(json.dumps([{"reference": "0", "target_hard": "0", "caption": "a"}]))
     Path("picks.json").write_text(json.dumps({"set": {"3": "a"}}))
     cases = [  # mode, what has it, its settings
         ("zeroshot", data(**classes), plain),
@@ -193,6 +194,7 @@ def test_what_each_evaluation_lacks():
         ("paraphrases", data(), EvaluateConfig(statements=["triplets.jsonl"])),
         ("winoground", data(), EvaluateConfig(statements=["quartets.jsonl"])),
         ("imagecode", data(), EvaluateConfig(statements=["picks.json"])),
+        ("relative", data(), EvaluateConfig(statements=["relative.json"])),
     ]
     assert {mode for mode, _, _ in cases} == EVALUATIONS.keys()
     for mode, enough, options in cases:

@@ -1,20 +1,22 @@
-"""Rows that ask more than a statement against its contradiction: SugarCrepe++'s, Winoground's and ImageCoDe's.
+"""Rows that ask more than a statement against its contradiction: SugarCrepe++'s, Winoground's, ImageCoDe's, CIRR's.
 
 The files are .json, .jsonl, .csv, .tsv or .parquet as of statements (data/statements.py):
 
     image, caption, caption2, negative_caption           SugarCrepe++ and its like
     image_0, image_1, caption_0, caption_1 [, tag]       Winoground and its like (ColorSwap, EqBen, BiVLC)
     number of an image -> sentence, by set of images     ImageCoDe
+    reference, caption, target_hard                      CIRR
+    candidate, captions, target                          FashionIQ
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pc_clip.data.statements import READERS, Row, files_of
-from pc_clip.data.text_files import read_json, with_keys, words
+from pc_clip.data.text_files import Entries, read_json, with_keys, words
 
 
 class Triplet(NamedTuple):
@@ -46,16 +48,27 @@ class Pick(NamedTuple):
     kind: str
 
 
-def form_of(paths: Sequence[str | Path]) -> type[Triplet] | type[Quartet] | type[Pick] | None:
+class Relative(NamedTuple):
+    """What has to be changed in the image `reference` to have `target`. kind: its file."""
+
+    reference: str
+    target: str
+    caption: str
+    kind: str
+
+
+def form_of(paths: Sequence[str | Path]) -> type[Triplet] | type[Quartet] | type[Pick] | type[Relative] | None:
     """What the first row of some files is; None for statements."""
     file = files_of(Path(paths[0]))[0]
     columns = next(iter(READERS[file.suffix.lower()](file)), ("", {}))[1]
     if columns and all(str(key).isdecimal() for key in columns):
         return Pick
+    if {"reference", "target_hard"} <= columns.keys() or {"candidate", "target"} <= columns.keys():
+        return Relative
     return Triplet if "caption2" in columns else Quartet if "image_0" in columns else None
 
 
-def read_groups(paths: Sequence[str | Path]) -> list[Triplet] | list[Quartet] | list[Pick]:
+def read_groups(paths: Sequence[str | Path]) -> list[Triplet] | list[Quartet] | list[Pick] | list[Relative]:
     """All rows of some files, which are of one form. kind: the row's tag, else its file's name.
 
     Raises UserError with file and line for a row of another form.
@@ -63,9 +76,11 @@ def read_groups(paths: Sequence[str | Path]) -> list[Triplet] | list[Quartet] | 
     form, groups = form_of(paths), []
     if form is Pick:
         return [pick for path in paths for file in files_of(Path(path)) for pick in _picks(file)]
+    if form is Relative:
+        return [_relative(*row, file) for path in paths for file in files_of(Path(path)) for row in _rows(file)]
     wanted = ("caption", "caption2", "negative_caption") if form is Triplet else Quartet._fields[:4]
     for file in (file for path in paths for file in files_of(Path(path))):
-        for where, columns in READERS[file.suffix.lower()](file):
+        for where, columns in _rows(file):
             row = Row(where, with_keys(columns, where, wanted))
             kind = row.optional("kind", row.optional("tag", file.stem))
             images = [row.image()] if form is Triplet else [row.image("image_0"), row.image("image_1")]
@@ -83,3 +98,19 @@ def _picks(file: Path) -> list[Pick]:
         for number, text in sentences.items():
             picks.append(Pick(folder, int(number), words(text, f"{file} set {folder}", number), kind))
     return picks
+
+
+def _rows(file: Path) -> Entries:
+    return READERS[file.suffix.lower()](file)
+
+
+def _relative(where: str, columns: dict[str, Any], file: Path) -> Relative:
+    """FashionIQ's two captions are joined by "and"."""
+    of_cirr = "reference" in columns
+    wanted = ("reference", "target_hard", "caption") if of_cirr else ("candidate", "target", "captions")
+    row = Row(where, with_keys(columns, where, wanted))
+    texts = [columns["caption"]] if of_cirr else columns["captions"]
+    if not isinstance(texts, list) or not texts:
+        raise row.wrong(f"captions must be a list of texts, found {str(texts)[:60]!r}")
+    caption = " and ".join(words(text, where, wanted[2]) for text in texts)
+    return Relative(row.image(wanted[0]), row.image(wanted[1]), caption, file.stem)

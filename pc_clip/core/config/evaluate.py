@@ -112,9 +112,17 @@ EVALUATIONS: dict[str, str] = {  # --mode NAME, in a line each
     "paraphrases": "a caption in two wordings against a wrong one (SugarCrepe++)",
     "winoground": "two captions against two images (Winoground)",
     "imagecode": "a sentence that means one of ten nearly equal images (ImageCoDe)",
+    "relative": "images found by another one and what to change in it (CIRR, FashionIQ)",
     "caption": "sentences on what changed",
     "change_retrieval": "retrieval of such sentences",
 }
+
+
+@settings
+class RelativeConfig:
+    """Images found by a reference and a relative caption."""
+
+    alphas: list[float] = setting([0.25, 0.5, 1.0, 2.0, 4.0], "Weights of the caption that are tried, beside 0.")
 
 
 @settings
@@ -152,4 +160,5 @@ class EvaluateConfig(LoaderConfig):
     probe: ProbeConfig = group(ProbeConfig, identity=False)
     geometry: GeometryConfig = group(GeometryConfig, identity=False)
     batches: BatchesConfig = group(BatchesConfig, identity=False)
+    relative: RelativeConfig = group(RelativeConfig, identity=False)
     caption: CaptionConfig = group(CaptionConfig, identity=False)

@@ -1,0 +1,89 @@
+"""Images found by another one and a sentence on what to change: CIRR (Liu et al. 2021), FashionIQ (Wu et al. 2021).
+
+The query is unit(z(reference) + alpha * enc(caption)), the arithmetic that difference sentences are trained for. All
+images of the data set but the reference are candidates. Alpha is chosen on one half of the reference images and
+reported on the other, either way round.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pc_clip.core.config.evaluate import EvaluateConfig
+from pc_clip.core.errors import UserError
+from pc_clip.core.random import stream
+from pc_clip.data.dataset import Dataset
+from pc_clip.data.groups import Relative, form_of
+from pc_clip.data.views import ImageIds
+from pc_clip.evals import EvalContext, Result
+from pc_clip.metrics import intervals
+
+log = logging.getLogger(__name__)
+KS = (1, 5, 10, 50)
+
+
+def applies(data: Dataset, config: EvaluateConfig) -> str | None:
+    if config.statements and form_of(config.statements) is Relative:
+        return None
+    return "CIRR's or FashionIQ's captions as --statements, and a data set with their images (folder)"
+
+
+def evaluate(context: EvalContext) -> Result:
+    """R@k of the sum, of the caption alone (caption_r) and of the reference alone (reference_r), with intervals.
+
+    A k that is not smaller than the number of candidates is left out. A target gets the middle of tied ranks.
+    Raises UserError where of no query both images are there, and for fewer than two reference images.
+    """
+    queries, ids = context.statements, ImageIds(context.data.ids, context.data.label)
+    places = [(ids.find(query.reference), ids.find(query.target)) for query in queries]
+    there = [n for n, pair in enumerate(places) if None not in pair]
+    if not there:
+        raise UserError(f"of none of the {len(queries)} queries are both images in {context.data.label}")
+    if absent := len(queries) - len(there):
+        log.info("  %d of %d queries are left out: an image of theirs is absent", absent, len(queries))
+    reference, target = np.array([places[n] for n in there]).T
+    texts = context.clip.embed_texts([queries[n].caption for n in there])
+    first_half = _halves(reference, context.config.seed)
+    alphas = sorted({0.0, *context.config.relative.alphas})
+    ranks = {alpha: _ranks(context.z, context.z[reference] + alpha * texts, reference, target) for alpha in alphas}
+    chosen = {}
+    rank = np.empty(len(there))
+    for half in (False, True):
+        chosen[half] = max(alphas, key=lambda alpha: (np.mean(_recall(ranks[alpha][first_half != half])), -alpha))
+        rank[first_half == half] = ranks[chosen[half]][first_half == half]
+    ways = {"": rank, "caption_": _ranks(context.z, texts, reference, target), "reference_": ranks[0.0]}
+    known_ks = [k for k in KS if k < len(context.data) - 1]
+    shares = {f"{way}r{k}": (of_way <= k).astype(float) for way, of_way in ways.items() for k in known_ks}
+    metrics, known = intervals.of_columns(shares, np.unique(reference, return_inverse=True)[1], context.config.seed)
+    details = {"queries": len(there), "absent": absent, "candidates": len(context.data) - 1}
+    details["alpha"] = {"chosen on the second half": chosen[True], "chosen on the first half": chosen[False]}
+    details["median_rank"] = float(np.median(rank))
+    return Result(metrics, len(there), details, intervals=known)
+
+
+def _halves(reference: np.ndarray, seed: int) -> np.ndarray:
+    """Which queries are of the first half of the reference images, drawn by seed.  [M] -> [M] bool"""
+    images, place = np.unique(reference, return_inverse=True)
+    if len(images) < 2:
+        raise UserError("alpha is chosen on other reference images than it is reported on, and there is only one")
+    return (stream(seed, "relative halves").permutation(len(images)) < len(images) // 2)[place]
+
+
+def _recall(ranks: np.ndarray) -> list[float]:
+    return [float((ranks <= k).mean()) for k in KS]
+
+
+def _ranks(z: Tensor, queries: Tensor, reference: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """The rank of each target among all images but the query's reference, from 1.  -> [M] float64"""
+    queries, ranks = F.normalize(queries, dim=-1), []
+    for rows in torch.arange(len(queries)).split(1024):
+        cosines = queries[rows] @ z.T  # [B, N]
+        own = cosines.gather(1, torch.from_numpy(target)[rows, None])
+        cosines.scatter_(1, torch.from_numpy(reference)[rows, None], -torch.inf)
+        ranks.append(1 + (cosines > own).sum(1) + ((cosines == own).sum(1) - 1).clamp(min=0) / 2)
+    return torch.cat(ranks).double().numpy()
