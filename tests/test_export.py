@@ -359,6 +359,8 @@ def test_an_export_is_a_checkpoint_and_so_is_a_clip_model_of_transformers(archit
         loading.save_model(Path(f"runs/{name}/model.safetensors"), clip)
         export.main([f"runs/{name}", "--out", name])
         exported = loading.load_model(name)
+        with pytest.raises(UserError, match="says what its image transform is; leave --model.tag out"):
+            loading.load_model(name, tag="openai")
         assert exported.weights_hash() == clip.weights_hash() and base_of(exported) is None
         shutil.copytree(name, f"hf-{name}", ignore=shutil.ignore_patterns("open_clip*", "pc_clip.json"))
         of_transformers = loading.load_model(f"hf-{name}")

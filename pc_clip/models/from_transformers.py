@@ -31,6 +31,7 @@ RENAMED = {  # open_clip's names inside a tower: CLIPModel's
     "mlp.c_fc": "mlp.fc1",
     "mlp.c_proj": "mlp.fc2",
 }
+INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}  # by PIL's numbers
 PROJECTIONS = {"visual_projection.weight": "visual.proj", "text_projection.weight": "text_projection"}
 
 
@@ -74,10 +75,13 @@ def _transform(folder: Path) -> dict[str, Any]:
     """The image transform that its preprocessor_config.json says; OpenAI's where there is none, as transformers'."""
     path = folder / "preprocessor_config.json"
     known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    resample = known.get("resample", 3)
+    if resample not in INTERPOLATIONS:
+        raise UserError(f"{path} has resample {resample!r}; open_clip resizes by 2 (bilinear) or 3 (bicubic)")
     return {
         "mean": tuple(known.get("image_mean", OPENAI_DATASET_MEAN)),
         "std": tuple(known.get("image_std", OPENAI_DATASET_STD)),
-        "interpolation": "bilinear" if known.get("resample") == 2 else "bicubic",  # PIL's number
+        "interpolation": INTERPOLATIONS[resample],
         "resize_mode": "squash" if "height" in known.get("size", {}) else "shortest",
     }
 

@@ -217,7 +217,10 @@ def load_model(
     Raises UserError for a file that is absent, cut short, of another architecture, or not only weights.
     """
     path = checkpoint_file(path)
-    if path.name == EXPORTED_FILE:
+    exported = path.name == EXPORTED_FILE and (path.parent / "open_clip_config.json").is_file()
+    if tag and (exported or path.name == CONFIG_FILE):
+        raise UserError(f"{path.parent} says what its image transform is; leave --model.tag out")
+    if exported and not name:
         return _exported(path, pretrained, device)
     if path.name == CONFIG_FILE:
         return _of_transformers(path.parent, name, pretrained, device)
