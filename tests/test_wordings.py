@@ -200,3 +200,26 @@ def test_the_four_plain_wordings_say_the_same_and_differ():
         "In the second image one sees B, in the first image A.",
         "The first image shows A, while the second shows B.",
     ]
+
+
+def test_an_opener_stands_before_a_sentence_and_changes_nothing_else():
+    names = SCHEMES["first_image"][0]
+    cases = {
+        ("In {first} one sees {a}, in {second} {b}.", False): "Overall, in the first image one sees a dog, in the",
+        (
+            "I see {a} when I look at {first}, and {b} when I look at {second_short}.",
+            False,
+        ): "Overall, I see a dog when I",
+        (
+            "{first} shows {a}, while {second_short} shows {b}.",
+            True,
+        ): "Overall, the second image shows a cat, while the",
+        (
+            "Which one shows {a}? {first}. Which one shows {b}? {second}.",
+            False,
+        ): "Overall, which one shows a dog? The first",
+    }
+    for (template, exchanged), begins in cases.items():
+        assert Wording(template, names, exchanged, "Overall,").say("a dog", "a cat").startswith(begins)
+    drawn = [Wordings(openers=0.3).draw(np.random.default_rng(seed)).opener for seed in range(1000)]
+    assert np.mean([bool(opener) for opener in drawn]) == pytest.approx(0.3, abs=0.04)

@@ -50,9 +50,9 @@ class Wording(NamedTuple):
         named = {"first": first, "second": second, "first_short": first_short, "second_short": second_short}
         sentence = self.template.format(**said, **named)
         if self.opener:
-            sentence = (
-                f"{self.opener} {sentence[0].lower() if self.template[0].isupper() else sentence[0]}{sentence[1:]}"
-            )
+            begins_with_a_word = self.template[0].isupper() and not self.template.startswith("I ")
+            first = sentence[0].lower() if begins_with_a_word else sentence[0]
+            sentence = f"{self.opener} {first}{sentence[1:]}"
         return _SENTENCE_START.sub(lambda match: match.group().upper(), sentence)
 
 
