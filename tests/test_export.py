@@ -13,6 +13,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.errors import HFValidationError
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -281,7 +283,7 @@ def test_what_a_clipmodel_has_no_place_for_is_named(architecture):
     padded = random_clip(architecture(), {"resize_mode": "longest"})
     assert "differ by" in str(export.export(padded, Path("exported")))
     assert sorted(p.name for p in Path("exported").iterdir()) == [
-        "open_clip_config.json", "open_clip_model.safetensors", "pc_clip.json",
+        "README.md", "open_clip_config.json", "open_clip_model.safetensors", "pc_clip.json",
     ]  # fmt: skip
 
 
@@ -347,6 +349,35 @@ def test_a_bare_state_dict_is_exported_by_the_name_given(architecture, capsys):
     export.main(["theirs.pt", "--model", "tiny-vit", "--out", "exported/theirs"])
     assert "CLIPModel.from_pretrained('exported/theirs'), equal to within" in capsys.readouterr().out
     assert create_model("local-dir:exported/theirs").weights_hash() == clip.weights_hash()
+
+
+# -- the card ----------------------------------------------------------------------------------------------
+
+
+def test_the_card_shows_what_was_measured_of_these_weights_with_the_baselines(architecture, monkeypatch):
+    clip = random_clip(architecture())
+    loading.save_model(Path("runs/mine/model.safetensors"), clip)
+    figures = {"metrics": {"two_way": 0.912, "caption_subtraction": 0.99}, "intervals": {"two_way": [0.9, 0.92]}}
+    result = {"evaluation": "difference", "dataset": "example/test", "weights": clip.weights_hash(), **figures}
+    write_json(Path("results/mine/a.json"), result)
+    write_json(Path("results/other/b.json"), result | {"weights": "another", "metrics": {"two_way": 0.1}})
+    asked = []
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, name, exist_ok: asked.append(name) or f"hub/{name}")
+    monkeypatch.setattr(HfApi, "upload_folder", lambda self, **what: asked.append(Path(what["folder_path"])))
+    export.main(["runs/mine", "--out", "exported", "--push", "me/mine"])
+    assert asked == ["me/mine", Path("exported")]
+    card = ModelCard.load("exported/README.md")
+    assert "| difference | example/test | two_way | 91.2 [90.0, 92.0] |" in card.text
+    assert "| difference | example/test | caption_subtraction | 99.0 |" in card.text and "10.0" not in card.text
+    assert {each.metric_type: each.metric_value for each in card.data.eval_results}["two_way"] == 91.2
+    assert "CLIPModel.from_pretrained" in card.text
+
+    def refuse(self, name, exist_ok):
+        raise HFValidationError("Repo id must be in the form namespace/name")
+
+    monkeypatch.setattr(HfApi, "create_repo", refuse)
+    with pytest.raises(UserError, match="a/b/c could not be written: Repo id must be .* The folder is whole in again"):
+        export.main(["runs/mine", "--out", "again", "--push", "a/b/c"])
 
 
 # -- and back ------------------------------------------------------------------------------------------

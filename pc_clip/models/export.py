@@ -28,12 +28,15 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from PIL import Image
 from torch import Tensor, nn
 
 import pc_clip
 from pc_clip.core.errors import UserError
 from pc_clip.core.files import write_json, write_tensors, write_text
+from pc_clip.models.card import write_card
 from pc_clip.models.change_model import change_of
 from pc_clip.models.clip import SHIPPED, Clip, model_folder
 from pc_clip.models.from_transformers import RENAMED
@@ -51,12 +54,12 @@ class Unfit(Exception):
     """Why a model cannot be a CLIPModel."""
 
 
-def export(clip: Clip, out: Path, source: str = "") -> float | str:
-    """Write a model's folder, whole or not at all.
+def export(clip: Clip, out: Path, source: str = "", results: Path = Path("results")) -> float | str:
+    """Write a model's folder with its card, whole or not at all.
 
-    source: what the weights came from, a name to keep. Raises UserError where `out` is there and not empty.
+    source: what the weights came from, a name to keep. results: where figures of these weights are.
     Returns the largest difference between the CLIPModel's unit embeddings and the model's own, or why there is no
-    CLIPModel in the folder.
+    CLIPModel in the folder. Raises UserError where `out` is there and not empty.
     """
     check_place(out)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -72,13 +75,27 @@ def export(clip: Clip, out: Path, source: str = "") -> float | str:
         about = {
             "pc_clip": pc_clip.__version__, "checkpoint": source or None, "model": _without_path(clip.name),
             "pretrained": _without_path(clip.pretrained), "weights": clip.weights_hash(),
-            "start": clip.start,
+            "start": clip.start and {"weights": clip.start["weights"]},
         }  # fmt: skip
         write_json(folder / "pc_clip.json", about)
+        base = " ".join(filter(None, (about["model"], about["pretrained"])))
+        write_card(folder, clip, source or out.name, base, results, not isinstance(outcome, str))
         for path in folder.iterdir():
             path.chmod(0o644)  # safetensors' files are readable by their owner alone
         folder.rename(out)
     return outcome
+
+
+def push(folder: Path, repository: str) -> str:
+    """Upload an exported folder to the hub; returns its address. Raises UserError where the hub refuses it."""
+    api = HfApi()
+    try:
+        address = api.create_repo(repository, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=folder, commit_message="pc_clip export")
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{repository} could not be written: {reason}. The folder is whole in {folder}") from error
+    return str(address)
 
 
 def check_place(out: Path) -> None:
@@ -273,10 +290,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
     parser.add_argument("--model", help="the architecture, for a checkpoint that does not say; guessed by its shapes")
     parser.add_argument("--pretrained", help="the tag whose image transform such a checkpoint was trained with")
+    parser.add_argument("--results", type=Path, default=Path("results"), help="where the card's figures are")
+    parser.add_argument("--push", metavar="USER/NAME", help="upload the folder to the Hugging Face hub (HF_TOKEN)")
     arguments = parser.parse_args(argv)
     check_place(arguments.out)  # before a large checkpoint is read
     clip = load_model(arguments.checkpoint, arguments.model, arguments.pretrained)
-    outcome = export(clip, arguments.out, describe_checkpoint(arguments.checkpoint))
+    outcome = export(clip, arguments.out, describe_checkpoint(arguments.checkpoint), arguments.results)
     print(f"wrote {arguments.out}")
     print(f"  open_clip: open_clip.create_model_and_transforms('local-dir:{arguments.out}')")
     if isinstance(outcome, str):
@@ -285,3 +304,5 @@ def main(argv: list[str] | None = None) -> None:
         print(f"  transformers: CLIPModel.from_pretrained('{arguments.out}'), equal to within {outcome:.0e}")
     if change_of(clip) is not None:
         print("  what reads pairs of images and writes about them is not part of it; run.py takes the run itself")
+    if arguments.push:
+        print(f"  the hub: {push(arguments.out, arguments.push)}")
