@@ -201,7 +201,7 @@ def test_two_processes_stop_together_and_resuming_loses_nothing(tiny, tiny_resne
             if rank == 1:
                 at_step(patch, pairwise.Method, 5, lambda loss: loss * math.nan)
             ends["nan"] = [attempt(put(random, {"name": "nan"})), saved_step("nan")]
-        for name, value in (("train.precision", "fp16"), ("train.batch_size", 7)):
+        for name, value in (("train.precision", "fp8"), ("train.batch_size", 7)):
             ends[name] = attempt(put(random, {"overwrite": True, "name": "random straight", name: value}))
         figures = iter([0.9, 0.1])
         with pytest.MonkeyPatch.context() as patch:
@@ -219,7 +219,7 @@ def test_two_processes_stop_together_and_resuming_loses_nothing(tiny, tiny_resne
     assert first["nan"][1] == second["nan"][1] == 4
     assert "became nan at step 5, on 4 items beginning with train-" in second["nan"][0] and "nan" in first["nan"][0]
     for end in (first, second):
-        assert "train.precision is 'fp16'" in end["train.precision"]
+        assert "train.precision is 'fp8'" in end["train.precision"]
         assert "batch_size 7 cannot be dealt out to 2" in end["train.batch_size"]
     assert Path("runs/random straight/model.safetensors").is_file()  # nothing is overwritten
     assert [first["best"], second["best"]] == [["done", 0], ["done", 2]]  # the first finds the figures, for both

@@ -95,7 +95,7 @@ def test_a_run_whose_sentences_changed_is_neither_finished_nor_resumed(config):
 
 
 REFUSED = [
-    ("train.precision", "fp16", "precision is 'fp16'"),
+    ("train.precision", "fp8", "precision is 'fp8'"),
     ("train.schedule", "linear", "schedule is 'linear'"),
     ("train.tracker", "unknown", "tracker 'unknown' is not installed"),
     ("train.steps", 0, "steps is 0"),
