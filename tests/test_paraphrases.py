@@ -50,7 +50,7 @@ def test_other_files_and_other_modes_do_not_mix(tmp_path, monkeypatch):
     assert "SugarCrepe" in compositional.applies(context.data, context.config)
     assert "SugarCrepe++" in paraphrases.applies(context.data, EvaluateConfig())
     context.data.ids[:] = ["5", "6"]
-    with pytest.raises(UserError, match="none of the 1 triplets is about an image of made/test"):
+    with pytest.raises(UserError, match="of none of the 1 rows are the images in made/test"):
         paraphrases.evaluate(context)
 
 

@@ -60,7 +60,7 @@ def test_rows_of_fashion_iq_are_joined_and_wrong_rows_refused(tmp_path):
     path.write_text(json.dumps([rows[0] | {"captions": "is red"}]))
     with pytest.raises(UserError, match="captions must be a list of texts, found 'is red'"):
         read_groups([path])
-    with pytest.raises(UserError, match="of none of the 1 queries are both images in made/test"):
+    with pytest.raises(UserError, match="of none of the 1 rows are the images in made/test"):
         relative.evaluate(context_of(tmp_path, [cirr(0) | {"reference": "gone"}]))
     with pytest.raises(UserError, match="there is only one"):
         relative.evaluate(context_of(tmp_path, [cirr(0)]))

@@ -11,12 +11,20 @@ The files are .json, .jsonl, .csv, .tsv or .parquet as of statements (data/state
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from pc_clip.core.errors import UserError
+from pc_clip.data.dataset import Dataset
 from pc_clip.data.statements import READERS, Row, files_of
 from pc_clip.data.text_files import Entries, read_json, with_keys, words
+from pc_clip.data.views import ImageIds
+
+log = logging.getLogger(__name__)
 
 
 class Triplet(NamedTuple):
@@ -87,6 +95,21 @@ def read_groups(paths: Sequence[str | Path]) -> list[Triplet] | list[Quartet] | 
             texts = map(row.text, wanted if form is Triplet else wanted[2:])
             groups.append(form(*images, *texts, kind))
     return groups
+
+
+def with_images(groups: Sequence[Any], names: Sequence[str], data: Dataset) -> tuple[list[Any], np.ndarray]:
+    """The groups whose images are all in a data set, and the rows of these.  -> M groups, [M, len(names)] int64
+
+    names: the fields that name images. The others are counted in the log. Raises UserError where none is left.
+    """
+    ids = ImageIds(data.ids, data.label)
+    places = [[ids.find(getattr(group, name)) for name in names] for group in groups]
+    there = [n for n, rows in enumerate(places) if None not in rows]
+    if not there:
+        raise UserError(f"of none of the {len(groups)} rows are the images in {data.label}")
+    if absent := len(groups) - len(there):
+        log.info("  %d of %d rows are left out: an image of theirs is absent", absent, len(groups))
+    return [groups[n] for n in there], np.array([places[n] for n in there], dtype=np.int64)
 
 
 def _picks(file: Path) -> list[Pick]:

@@ -6,22 +6,17 @@ that goes by words prefers the wrong one to the paraphrase.
 
 from __future__ import annotations
 
-import logging
-
 import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
 from pc_clip.core.config.evaluate import EvaluateConfig
-from pc_clip.core.errors import UserError
 from pc_clip.data.dataset import Dataset, subset
-from pc_clip.data.groups import Triplet, form_of
-from pc_clip.data.views import ImageIds
+from pc_clip.data.groups import Triplet, form_of, with_images
 from pc_clip.evals import EvalContext, Result
 from pc_clip.evals.blind_baselines import by_photograph, grey_image
 from pc_clip.metrics import intervals
 
-log = logging.getLogger(__name__)
 CHANCE = 1 / 3  # three texts in any order; both right ones come before the wrong one, or are nearest to each other
 
 
@@ -41,16 +36,9 @@ def evaluate(context: EvalContext) -> Result:
     embedding of the images, in place of every image. A tie counts as wrong. Chance is a third.
     Raises UserError where none of the images is there.
     """
-    triplets, ids = context.statements, ImageIds(context.data.ids, context.data.label)
-    places = [ids.find(triplet.image) for triplet in triplets]
-    there = [n for n, place in enumerate(places) if place is not None]
-    if not there:
-        raise UserError(f"none of the {len(triplets)} triplets is about an image of {context.data.label}")
-    if absent := len(triplets) - len(there):
-        log.info("  %d of %d triplets are left out: their images are absent", absent, len(triplets))
-    rows, photograph = np.unique([places[n] for n in there], return_inverse=True)
+    asked, places = with_images(context.statements, ("image",), context.data)
+    rows, photograph = np.unique(places[:, 0], return_inverse=True)
     z = context.on(subset(context.data, rows)).z
-    asked = [triplets[n] for n in there]
     texts = context.clip.embed_texts([text for triplet in asked for text in triplet[1:4]])
     texts = texts.reshape(len(asked), 3, -1)  # caption, paraphrase, wrong
     of_texts = texts @ texts.mT  # [M, 3, 3]
@@ -64,7 +52,12 @@ def evaluate(context: EvalContext) -> Result:
     for kind in np.unique(kinds):
         shares |= {f"{name}_{kind}": np.where(kinds == kind, shares[name], np.nan) for name in ("i2t", "text")}
     metrics, known = intervals.of_columns(shares, photograph, context.config.seed)
-    details = {"triplets": len(asked), "photographs": len(rows), "absent": absent, "chance": CHANCE}
+    details = {
+        "triplets": len(asked),
+        "photographs": len(rows),
+        "absent": len(context.statements) - len(asked),
+        "chance": CHANCE,
+    }
     items = {"i2t": by_photograph(shares["i2t"], photograph)}
     return Result(metrics, len(asked), details, intervals=known, items=items)
 

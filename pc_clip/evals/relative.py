@@ -7,8 +7,6 @@ reported on the other, either way round.
 
 from __future__ import annotations
 
-import logging
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -18,12 +16,10 @@ from pc_clip.core.config.evaluate import EvaluateConfig
 from pc_clip.core.errors import UserError
 from pc_clip.core.random import stream
 from pc_clip.data.dataset import Dataset
-from pc_clip.data.groups import Relative, form_of
-from pc_clip.data.views import ImageIds
+from pc_clip.data.groups import Relative, form_of, with_images
 from pc_clip.evals import EvalContext, Result
 from pc_clip.metrics import intervals
 
-log = logging.getLogger(__name__)
 KS = (1, 5, 10, 50)
 
 
@@ -39,20 +35,14 @@ def evaluate(context: EvalContext) -> Result:
     A k that is not smaller than the number of candidates is left out. A target gets the middle of tied ranks.
     Raises UserError where of no query both images are there, and for fewer than two reference images.
     """
-    queries, ids = context.statements, ImageIds(context.data.ids, context.data.label)
-    places = [(ids.find(query.reference), ids.find(query.target)) for query in queries]
-    there = [n for n, pair in enumerate(places) if None not in pair]
-    if not there:
-        raise UserError(f"of none of the {len(queries)} queries are both images in {context.data.label}")
-    if absent := len(queries) - len(there):
-        log.info("  %d of %d queries are left out: an image of theirs is absent", absent, len(queries))
-    reference, target = np.array([places[n] for n in there]).T
-    texts = context.clip.embed_texts([queries[n].caption for n in there])
+    queries, rows = with_images(context.statements, ("reference", "target"), context.data)
+    reference, target = rows.T
+    texts = context.clip.embed_texts([query.caption for query in queries])
     first_half = _halves(reference, context.config.seed)
     alphas = sorted({0.0, *context.config.relative.alphas})
     ranks = {alpha: _ranks(context.z, context.z[reference] + alpha * texts, reference, target) for alpha in alphas}
     chosen = {}
-    rank = np.empty(len(there))
+    rank = np.empty(len(queries))
     for half in (False, True):
         chosen[half] = max(alphas, key=lambda alpha: (np.mean(_recall(ranks[alpha][first_half != half])), -alpha))
         rank[first_half == half] = ranks[chosen[half]][first_half == half]
@@ -60,10 +50,14 @@ def evaluate(context: EvalContext) -> Result:
     known_ks = [k for k in KS if k < len(context.data) - 1]
     shares = {f"{way}r{k}": (of_way <= k).astype(float) for way, of_way in ways.items() for k in known_ks}
     metrics, known = intervals.of_columns(shares, np.unique(reference, return_inverse=True)[1], context.config.seed)
-    details = {"queries": len(there), "absent": absent, "candidates": len(context.data) - 1}
+    details = {
+        "queries": len(queries),
+        "absent": len(context.statements) - len(queries),
+        "candidates": len(context.data) - 1,
+    }
     details["alpha"] = {"chosen on the second half": chosen[True], "chosen on the first half": chosen[False]}
     details["median_rank"] = float(np.median(rank))
-    return Result(metrics, len(there), details, intervals=known)
+    return Result(metrics, len(queries), details, intervals=known)
 
 
 def _halves(reference: np.ndarray, seed: int) -> np.ndarray:
