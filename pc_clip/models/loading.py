@@ -179,13 +179,14 @@ def _quiet_open_clip(random_weights: bool = False) -> Iterator[None]:
         return not (random_weights and record.getMessage().startswith(RANDOM_WEIGHTS))
 
     root = logging.getLogger()  # open_clip logs there
-    logging.disable(logging.INFO)
+    before = root.manager.disable
+    logging.disable(max(before, logging.INFO))
     root.addFilter(keep)
     try:
         yield
     finally:
         root.removeFilter(keep)
-        logging.disable(logging.NOTSET)
+        logging.disable(before)
 
 
 # -- from a checkpoint ---------------------------------------------------------------------------------
