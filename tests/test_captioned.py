@@ -18,6 +18,7 @@ from pc_clip.models.loading import create_model
 from pc_clip.train import methods, run_folder
 from pc_clip.train.loop import finetune
 from pc_clip.train.methods.base import BaseMethod
+from pc_clip.train.retention import Retention
 
 pytestmark = pytest.mark.usefixtures("small_runs")
 CAPTIONS = {7: ["a red bus", "a bus on a road"], 8: ["two cats"], 9: ["a kite in the sky"]}
@@ -40,7 +41,7 @@ def config(tiny):
     Path("alone.jsonl").write_text("".join(lines))
     return put(
         tiny_runs.settings("pairwise", tiny),
-        {"pairwise.mirror": True, "pairwise.anchor": 1.0, "pairwise.anchor_batch": 2},
+        {"pairwise.mirror": True, "retain.texts": 1.0, "retain.batch": 2},
     )
 
 
@@ -53,7 +54,7 @@ def mean_embedding(clip, texts) -> torch.Tensor:
 
 
 def test_the_target_is_the_difference_of_the_mean_captions_at_the_start_and_no_picture_is_read(config, monkeypatch):
-    config = put(config, {"pairwise.target": "captions", "pairwise.anchor": 0.0})
+    config = put(config, {"pairwise.target": "captions", "retain.texts": 0.0})
     data = load_dataset(config.data)
     unseen = dataclasses.replace(data, load=lambda row: pytest.fail("a picture was read"))
     method = methods.find("pairwise").Method(create_model(config.model.name), unseen, config)
@@ -87,7 +88,7 @@ def test_further_sentences_are_about_captions_and_the_others_stay_about_images(c
         "The second image shows a red bus, while the first shows two cats.",
     ])  # fmt: skip
     assert torch.equal(torch.stack([text, mirrored]), method.clip.trim(said))
-    assert "a red bus" in method.anchors.distinct
+    assert "a red bus" in Retention(method, load_dataset(both.data)).texts.distinct
 
     run = finetune(both)
     about = json.loads((run / "environment.json").read_text())["data"]

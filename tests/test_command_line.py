@@ -35,7 +35,7 @@ def call(module: str, *argv: str) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize(
     ("module", "argv", "code", "said"),
     [
-        ("finetune", ["--help"], 0, "--pairwise.anchor"),
+        ("finetune", ["--help"], 0, "--retain.texts"),
         ("generate_diffs", ["--help"], 0, "--server.url"),
         ("run", ["--checkpoint", "absent.pt"], 2, "no checkpoint at absent.pt"),
         ("finetune", ["--method", "dreaming"], 2, "method is 'dreaming'"),
@@ -69,7 +69,7 @@ def test_a_flag_that_another_setting_leaves_without_effect_is_refused():
     for script, argv, said in [
         (finetune.main, ["--sampler.share", "0.5"], "--sampler.share has no effect with sampler.kind random"),
         (finetune.main, ["--train.decay", "0.5"], "--train.decay has no effect with train.schedule cosine"),
-        (finetune.main, ["--pairwise.anchor", "0", "--pairwise.anchor_batch", "8"], "with pairwise.anchor 0.0"),
+        (finetune.main, ["--retain.texts", "0", "--retain.batch", "8"], "has no effect with retain.weights {}"),
         (finetune.main, ["--pairwise.keep_by", "similar"], "has no effect with pairwise.keep 1.0"),
         (
             run.main,

@@ -110,11 +110,11 @@ def test_lists_are_written_with_commas_and_a_prompt_keeps_its_own():
 def test_identity_leaves_out_how_work_is_done():
     a, b = finetune("--train.lr", "0.1"), finetune("--train.lr", "0.1", "--train.threads", "3", "--data.workers", "2")
     assert identity(a) == identity(b)
-    assert identity(a) != identity(finetune("--train.lr", "0.1", "--pairwise.anchor", "2"))
+    assert identity(a) != identity(finetune("--train.lr", "0.1", "--retain.texts", "2"))
 
 
 def test_dumped_settings_read_back_equal():
-    config = finetune("--train.lr", "3e-7", "--pairwise.anchor", "2", "--data.differences", "x.jsonl")
+    config = finetune("--train.lr", "3e-7", "--retain.texts", "2", "--data.differences", "x.jsonl")
     Path("again.yaml").write_text(dump(config))
     assert finetune("--config", "again.yaml") == config
 
@@ -141,7 +141,8 @@ def test_the_papers_config_holds_the_papers_numbers():
     train = config.train
     assert (train.optimizer, train.lr, train.schedule, train.decay) == ("adam", 1e-8, "exponential", 0.9)
     assert (train.epochs, train.batch_size, train.steps, config.seed) == (20, 512, None, 0)
-    assert config.pairwise == PairwiseConfig(loss="info_nce", temperature=1.0, anchor=0.0, mirror=False)
+    assert config.pairwise == PairwiseConfig(loss="info_nce", temperature=1.0, mirror=False)
+    assert not config.retain.weights
 
 
 def test_unknown_methods_modes_and_devices_are_named():

@@ -73,8 +73,9 @@ def together(processes: int, work: Callable[[int], object]) -> None:
 def gradient_cases(tiny: str) -> dict[str, tuple[FinetuneConfig, set[str]]]:
     """Settings, and weights of which a gradient must be there and not small."""
     text, image = "transformer.resblocks.0.attn.in_proj_weight", "visual.conv1.weight"
-    both, several = {"model.train": "both"}, {"pairwise.anchor": 1.0, "pairwise.anchor_captions": 40}
-    several |= {"pairwise.anchor_batch": 4, "pairwise.mirror": True, "train.recompute": True}
+    both, several = {"model.train": "both"}, {"retain.texts": 1.0, "retain.captions": 40}
+    several |= {"retain.batch": 4, "pairwise.mirror": True, "train.recompute": True}
+    retained = {f"retain.{name}": 0.5 for name in ("texts", "images", "similarities", "contrastive")}
     clusters = {"sampler.kind": "clusters", "sampler.similarity": "image", "sampler.cluster_size": 4}
     change = {"change.dropout": 0.0, "change.clip_rate": 1.0}
     cases = {  # method, settings and weights
@@ -84,7 +85,7 @@ def gradient_cases(tiny: str) -> dict[str, tuple[FinetuneConfig, set[str]]]:
         "both towers": ("contrastive", both, {text, image, "logit_scale"}),
         # embedded by both, each its part
         "clusters of images": ("contrastive", both | clusters | {"sampler.share": 0.5}, {text, image, "logit_scale"}),
-        "dpo": ("preference", both, {text, image}),
+        "dpo, and all that is retained": ("preference", both | retained, {text, image}),
         "negatives": ("preference", both | {"preference.loss": "contrastive"}, {text, image}),
         # Sentences of unequal lengths in both processes; those that hold for several pairs are none's negatives.
         "retrieve": ("change", change | {"change.stage": "retrieve"}, {image, text, "logit_scale"}),

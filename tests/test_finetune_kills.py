@@ -23,7 +23,7 @@ import torch
 from tiny_runs import put
 
 from pc_clip.core import files
-from pc_clip.core.config.train import FinetuneConfig, PairwiseConfig
+from pc_clip.core.config.train import FinetuneConfig, PairwiseConfig, RetainConfig
 from pc_clip.core.errors import UserError
 from pc_clip.core.paths import STATE_FILE
 from pc_clip.train import state
@@ -39,7 +39,8 @@ STEPS, SAVE_EVERY, LOG_EVERY = 72, 3, 2
 def config(tiny) -> FinetuneConfig:
     """A run named a, with anchor and mirror pairs."""
     config = tiny_runs.settings("pairwise", tiny, steps=STEPS, save_every=SAVE_EVERY, log_every=LOG_EVERY)
-    config.pairwise = PairwiseConfig(anchor=1.0, anchor_captions=40, anchor_batch=2, mirror=True)
+    config.pairwise = PairwiseConfig(mirror=True)
+    config.retain = RetainConfig(texts=1.0, captions=40, batch=2)
     config.model.train = "text_blocks"
     return config
 

@@ -221,7 +221,7 @@ def test_a_run_learns_from_what_the_captioner_wrote(runs, small_example):
     assert sum(meta(path)["counts"].values()) == 64
     data = ["--data.dataset", "example_changes", "--data.differences", str(path)]
     train = ["--train.steps", "2", "--train.batch_size", "8", "--train.lr", "1e-4", "--name", "learnt"]
-    plain = ["--model.name", "example_vit", "--pairwise.mirror", "false", "--pairwise.anchor", "0"]
+    plain = ["--model.name", "example_vit", "--pairwise.mirror", "false", "--retain.texts", "0"]
     finetune.main(["--method", "pairwise", *plain, *data, *train])
     start, learnt = create_model("example_vit"), loading.load_model("runs/learnt")
     assert learnt.name == start.name

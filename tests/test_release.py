@@ -354,7 +354,7 @@ def test_training_goes_on_from_the_released_files_without_a_picture(example_clip
     released = ["--data.embeddings", "data/release/coco_embeddings.safetensors"]
     config = ["--config", str(configs_folder() / "example.yaml"), *where]
     config += ["--data.differences", "llm_diffs/coco_release.jsonl"]
-    run = finetune.main([*config, *released, "--pairwise.anchor", "1"])
+    run = finetune.main([*config, *released, "--retain.texts", "1"])
     assert (run / "model.safetensors").is_file()
     assert "taken on trust" in caplog.text
     assert json.loads((run / "environment.json").read_text())["data"]["embeddings"]

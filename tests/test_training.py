@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from tiny_runs import rows, same, weights
 
 from pc_clip.core.cli import dump
-from pc_clip.core.config.train import FinetuneConfig, PairwiseConfig
+from pc_clip.core.config.train import FinetuneConfig, PairwiseConfig, RetainConfig
 from pc_clip.core.errors import UserError
 from pc_clip.data.differences import Difference, to_line
 from pc_clip.data.training_data import load_dataset
@@ -42,7 +42,8 @@ def finished(tiny, tmp_path_factory) -> tuple[FinetuneConfig, Path]:
         AcceleratorState._reset_state(reset_partial_state=True)
         config = tiny_runs.settings("pairwise", tiny, batch_size=16, steps=12, save_every=5, log_every=2)
         config.model.train = "text_blocks"
-        config.pairwise = PairwiseConfig(anchor=1.0, anchor_captions=40, anchor_batch=4, mirror=True)
+        config.pairwise = PairwiseConfig(mirror=True)
+        config.retain = RetainConfig(texts=1.0, captions=40, batch=4)
         finetune(config)
     return config, folder
 
@@ -68,7 +69,7 @@ def test_the_folder_holds_what_is_needed_to_repeat_it(config):
     about = json.loads((run / "environment.json").read_text())
     assert about["versions"]["torch"]
     assert about["start"] == create_model(config.model.name).weights_hash()
-    assert set(about["data"]) == {"differences", "images", "captions"}
+    assert set(about["data"]) == {"differences", "images", "captions", "retain"}
     assert any(note.startswith("text tower: the fast way") for note in about["notes"])
     assert str(Path.cwd()) not in (run / "environment.json").read_text() + (run / "config.yaml").read_text()
     assert [row["step"] for row in rows(run)] == [2, 4, 6, 8, 10, 12]
@@ -103,7 +104,7 @@ REFUSED = [
     ("train.batch_size", 15, "odd"),
     ("train.batch_size", 4000, "do not fill one batch of 4000"),
     ("pairwise.loss", "nonsense", "pairwise.loss is 'nonsense'"),
-    ("pairwise.anchor_batch", 0, "anchor_batch is 0"),
+    ("retain.batch", 0, "retain.batch is 0"),
     ("pairwise.keep", 1.5, "pairwise.keep is 1.5; it is a share of the pairs, above 0 and at most 1"),
     ("pairwise.keep_by", "alike", "pairwise.keep_by is 'alike'"),
     ("model.train", "text_block", "model.train is 'text_block'"),
@@ -285,7 +286,7 @@ def test_an_epoch_can_be_joined_later_without_making_what_came_before(config, me
 
 
 def test_the_step_is_the_loss_of_the_papers_equation(config):
-    config.pairwise.anchor = 0.0
+    config.retain.texts = 0.0
     method = make(config)
     batch = next(method.loader(0))
     with torch.no_grad():

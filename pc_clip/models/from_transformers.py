@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pc_clip.core.errors import UserError
 from pc_clip.core.paths import CONFIG_FILE
+from pc_clip.models import torchvision_compat  # noqa: F401  (before open_clip)
 
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD  # isort: skip
 

@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
 from copy import copy
 from dataclasses import replace
@@ -38,6 +38,7 @@ from pc_clip.models.clip import Clip
 from pc_clip.models.loading import create_model
 from pc_clip.train import methods, run_folder, state
 from pc_clip.train.optim import check_settings, learning_rate, make_optimizer, resolve_precision
+from pc_clip.train.retention import Retention
 from pc_clip.train.state import BestCheckpoint
 
 log = logging.getLogger(__name__)
@@ -85,6 +86,8 @@ def _run(config: FinetuneConfig, run: Path, data: Dataset) -> Path:
     with accelerator.autocast():
         text_way = clip.choose_text_way(config.model.fast_text, train.recompute)
     method = methods.find(config.method).Method(clip, data, config)
+    if config.retain.weights:
+        method.retention = Retention(method, data)
     method.clip.start = {"weights": clip.weights_hash()}
     if config.model.start:
         method.clip.start["checkpoint"] = str(loading.checkpoint_file(config.model.start))
@@ -95,13 +98,14 @@ def _run(config: FinetuneConfig, run: Path, data: Dataset) -> Path:
         method.notes.append(f"adapters of rank {rank} on {len(adapted)} weights")
     method.notes[:0] = [text_way, data.note] if data.note else [text_way]
     if accelerator.is_main_process:
-        chosen_on = {"validation": method.chosen_on} if method.chosen_on else {}
+        also = {"validation": method.chosen_on} if method.chosen_on else {}
+        also |= {"retain": method.retention.fingerprint} if method.retention else {}
         if config.resume and (run / "config.yaml").is_file():
-            run_folder.check_data(run, chosen_on)
+            run_folder.check_data(run, also)
         else:
             if config.overwrite and not config.resume:
                 run_folder.delete(run)  # only now, when nothing is left that could be refused
-            about = {"data": learnt_from | chosen_on, "start": method.clip.start["weights"], "notes": method.notes}
+            about = {"data": learnt_from | also, "start": method.clip.start["weights"], "notes": method.notes}
             run_folder.begin(run, config, environment.describe() | about)
     accelerator.wait_for_everyone()
     lora.add(clip.model, adapted, rank, config.model.lora_alpha, config.seed)  # what is kept of the start has none
@@ -262,13 +266,19 @@ def batches(method: nn.Module, done: int, total: int, device: torch.device) -> I
 def pinned(made: Iterator[Any], device: torch.device) -> Iterator[Any]:
     """Batches in memory that a GPU reads without the CPU's help; as they are for a CPU."""
     for batch in made:
-        tensors = {k: v for k, v in batch._asdict().items() if isinstance(v, Tensor) and device.type == "cuda"}
-        yield batch._replace(**{k: v.contiguous().pin_memory() for k, v in tensors.items()})
+        yield _of_each(batch, lambda x: x.contiguous().pin_memory()) if device.type == "cuda" else batch
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    tensors = {k: v for k, v in batch._asdict().items() if isinstance(v, Tensor)}
-    return batch._replace(**{k: v.to(device, non_blocking=True) for k, v in tensors.items()})
+    return _of_each(batch, lambda x: x.to(device, non_blocking=True))
+
+
+def _of_each(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A batch, or a batch of batches, with each tensor changed."""
+    values = batch._asdict().items()
+    changed = {name: change(value) for name, value in values if isinstance(value, Tensor)}
+    changed |= {name: _of_each(value, change) for name, value in values if hasattr(value, "_asdict")}
+    return batch._replace(**changed)
 
 
 def cut_log(path: Path, done: int) -> None:

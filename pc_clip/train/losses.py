@@ -83,6 +83,36 @@ def anchor(now: Tensor, start: Tensor) -> Tensor:
     return (1 - F.cosine_similarity(now, start, dim=-1)).mean()
 
 
+def similarity_divergence(
+    text: Tensor,
+    image: Tensor,
+    text_start: Tensor,
+    image_start: Tensor,
+    temperature: float,
+    own: slice = slice(None),
+) -> Tensor:
+    """How far a model's similarities have left those of its start: KL(start || now), the mean over both directions.
+
+    text, image, text_start, image_start: [G, D], any length: they are normalised here; row n of all belong together.
+    Each text has a softmax over all images, of cosines over `temperature`, and each image one over all texts. 0 at the
+    start. own: the rows whose loss is returned, for batches that several processes share. Distillation of a matrix of
+    similarities; Hinton et al. 2015 (arXiv 1503.02531).
+    """
+    with torch.autocast(text.device.type, enabled=False):
+        text, image, text_start, image_start = (
+            F.normalize(x.float(), dim=-1) for x in (text, image, text_start, image_start)
+        )
+        total = text.new_zeros(())
+        for rows, among, start, start_among in (
+            (text, image, text_start, image_start),
+            (image, text, image_start, text_start),
+        ):
+            now = F.log_softmax(rows[own] @ among.T / temperature, dim=-1)
+            before = F.log_softmax(start[own] @ start_among.T / temperature, dim=-1)
+            total = total + F.kl_div(now, before, reduction="batchmean", log_target=True)
+        return total / 2
+
+
 def unit_differences(first: Tensor, second: Tensor) -> Tensor:
     """Unit differences of unit image embeddings: normalise(z_i - z_j).  [B, D], [B, D] -> [B, D]
 

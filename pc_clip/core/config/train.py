@@ -68,11 +68,6 @@ class PairwiseConfig:
 
     loss: str = setting("info_nce", "info_nce, or mse for the ablation.")
     temperature: float = setting(1.0, "Of the InfoNCE loss.", needs="loss=info_nce")
-    anchor: float = setting(0.0, "Weight of the term that keeps ordinary captions near the start; 0 for none.")
-    anchor_captions: int = setting(
-        20000, "How many captions it holds in all, drawn from the data set's.", needs="anchor"
-    )
-    anchor_batch: int = setting(64, "How many of them a step.", needs="anchor")
     mirror: bool = setting(False, 'Put each pair into the batch in both orders, with "first" and "second" exchanged.')
     target: str = setting(
         "images",
@@ -106,6 +101,7 @@ class PreferenceConfig:
     logit_scale: float | None = setting(
         None, "Factor of cosines in log-odds, which does not learn; null for the model's own."
     )
+    per_image: int = setting(1, "Statements of one image that come together: it is then encoded once for all of them.")
     captioning: float = setting(0.0, "The weight of a CoCa decoder's likelihoods in log-odds, for dpo and ipo.")
 
 
@@ -132,6 +128,32 @@ class ChangeConfig:
     validate_on: int | None = setting(None, "How many of its pairs, drawn by the run's seed; empty for all.")
 
 
+@settings
+class RetainConfig:
+    """Weights of the terms that keep what the start knew, added to any method's loss."""
+
+    texts: float = setting(0.0, "Of 1 - cos between embeddings of ordinary captions and those at the start.")
+    images: float = setting(0.0, "The same of ordinary images, where the image tower learns.")
+    similarities: float = setting(0.0, "Of the KL divergence from the start's softmax of captions and images.")
+    temperature: float = setting(0.05, "Of that softmax.", needs="similarities")
+    contrastive: float = setting(0.0, "Of CLIP's own loss on ordinary captions and their images, at the model's scale.")
+    batch: int = setting(64, "Ordinary captions a step, over all processes.", needs="weights")
+    captions: int = setting(20_000, "How many of them there are in all, drawn by the run's seed.", needs="weights")
+    dataset: str = setting(
+        "", "Where they are from; empty for the run's own data (example for example_relations, example_changes).",
+        needs="weights",
+    )  # fmt: skip
+    root: str | None = setting(None, "The folder that data set is in.", needs="dataset")
+    split: str | None = setting(None, "Which part of it; empty for train.", needs="dataset")
+    file: str | None = setting(None, "A file of captions in place of the data set's.", needs="dataset")
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weights that are not 0."""
+        named = {name: getattr(self, name) for name in ("texts", "images", "similarities", "contrastive")}
+        return {name: weight for name, weight in named.items() if weight}
+
+
 METHODS = {  # --method NAME: its settings are --NAME.setting
     "pairwise": PairwiseConfig,
     "contrastive": ContrastiveConfig,
@@ -155,3 +177,4 @@ class FinetuneConfig:
     data: DataConfig = group(DataConfig)
     sampler: SamplerConfig = group(SamplerConfig)
     train: TrainConfig = group(TrainConfig)
+    retain: RetainConfig = group(RetainConfig)

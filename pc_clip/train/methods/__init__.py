@@ -4,7 +4,7 @@ Its settings are a dataclass in core/config/train.py, where METHODS lists it; th
 has a class `Method`, a torch module (a `BaseMethod` of base.py, which has what they share) with
 
     Method(clip, data, config)   config: the run's FinetuneConfig; its own options are config.NAME
-    forward(batch)           -> (loss, logs): a scalar, and numbers for the log
+    loss(batch)              -> (loss, logs): a scalar, and numbers for the log; `forward` adds what retention asks for
     begin_epoch(epoch)       called before each epoch, when the weights are as they then are
     draw(chosen, rng, epoch, n), image_rows(part), batch(part, images)
                              what is in batch n of an epoch: this process's part of the chosen examples, the images

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
-from typing import Any
+from itertools import tee
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -28,6 +28,9 @@ from pc_clip.models.clip import SCRATCH, Clip
 from pc_clip.models.parameters import image_tower_learns
 from pc_clip.train.samplers import Sampler
 
+if TYPE_CHECKING:
+    from pc_clip.train.retention import Retention
+
 LARGEST_LOGIT_SCALE = torch.tensor(100.0).log().item()
 TEXTS_PER_BATCH = 256
 ROWS_AT_ONCE = 1 << 16  # rows of embeddings that all processes hold at a time
@@ -39,6 +42,8 @@ class BaseMethod(nn.Module):
 
     sampler: Sampler  # made by the method, which knows what its examples are
     images: Images
+    retention: Retention | None = None  # set by the loop, where the settings ask for it
+    more_captions: Sequence[tuple[str, ...]] = ()  # ordinary ones that are not the data set's
     idle: tuple[str, ...] = ("logit_", "text_decoder.")  # how the names of weights begin that no loss reaches
     chosen_by = ""  # the figure of `validate` by which the best epoch is chosen; empty for the last epoch
     chosen_on = ""  # what `validate` looks at, by content
@@ -87,27 +92,44 @@ class BaseMethod(nn.Module):
         if count:
             self.notes.append(f"{count} {what}")
 
+    def forward(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a batch, with the terms of retention, and numbers for the log."""
+        if self.retention is None:
+            return self.loss(batch)
+        loss, logs = self.loss(batch.learnt)
+        kept, more = self.retention.loss(batch.kept)
+        return loss + kept, logs | more
+
     # -- the loader ------------------------------------------------------------------------------------
 
     def loader(self, epoch: int, skip: int = 0) -> Iterator[Any]:
         """This process's part of each batch of an epoch, without the first `skip`. Images are read ahead.
 
         `draw` makes all random choices of a batch, for skipped ones too; `image_rows` are the images that a part needs,
-        in the order in which `batch` then gets them.
+        in the order in which `batch` then gets them. With retention each is a `Retained`.
         """
         rng = stream(self.config.seed, "batches", epoch)
-        parts: deque[Any] = deque()  # waiting for their images
 
-        def wanted() -> Iterator[np.ndarray]:
+        def draw() -> Iterator[tuple[Any, np.ndarray | None]]:
             for n, chosen in enumerate(self.sampler.batches(epoch, rng)):
+                kept = self.retention.draw(rng) if self.retention else None
                 part = self.draw(chosen, rng, epoch, n)
                 if n >= skip:
-                    parts.append(part)
-                    yield self.image_rows(part)
+                    yield part, kept
 
-        with closing(self.read(wanted(), epoch)) as coming:
-            for images in coming:
-                yield self.batch(parts.popleft(), images)
+        if self.retention is None:
+            drawn, ahead = tee(draw())
+            with closing(self.read((self.image_rows(part) for part, _ in ahead), epoch)) as coming:
+                for (part, _), images in zip(drawn, coming):
+                    yield self.batch(part, images)
+            return
+        drawn, ahead, also = tee(draw(), 3)
+        with (
+            closing(self.read((self.image_rows(part) for part, _ in ahead), epoch)) as coming,
+            closing(self.retention.read((kept for _, kept in also), epoch)) as ordinary,
+        ):
+            for (part, kept), images, seen in zip(drawn, coming, ordinary):
+                yield self.retention.beside(self.batch(part, images), kept, seen)
 
     def read(self, rows: Iterable[np.ndarray], epoch: int) -> Iterator[Any]:
         """The images of each array of rows."""

@@ -209,7 +209,7 @@ class Method(BaseMethod):
 
     # -- the step --------------------------------------------------------------------------------------
 
-    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         seen = batch.seen if self.features is not None else self.change.encoder(batch.before, batch.after)
         return self._find(batch, seen) if self.options.stage == "retrieve" else self._write(batch, seen)
 

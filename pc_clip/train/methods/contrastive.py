@@ -105,7 +105,7 @@ class Method(BaseMethod):
         ids = [self.images.ids[row] for row in self.rows[part.examples]]
         return Batch(ids, tokens, images, torch.tensor(part.likely_false))
 
-    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         text = self.clip.encode_text(batch.tokens).float()  # [B, D]
         image = self.images.encode(batch.images).float()  # [B, D]
         fixed = self.config.contrastive.temperature

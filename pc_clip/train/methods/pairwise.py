@@ -1,9 +1,9 @@
 """PC-CLIP: the embedding of a difference sentence moves to the difference of the two images' embeddings.
 
-Finetuning CLIP to Reason about Pairwise Differences (arXiv 2409.09721, TMLR 2025). Four additions, all off unless
-asked for: an anchor that keeps ordinary captions where they were, mirror pairs, a choice of pairs whose images are
-alike, and captions in the place of images that nobody has (target, captioned_differences). Batches of similar sentences
-or similar differences come from the sampler (train/samplers.py).
+Finetuning CLIP to Reason about Pairwise Differences (arXiv 2409.09721, TMLR 2025). Three additions, all off unless
+asked for: mirror pairs, a choice of pairs whose images are alike, and captions in the place of images that nobody has
+(target, captioned_differences). Batches of similar sentences or similar differences come from the sampler
+(train/samplers.py).
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from accelerate import PartialState
 from torch import Tensor
 
 from pc_clip.core.config.train import FinetuneConfig, PairwiseConfig
-from pc_clip.core.distributed import process_slice
 from pc_clip.core.errors import UserError, check_at_least, check_choice
 from pc_clip.core.random import stream
 from pc_clip.data import differences
@@ -31,7 +30,6 @@ from pc_clip.train.methods.base import (
     BaseMethod,
     CaptionedImages,
     Images,
-    Texts,
     Tokens,
     embed_rows_of_images,
     embed_rows_of_texts,
@@ -41,7 +39,7 @@ BLOCK = 8192  # pairs whose embeddings are held at a time
 
 
 class Batch(NamedTuple):
-    """B sentences, V of them distinct, about pairs of U images, and A captions of the anchor (A may be 0)."""
+    """B sentences, V of them distinct, about pairs of U images."""
 
     ids: list[str]
     tokens: Tensor  # [V, L] int64
@@ -49,17 +47,14 @@ class Batch(NamedTuple):
     images: Tensor  # [U, D] embeddings, or [U, 3, H, W] pixels when the image tower learns
     first: Tensor  # [B] int64, rows of images
     second: Tensor  # [B] int64
-    anchor_tokens: Tensor  # [A, L'] int64
-    anchor_start: Tensor  # [A, D] float32, where these captions were before training
     identical: Tensor  # scalar: the share of all processes' negatives that say the very same sentence
 
 
 class Part(NamedTuple):
-    """What is drawn for a batch. pairs: [B, 2] rows of images; text: [B] rows of texts; anchors: [A]."""
+    """What is drawn for a batch. pairs: [B, 2] rows of images; text: [B] rows of texts."""
 
     pairs: np.ndarray
     text: np.ndarray
-    anchors: np.ndarray
     identical: float
 
 
@@ -70,16 +65,14 @@ class Method(BaseMethod):
         super().__init__(clip, config)
         self.options: PairwiseConfig = config.pairwise
         _check(self.options, config.train.batch_size)
-        captions = data.captions or []
         if self.options.target == "images":
             self.images = Images(clip, data, config)
         else:
             self.images = self._captioned(data)
         self._read_differences(config.data.differences, data.left_out)
         if self.options.captioned_differences:
-            captions = [*captions, *self._add_captioned()]
+            self.more_captions = self._add_captioned()
         self._keep_some()
-        self._draw_anchor(captions)
         # With mirror pairs a batch of B sentences is about B / 2 differences.
         self.pairs_per_batch = config.train.batch_size // (2 if self.options.mirror else 1)
         self.sampler = samplers.make(config, len(self.pairs), self.pairs_per_batch, self, "differences")
@@ -172,30 +165,13 @@ class Method(BaseMethod):
             return self.text_rows[:, 0]
         return np.unique(self.pairs, axis=0, return_inverse=True)[1].reshape(-1)
 
-    def _draw_anchor(self, captions: list[tuple[str, ...]]) -> None:
-        """Some captions and where their embeddings are now. Drawn by the run's seed."""
-        self.anchors: Texts | None = None
-        if not self.options.anchor:
-            return
-        distinct = list(dict.fromkeys(text for each in captions for text in each))
-        if not distinct:
-            raise UserError(f"pairwise.anchor needs captions, and {self.config.data.dataset} has none; set it to 0")
-        rng = stream(self.config.seed, "anchor")
-        chosen = rng.permutation(len(distinct))[: self.options.anchor_captions]
-        self.anchors = Texts(self.clip, [distinct[n] for n in chosen])
-        self.anchor_start = self.clip.embed_texts(self.anchors.distinct)  # [captions, D]
-        self.anchor_share = process_slice("pairwise.anchor_batch", self.options.anchor_batch)
-
     # -- the epoch -------------------------------------------------------------------------------------
 
     def draw(self, chosen: np.ndarray, rng: np.random.Generator, epoch: int, n: int) -> Part:
-        anchors = np.empty(0, int)
-        if self.anchors:
-            anchors = rng.integers(len(self.anchors.distinct), size=self.options.anchor_batch)[self.anchor_share]
         pairs, rows = self.pairs[chosen], self.text_rows[chosen].T.reshape(-1)
         if self.options.mirror:
             pairs = np.concatenate([pairs, pairs[:, ::-1]])
-        return Part(pairs[self.share], rows[self.share], anchors, _identical(rows))
+        return Part(pairs[self.share], rows[self.share], _identical(rows))
 
     def image_rows(self, part: Part) -> np.ndarray:
         return np.unique(part.pairs)
@@ -204,7 +180,6 @@ class Method(BaseMethod):
         index = np.unique(part.pairs, return_inverse=True)[1]
         distinct, text = np.unique(part.text, return_inverse=True)
         index = torch.from_numpy(index.reshape(part.pairs.shape))
-        none = torch.empty(0, 0, dtype=torch.long)
         return Batch(
             ids=[f"{self.images.ids[i]}|{self.images.ids[j]}" for i, j in part.pairs.tolist()],
             tokens=self.texts.batch(distinct),
@@ -212,14 +187,12 @@ class Method(BaseMethod):
             images=images,
             first=index[:, 0],
             second=index[:, 1],
-            anchor_tokens=self.anchors.batch(part.anchors) if self.anchors else none,
-            anchor_start=self.anchor_start[torch.from_numpy(part.anchors)] if self.anchors else none.float(),
             identical=torch.tensor(part.identical),
         )
 
     # -- the step --------------------------------------------------------------------------------------
 
-    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         text = self.clip.encode_text(batch.tokens)[batch.text]  # [B, D]
         images = self.images.encode(batch.images)  # [U, D]
         target = losses.unit_differences(images[batch.first], images[batch.second])  # [B, D]
@@ -228,12 +201,7 @@ class Method(BaseMethod):
         else:
             loss = losses.over_all(losses.info_nce, text.float(), target.float(), self.options.temperature)
         logs = {"difference_loss": loss.detach(), "identical_negatives": batch.identical}
-        logs |= losses.hardness(text, target)
-        if len(batch.anchor_tokens):
-            turned = losses.anchor(self.clip.encode_text(batch.anchor_tokens).float(), batch.anchor_start)
-            logs["anchor"] = turned.detach()
-            loss = loss + self.options.anchor * turned
-        return loss, logs
+        return loss, logs | losses.hardness(text, target)
 
 
 def _check(options: PairwiseConfig, batch_size: int) -> None:
@@ -242,8 +210,6 @@ def _check(options: PairwiseConfig, batch_size: int) -> None:
     check_choice("pairwise.target", options.target, ("images", "captions"))
     if bool(options.captioned_differences) != bool(options.captions):
         raise UserError("pairwise.captioned_differences and pairwise.captions go together: sentences, and of what")
-    for name in ("anchor_batch", "anchor_captions"):
-        check_at_least(f"pairwise.{name}", getattr(options, name), 1)
     if options.loss == "info_nce":
         check_at_least("train.batch_size", batch_size, 2)  # one pair has no negative
     if options.mirror and batch_size % 2:

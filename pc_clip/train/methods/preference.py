@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pc_clip.core.config.train import FinetuneConfig, PreferenceConfig
-from pc_clip.core.errors import UserError, check_choice
+from pc_clip.core.errors import UserError, check_at_least, check_choice
 from pc_clip.data.dataset import Dataset, Statement
 from pc_clip.data.statements import read_statements
 from pc_clip.data.views import located, match
@@ -57,7 +57,7 @@ class Method(BaseMethod):
     def __init__(self, clip: Clip, data: Dataset, config: FinetuneConfig) -> None:
         super().__init__(clip, config)
         self.options: PreferenceConfig = config.preference
-        _check(self.options)
+        _check(self.options, config.train.batch_size)
         if self.options.captioning:
             coca.check(clip)
             self.idle = ("logit_",)  # CoCa's decoder learns
@@ -69,7 +69,9 @@ class Method(BaseMethod):
         scale = self.options.logit_scale
         self.logit_scale = clip.model.logit_scale.detach().exp().item() if scale is None else scale
         self._find_reference()
-        self.sampler = samplers.make(config, len(self.image), config.train.batch_size, self, "statements")
+        self.groups = self._group()
+        groups_per_batch = config.train.batch_size // self.options.per_image
+        self.sampler = samplers.make(config, len(self.groups), groups_per_batch, self, "groups of statements")
         self.notes += self.sampler.notes
 
     def _read(self, data: Dataset) -> list[Statement]:
@@ -135,22 +137,34 @@ class Method(BaseMethod):
             cosine = (z_text[self.text[some]] * z_image[places.reshape(-1, 2)[some]]).sum(-1)
             self.reference[some] = losses.log_odds(*cosine.T, self.logit_scale)
 
+    def _group(self) -> np.ndarray:
+        """Statements that come together, `per_image` of one image; its last group is filled up with its first ones.
+
+        -> [groups, per_image] rows of statements
+        """
+        size, by_image = self.options.per_image, np.argsort(self.image[:, 0], kind="stable")
+        if size == 1:
+            return np.arange(len(self.image))[:, None]
+        each = np.split(by_image, np.flatnonzero(np.diff(self.image[by_image, 0])) + 1)
+        return np.concatenate([np.resize(rows, (-(-len(rows) // size), size)) for rows in each])
+
     # -- for the sampler -------------------------------------------------------------------------------
 
     def embeddings(self, similarity: str, now: bool) -> Tensor:
         """What makes preferences similar: the preferred text, or the image.  -> [N, D] float32, unit length"""
+        lead = self.groups[:, 0]
         if similarity == "text":
-            return embed_rows_of_texts(self.texts, self.text[:, 0])
-        used, places = np.unique(self.image[:, 0], return_inverse=True)
+            return embed_rows_of_texts(self.texts, self.text[lead, 0])
+        used, places = np.unique(self.image[lead, 0], return_inverse=True)
         return embed_rows_of_images(self.images, used, now, self.config)[torch.from_numpy(places)]
 
     def alike(self, similarity: str) -> np.ndarray:
-        return (self.text if similarity == "text" else self.image)[:, 0]
+        return (self.text if similarity == "text" else self.image)[self.groups[:, 0], 0]
 
     # -- the epoch -------------------------------------------------------------------------------------
 
     def draw(self, chosen: np.ndarray, rng: np.random.Generator, epoch: int, n: int) -> np.ndarray:
-        return chosen[self.share]
+        return self.groups[chosen].reshape(-1)[self.share]
 
     def image_rows(self, chosen: np.ndarray) -> np.ndarray:
         return np.unique(self.image[chosen])
@@ -188,7 +202,7 @@ class Method(BaseMethod):
             log_odds = log_odds + self.options.captioning * (likelihood[:, 0] - likelihood[:, 1])
         return Scores(text, image, cosine, log_odds)
 
-    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         options, scores = self.options, self.score(self.clip, batch)
         policy = scores.log_odds
         logs = {"accuracy": (policy > 0).float().mean(), "margin": policy.detach().mean()}
@@ -211,7 +225,7 @@ class Method(BaseMethod):
         return losses.dpo(policy, reference, options.beta, options.label_smoothing), logs
 
 
-def _check(options: PreferenceConfig) -> None:
+def _check(options: PreferenceConfig, batch_size: int) -> None:
     check_choice("preference.loss", options.loss, LOSSES)
     for name in ("beta", "alpha", "logit_scale"):
         value = getattr(options, name)
@@ -221,6 +235,12 @@ def _check(options: PreferenceConfig) -> None:
         raise UserError(f"preference.captioning is {options.captioning}; it is a weight, 0 or more")
     if not 0 <= options.label_smoothing < 0.5:
         raise UserError(f"preference.label_smoothing is {options.label_smoothing}; it is a share, from 0 to below 0.5")
+    check_at_least("preference.per_image", options.per_image, 1)
+    if batch_size % options.per_image:
+        raise UserError(
+            f"preference.per_image {options.per_image} does not divide train.batch_size {batch_size}; whole groups of "
+            "an image's statements make a batch"
+        )
     used_by = {"label_smoothing": ("dpo",), "reference_free": ("dpo", "ipo"), "captioning": ("dpo", "ipo")}
     used_by |= {"alpha": ("reward",)}
     for name, kinds in used_by.items():

@@ -1,0 +1,142 @@
+"""Terms of the loss that keep what the start knew, for any method: ordinary captions and images stay where they were.
+
+A model that is taught one thing forgets others. Beside each batch of a method come A ordinary captions with their
+images, and `retain.NAME` weighs what has changed of them: `texts` and `images` their embeddings, `similarities` which
+caption goes with which image (distillation from the start), `contrastive` how well CLIP's own loss still does on them.
+What the start made of them is computed once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pc_clip.core.distributed import process_slice
+from pc_clip.core.errors import UserError, check_at_least
+from pc_clip.core.random import stream
+from pc_clip.data.dataset import Dataset, digest
+from pc_clip.data.training_data import load_dataset
+from pc_clip.train import losses
+from pc_clip.train.methods.base import CUT, BaseMethod, Images, Texts, embed_rows_of_images
+
+EXAMPLES = ("example_relations", "example_changes")  # without captions of their own; the example's are of such scenes
+
+
+class Kept(NamedTuple):
+    """A captions, each with an image that it was written for; images are empty where no term looks at them."""
+
+    tokens: Tensor  # [A, L] int64
+    images: Tensor  # [A, D] embeddings, or [A, 3, H, W] pixels when the image tower learns
+    text_start: Tensor  # [A, D] float32, unit length
+    image_start: Tensor  # [A, D] float32, unit length
+
+
+class Retained(NamedTuple):
+    """A method's batch, and what is retained beside it."""
+
+    ids: list[str]
+    learnt: Any
+    kept: Kept
+
+
+class Retention:
+    """What is retained of the start of a method's model."""
+
+    def __init__(self, method: BaseMethod, data: Dataset) -> None:
+        self.clip, config, options = method.clip, method.config, method.config.retain
+        self.weights, self.temperature = options.weights, options.temperature
+        _check(method)
+        name = options.dataset or ("example" if config.data.dataset in EXAMPLES else "")
+        if name:
+            changes = {"dataset": name, "root": options.root, "split": options.split, "captions": options.file}
+            config = dataclasses.replace(config)
+            config.data = dataclasses.replace(config.data, **changes, mix=[], embeddings=None, min_crop=1.0)
+            data = load_dataset(config.data, config.seed)
+        more = method.more_captions if set(self.weights) == {"texts"} else ()
+        written = [(text, row) for row, texts in enumerate([*(data.captions or []), *more]) for text in texts]
+        if not written:
+            raise UserError(
+                f"retain.{', retain.'.join(self.weights)} needs ordinary captions, and {data.label} has none; name a "
+                "data set that has with --retain.dataset"
+            )
+        image_of = dict(reversed(written))  # of a caption that several images have, the first of these
+        self.fingerprint = digest(data.fingerprint, [text for text, _ in written])
+        distinct = list(dict.fromkeys(text for text, _ in written))
+        chosen = stream(config.seed, "anchor").permutation(len(distinct))[: options.captions]
+        self.texts = Texts(self.clip, [distinct[n] for n in chosen])
+        method.note(self.texts.truncated, f"ordinary {CUT}")
+        self.text_start = self.clip.embed_texts(self.texts.distinct)  # [captions, D]
+        self.images: Images | None = None
+        if set(self.weights) - {"texts"}:
+            self._look(data, config, [image_of[text] for text in self.texts.distinct])
+        self.size, self.share = options.batch, process_slice("retain.batch", options.batch)
+
+    def _look(self, data: Dataset, config: Any, rows: list[int]) -> None:
+        """The images that the captions were written for, by row of `images`."""
+        self.images = Images(self.clip, data, config)
+        row = {key: n for n, key in enumerate(self.images.ids)}
+        if absent := [data.ids[n] for n in rows if data.ids[n] not in row]:
+            raise UserError(f"{len(absent)} images of ordinary captions have no embedding, first {absent[0]}")
+        self.image_rows = np.array([row[data.ids[n]] for n in rows])
+        used, places = np.unique(self.image_rows, return_inverse=True)
+        self.image_start = embed_rows_of_images(self.images, used, False, config)[torch.from_numpy(places)]
+
+    def draw(self, rng: np.random.Generator) -> np.ndarray:
+        """This process's part of a step's captions.  -> [A] int64"""
+        return rng.integers(len(self.texts.distinct), size=self.size)[self.share]
+
+    def read(self, drawn: Iterable[np.ndarray], epoch: int) -> Iterator[Tensor]:
+        """The images of each step's captions; nothing of them where no term looks at them."""
+        if self.images is None:
+            return (torch.empty(0) for _ in drawn)
+        return self.images.batches((self.image_rows[rows] for rows in drawn), epoch)
+
+    def beside(self, batch: Any, rows: np.ndarray, images: Tensor) -> Retained:
+        """A method's batch with the captions of these rows and their images."""
+        chosen = torch.from_numpy(rows)
+        image_start = torch.empty(0) if self.images is None else self.image_start[chosen]
+        return Retained(batch.ids, batch, Kept(self.texts.batch(rows), images, self.text_start[chosen], image_start))
+
+    def loss(self, kept: Kept) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted sum of the terms, and each term for the log."""
+        text = image = None
+        if set(self.weights) != {"images"}:
+            text = self.clip.encode_text(kept.tokens).float()
+        if self.images is not None:
+            image = self.images.encode(kept.images).float()
+        terms: dict[str, Tensor] = {}
+        for name in self.weights:
+            if name == "texts":
+                terms[name] = losses.anchor(text, kept.text_start)
+            elif name == "images":
+                terms[name] = losses.anchor(image, kept.image_start)
+            elif name == "similarities":
+                start = kept.text_start, kept.image_start
+                terms[name] = losses.over_all(losses.similarity_divergence, text, image, *start, self.temperature)
+            else:
+                scale = self.clip.model.logit_scale.exp()
+                terms[name] = losses.over_all(losses.info_nce, text, image, 1 / scale)
+        total = sum(self.weights[name] * term for name, term in terms.items())
+        return total, {f"retain_{name}": term.detach() for name, term in terms.items()}
+
+
+def _check(method: BaseMethod) -> None:
+    """Raises UserError for what cannot be retained, or does not change."""
+    options, learn = method.config.retain, method.trainable()
+    for name, weight in options.weights.items():
+        if not 0 < weight < float("inf"):
+            raise UserError(f"retain.{name} is {weight}; it is a weight, 0 or more")
+    for name in ("batch", "captions"):
+        check_at_least(f"retain.{name}", getattr(options, name), 2 if set(options.weights) - {"texts", "images"} else 1)
+    if not options.temperature > 0:
+        raise UserError(f"retain.temperature is {options.temperature}; it must be above 0")
+    visual = {name for name in learn if name.startswith("visual.")}
+    if options.images and not visual:
+        raise UserError("retain.images keeps images where they are, and the image tower is frozen: they stay; set it 0")
+    if options.texts and not any(name not in visual and not name.startswith("change.") for name in learn):
+        raise UserError("retain.texts keeps captions where they are, and the text tower does not learn; set it to 0")
