@@ -5,10 +5,11 @@ RUN    := $(VENV)/bin/python
 READY  := $(VENV)/.ready
 DATA   ?= data/coco
 
-.PHONY: quickstart reproduce simclip clip_po change lint check test photo llm clean help
+.PHONY: quickstart demo reproduce simclip clip_po change lint check test photo llm clean help
 
 help:
 	@echo "make quickstart   write differences, finetune, evaluate on the embedded example; print one table"
+	@echo "make demo         a page in the browser to try the example's model, before and after finetuning"
 	@echo "make reproduce    the same with three seeds, and the paper's other evaluations"
 	@echo "make simclip      batches of similar examples against random ones, and hard pairs; an hour or more on two cores"
 	@echo "make clip_po      preference tuning against plain finetuning with the same negatives; an hour on two cores"
@@ -29,6 +30,12 @@ $(READY): requirements.txt requirements-dev.txt
 
 quickstart: $(READY)
 	@$(RUN) -m pc_clip study configs/studies/quickstart.yaml
+
+demo: $(READY)
+	@$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-demo.txt
+	@test -f runs/quickstart/any_wording-seed0/model.safetensors || \
+	  { $(RUN) generate_diffs.py && $(RUN) finetune.py --resume true; }
+	@$(RUN) -m pc_clip demo
 
 reproduce: $(READY)
 	@for study in quickstart comparative averaging space; do \

@@ -15,6 +15,7 @@ TOOLS = {  # name -> (module with a main(argv), what it does)
     "blind": ("pc_clip.evals.blind_baselines", "what statements give away without an image"),
     "report": ("pc_clip.report.page", "results and runs as one page, Markdown and CSV"),
     "study": ("pc_clip.report.study", "variants x seeds -> one table"),
+    "demo": ("pc_clip.demo.page", "a page in the browser: rank, compare and classify pictures"),
     "export": ("pc_clip.models.export", "a checkpoint for open_clip and transformers"),
     "release": ("pc_clip.release.authors", "the PC-CLIP authors' checkpoint, embeddings and differences"),
     "benchmark": ("pc_clip.release.benchmark", "the package clip-benchmark on a model of ours"),
