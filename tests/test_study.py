@@ -49,8 +49,8 @@ def test_what_is_wrong_is_said():
         ({"grid": []}, "study s has no variants"),
         ({"baselines": ["text-k3"]}, "baselines of study s names 'text-k3'"),
         ({"against": "text-k3"}, "against of study s names 'text-k3'.*text-k2"),
-        ({"chosen_on": "example/val"}, "needs both `chosen_on` and `choose_by`"),
-        ({"chosen_on": "example/val", "choose_by": ["t2i_r5"]}, "choose_by of study s names 't2i_r5'"),
+        ({"chosen_on": ["example/val"]}, "needs both `chosen_on` and `choose_by`"),
+        ({"chosen_on": ["example/val"], "choose_by": ["t2i_r5"]}, "choose_by of study s names 't2i_r5'"),
         ({"colour": "red"}, "is no study.*colour"),
         ({"variants": {"b": ["{a}"], "a": []}}, "variant 'b' of study s names 'a'"),
         ({"variants": {"base": None, "b": ["{base}"]}}, "variant 'b' of study s names 'base'"),
@@ -202,7 +202,7 @@ def choosing(**more) -> tuple[Study, pd.DataFrame]:
         put(label, "x/val", r1=val, r5=val)
         put(label, "x/test", r1=test, r5=test, intervals={"r1": [test - 0.01, test + 0.01]})
     variants = {"base": None, "random": [], "a": [], "b": []}
-    content = {"chosen_on": "x/val", "choose_by": ["r1", "r5"], "baselines": ["base", "random"]} | more
+    content = {"chosen_on": ["x/val"], "choose_by": ["r1", "r5"], "baselines": ["base", "random"]} | more
     small = Study("small", [], ["r1", "r5"], variants, **content)
     return small, tabulate(small, results_of(small, [0]))
 
@@ -220,11 +220,11 @@ def test_the_choice_is_made_on_validation_among_those_that_compete():
 
 def test_without_a_choice_each_data_set_has_a_table_and_a_choice_that_cannot_be_made_says_why():
     test, val = sorted(
-        render(*choosing(chosen_on="", choose_by=[]), None).split("x/val"), key=lambda text: "30.0" in text
+        render(*choosing(chosen_on=[], choose_by=[]), None).split("x/val"), key=lambda text: "30.0" in text
     )
     assert "70.0" in test and "30.0" in val
     small, table = choosing()
     with pytest.raises(UserError, match="a has no r5 on x/val"):
         best(small, table[(table.variant != "a") | (table.metric != "r5")])
     with pytest.raises(UserError, match="a has no r1, r5 on y/val.*measured: x/test, x/val"):
-        best(*choosing(chosen_on="y/val"))
+        best(*choosing(chosen_on=["y/val"]))

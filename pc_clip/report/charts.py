@@ -45,6 +45,28 @@ def dots(rows: pd.DataFrame, metrics: Sequence[str], baselines: Sequence[str] = 
     return figure
 
 
+def tradeoff(runs: pd.DataFrame, baselines: Sequence[str] = ()) -> Figure:
+    """What is gained over what is kept: a point a run, a colour a variant, and the frontier that no run is beyond.
+
+    runs: a row a run, by its label; two columns, of what is kept and of what is gained, as shares.
+    """
+    (kept, gained), runs = runs.columns, 100 * runs
+    figure = Figure((6.4, 4.2), layout="constrained")
+    axes = figure.subplots()
+    variants = runs.groupby([variant_of(name) for name in runs.index], sort=False)
+    for n, (variant, rows) in enumerate(variants):
+        style = {"color": "grey", "marker": "x"} if variant in baselines else {"color": f"C{n % 10}"}
+        axes.scatter(rows[kept], rows[gained], label=variant, s=28, zorder=2, **style)
+    best = runs.sort_values([kept, gained], ascending=False)
+    best = best[best[gained] > best[gained].cummax().shift(fill_value=-np.inf)]  # nothing that keeps more gains as much
+    axes.plot(best[kept], best[gained], color="grey", linewidth=0.8, linestyle=":", drawstyle="steps-pre", zorder=1)
+    axes.set_xlabel(f"{kept.replace('_', ' ')} (per cent): what is kept")
+    axes.set_ylabel(f"{gained.replace('_', ' ')} (per cent): what is gained")
+    axes.grid(alpha=0.2)
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
+    return figure
+
+
 class Line(NamedTuple):
     panel: str
     label: str

@@ -48,9 +48,10 @@ class Study:
     `arguments`; the last value changes fastest.
     evaluations: lists of arguments of run.py. metrics: the figures of the table. prepare: commands run once before,
     each a list. runs: the study whose runs are evaluated; its own unless named. baselines: variants that do not
-    compete. chosen_on: the data set the best of the others is chosen on, by the mean of the metrics choose_by; it is
+    compete. chosen_on: data sets the best of the others is chosen on, by the mean of the metrics choose_by; they are
     then left out of table and picture. against: the variant that all others are compared with, image by image.
-    intervals: whether the table shows 95 % intervals.
+    intervals: whether the table shows 95 % intervals. tradeoff: two metrics, what is kept and what is gained, for a
+    picture of both with a point a variant and seed.
     """
 
     name: str
@@ -61,10 +62,11 @@ class Study:
     prepare: list[list[str]] = field(default_factory=list)
     runs: str = ""
     baselines: list[str] = field(default_factory=list)
-    chosen_on: str = ""
+    chosen_on: list[str] = field(default_factory=list)
     choose_by: list[str] = field(default_factory=list)
     against: str = ""
     intervals: bool = False
+    tradeoff: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.variants = dict(self.variants)
@@ -77,6 +79,9 @@ class Study:
         if bool(self.chosen_on) != bool(self.choose_by):
             raise UserError(f"study {self.name} needs both `chosen_on` and `choose_by`, or neither")
         self._check("choose_by", self.choose_by, self.metrics)
+        self._check("tradeoff", self.tradeoff, self.metrics)
+        if len(self.tradeoff) not in (0, 2):
+            raise UserError(f"tradeoff of study {self.name} names {len(self.tradeoff)} metrics; it takes two")
         self._check("baselines", self.baselines, self.variants)
         self._check("against", [self.against] if self.against else [], self.variants)
         trained: list[str] = []
@@ -235,12 +240,13 @@ def best(study: Study, table: pd.DataFrame) -> tuple[str, float]:
 
     The first of several that are equal. Raises UserError when one of them lacks a figure to choose by.
     """
-    validation = table[table.dataset == study.chosen_on]
+    validation = table[table.dataset.isin(study.chosen_on)]
     means = validation.pivot_table(index="variant", columns="metric", values="mean")
     means = means.reindex(index=[v for v in study.variants if v not in study.baselines], columns=study.choose_by)
     for variant, row in means[means.isna().any(axis=1)].iterrows():
         lacking, known = ", ".join(row.index[row.isna()]), ", ".join(dict.fromkeys(table.dataset))
-        raise UserError(f"{variant} has no {lacking} on {study.chosen_on} to be chosen by; measured: {known}")
+        on = " and ".join(study.chosen_on)
+        raise UserError(f"{variant} has no {lacking} on {on} to be chosen by; measured: {known}")
     score = means.mean(axis=1)
     return score.idxmax(), float(score.max())
 
@@ -250,7 +256,7 @@ def render(study: Study, table: pd.DataFrame, comparison: pd.DataFrame | None) -
     parts = _markdown(study, table.assign(text=cells(table, study.intervals)))
     if study.chosen_on:
         variant, score = best(study, table)
-        rule = f"the mean of {' and '.join(study.choose_by)} on {study.chosen_on}"
+        rule = f"the mean of {' and '.join(study.choose_by)} on {' and '.join(study.chosen_on)}"
         parts.append(f"Best by {rule}, baselines apart: {variant} ({100 * score:.1f}).")
     if comparison is not None and comparison.empty:
         parts.append(f"Nothing to compare with {study.against}: the results have no number for each image.")
@@ -278,8 +284,8 @@ def _markdown(study: Study, rows: pd.DataFrame) -> list[str]:
 
 
 def _shown(study: Study, rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows of all data sets but the one to choose on; of that one where there is no other."""
-    others = rows[rows.dataset != study.chosen_on]
+    """The rows of all data sets but those to choose on; of these where there is no other."""
+    others = rows[~rows.dataset.isin(study.chosen_on)]
     return others if len(others) else rows
 
 
@@ -308,4 +314,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     figure = charts.dots(_shown(study, table), study.metrics, study.baselines)
     figure.suptitle(f"{study.name}: mean ± standard deviation over seeds; of one seed its 95 % interval", fontsize=11)
     figure.savefig(study.results / "table.png", dpi=130)
+    if study.tradeoff:
+        runs = _shown(study, long_table(results)).pivot_table("value", "model", "metric", sort=False)[study.tradeoff]
+        charts.tradeoff(runs, study.baselines).savefig(study.results / "tradeoff.png", dpi=130)
     print(f"\n{text}\n\nper cent where it is a share; table.csv and table.png are in {study.results}/")
