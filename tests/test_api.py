@@ -23,7 +23,7 @@ def test_examples_in_docstrings(small_example, monkeypatch):
     known = {"pc_clip": pc_clip, "Image": Image, "red": RED, "blue": BLUE}
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
     tests = [test for test in doctest.DocTestFinder().find(api, extraglobs=known) if test.examples]
-    assert len(tests) == 9  # every public function and method
+    assert len(tests) == 10  # every public function and method
     for test in tests:
         assert runner.run(test).failed == 0, test.name
 

@@ -8,6 +8,7 @@ import random
 import re
 import shutil
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,10 +18,13 @@ from PIL import Image
 from scipy.io import savemat
 
 from pc_clip.core.errors import UserError
+from pc_clip.core.paths import configs_folder
+from pc_clip.data.captions import read_captions
 from pc_clip.data.class_text import FOLDER, class_names
 from pc_clip.data.classification import SPLIT_BY_US, split_rows
 from pc_clip.data.registry import READERS, held_out, open_dataset
 from pc_clip.data.webdataset import find_tars, open_tar
+from pc_clip.interface import finetune, generate_diffs
 from pc_clip.models.torchvision_compat import torchvision
 
 
@@ -313,6 +317,50 @@ def test_awa2_joins_animals_and_predicates_by_name(tmp_path):
         lines = (folder / file).read_text().splitlines(True)
         write(folder / file, "".join(lines[::-1]))
         assert (known("awa2", tmp_path / "one", "all") == before) == (file != "predicate-matrix-binary.txt")
+
+
+def test_cub_with_ten_captions_is_written_about_trained_on_and_split_by_class(tmp_path, tiny, small_runs, monkeypatch):
+    """Reed's text_c10/CLASS/IMAGE.txt: the captions' images are the data set's, by name."""
+    monkeypatch.chdir(tmp_path)
+    cub_tree(Path("data/cub"))
+    for image in open_dataset("cub", split="train").ids + open_dataset("cub", split="test").ids:
+        text = "".join(f"a bird number {n} of {image[:3]}\n" for n in range(10))
+        write(Path("data/cub/text_c10") / Path(image).with_suffix(".txt"), text)
+    captions = read_captions("data/cub/text_c10")
+    assert {len(texts) for _, texts in captions.values()} == {10} and len(captions) == len(BIRDS)
+    write(Path("data/cub/trainvalclasses.txt"), f"{CUB[1]}\n{CUB[2]}\n")
+    birds = open_dataset("cub", split="trainvalclasses")
+    assert {name.split("/")[0] for name in birds.ids} == {CUB[1], CUB[2]} and len(birds.ids) == 4
+    assert len(birds.questions[0].classes) == 2
+
+    written = generate_diffs.main(
+        ["--dataset", "cub", "--split", "trainvalclasses", "--captions", "data/cub/text_c10", "--name", "cub"]
+    )
+    config = configs_folder() / "pc_clip_cub.yaml"
+    argv = ["--config", str(config), "--model.name", tiny, "--model.pretrained", "", "--data.differences", str(written)]
+    run = finetune.main([*argv, "--train.batch_size", "4", "--train.steps", "2", "--device", "cpu"])
+    log = json.loads((run / "environment.json").read_text())
+    assert "captions" in log["data"]
+    write(Path("data/cub/testclasses.txt"), "999.Dodo\n")
+    with pytest.raises(UserError, match="testclasses.txt lists 999.Dodo, which classes.txt does not have"):
+        open_dataset("cub", split="testclasses")
+    with pytest.raises(UserError, match="holds no captions; a folder of them is CUB's text_c10"):
+        read_captions("data/cub/CUB_200_2011/images")
+
+
+def test_karpathys_splits_of_coco(tmp_path):
+    image = {"filepath": "val2014", "sentences": [{"raw": " A dog. "}, {"raw": "One dog"}]}
+    images = [image | {"filename": f"COCO_{n}.jpg", "cocoid": n, "split": split} for n, split in
+              ((7, "test"), (8, "val"), (9, "test"))]  # fmt: skip
+    path = tmp_path / "annotations/dataset_coco.json"
+    write(path, json.dumps({"images": images, "dataset": "coco"}))
+    for n in (7, 9):
+        picture(tmp_path / "val2014" / f"COCO_{n}.jpg", n)
+    data = open_dataset("coco", tmp_path, "karpathy_test")
+    assert (data.ids, data.captions) == (["7", "9"], [("A dog.", "One dog")] * 2)
+    assert list(read_captions(path)) == ["7", "8", "9"]
+    with pytest.raises(UserError, match="no images of the split 'restval'"):
+        open_dataset("coco", tmp_path, "karpathy_restval")
 
 
 def test_cub_joins_birds_and_attributes_by_number_and_name(tmp_path):

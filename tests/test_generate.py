@@ -274,7 +274,6 @@ def test_what_cannot_be_is_refused(config):
         (config, {"n_images": 1}, "no pairs to write about"),
         (config, {"n_pairs": -1}, "n_pairs is -1"),
         (config, {"n_each": 0}, "n_each is 0"),
-        (config, {"dataset": "coco"}, "--dataset has no effect in --task pairs .*give --captions"),
         (config, {"prompt": "nope.yaml"}, "--prompt has no effect .*--writer rules"),
         (config, {"split": "val"}, "--split has no effect .*with --captions"),
         (config, {"n_each": 3}, "--n_each has no effect in --task pairs"),

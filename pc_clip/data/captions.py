@@ -1,4 +1,4 @@
-"""Images with captions: COCO's JSON, tables, and the JSON lines that `--task rewrite` writes."""
+"""Images with captions: COCO's JSON, Karpathy's, tables, CUB's text files, and the JSON lines of `--task rewrite`."""
 
 from __future__ import annotations
 
@@ -44,11 +44,16 @@ class Captions(dict[str, tuple[str, tuple[str, ...]]]):
 def read_captions(path: str | Path) -> Captions:
     """Captions by image id from any of the formats, told apart by the file's ending. What is left out is logged."""
     path = Path(path)
+    if path.is_dir():
+        return _told(read_text_folder(path))
     if not path.is_file():
         raise UserError(f"no captions file at {path}. COCO's are in annotations_trainval2017.zip of cocodataset.org.")
     table = path.suffix.lower() in TABLES
     read = read_rewritten if path.suffix == ".jsonl" else read_table if table else read_coco_captions
-    captions = read(path)
+    return _told(read(path))
+
+
+def _told(captions: Captions) -> Captions:
     if captions.note:
         log.warning("%s", captions.note)
     return captions
@@ -65,8 +70,11 @@ def image_id(value: object) -> str | None:
 
 
 def read_coco_captions(path: Path) -> Captions:
-    """A COCO captions file. Raises UserError that names the entry which is not what it should be."""
-    content = with_keys(read_json(path, dict), f"{path} is no COCO captions file: it", ("images", "annotations"))
+    """A COCO captions file, or Karpathy's. Raises UserError that names the entry which is not what it should be."""
+    content = read_json(path, dict)
+    if "annotations" not in content and isinstance(content.get("images"), list):
+        return read_karpathy(path)
+    with_keys(content, f"{path} is no COCO captions file: it", ("images", "annotations"))
     entries: dict[str, tuple[str, list[str]]] = {}
     for n, image in enumerate(content["images"]):
         where = f"{path}: entry {n} of images"
@@ -86,6 +94,44 @@ def read_coco_captions(path: Path) -> Captions:
         else:
             elsewhere += 1
     return Captions(path, entries, Counter({"annotations are of images that it does not list": elsewhere}))
+
+
+def read_karpathy(path: Path, split: str = "") -> Captions:
+    """The files dataset_coco.json, dataset_flickr30k.json and dataset_flickr8k.json of Karpathy and Fei-Fei (2015).
+
+    split: train, restval, val or test, of which the images alone are read; empty for all. An image's id is COCO's where
+    it has one, else its file's name.
+    """
+    entries: dict[str, tuple[str, list[str]]] = {}
+    for n, image in enumerate(with_keys(read_json(path, dict), str(path), ("images",))["images"]):
+        where = f"{path}: entry {n} of images"
+        with_keys(image, where, ("filename", "split", "sentences"))
+        if split and image["split"] != split:
+            continue
+        file = os.path.join(image.get("filepath", ""), words(image["filename"], where, "filename"))
+        key = image_id(image.get("cocoid", image["filename"]))
+        if key is None or key in entries:
+            raise UserError(f"{where} needs an id that no other image has, found {key!r}")
+        sentences = [with_keys(each, where, ("raw",))["raw"] for each in image["sentences"]]
+        entries[key] = (file, [words(text, where, "raw", may_be_empty=True) for text in sentences])
+    if not entries:
+        raise UserError(f"{path} has no images of the split {split!r}; Karpathy's are train, restval, val and test")
+    return Captions(path, entries, Counter())
+
+
+def read_text_folder(folder: Path) -> Captions:
+    """CUB's ten captions an image (Reed et al. 2016): text_c10/CLASS/IMAGE.txt, a caption a line.
+
+    An image's id is its file below CUB's images/, CLASS/IMAGE.jpg, as the data set cub has it.
+    """
+    files = sorted(folder.glob("*/*.txt"))
+    if not files:
+        raise UserError(f"{folder} holds no captions; a folder of them is CUB's text_c10, with CLASS/IMAGE.txt in it")
+    entries: dict[str, tuple[str, list[str]]] = {}
+    for file in files:
+        name = file.relative_to(folder).with_suffix(".jpg").as_posix()
+        entries[name] = (name, [" ".join(line.split()) for line in read_text(file).splitlines() if line.strip()])
+    return Captions(folder, entries, Counter())
 
 
 def read_table(path: Path) -> Captions:
@@ -175,9 +221,16 @@ def read_rewritten(path: Path) -> Captions:
 def open_coco(root: Path, split: str, missing: str = "error") -> Dataset:
     """COCO's layout: {root}/[annotations/]captions_{split}.json, pictures in {root}/{split}/.
 
-    missing: as for `find_pictures`.
+    split: karpathy_test (_val, _train, _restval) is that of Karpathy's file, dataset_*.json in either folder, whose
+    pictures are in {root}/val2014/ and {root}/train2014/. missing: as for `find_pictures`.
     """
     folders = (root / "annotations", root)
+    if split.startswith("karpathy_"):
+        files = [path for folder in folders for path in sorted(folder.glob("dataset_*.json"))]
+        if len(files) != 1:
+            raise NoSplit(f"{root} has {len(files)} of Karpathy's files dataset_*.json, and {split} takes one")
+        captions = read_karpathy(files[0], split.removeprefix("karpathy_"))
+        return _with_pictures("coco", split, split, files[0], captions, root, "", missing)
     path = next((p for folder in folders if (p := folder / f"captions_{split}.json").is_file()), None)
     if path is None:
         present = sorted(p.stem.removeprefix("captions_") for f in folders for p in f.glob("captions_*.json"))

@@ -21,10 +21,11 @@ import numpy as np
 import pandas
 from PIL import Image
 
-from pc_clip.core.errors import UserError
+from pc_clip.core.errors import UserError, nearest
 from pc_clip.data.class_text import class_names
-from pc_clip.data.dataset import IMAGE_SUFFIXES, Dataset, Question, digest
+from pc_clip.data.dataset import IMAGE_SUFFIXES, Dataset, NoSplit, Question, digest
 from pc_clip.data.picture_files import find_pictures
+from pc_clip.data.text_files import read_text
 
 # torchvision's class, and where it looks for the set below its root
 KINDS = {
@@ -165,7 +166,13 @@ def split_rows(ids: Sequence[str], part: str) -> list[int]:
 
 
 def open_cub(folder: Path, split: str) -> Dataset:
-    """The official split; `graded` says of each class in what share of answers people saw an attribute (0 to 1)."""
+    """The official split, or Reed's by class; `graded`: by class, in what share of answers people saw an attribute.
+
+    split: train or test; trainvalclasses or testclasses for all images of the classes that the file of that name lists,
+    which comes with the captions of Reed et al. (2016) and lies beside images.txt or in the folder above it.
+    """
+    if split not in (known := ("train", "test", "trainvalclasses", "testclasses")):
+        raise NoSplit(f"cub has no split {split!r}. {nearest(split, known)}")
     classes = _numbered(folder / "classes.txt")
     files = {"file": "images.txt", "label": "image_class_labels.txt", "train": "train_test_split.txt"}
     images = pandas.DataFrame({column: _numbered(folder / name, column == "file") for column, name in files.items()})
@@ -179,12 +186,21 @@ def open_cub(folder: Path, split: str) -> Dataset:
         )
     if without := set(classes) - set(images["class"]):
         raise UserError(f"{folder / 'images.txt'} has no images of {min(without)}, which is in classes.txt")
-    chosen = images[images["train"] == ("1" if split == "train" else "0")].sort_values("file")
+    if split.endswith("classes"):
+        places = [folder / f"{split}.txt", folder.parent / f"{split}.txt"]
+        listed = set(read_text(next((path for path in places if path.is_file()), places[0])).split())
+        if unknown := listed - set(classes):
+            raise UserError(f"{split}.txt lists {min(unknown)}, which classes.txt does not have")
+        chosen = images[images["class"].isin(listed)].sort_values("file")
+    else:
+        chosen = images[images["train"] == ("1" if split == "train" else "0")].sort_values("file")
     places = [folder / "attributes/attributes.txt", folder / "attributes.txt", folder.parent / "attributes.txt"]
     attributes = _numbered(next((path for path in places if path.is_file()), places[0]))
     graded = _grades(folder / "attributes/class_attribute_labels_continuous.txt", classes, attributes, 100)
     examples = ((folder / "images" / file, label) for file, label in zip(chosen["file"], chosen["class"]))
-    return photographs("cub", split, folder / "images", examples, sorted(classes), graded)
+    own = sorted(set(chosen["class"])) if split.endswith("classes") else sorted(classes)
+    graded = {attribute: {name: of_class[name] for name in own} for attribute, of_class in graded.items()}
+    return photographs("cub", split, folder / "images", examples, own, graded)
 
 
 def open_awa2(folder: Path, split: str) -> Dataset:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from zipfile import BadZipFile
 
@@ -44,7 +45,10 @@ def fetch(name: str, root: Path) -> None:
 
 
 def file_digest(path: Path, kind: str) -> str:
-    """md5 or sha256 of a file, in hexadecimal."""
+    """md5 or sha256 of a file, in hexadecimal; of a folder of captions, of the names and contents of its text files."""
+    if path.is_dir():
+        each = [(file.relative_to(path).as_posix(), file_digest(file, kind)) for file in sorted(path.rglob("*.txt"))]
+        return hashlib.new(kind, repr(each).encode()).hexdigest()
     return pooch.file_hash(str(path), alg=kind)
 
 

@@ -97,7 +97,7 @@ READERS: dict[str, Reader] = {
     "folder": _reader("folder", open_folder),
     "webdataset": _reader("webdataset", open_webdataset, any_split=True, may_miss=True),
     **{name: _reader(name, partial(open_classified, name)) for name in KINDS},
-    "cub": _reader("cub", open_cub),
+    "cub": _reader("cub", open_cub, any_split=True),  # by class as well
     "awa2": _reader("awa2", open_awa2),
     "clevr_change": _reader("clevr_change", open_clevr_change, may_miss=True),
     "spot_the_diff": _reader("spot_the_diff", open_spot_the_diff, may_miss=True),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,14 +18,16 @@ from torch import Tensor
 from pc_clip.core.environment import resolve_device
 from pc_clip.core.errors import UserError
 from pc_clip.core.files import write_text
-from pc_clip.data.dataset import Dataset, Question, read_image
+from pc_clip.data.dataset import Change, Dataset, Question, read_image
 from pc_clip.data.differences import read
 from pc_clip.data.embeddings import Options, embed_images, encode
+from pc_clip.data.pairs import captions
 from pc_clip.data.registry import open_dataset
 from pc_clip.evals import comparative, difference, rank, zeroshot
 from pc_clip.interface import finetune as finetune_script
 from pc_clip.interface import generate_diffs, run
 from pc_clip.models import loading
+from pc_clip.models.change_model import change_of
 from pc_clip.models.clip import Clip
 from pc_clip.models.loading import create_model
 from pc_clip.report.results import long_table
@@ -117,6 +120,28 @@ class Model:
             raise UserError(f"there are {len(a)} first images and {len(b)} second ones; give as many of each")
         pairs = np.stack([np.arange(len(a)), len(a) + np.arange(len(a))], axis=1)
         return difference.pair_differences(torch.cat([a, b]), pairs) @ self.embed_texts(texts).T
+
+    def caption(self, first: Images, second: Images, beams: int = 1) -> list[str]:
+        """Say in a sentence each what changed from a first image to a second one, by a model of method `change`.
+
+        first, second: P images each, compared place by place.  -> P sentences
+        Raises UserError for a model that has no caption decoder.
+
+        >>> pc_clip.load("example").caption([red], [blue])
+        Traceback (most recent call last):
+        pc_clip.core.errors.UserError: example cannot write: ...
+        """
+        if (change := change_of(self.clip)) is None or change.decoder is None:
+            raise UserError(
+                f"{self.clip.describe()} cannot write: it has no caption decoder. Train one with "
+                "configs/example_change.yaml, or configs/clip4idc_clevr.yaml"
+            )
+        if len(first) != len(second):
+            raise UserError(f"there are {len(first)} first images and {len(second)} second ones; give as many of each")
+        data = _dataset([*first, *second])
+        pairs = zip(data.ids[: len(first)], data.ids[len(first) :])
+        data = dataclasses.replace(data, changes=tuple(Change(a, b, ("",)) for a, b in pairs))
+        return [each.text for each in captions(self.clip, data, beams=beams)]
 
     def zeroshot(
         self,

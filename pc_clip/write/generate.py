@@ -23,7 +23,9 @@ from pc_clip.data import attributes, class_text, wordings
 from pc_clip.data.captions import read_captions
 from pc_clip.data.dataset import Dataset, Question
 from pc_clip.data.differences import choose_pairs
+from pc_clip.data.download import file_digest
 from pc_clip.data.registry import READERS, open_dataset
+from pc_clip.data.training_data import load_dataset
 from pc_clip.write import prompts
 from pc_clip.write.captioner import change_task
 from pc_clip.write.cleaning import clean
@@ -82,11 +84,11 @@ def _check_no_unused(config: GenerateConfig) -> None:
     for f in dataclasses.fields(config):
         unused = task not in f.metadata.get("tasks", (task,))
         unused |= f.name == ("prompt" if config.writer == "rules" else "wording")
-        beside = " with --captions" if f.name == "split" and config.captions and task != "rank" else ""
+        of_file = config.captions and task != "rank" and config.dataset == usual.dataset
+        beside = " with --captions" if f.name == "split" and of_file else ""
         if (unused or beside) and getattr(config, f.name) != getattr(usual, f.name):
-            hint = "; for COCO's captions give --captions" if f.name == "dataset" else ""
             where = f"--task {config.task} --writer {config.writer}{beside}"
-            raise UserError(f"--{f.name} has no effect in {where}; leave it out{hint}")
+            raise UserError(f"--{f.name} has no effect in {where}; leave it out")
 
 
 def compare_classes(
@@ -175,9 +177,13 @@ def _describe(config: GenerateConfig) -> Task:
 
 
 def _captions(config: GenerateConfig) -> dict[str, tuple[str, ...]]:
-    if config.captions:
+    """Captions by image: of a file, of a data set, or of those of its images that the file has captions of."""
+    if config.captions and config.dataset == GenerateConfig.dataset:
         return {key: captions for key, (_, captions) in read_captions(config.captions).items()}
-    data = open_dataset("example", split=config.split or "train")
+    what = {"dataset": config.dataset, "root": config.root, "split": config.split, "captions": config.captions}
+    data = load_dataset(DataConfig(**what, missing="keep"))  # nobody looks at the pictures
+    if not data.captions:
+        raise UserError(f"{data.label} has no captions to write from; name a file of them with --captions")
     return dict(zip(data.ids, data.captions))
 
 
@@ -221,7 +227,7 @@ def _settings(config: GenerateConfig, made_from: dict[str, Any]) -> dict[str, An
     used -= {"root", "prompt", "min_characters"}
     settings = {name: value for name, value in identity(config).items() if name in used} | made_from
     if config.captions:
-        settings["captions_sha256"] = hashlib.sha256(Path(config.captions).read_bytes()).hexdigest()
+        settings["captions_sha256"] = file_digest(Path(config.captions), "sha256")
     if config.writer in ("transformers", "server"):
         settings["min_characters"] = least_characters(config)
         settings["asked"] = dataclasses.asdict(prompts.read(config.prompt or prompts.FOLDER / f"{config.task}.yaml"))

@@ -99,9 +99,12 @@ class GenerateConfig:
     captions: str | None = of_tasks(
         None, "pairs rewrite rank", "A COCO JSON or a SimCLIP TSV; empty for the data set's own."
     )
-    dataset: str = of_tasks("example", "compare describe rank change", "Whose classes or images are written about.")
+    dataset: str = of_tasks(
+        "example", "pairs rewrite compare describe rank change",
+        "Whose images or classes are written about; with --captions those of its split that the file has captions of.",
+    )  # fmt: skip
     root: str | None = of_tasks(
-        None, "compare describe rank change", "The folder it is in, unless it is the usual one."
+        None, "pairs rewrite compare describe rank change", "The folder it is in, unless it is the usual one."
     )
     question: str | None = of_tasks(None, "compare describe", "Which of its classifications, where it has several.")
     split: str | None = setting(None, "Which split of the data set; the first, train, unless named.")
