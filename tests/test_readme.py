@@ -1,4 +1,4 @@
-"""The commands of the README, in order, and every number of the documents against its file."""
+"""The commands of the README and of docs/training.md, and every number of the documents against its file."""
 
 import importlib
 import json
@@ -14,8 +14,10 @@ from pc_clip.core.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = [line.split("  #")[0].strip() for line in re.findall(r"^    (python .*)$", README, re.MULTILINE)]
-NEEDS_DATA = ("diffs_llama2_coco", "pc_clip_coco", "cifar100", "pc_clip release")
+TRAINING, SPEED = ((ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in ("training", "speed"))
+LINES = re.findall(r"^    (python .*)$", README + TRAINING, re.MULTILINE)
+COMMANDS = [line.split("  #")[0].strip() for line in LINES]
+NEEDS_DATA = ("diffs_llama2_coco", "pc_clip_coco", "cifar100", "pc_clip release", "server.url")
 DESCRIBED = ("results", "simclip", "clip_po", "change")  # documents with tables of studies
 MAINS = {
     "generate_diffs.py": "pc_clip.interface.generate_diffs",
@@ -88,7 +90,7 @@ def cells(table: str) -> list[list[str]]:
 
 def test_the_speeds_in_the_text_are_those_measured():
     """Each row names a figure of bench/results.csv and shows it with three digits."""
-    (written,) = re.findall(r"<!-- bench/results.csv -->\n((?:\|.*\n)+)", README)
+    (written,) = re.findall(r"<!-- bench/results.csv -->\n((?:\|.*\n)+)", SPEED)
     measured = pd.read_csv(ROOT / "bench" / "results.csv").drop_duplicates("name", keep="last").set_index("name")
     rows = cells(written)[2:]
     assert len(rows) > 5
@@ -96,8 +98,10 @@ def test_the_speeds_in_the_text_are_those_measured():
         assert shown == f"{measured.ratio[name]:.3g} {measured.unit[name]}", name
 
 
-def test_every_file_and_option_the_readme_names_exists():
-    for name in re.findall(r"`?((?:configs|pc_clip|docs|tests)/[\w/.-]+\.(?:yaml|py|md))", README):
-        assert (ROOT / name).is_file(), name
-    for target in re.findall(r"make (\w+)", README):
+def test_every_file_and_target_that_the_documents_name_exists():
+    every = [README, *(path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md"))]
+    every.append((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
+    for name in re.findall(r"`?((?:configs|pc_clip|docs|tests)/[\w/.-]+\.(?:yaml|py|md))", "\n".join(every)):
+        assert (ROOT / name).is_file() or re.search(r"[A-Z]{3}", name), name
+    for target in re.findall(r"^    make (\w+)", "\n".join(every), re.MULTILINE):
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), target
