@@ -1,9 +1,12 @@
-"""Rows that ask more than a statement against its contradiction: SugarCrepe++'s, Winoground's, ImageCoDe's, CIRR's.
+"""Rows that ask more than a statement against its contradiction: SugarCrepe++'s, Winoground's, ImageCoDe's, and others.
 
 The files are .json, .jsonl, .csv, .tsv or .parquet as of statements (data/statements.py):
 
     image, caption, caption2, negative_caption           SugarCrepe++ and its like
     image_0, image_1, caption_0, caption_1 [, tag]       Winoground and its like (ColorSwap, EqBen, BiVLC)
+    image, captions, answer [, group, kind]              several candidates; the answer's place, from 0
+    image_path, caption_options                          What'sUp: the first is right
+    image_path, caption_0 to caption_3, correct_answer   NegBench's multiple choice
     number of an image -> sentence, by set of images     ImageCoDe
     reference, caption, target_hard                      CIRR
     candidate, captions, target                          FashionIQ
@@ -11,6 +14,7 @@ The files are .json, .jsonl, .csv, .tsv or .parquet as of statements (data/state
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,6 +51,16 @@ class Quartet(NamedTuple):
     kind: str
 
 
+class Choice(NamedTuple):
+    """An image, captions of which the one at place `answer` holds, and a set of rows that belong together, if any."""
+
+    image: str
+    captions: tuple[str, ...]
+    answer: int
+    group: str
+    kind: str
+
+
 class Pick(NamedTuple):
     """A sentence of one of the images in a folder, the one with the number `target`. kind: video or static."""
 
@@ -65,7 +79,7 @@ class Relative(NamedTuple):
     kind: str
 
 
-def form_of(paths: Sequence[str | Path]) -> type[Triplet] | type[Quartet] | type[Pick] | type[Relative] | None:
+def form_of(paths: Sequence[str | Path]) -> type[NamedTuple] | None:
     """What the first row of some files is; None for statements."""
     file = files_of(Path(paths[0]))[0]
     columns = next(iter(READERS[file.suffix.lower()](file)), ("", {}))[1]
@@ -73,10 +87,12 @@ def form_of(paths: Sequence[str | Path]) -> type[Triplet] | type[Quartet] | type
         return Pick
     if {"reference", "target_hard"} <= columns.keys() or {"candidate", "target"} <= columns.keys():
         return Relative
+    if "caption_options" in columns or {"captions", "answer"} <= columns.keys() or "correct_answer" in columns:
+        return Choice
     return Triplet if "caption2" in columns else Quartet if "image_0" in columns else None
 
 
-def read_groups(paths: Sequence[str | Path]) -> list[Triplet] | list[Quartet] | list[Pick] | list[Relative]:
+def read_groups(paths: Sequence[str | Path]) -> list[Any]:
     """All rows of some files, which are of one form. kind: the row's tag, else its file's name.
 
     Raises UserError with file and line for a row of another form.
@@ -86,6 +102,8 @@ def read_groups(paths: Sequence[str | Path]) -> list[Triplet] | list[Quartet] | 
         return [pick for path in paths for file in files_of(Path(path)) for pick in _picks(file)]
     if form is Relative:
         return [_relative(*row, file) for path in paths for file in files_of(Path(path)) for row in _rows(file)]
+    if form is Choice:
+        return [_choice(*row, file) for path in paths for file in files_of(Path(path)) for row in _rows(file)]
     wanted = ("caption", "caption2", "negative_caption") if form is Triplet else Quartet._fields[:4]
     for file in (file for path in paths for file in files_of(Path(path))):
         for where, columns in _rows(file):
@@ -125,6 +143,23 @@ def _picks(file: Path) -> list[Pick]:
 
 def _rows(file: Path) -> Entries:
     return READERS[file.suffix.lower()](file)
+
+
+def _choice(where: str, columns: dict[str, Any], file: Path) -> Choice:
+    row = Row(where, columns)
+    captions = columns.get("caption_options", columns.get("captions"))
+    if captions is None:  # NegBench: a column a caption
+        captions = [columns[f"caption_{n}"] for n in range(len(columns)) if columns.get(f"caption_{n}")]
+    elif isinstance(captions, str) and captions.startswith("["):  # a list in a table
+        captions = json.loads(captions)
+    if not isinstance(captions, list) or len(captions) < 2:
+        raise row.wrong(f"captions must be a list of two texts or more, found {str(captions)[:60]!r}")
+    answer = str(columns.get("answer", columns.get("correct_answer", 0)))  # What'sUp has none: the first is right
+    if not answer.isdecimal() or int(answer) >= len(captions):
+        raise row.wrong(f"the answer must be the place of one of {len(captions)} captions, from 0; found {answer!r}")
+    texts = tuple(words(text, where, "captions") for text in captions)
+    kind = row.optional("kind", row.optional("correct_answer_template", file.stem))
+    return Choice(row.image(), texts, int(answer), row.optional("group", ""), kind)
 
 
 def _relative(where: str, columns: dict[str, Any], file: Path) -> Relative:

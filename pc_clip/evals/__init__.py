@@ -33,7 +33,7 @@ from pc_clip.core.random import stream
 from pc_clip.data import attributes
 from pc_clip.data.dataset import Attribute, Dataset, Statement, subset
 from pc_clip.data.embeddings import embed_images
-from pc_clip.data.groups import Pick, Quartet, Relative, Triplet, form_of, read_groups
+from pc_clip.data.groups import form_of, read_groups
 from pc_clip.data.registry import held_out, open_dataset
 from pc_clip.data.statements import read_statements
 from pc_clip.models.clip import SCRATCH, Clip
@@ -128,7 +128,7 @@ class EvalContext:
         return attributes.of(self.data, self.config)
 
     @cached_property
-    def statements(self) -> list[Statement] | list[Triplet] | list[Quartet] | list[Pick] | list[Relative]:
+    def statements(self) -> list[Any]:
         """Those of the files that were named, else the data set's own; or groups (data/groups.py)."""
         files, config = self.config.statements, self.config
         if not files:

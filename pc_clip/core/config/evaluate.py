@@ -111,6 +111,7 @@ EVALUATIONS: dict[str, str] = {  # --mode NAME, in a line each
     "compositional": "a caption against a hard negative (SugarCrepe, ARO, VALSE)",
     "paraphrases": "a caption in two wordings against a wrong one (SugarCrepe++)",
     "winoground": "two captions against two images (Winoground)",
+    "choice": "one of several captions of an image (What'sUp, NegBench)",
     "imagecode": "a sentence that means one of ten nearly equal images (ImageCoDe)",
     "relative": "images found by another one and what to change in it (CIRR, FashionIQ)",
     "caption": "sentences on what changed",
