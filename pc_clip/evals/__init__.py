@@ -31,7 +31,7 @@ from pc_clip.core.config.evaluate import EVALUATIONS, EvaluateConfig
 from pc_clip.core.errors import UserError, check_choice
 from pc_clip.core.random import stream
 from pc_clip.data import attributes
-from pc_clip.data.dataset import Attribute, Dataset, Statement, subset
+from pc_clip.data.dataset import Attribute, Dataset, subset
 from pc_clip.data.embeddings import embed_images
 from pc_clip.data.groups import form_of, read_groups
 from pc_clip.data.registry import held_out, open_dataset

@@ -153,7 +153,7 @@ def _loop(accelerator: Accelerator, method: nn.Module, config: FinetuneConfig, r
         parameter.requires_grad_(True)
     optimizer = make_optimizer(train, list(parameters.values()), [method.rate(name) for name in parameters])
     per_epoch, main = method.steps_per_epoch, accelerator.is_main_process
-    total = train.steps or train.epochs * per_epoch
+    total = method.total_steps
     done, memory = state.load_state(run, parameters, optimizer) if config.resume else (0, {})
     method.restore(memory)
     best = BestCheckpoint(run, done, parameters, method.chosen_by) if method.chosen_by else None

@@ -32,6 +32,7 @@ class Kept(NamedTuple):
 
     tokens: Tensor  # [A, L] int64
     images: Tensor  # [A, D] embeddings, or [A, 3, H, W] pixels when the image tower learns
+    ramp: float  # what all weights are multiplied by in this step
     text_start: Tensor  # [A, D] float32, unit length
     image_start: Tensor  # [A, D] float32, unit length
 
@@ -49,7 +50,7 @@ class Retention:
 
     def __init__(self, method: BaseMethod, data: Dataset) -> None:
         self.clip, config, options = method.clip, method.config, method.config.retain
-        self.weights, self.temperature = options.weights, options.temperature
+        self.weights, self.temperature, self.ramp = options.weights, options.temperature, options.ramp
         _check(method)
         name = options.dataset or ("example" if config.data.dataset in EXAMPLES else "")
         if name:
@@ -96,11 +97,14 @@ class Retention:
             return (torch.empty(0) for _ in drawn)
         return self.images.batches((self.image_rows[rows] for rows in drawn), epoch)
 
-    def beside(self, batch: Any, rows: np.ndarray, images: Tensor) -> Retained:
-        """A method's batch with the captions of these rows and their images."""
+    def beside(self, batch: Any, rows: np.ndarray, images: Tensor, progress: float) -> Retained:
+        """A method's batch with the captions of these rows and their images. progress: the share of all steps before."""
+        ramp = min(1.0, progress / self.ramp) if self.ramp else 1.0
         chosen = torch.from_numpy(rows)
         image_start = torch.empty(0) if self.images is None else self.image_start[chosen]
-        return Retained(batch.ids, batch, Kept(self.texts.batch(rows), images, self.text_start[chosen], image_start))
+        return Retained(
+            batch.ids, batch, Kept(self.texts.batch(rows), images, ramp, self.text_start[chosen], image_start)
+        )
 
     def loss(self, kept: Kept) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum of the terms, and each term for the log."""
@@ -122,7 +126,7 @@ class Retention:
                 scale = self.clip.model.logit_scale.exp()
                 terms[name] = losses.over_all(losses.info_nce, text, image, 1 / scale)
         total = sum(self.weights[name] * term for name, term in terms.items())
-        return total, {f"retain_{name}": term.detach() for name, term in terms.items()}
+        return kept.ramp * total, {f"retain_{name}": term.detach() for name, term in terms.items()}
 
 
 def _check(method: BaseMethod) -> None:
@@ -133,6 +137,8 @@ def _check(method: BaseMethod) -> None:
             raise UserError(f"retain.{name} is {weight}; it is a weight, 0 or more")
     for name in ("batch", "captions"):
         check_at_least(f"retain.{name}", getattr(options, name), 2 if set(options.weights) - {"texts", "images"} else 1)
+    if not 0 <= options.ramp <= 1:
+        raise UserError(f"retain.ramp is {options.ramp}; it is a share of all steps, from 0 to 1")
     if not options.temperature > 0:
         raise UserError(f"retain.temperature is {options.temperature}; it must be above 0")
     visual = {name for name in learn if name.startswith("visual.")}

@@ -137,6 +137,7 @@ class RetainConfig:
     similarities: float = setting(0.0, "Of the KL divergence from the start's softmax of captions and images.")
     temperature: float = setting(0.05, "Of that softmax.", needs="similarities")
     contrastive: float = setting(0.0, "Of CLIP's own loss on ordinary captions and their images, at the model's scale.")
+    ramp: float = setting(0.0, "The share of all steps over which the weights rise to these from 0.", needs="weights")
     batch: int = setting(64, "Ordinary captions a step, over all processes.", needs="weights")
     captions: int = setting(20_000, "How many of them there are in all, drawn by the run's seed.", needs="weights")
     dataset: str = setting(

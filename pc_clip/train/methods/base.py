@@ -60,6 +60,10 @@ class BaseMethod(nn.Module):
     def steps_per_epoch(self) -> int:
         return self.sampler.steps_per_epoch
 
+    @property
+    def total_steps(self) -> int:
+        return self.config.train.steps or self.config.train.epochs * self.steps_per_epoch
+
     def begin_epoch(self, epoch: int) -> None:
         """Called before each epoch, when all steps before it are done."""
         if self.training and PartialState().num_processes > 1:  # else each process embeds by statistics of its own
@@ -128,8 +132,9 @@ class BaseMethod(nn.Module):
             closing(self.read((self.image_rows(part) for part, _ in ahead), epoch)) as coming,
             closing(self.retention.read((kept for _, kept in also), epoch)) as ordinary,
         ):
-            for (part, kept), images, seen in zip(drawn, coming, ordinary):
-                yield self.retention.beside(self.batch(part, images), kept, seen)
+            first = epoch * self.steps_per_epoch + skip
+            for step, ((part, kept), images, seen) in enumerate(zip(drawn, coming, ordinary), start=first):
+                yield self.retention.beside(self.batch(part, images), kept, seen, step / self.total_steps)
 
     def read(self, rows: Iterable[np.ndarray], epoch: int) -> Iterator[Any]:
         """The images of each array of rows."""

@@ -92,7 +92,7 @@ class Method(BaseMethod):
         """Which of an image's captions it has is drawn anew each epoch."""
         captions = rng.integers(self.captions_each[chosen])
         train, step, share = self.config.train, epoch * self.steps_per_epoch + n + 1, float("nan")
-        if step % train.log_every == 0 or step == (train.steps or train.epochs * self.steps_per_epoch):
+        if step % train.log_every == 0 or step == self.total_steps:
             captions_of = [self.said[image] for image in chosen]
             share = likely_false([texts[k] for texts, k in zip(captions_of, captions)], captions_of)
         return Part(chosen[self.share], captions[self.share], share)
