@@ -84,7 +84,14 @@ def test_a_frozen_image_tower_lends_its_cached_embeddings_and_a_run_is_repeated_
     assert tiny_runs.same(once, again)
 
 
+def test_weights_rise_over_a_share_of_the_steps(tiny):
+    made = retaining("preference", tiny, {"retain.texts": 1.0, "retain.ramp": 0.5, "train.steps": 8})
+    assert [batch.kept.ramp for batch in made.loader(0)][:8] == [0, 0.25, 0.5, 0.75, 1, 1, 1, 1]
+    assert next(made.loader(0, 3)).kept.ramp == 0.75
+
+
 REFUSED = [
+    ("preference", {"retain.texts": 1.0, "retain.ramp": 2.0}, "retain.ramp is 2.0"),
     ("preference", {"retain.texts": -1.0}, "retain.texts is -1.0; it is a weight"),
     ("preference", {"retain.texts": 1.0, "retain.batch": 0}, "retain.batch is 0"),
     ("preference", {"retain.contrastive": 1.0, "retain.batch": 1}, "retain.batch is 1; it must be at least 2"),
