@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +29,7 @@ from pc_clip.core.files import write_json
 from pc_clip.evals import base_of
 from pc_clip.models import export, loading
 from pc_clip.models.clip import Clip
-from pc_clip.models.loading import create_model
+from pc_clip.models.loading import create_model, describe_checkpoint
 
 VISION = {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8}
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 48, "heads": 3, "layers": 2}
@@ -378,6 +384,62 @@ def test_the_card_shows_what_was_measured_of_these_weights_with_the_baselines(ar
     monkeypatch.setattr(HfApi, "create_repo", refuse)
     with pytest.raises(UserError, match="a/b/c could not be written: Repo id must be .* The folder is whole in again"):
         export.main(["runs/mine", "--out", "again", "--push", "a/b/c"])
+
+
+class _Hub(BaseHTTPRequestHandler):
+    """Of the hub's interface what fetching a model asks for: which files there are, and each file."""
+
+    folder: Path
+
+    def do_HEAD(self) -> None:
+        self.do_GET(body=False)
+
+    def do_GET(self, body: bool = True) -> None:
+        if self.path.startswith("/api/models/me/mine/tree/"):
+            files = [(path.name, path.stat().st_size) for path in self.folder.iterdir()]
+            content = json.dumps([{"type": "file", "path": n, "size": size, "oid": "0"} for n, size in files]).encode()
+        elif self.path.startswith("/api/models/me/mine"):
+            files = [{"rfilename": path.name} for path in self.folder.iterdir()]
+            content = json.dumps({"id": "me/mine", "sha": "a" * 40, "siblings": files}).encode()
+        elif self.path.startswith("/me/mine/resolve/") and (self.folder / Path(self.path).name).is_file():
+            content = (self.folder / Path(self.path).name).read_bytes()
+        else:
+            return self.send_error(404)
+        self.send_response(200)
+        named = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": "a" * 40}
+        for name, value in (named | {"Content-Length": str(len(content))}).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if body:
+            self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        """Nothing is printed."""
+
+
+@pytest.mark.slow
+def test_a_model_of_the_hub_is_a_checkpoint(architecture, tmp_path):
+    """In a process of its own, because the hub's address is read when its library is imported."""
+    clip = random_clip(architecture())
+    export.export(clip, Path("exported"))
+    Path("exported/evil.py").write_text("raise SystemExit")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Hub", (_Hub,), {"folder": Path("exported")}))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    lines = (
+        "import pc_clip; print(pc_clip.load('hf-hub:me/mine').clip.weights_hash()); pc_clip.load('hf-hub:me/absent')"
+    )
+    address = {
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HUB_OFFLINE": "0",
+        "HF_HOME": str(tmp_path / "hub"),
+    }
+    address["PYTHONPATH"] = str(Path(__file__).parents[1])
+    done = subprocess.run([sys.executable, "-c", lines], env=os.environ | address, capture_output=True, text=True)
+    server.shutdown()
+    assert done.stdout.strip() == clip.weights_hash(), done.stderr
+    assert "UserError: hf-hub:me/absent cannot be had from the hub" in done.stderr
+    assert not list((tmp_path / "hub").rglob("evil.py"))
+    assert describe_checkpoint("hf-hub:me/mine") == "mine"
 
 
 # -- and back ------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from torch import Tensor
 from pc_clip.core.environment import resolve_device
 from pc_clip.core.errors import UserError
 from pc_clip.core.files import write_text
+from pc_clip.core.paths import HUB
 from pc_clip.data.dataset import Change, Dataset, Question, read_image
 from pc_clip.data.differences import read
 from pc_clip.data.embeddings import Options, embed_images, encode
@@ -38,9 +39,10 @@ Images = str | Path | Sequence[str | Path | Image.Image]
 def load(name_or_checkpoint: str | Path, pretrained: str | None = None, device: str | None = None) -> Model:
     """Load a CLIP model to use, in evaluation mode.
 
-    name_or_checkpoint: a run's folder, a .safetensors or .pt file; or open_clip's name of an architecture,
-    "local-dir:FOLDER", or "example" for the model that comes with the package. pretrained: one of open_clip's tags for
-    that architecture, or a file of weights. device: "cpu" or "cuda"; the GPU if there is one unless given.
+    name_or_checkpoint: a run's folder, a .safetensors or .pt file, "hf-hub:USER/NAME"; or open_clip's name of an
+    architecture, "local-dir:FOLDER", or "example" for the model that comes with the package. pretrained: one of
+    open_clip's tags for that architecture, or a file of weights. device: "cpu" or "cuda"; the GPU if there is one
+    unless given.
     Raises UserError for an unknown name, weights that cannot be had, or a file that does not fit.
 
     >>> import pc_clip
@@ -49,7 +51,7 @@ def load(name_or_checkpoint: str | Path, pretrained: str | None = None, device: 
     torch.Size([2, 128])
     """
     device = resolve_device(device or "")
-    if Path(name_or_checkpoint).exists():
+    if Path(name_or_checkpoint).exists() or (str(name_or_checkpoint).startswith(HUB) and not pretrained):
         return Model(loading.load_model(name_or_checkpoint, None, pretrained, device=device))
     return Model(create_model(str(name_or_checkpoint), pretrained, device=device))
 

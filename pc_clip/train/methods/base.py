@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from itertools import tee
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,9 +28,6 @@ from pc_clip.models.clip import SCRATCH, Clip
 from pc_clip.models.parameters import image_tower_learns
 from pc_clip.train.samplers import Sampler
 
-if TYPE_CHECKING:
-    from pc_clip.train.retention import Retention
-
 LARGEST_LOGIT_SCALE = torch.tensor(100.0).log().item()
 TEXTS_PER_BATCH = 256
 ROWS_AT_ONCE = 1 << 16  # rows of embeddings that all processes hold at a time
@@ -42,7 +39,7 @@ class BaseMethod(nn.Module):
 
     sampler: Sampler  # made by the method, which knows what its examples are
     images: Images
-    retention: Retention | None = None  # set by the loop, where the settings ask for it
+    retention: Any = None  # a Retention (train/retention.py), set by the loop where the settings ask for it
     more_captions: Sequence[tuple[str, ...]] = ()  # ordinary ones that are not the data set's
     idle: tuple[str, ...] = ("logit_", "text_decoder.")  # how the names of weights begin that no loss reaches
     chosen_by = ""  # the figure of `validate` by which the best epoch is chosen; empty for the last epoch
