@@ -52,11 +52,13 @@ class Retention:
         self.clip, config, options = method.clip, method.config, method.config.retain
         self.weights, self.temperature, self.ramp = options.weights, options.temperature, options.ramp
         _check(method)
+        config = dataclasses.replace(
+            config, data=dataclasses.replace(config.data, min_crop=1.0)
+        )  # as the start saw them
         name = options.dataset or ("example" if config.data.dataset in EXAMPLES else "")
         if name:
             changes = {"dataset": name, "root": options.root, "split": options.split, "captions": options.file}
-            config = dataclasses.replace(config)
-            config.data = dataclasses.replace(config.data, **changes, mix=[], embeddings=None, min_crop=1.0)
+            config.data = dataclasses.replace(config.data, **changes, mix=[], embeddings=None)
             data = load_dataset(config.data, config.seed)
         more = method.more_captions if set(self.weights) == {"texts"} else ()
         written = [(text, row) for row, texts in enumerate([*(data.captions or []), *more]) for text in texts]
