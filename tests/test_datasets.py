@@ -193,6 +193,24 @@ def test_captions_are_opened_with_their_pictures_or_count_those_absent(tmp_path,
             open_dataset(name, tmp_path, "train")
 
 
+def test_a_table_of_classes_is_a_classification(tmp_path):
+    for name in "abc":
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
+    table = tmp_path / "birds.csv"
+    table.write_text("filepath,label\na.png,grey_owl\nb.png,robin\nc.png,robin\n")
+    data = open_dataset("tsv", tmp_path, "birds")
+    (question,) = data.questions
+    assert (question.classes, question.target.tolist(), data.captions) == (("grey owl", "robin"), [0, 1, 1], None)
+    with pytest.raises(UserError, match="holds classes and no captions"):
+        read_captions(table)
+    table.write_text("filepath,label,title\na.png,owl,An owl\nb.png,robin,\n")
+    data = open_dataset("tsv", tmp_path, "birds")
+    assert (data.captions, len(data.questions)) == ([("An owl",), ()], 1)
+    table.write_text("filepath,label\na.png,owl\na.png,robin\n")
+    with pytest.raises(UserError, match="'a.png' is of the class 'robin' here and of 'owl' above"):
+        open_dataset("tsv", tmp_path, "birds")
+
+
 def test_a_table_that_lies_elsewhere_is_named_by_its_path(tmp_path):
     place = picture(tmp_path / "far" / "a.png", (50, 0, 0))
     for folder in ("mine", "yours"):

@@ -10,10 +10,11 @@ import re
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from pc_clip.core.errors import UserError
-from pc_clip.data.dataset import Dataset, NoSplit, digest
+from pc_clip.data.dataset import Dataset, NoSplit, Question, digest
 from pc_clip.data.picture_files import OR_SKIP, find_list, find_pictures
 from pc_clip.data.text_files import image_name, json_lines, read_json, read_text, with_keys, words
 
@@ -21,17 +22,29 @@ log = logging.getLogger(__name__)
 
 TABLES = (".tsv", ".csv", ".txt", ".parquet")  # endings of tables, in any case
 IMAGE_COLUMNS = ("image", "filepath", "file_name", "filename", "image_path", "path")
+LABEL_COLUMNS = ("label", "class", "category")
 CAPTION_COLUMN = re.compile(r"caption\d*|title|text")
 
 
 class Captions(dict[str, tuple[str, tuple[str, ...]]]):
-    """Image id -> (file name, its captions, at least one). note: what was left out, counted by reason."""
+    """Image id -> (file name, its captions: at least one, or a label). note: what was left out, counted by reason.
 
-    def __init__(self, path: Path, entries: dict[str, tuple[str, list[str]]], left_out: Counter[str]) -> None:
+    labels: the class of an image by its id, where the file has a column of classes.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        entries: dict[str, tuple[str, list[str]]],
+        left_out: Counter[str],
+        labels: dict[str, str] | None = None,
+    ) -> None:
         """entries: all captions as they are written; those without a word are left out and counted."""
         super().__init__()
+        self.labels = labels or {}
         for key, (file, texts) in entries.items():
-            if kept := tuple(filter(None, texts)):
+            kept = tuple(filter(None, texts))
+            if kept or key in self.labels:
                 self[key] = file, kept
             left_out["captions are empty"] += len(texts) - len(kept)
         left_out[f"of {len(entries)} images have no caption"] += len(entries) - len(self)
@@ -54,6 +67,8 @@ def read_captions(path: str | Path) -> Captions:
 
 
 def _told(captions: Captions) -> Captions:
+    if not any(texts for _, texts in captions.values()):
+        raise UserError("the file holds classes and no captions; open it as a data set, tsv, to classify its images")
     if captions.note:
         log.warning("%s", captions.note)
     return captions
@@ -138,18 +153,20 @@ def read_table(path: Path) -> Captions:
     """A table of pictures and captions, a row an image (SimCLIP's) or a row a caption (open_clip's), or Parquet.
 
     Columns, in any order and beside others: the picture, called one of IMAGE_COLUMNS; its captions, called caption,
-    caption1, caption2, ..., title or text; its id, if it has another than the picture's name. Columns are apart by
-    tabs, commas or semicolons. An empty caption and "nan" are none.
+    caption1, caption2, ..., title or text, or its class, one of LABEL_COLUMNS; its id, if it has another than its name.
+    Columns are apart by tabs, commas or semicolons. An empty caption and "nan" are none.
     Raises UserError for absent columns, a row that does not fit, and two pictures of one id.
     """
     (_, head), *rows = _parquet(path) if path.suffix.lower() == ".parquet" else _rows(path)
     columns = [n for n, name in enumerate(head) if CAPTION_COLUMN.fullmatch(name)]
     image = next((head.index(name) for name in IMAGE_COLUMNS if name in head), None)
-    if image is None or not columns:
+    label = next((head.index(name) for name in LABEL_COLUMNS if name in head), None)
+    if image is None or not (columns or label is not None):
         raise UserError(
             f"{path} needs a column of pictures ({', '.join(IMAGE_COLUMNS)}) and columns of captions (caption, "
-            f"caption1, ..., title, text); found {', '.join(head)}"
+            f"caption1, ..., title, text) or one of classes ({', '.join(LABEL_COLUMNS)}); found {', '.join(head)}"
         )
+    labels: dict[str, str] = {}
     named = head.index("id") if "id" in head else image
     entries: dict[str, tuple[str, list[str]]] = {}
     for line, row in rows:
@@ -166,7 +183,9 @@ def read_table(path: Path) -> Captions:
             raise UserError(f"{where}: the id {key!r} is that of another picture, {known}")
         said = [words(row[n], where, head[n], may_be_empty=True) for n in columns]
         texts += [text for text in said if text and text.lower() != "nan"]
-    return Captions(path, entries, Counter())
+        if label is not None and labels.setdefault(key, row[label]) != row[label]:
+            raise UserError(f"{where}: {key!r} is of the class {row[label]!r} here and of {labels[key]!r} above")
+    return Captions(path, entries, Counter(), labels)
 
 
 def _parquet(path: Path) -> list[tuple[int, list[str]]]:
@@ -265,8 +284,19 @@ def _with_pictures(
         ids=ids,
         load=pictures.load(ids),
         fingerprint=digest(*pictures.stamps(ids)),
-        captions=[captions[key][1] for key in ids],
+        captions=[captions[key][1] for key in ids] if any(texts for _, texts in captions.values()) else None,
+        questions=_question(ids, captions.labels),
         note="; ".join(filter(None, (captions.note, note))),
         part=part,
         left_out=frozenset(captions) - frozenset(ids),
     )
+
+
+def _question(ids: list[str], labels: dict[str, str]) -> tuple[Question, ...]:
+    """Which class an image is of, where the file says so and there is more than one."""
+    classes = sorted(set(labels.values()))
+    if len(classes) < 2:
+        return ()
+    rows = np.array([row for row, key in enumerate(ids) if key in labels], dtype=np.int64)
+    target = np.array([classes.index(labels[ids[row]]) for row in rows], dtype=np.int64)
+    return (Question("class", tuple(name.replace("_", " ") for name in classes), rows, target),)
