@@ -1,6 +1,6 @@
 """Draws docs/pictures/idea.png: two pictures, their embeddings' difference, sentences before and after training.
 
-    python docs/idea.py runs/example
+    python -m docs.idea runs/example
 
 An arrow's angle to the difference is the true one: the arc cosine of their cosine. Nothing else of the space is shown.
 """
@@ -19,11 +19,11 @@ import numpy as np
 import pc_clip
 from pc_clip.data.registry import open_dataset
 
-FIRST, SECOND = 4, 3  # test scenes: a large red heart, a cyan square
-SENTENCES = {  # of the pair, in a trained and an untrained family of wordings, and what contradicts it
-    "The first image shows a large red heart, while the second shows a cyan square.": "C0",
-    "Unlike the second image, which has a cyan square, the first has a large red heart.": "C2",
-    "The first image shows a cyan square, while the second shows a large red heart.": "C3",
+FIRST, SECOND = 4, 3  # test scenes: a large red heart, a small cyan square
+SENTENCES = {  # of the pair, in a trained and an untrained family of wordings, and the opposite: colour, width
+    "The first image shows larger objects, while the second shows smaller objects.": ("C0", 4),
+    "Unlike the second image, which has smaller objects, the first image has larger objects.": ("C1", 1.5),
+    "The first image shows smaller objects, while the second shows larger objects.": ("C3", 2),
 }
 
 
@@ -42,12 +42,12 @@ def main(checkpoint: str) -> None:
         scores = pc_clip.load(model).difference(pictures[:1], pictures[1:], list(SENTENCES))[0].numpy()
         _arrow(axes, 0, "black", 2.5)
         axes.text(1.04, 0, "z(first)\n− z(second)", fontsize=8, va="center")
-        for angle, color in zip(np.arccos(scores), SENTENCES.values()):
-            _arrow(axes, angle, color, 2)
+        for angle, (color, width) in zip(np.arccos(scores), SENTENCES.values()):
+            _arrow(axes, angle, color, width)
         axes.set_title(title, fontsize=10)
         axes.set(xlim=(-1.15, 1.5), ylim=(-0.15, 1.1), aspect="equal")
         axes.axis("off")
-    lines = [plt.Line2D([], [], color=color, linewidth=2, label=text) for text, color in SENTENCES.items()]
+    lines = [plt.Line2D([], [], color=color, linewidth=width, label=text) for text, (color, width) in SENTENCES.items()]
     figure.legend(handles=lines, loc="outside lower center", fontsize=8, frameon=False)
     figure.savefig(Path(__file__).parent / "pictures" / "idea.png", dpi=130)
 
