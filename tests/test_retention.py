@@ -84,6 +84,12 @@ def test_a_frozen_image_tower_lends_its_cached_embeddings_and_a_run_is_repeated_
     assert tiny_runs.same(once, again)
 
 
+def test_what_a_frozen_tower_makes_stays_and_that_is_noted(tiny):
+    made = retaining("preference", tiny, ALL | {"model.train": "text"})
+    assert list(made.retention.weights) == ["texts", "similarities", "contrastive"]
+    assert "retain.images has no effect: that tower is frozen, and what it makes stays" in made.notes
+
+
 def test_weights_rise_over_a_share_of_the_steps(tiny):
     made = retaining("preference", tiny, {"retain.texts": 1.0, "retain.ramp": 0.5, "train.steps": 8})
     assert [batch.kept.ramp for batch in made.loader(0)][:8] == [0, 0.25, 0.5, 0.75, 1, 1, 1, 1]
@@ -96,8 +102,8 @@ REFUSED = [
     ("preference", {"retain.texts": 1.0, "retain.batch": 0}, "retain.batch is 0"),
     ("preference", {"retain.contrastive": 1.0, "retain.batch": 1}, "retain.batch is 1; it must be at least 2"),
     ("preference", {"retain.similarities": 1.0, "retain.temperature": 0.0}, "retain.temperature is 0.0"),
-    ("preference", {"retain.images": 1.0, "model.train": "text"}, "the image tower is frozen"),
-    ("change", {"retain.texts": 1.0}, "the text tower does not learn"),
+    ("preference", {"retain.images": 1.0, "model.train": "text"}, "retain.images: that tower is frozen"),
+    ("change", {"retain.texts": 1.0}, "retain.texts: that tower is frozen"),
     ("preference", {"retain.texts": 1.0, "retain.dataset": "example_relations"}, "has none; name a data set that has"),
     ("preference", {"preference.per_image": 3}, "preference.per_image 3 does not divide train.batch_size 8"),
 ]

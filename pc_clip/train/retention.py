@@ -50,8 +50,7 @@ class Retention:
 
     def __init__(self, method: BaseMethod, data: Dataset) -> None:
         self.clip, config, options = method.clip, method.config, method.config.retain
-        self.weights, self.temperature, self.ramp = options.weights, options.temperature, options.ramp
-        _check(method)
+        self.weights, self.temperature, self.ramp = _check(method), options.temperature, options.ramp
         config = dataclasses.replace(
             config, data=dataclasses.replace(config.data, min_crop=1.0)
         )  # as the start saw them
@@ -131,8 +130,8 @@ class Retention:
         return kept.ramp * total, {f"retain_{name}": term.detach() for name, term in terms.items()}
 
 
-def _check(method: BaseMethod) -> None:
-    """Raises UserError for what cannot be retained, or does not change."""
+def _check(method: BaseMethod) -> dict[str, float]:
+    """The weights of what can change. Raises UserError for others than weights, and where nothing can."""
     options, learn = method.config.retain, method.trainable()
     for name, weight in options.weights.items():
         if not 0 < weight < float("inf"):
@@ -144,7 +143,10 @@ def _check(method: BaseMethod) -> None:
     if not options.temperature > 0:
         raise UserError(f"retain.temperature is {options.temperature}; it must be above 0")
     visual = {name for name in learn if name.startswith("visual.")}
-    if options.images and not visual:
-        raise UserError("retain.images keeps images where they are, and the image tower is frozen: they stay; set it 0")
-    if options.texts and not any(name not in visual and not name.startswith("change.") for name in learn):
-        raise UserError("retain.texts keeps captions where they are, and the text tower does not learn; set it to 0")
+    text = any(name not in visual and not name.startswith("change.") for name in learn)
+    frozen = {name for name, learns in (("images", visual), ("texts", text)) if not learns} & options.weights.keys()
+    if frozen == options.weights.keys():
+        raise UserError(f"retain.{min(frozen)}: that tower is frozen, so that what it makes stays; set it to 0")
+    for name in sorted(frozen):
+        method.notes.append(f"retain.{name} has no effect: that tower is frozen, and what it makes stays")
+    return {name: weight for name, weight in options.weights.items() if name not in frozen}
