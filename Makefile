@@ -12,7 +12,7 @@ help:
 	@echo "make demo         a page in the browser to try the example's model, before and after finetuning"
 	@echo "make reproduce    the same with three seeds, and the paper's other evaluations"
 	@echo "make simclip      batches of similar examples against random ones, and hard pairs; an hour or more on two cores"
-	@echo "make clip_po      preference tuning against plain finetuning with the same negatives; an hour on two cores"
+	@echo "make clip_po      preference tuning against plain finetuning with the same negatives; an hour and a half on two cores"
 	@echo "make change       what changed between two scenes: adapted, then captioned (CLIP4IDC); three hours on two cores"
 	@echo "make check        ruff, the layers of imports, the fast tests"
 	@echo "make test         the same and the slow tests"
