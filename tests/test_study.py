@@ -50,6 +50,7 @@ def test_what_is_wrong_is_said():
         ({"baselines": ["text-k3"]}, "baselines of study s names 'text-k3'"),
         ({"against": "text-k3"}, "against of study s names 'text-k3'.*text-k2"),
         ({"chosen_on": ["example/val"]}, "needs both `chosen_on` and `choose_by`"),
+        ({"tradeoff": ["example/val:t2i_r5"]}, "tradeoff of study s names 't2i_r5'"),
         ({"chosen_on": ["example/val"], "choose_by": ["t2i_r5"]}, "choose_by of study s names 't2i_r5'"),
         ({"colour": "red"}, "is no study.*colour"),
         ({"variants": {"b": ["{a}"], "a": []}}, "variant 'b' of study s names 'a'"),

@@ -60,8 +60,8 @@ def tradeoff(runs: pd.DataFrame, baselines: Sequence[str] = ()) -> Figure:
     best = runs.sort_values([kept, gained], ascending=False)
     best = best[best[gained] > best[gained].cummax().shift(fill_value=-np.inf)]  # nothing that keeps more gains as much
     axes.plot(best[kept], best[gained], color="grey", linewidth=0.8, linestyle=":", drawstyle="steps-pre", zorder=1)
-    axes.set_xlabel(f"{kept.replace('_', ' ')} (per cent): what is kept")
-    axes.set_ylabel(f"{gained.replace('_', ' ')} (per cent): what is gained")
+    axes.set_xlabel(f"kept: {kept.replace('_', ' ').replace(':', ', ')} (per cent)")
+    axes.set_ylabel(f"gained: {gained.replace('_', ' ').replace(':', ', ')} (per cent)")
     axes.grid(alpha=0.2)
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)
     return figure

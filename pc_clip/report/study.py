@@ -50,8 +50,8 @@ class Study:
     each a list. runs: the study whose runs are evaluated; its own unless named. baselines: variants that do not
     compete. chosen_on: data sets the best of the others is chosen on, by the mean of the metrics choose_by; they are
     then left out of table and picture. against: the variant that all others are compared with, image by image.
-    intervals: whether the table shows 95 % intervals. tradeoff: two metrics, what is kept and what is gained, for a
-    picture of both with a point a variant and seed.
+    intervals: whether the table shows 95 % intervals. tradeoff: two figures as DATASET:METRIC, what is kept and what
+    is gained, for a picture of both with a point a variant and seed.
     """
 
     name: str
@@ -79,7 +79,7 @@ class Study:
         if bool(self.chosen_on) != bool(self.choose_by):
             raise UserError(f"study {self.name} needs both `chosen_on` and `choose_by`, or neither")
         self._check("choose_by", self.choose_by, self.metrics)
-        self._check("tradeoff", self.tradeoff, self.metrics)
+        self._check("tradeoff", [name.rpartition(":")[2] for name in self.tradeoff], self.metrics)
         if len(self.tradeoff) not in (0, 2):
             raise UserError(f"tradeoff of study {self.name} names {len(self.tradeoff)} metrics; it takes two")
         self._check("baselines", self.baselines, self.variants)
@@ -315,6 +315,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     figure.suptitle(f"{study.name}: mean ± standard deviation over seeds; of one seed its 95 % interval", fontsize=11)
     figure.savefig(study.results / "table.png", dpi=130)
     if study.tradeoff:
-        runs = _shown(study, long_table(results)).pivot_table("value", "model", "metric", sort=False)[study.tradeoff]
+        figures = long_table(results)
+        runs = figures.assign(figure=figures.dataset + ":" + figures.metric).pivot_table(
+            "value", "model", "figure", sort=False
+        )[study.tradeoff]
         charts.tradeoff(runs, study.baselines).savefig(study.results / "tradeoff.png", dpi=130)
     print(f"\n{text}\n\nper cent where it is a share; table.csv and table.png are in {study.results}/")
