@@ -169,7 +169,12 @@ def test_what_each_evaluation_lacks():
     true, false = (Statement("0", "a", "b", label) for label in (True, False))
     classes, change = {"questions": (question,)}, Change("0", "0", ("x",))
     plain = EvaluateConfig()
-    for name, column in (("x", "caption"), ("triplets", "caption2"), ("quartets", "image_0")):
+    for name, column in (
+        ("x", "caption"),
+        ("triplets", "caption2"),
+        ("quartets", "image_0"),
+        ("choices", "caption_options"),
+    ):
         Path(f"{name}.jsonl").write_text(json.dumps({column: "a"}))
     Path("relative.json").write_text(json.dumps([{"reference": "0", "target_hard": "0", "caption": "a"}]))
     Path("picks.json").write_text(json.dumps({"set": {"3": "a"}}))
@@ -193,6 +198,7 @@ def test_what_each_evaluation_lacks():
         ("compositional", data(statements=(true,)), plain),
         ("paraphrases", data(), EvaluateConfig(statements=["triplets.jsonl"])),
         ("winoground", data(), EvaluateConfig(statements=["quartets.jsonl"])),
+        ("choice", data(), EvaluateConfig(statements=["choices.jsonl"])),
         ("imagecode", data(), EvaluateConfig(statements=["picks.json"])),
         ("relative", data(), EvaluateConfig(statements=["relative.json"])),
     ]
