@@ -102,7 +102,7 @@ def test_the_text_marks_what_holds_and_shows_the_test_split_alone():
     items = measured("random", np.zeros(40)) + measured("a", np.ones(40))
     items += [result | {"dataset": "x/val"} for result in items]
     results = [r | {"evaluation": "retrieve", "metrics": {"r1": 0.25}, "n": 40} for r in items]
-    study = Study("s", [], ["r1"], {"random": [], "a": []}, chosen_on="x/val", choose_by=["r1"], against="random")
+    study = Study("s", [], ["r1"], {"random": [], "a": []}, chosen_on=["x/val"], choose_by=["r1"], against="random")
     text = render(study, tabulate(study, results), table_of(items))
     compared = text[text.index("Less random, points") :]
     assert "one seed, so that the noise of training is left out" in compared
