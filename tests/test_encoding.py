@@ -162,7 +162,7 @@ def test_a_process_that_dies_is_an_error_in_words_and_ctrl_c_does_not_end_it(mon
     workers: set[int] = set()
 
     def rows():
-        """The worker is killed while the reader asks for the twentieth batch: torch raises where the news reaches it."""
+        """The worker is killed while the reader asks for a batch: torch raises where the news reaches it."""
         for n, some in enumerate(rows_of(*[32] * 50)):
             if n == 20:
                 os.kill(next(iter(workers)), signal.SIGKILL)
