@@ -118,20 +118,14 @@ class BaseMethod(nn.Module):
                 if n >= skip:
                     yield part, kept
 
-        if self.retention is None:
-            drawn, ahead = tee(draw())
-            with closing(self.read((self.image_rows(part) for part, _ in ahead), epoch)) as coming:
-                for (part, _), images in zip(drawn, coming):
-                    yield self.batch(part, images)
-            return
         drawn, ahead, also = tee(draw(), 3)
-        with (
-            closing(self.read((self.image_rows(part) for part, _ in ahead), epoch)) as coming,
-            closing(self.retention.read((kept for _, kept in also), epoch)) as ordinary,
-        ):
+        rows, ordinary_rows = (self.image_rows(part) for part, _ in ahead), (kept for _, kept in also)
+        seen = self.retention.read(ordinary_rows, epoch) if self.retention else ordinary_rows
+        with closing(self.read(rows, epoch)) as coming, closing(seen) as ordinary:
             first = epoch * self.steps_per_epoch + skip
-            for step, ((part, kept), images, seen) in enumerate(zip(drawn, coming, ordinary), start=first):
-                yield self.retention.beside(self.batch(part, images), kept, seen, step / self.total_steps)
+            for step, ((part, kept), images, more) in enumerate(zip(drawn, coming, ordinary), start=first):
+                batch, progress = self.batch(part, images), step / self.total_steps
+                yield self.retention.beside(batch, kept, more, progress) if self.retention else batch
 
     def read(self, rows: Iterable[np.ndarray], epoch: int) -> Iterator[Any]:
         """The images of each array of rows."""
