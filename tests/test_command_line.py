@@ -70,6 +70,7 @@ def test_a_flag_that_another_setting_leaves_without_effect_is_refused():
         (finetune.main, ["--sampler.share", "0.5"], "--sampler.share has no effect with sampler.kind random"),
         (finetune.main, ["--train.decay", "0.5"], "--train.decay has no effect with train.schedule cosine"),
         (finetune.main, ["--retain.texts", "0", "--retain.batch", "8"], "has no effect with retain.weights {}"),
+        (finetune.main, ["--pairwise.anchor", "2"], "pairwise.anchor is called retain.texts now"),
         (finetune.main, ["--pairwise.keep_by", "similar"], "has no effect with pairwise.keep 1.0"),
         (
             run.main,

@@ -23,6 +23,10 @@ from pc_clip.core.paths import configs_folder, shipped
 
 Config = TypeVar("Config")
 LISTS = ("list[str]", "list[int]", "list[float]")  # written with commas
+RENAMED = {  # settings of earlier configs
+    "pairwise.anchor": "retain.texts", "pairwise.anchor_batch": "retain.batch",
+    "pairwise.anchor_captions": "retain.captions",
+}  # fmt: skip
 WHOLE = ("templates", "server.stop")  # texts that may hold commas: a flag gives one, as it is
 
 
@@ -53,6 +57,8 @@ def configure(
     types = dict(_types(kind, options))
     nested: dict[str, Any] = {}
     for key, value in given(argv, default).items():
+        if key in RENAMED:
+            raise UserError(f"{key} is called {RENAMED[key]} now")
         if key not in types:
             raise UserError(f"there is no setting {key}. {nearest(key, types)}")
         if types[key] in LISTS and isinstance(value, str) and not value.startswith("["):
