@@ -42,14 +42,14 @@ def figures(threads: int = 1) -> list[Figure]:
 
     Raises RuntimeError where the two do not write the same.
     """
-    found = []
+    results = []
     with surroundings.threads(threads):
         for words in WORDS:
             decoder, seen = make_decoder(words), make_seen()
             for ends in (True, False):
                 lengths = set_ends(decoder, seen, ends)
-                found += _compare(decoder, seen, ends, f"{_described(lengths)}, batch {BATCH}, {threads} thread(s)")
-    return found
+                results += _compare(decoder, seen, ends, f"{_described(lengths)}, batch {BATCH}, {threads} thread(s)")
+    return results
 
 
 def _compare(decoder: Decoder, seen: Tensor, ends: bool, about: str) -> list[Figure]:
@@ -73,9 +73,9 @@ def _compare(decoder: Decoder, seen: Tensor, ends: bool, about: str) -> list[Fig
 
 def _timed(seconds: list[float], search) -> Tensor:
     begin = time.perf_counter()
-    found = search()
+    results = search()
     seconds.append(time.perf_counter() - begin)
-    return found
+    return results
 
 
 def published(decoder: Decoder, seen: Tensor) -> Tensor:

@@ -55,7 +55,7 @@ def figures(threads: int = 1, rounds: int = 5) -> list[Figure]:
         ours, theirs = _batches(z, rounds)
         (epoch, one), (covering, other) = _epoch(z, cover=False), _epoch(z, cover=True)
         about = f"{CLUSTERS} clusters of {SIZE}, {len(z):,} examples x {DIMENSIONS}, {threads} thread(s)"
-        found = [
+        results = [
             Figure(f"batch of {ABOUT}", ours, nan, "s", about, most=0.3),
             Figure(f"batch of {ABOUT}, reference : ours", theirs / ours, nan, "x",
                    f"{about}; the reference's takes {theirs:.0f} s, scaled up from {SAMPLE} of its clusters, "
@@ -65,7 +65,7 @@ def figures(threads: int = 1, rounds: int = 5) -> list[Figure]:
                    most=60.0),
             Figure(f"plan of an epoch of {ABOUT}, peak memory above the embeddings", max(one, other), nan, "GB", about),
         ]  # fmt: skip
-        return found + (of_faiss(z, about) if importlib.util.find_spec("faiss") else [])
+        return results + (of_faiss(z, about) if importlib.util.find_spec("faiss") else [])
 
 
 def of_faiss(z: Tensor, about: str, pivots: int = 256) -> list[Figure]:
@@ -77,8 +77,8 @@ def of_faiss(z: Tensor, about: str, pivots: int = 256) -> list[Figure]:
     seconds = median(_timed(_batch, z, seed, index) for seed in range(5))
     exact = median(_timed(_batch, z, seed) for seed in range(3))
     rows, everybody = np.random.default_rng(0).choice(len(z), pivots, replace=False), np.ones(len(z), dtype=bool)
-    found, true = (some.near(rows, SIZE - 1, everybody) for some in (index, neighbours.build("exact", z)))
-    recall = np.mean([np.isin(a, b).mean() for a, b in zip(true, found)])
+    results, true = (some.near(rows, SIZE - 1, everybody) for some in (index, neighbours.build("exact", z)))
+    recall = np.mean([np.isin(a, b).mean() for a, b in zip(true, results)])
     return [
         Figure(f"batch of {ABOUT}, FAISS", seconds, nan, "s",
                f"{about}; exactly {exact:.2f} s; the index is built once, in {building:.0f} s and {memory:.2f} GB"),

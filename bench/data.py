@@ -129,9 +129,9 @@ def _write_data(clip: Clip) -> FinetuneConfig:
     save_embeddings(Path("z.safetensors"), Embeddings(z, keys), {"image_tower": clip.image_tower_hash()})
 
     pairs = np.random.default_rng(2).integers(IMAGES, size=(SENTENCES, 2)).tolist()
-    said = _phrases(clip, 2 * SENTENCES, 16, seed=2).reshape(-1, 2)
+    sentences = _phrases(clip, 2 * SENTENCES, 16, seed=2).reshape(-1, 2)
     with open("differences.jsonl", "w", encoding="utf-8") as file:
-        for n, ((i, j), (a, b)) in enumerate(zip(pairs, said)):
+        for n, ((i, j), (a, b)) in enumerate(zip(pairs, sentences)):
             file.write(to_line(Difference(keys[i], keys[j], contrast(a, b, n))))
 
     data = DataConfig(

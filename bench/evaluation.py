@@ -67,14 +67,14 @@ PHRASES = (
 
 class Timed(NamedTuple):
     seconds: float
-    found: Any
+    result: Any
 
 
 def figures(threads: int = 1, rounds: int = 2) -> list[Figure]:
     """How many times as long the published way takes. Raises RuntimeError where the two do not find the same."""
     with surroundings.threads(threads), surroundings.temporary_folder():
         first = _random_model(MODEL)
-        data = write_images(Path("images"), list(class_names("food101").said.values())[:CLASSES], IMAGES, SIZE)
+        data = write_images(Path("images"), list(class_names("food101").display_names.values())[:CLASSES], IMAGES, SIZE)
         our_confusion(first, data)  # fills the cache
         save_model(CHECKPOINT, with_other_text(first))
         about = f"{MODEL}, {threads} thread(s)"
@@ -89,16 +89,17 @@ def _zeroshot(data: Dataset, rounds: int, about: str) -> Figure:
     for _ in range(rounds):
         for _ in range(EACH):  # ours is short, and so at the mercy of what else the machine does
             loaded = timed(load_model, CHECKPOINT)  # anew, because a model may remember its hash
-            clip = loaded.found
-            found = timed(our_confusion, clip, data)
+            clip = loaded.result
+            results = timed(our_confusion, clip, data)
             loads.append(loaded.seconds)
-            mine.append(found.seconds)
+            mine.append(results.seconds)
             hashes.append(timed(clip.weights_hash).seconds + timed(clip.image_tower_hash).seconds)
         pixels = transformed(clip, data)
         published = timed(published_confusion, clip, data, pixels)
         theirs.append(published.seconds)
-        if not np.array_equal(found.found, published.found):
-            raise RuntimeError(f"{int((found.found != published.found).sum())} places of the confusion matrix differ")
+        if not np.array_equal(results.result, published.result):
+            differ = int((results.result != published.result).sum())
+            raise RuntimeError(f"{differ} entries of the confusion matrix differ")
     ours, theirs, loading, hashing = (median(seconds) for seconds in (mine, theirs, loads, hashes))
     with_loading = (theirs + loading) / (ours + loading)
     note = (
@@ -110,8 +111,8 @@ def _zeroshot(data: Dataset, rounds: int, about: str) -> Figure:
 
 
 def _all_pairs(data: Dataset, rounds: int, about: str) -> Figure:
-    said = write_sentences(SENTENCES, data)
-    shown = sample(said, SAMPLE)
+    sentences = write_sentences(SENTENCES, data)
+    shown = sample(sentences, SAMPLE)
     cold = warm = theirs = error = 0.0
     for _ in range(rounds):
         clear_cache()
@@ -120,12 +121,12 @@ def _all_pairs(data: Dataset, rounds: int, about: str) -> Figure:
         warm += timed(our_difference_classification, again, data).seconds / rounds
         pixels = transformed(first, data)
         published = timed(published_cosines, first, data, pixels, shown)
-        theirs += published.seconds / rounds * len(said) / len(shown)
-        error = max(error, float((our_cosines(first, data, shown) - published.found).abs().max()))
+        theirs += published.seconds / rounds * len(sentences) / len(shown)
+        error = max(error, float((our_cosines(first, data, shown) - published.result).abs().max()))
     if error > 1e-5:
         raise RuntimeError(f"a cosine is {error:.1g} off the reference's")
     note = (
-        f"{about}, {len(said)} pairs; {cold:.1f} s, images read and encoded, against {theirs:.0f} s scaled up from "
+        f"{about}, {len(sentences)} pairs; {cold:.1f} s with reading and encoding, against {theirs:.0f} s scaled up from "
         f"{len(shown)} of the pairs; largest error of a cosine {error:.0e}; from the cache {warm:.2f} s, "
         f"{theirs / warm:.0f} x"
     )
@@ -153,10 +154,10 @@ def published_confusion(clip: Clip, data: Dataset, pixels: Tensor) -> np.ndarray
 def write_sentences(path: Path, data: Dataset, seed: int = 0) -> list[Difference]:
     """A sentence for every pair of images: one of few, as attributes have them."""
     rng = np.random.default_rng(seed)
-    texts = [contrast(*said, 0) for more, less in PHRASES for said in ((more, less), (less, more))]
-    found = [Difference(i, j, texts[rng.integers(len(texts))]) for i, j in combinations(data.ids, 2)]
-    path.write_text("".join(map(to_line, found)), encoding="utf-8")
-    return found
+    texts = [contrast(*sentences, 0) for more, less in PHRASES for sentences in ((more, less), (less, more))]
+    results = [Difference(i, j, texts[rng.integers(len(texts))]) for i, j in combinations(data.ids, 2)]
+    path.write_text("".join(map(to_line, results)), encoding="utf-8")
+    return results
 
 
 def our_difference_classification(clip: Clip, data: Dataset) -> dict[str, float]:
@@ -164,24 +165,24 @@ def our_difference_classification(clip: Clip, data: Dataset) -> dict[str, float]
     return result["metrics"]
 
 
-def our_cosines(clip: Clip, data: Dataset, said: list[Difference]) -> Tensor:
+def our_cosines(clip: Clip, data: Dataset, sentences: list[Difference]) -> Tensor:
     """What those figures are made of.  -> [P]"""
     z = EvalContext(clip, lambda: None, data, _settings("difference")).z
-    pairs = differences.rows(said, data.ids, str(SENTENCES))
-    return cosines(clip, [each.text for each in said], pair_differences(z, pairs))
+    pairs = differences.rows(sentences, data.ids, str(SENTENCES))
+    return cosines(clip, [each.text for each in sentences], pair_differences(z, pairs))
 
 
-def published_cosines(clip: Clip, data: Dataset, pixels: Tensor, said: list[Difference]) -> Tensor:
+def published_cosines(clip: Clip, data: Dataset, pixels: Tensor, sentences: list[Difference]) -> Tensor:
     """[P]. Each sentence is tokenised once, which is not measured where there are few."""
-    tokens = {text: clip.tokenizer(text)[0] for text in {each.text for each in said}}
-    pairs = map(tuple, differences.rows(said, data.ids, str(SENTENCES)).tolist())
+    tokens = {text: clip.tokenizer(text)[0] for text in {each.text for each in sentences}}
+    pairs = map(tuple, differences.rows(sentences, data.ids, str(SENTENCES)).tolist())
     return torch.tensor(
-        list(reference.all_pairs(clip.model, pixels, {p: tokens[d.text] for p, d in zip(pairs, said)}).values())
+        list(reference.all_pairs(clip.model, pixels, {p: tokens[d.text] for p, d in zip(pairs, sentences)}).values())
     )
 
 
-def sample(said: list[Difference], n: int, seed: int = 0) -> list[Difference]:
-    return [said[k] for k in np.random.default_rng(seed).choice(len(said), n, replace=False)]
+def sample(sentences: list[Difference], n: int, seed: int = 0) -> list[Difference]:
+    return [sentences[k] for k in np.random.default_rng(seed).choice(len(sentences), n, replace=False)]
 
 
 # -- models and images ---------------------------------------------------------------------------------
@@ -228,8 +229,8 @@ def _settings(mode: str, **settings: Any) -> EvaluateConfig:
 
 def timed(work: Callable[..., Any], *arguments: Any) -> Timed:
     begin = time.perf_counter()
-    found = work(*arguments)
-    return Timed(time.perf_counter() - begin, found)
+    results = work(*arguments)
+    return Timed(time.perf_counter() - begin, results)
 
 
 def main() -> None:

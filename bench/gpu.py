@@ -48,12 +48,12 @@ def figures(threads: int = 1, device: str = "cuda") -> list[Figure]:
     with surroundings.threads(threads):
         model = steps.tower(MODEL).to(device)
         batches = [steps.batch(model, BATCH, seed) for seed in range(4)]
-        found = steps.of_gradient(f"{MODEL} on a GPU", model, steps.Batch(*(part[:64] for part in batches[0])))
+        results = steps.of_gradient(f"{MODEL} on a GPU", model, steps.Batch(*(part[:64] for part in batches[0])))
         for way in WAYS:
-            found += of_training(model, batches, way)
+            results += of_training(model, batches, way)
         del model
         model = open_clip.create_model(MODEL, pretrained=None).to(device).eval()
-        return found + of_images(model, 256, SIZE)
+        return results + of_images(model, 256, SIZE)
 
 
 # -- training ------------------------------------------------------------------------------------------
@@ -74,7 +74,7 @@ def of_training(model: nn.Module, batches: list[steps.Batch], way: Way, rounds: 
     minutes = PAPER[0] * PAPER[1] / (n / seconds) / 60
     card = _card(device)
     asked = way.bf16 and ("H100" in card or "H200" in card)
-    found = [
+    results = [
         Figure(f"GPU: training, {way.name}", n / seconds, nan, "pairs/s", about),
         Figure(f"GPU: the paper's 20 epochs, {way.name}", minutes, nan, "min", about, most=20 if asked else nan),
         Figure(f"GPU: peak memory above the model, {way.name}", peak / 1e9, nan, "GB", about),
@@ -83,8 +83,8 @@ def of_training(model: nn.Module, batches: list[steps.Batch], way: Way, rounds: 
         note = f"{rate / 1e12:.0f} of {most / 1e12:.0f} TFLOP/s"
         note += "; what is computed again is not counted" if way.recompute else ""
         floor = 40 if asked and not way.recompute else nan
-        found.append(Figure(f"GPU: share of the peak bf16 rate, {way.name}", 100 * rate / most, floor, "%", note))
-    return found
+        results.append(Figure(f"GPU: share of the peak bf16 rate, {way.name}", 100 * rate / most, floor, "%", note))
+    return results
 
 
 def operations(model: nn.Module, lengths: Tensor) -> float:
@@ -124,14 +124,14 @@ def _each(step: Callable[..., float], batches: list[steps.Batch], rounds: int) -
 def of_images(model: nn.Module, n: int, size: int, rounds: int = 5) -> list[Figure]:
     """Images a second, n at a time. They are on the device already."""
     device = model.text_projection.device
-    pixels, found = torch.randn(n, 3, size, size, device=device), []
+    pixels, results = torch.randn(n, 3, size, size, device=device), []
     about = f"{MODEL}, {size} pixels, batch {n}; reading and decoding not in it"
     for name, bf16 in (("bf16", True), ("fp32", False)):
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             model.encode_image(pixels)  # warms up
             seconds = _seconds(device, lambda: [model.encode_image(pixels) for _ in range(rounds)])
-        found.append(Figure(f"GPU: image encoding, {name}", rounds * n / seconds, nan, "images/s", about))
-    return found
+        results.append(Figure(f"GPU: image encoding, {name}", rounds * n / seconds, nan, "images/s", about))
+    return results
 
 
 # -- the device: on a CPU, where tests run this, there is nothing to wait for and nothing known -----------

@@ -107,14 +107,16 @@ def theirs(method: preference.Method) -> Iterator[float]:
 
 def published(method: preference.Method) -> tuple[torch.nn.Module, torch.nn.Module, DataLoader]:
     """Policy, frozen reference and data, as the reference has them."""
-    clip, data, said = create_model("example"), method.images.data, method.texts.distinct
-    items = [(int(row), said[a], said[b]) for row, (a, b) in zip(method.image[:, 0], method.text, strict=True)]
+    clip, data, sentences = create_model("example"), method.images.data, method.texts.distinct
+    items = [
+        (int(row), sentences[a], sentences[b]) for row, (a, b) in zip(method.image[:, 0], method.text, strict=True)
+    ]
     policy, frozen = clip.model, copy.deepcopy(clip.model).requires_grad_(False)
     for name, parameter in policy.named_parameters():
         parameter.requires_grad_(name in method.trainable())
-    found = reference.Preferences(data.load, clip.preprocess, clip.tokenizer, items)
+    results = reference.Preferences(data.load, clip.preprocess, clip.tokenizer, items)
     order = torch.Generator().manual_seed(0)
-    return policy, frozen, DataLoader(found, batch_size=BATCH, shuffle=True, drop_last=True, generator=order)
+    return policy, frozen, DataLoader(results, batch_size=BATCH, shuffle=True, drop_last=True, generator=order)
 
 
 def compare(method: preference.Method) -> None:

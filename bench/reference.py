@@ -118,7 +118,7 @@ def all_pairs(
 
     images: [N, 3, H, W]; sentence_of: tokens [77] a pair (i, j). 32 pairs at a time, as published.
     """
-    pairs, found = list(sentence_of), {}
+    pairs, results = list(sentence_of), {}
     for start in range(0, len(pairs), 32):
         some = pairs[start : start + 32]
         first = model.encode_image(torch.stack([images[i] for i, _ in some]))
@@ -129,8 +129,8 @@ def all_pairs(
         difference = first - second
         cosine = (text * difference / difference.norm(dim=-1, keepdim=True)).sum(-1)
         for pair, value in zip(some, cosine.tolist()):
-            found[pair] = value
-    return found
+            results[pair] = value
+    return results
 
 
 def similarity_clusters(

@@ -24,11 +24,11 @@ def lines(paths: list[Path]) -> int:
 
 def modules() -> dict[str, ast.Module]:
     """Every module of the package by its dotted name."""
-    found = {}
+    results = {}
     for path in PACKAGE.rglob("*.py"):
         name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-        found[name] = ast.parse(path.read_text(encoding="utf-8"))
-    return found
+        results[name] = ast.parse(path.read_text(encoding="utf-8"))
+    return results
 
 
 def imports(trees: dict[str, ast.Module]) -> dict[str, set[str]]:

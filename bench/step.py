@@ -121,11 +121,11 @@ def ours(
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=bf16):
             text = fast(tokens)
             loss = losses.info_nce(text.float(), losses.unit_differences(first, second), 1.0)
-        found = loss.item()  # where training stops when it is not a number; a GPU is waited for
+        results = loss.item()  # where training stops when it is not a number; a GPU is waited for
         loss.backward()
         if update:
             optimizer.step()
-        return found
+        return results
 
     return step
 
@@ -138,7 +138,7 @@ def in_turn(steps: dict[str, Callable[..., float]], batches: list[Batch]) -> dic
             then = time.perf_counter()
             step(*some)
             seconds[name].append(time.perf_counter() - then)
-    return {name: float(np.median(found[1:])) for name, found in seconds.items()}
+    return {name: float(np.median(results[1:])) for name, results in seconds.items()}
 
 
 def of_speed(name: str, model: nn.Module) -> list[Figure]:
@@ -146,10 +146,10 @@ def of_speed(name: str, model: nn.Module) -> list[Figure]:
     about = f"{name} text tower, batch 64, {torch.get_num_threads()} thread(s)"
     steps = {"published": published(model), "fp32": ours(model, bf16=False), "bf16": ours(model, bf16=True)}
     took = in_turn(steps, [batch(model, 64, seed) for seed in range(ROUNDS + 1)])
-    said = {key: f"{about}; {took['published']:.2f} s against {took[key]:.2f} s" for key in ("bf16", "fp32")}
+    sentences = {key: f"{about}; {took['published']:.2f} s against {took[key]:.2f} s" for key in ("bf16", "fp32")}
     return [
-        Figure(f"training step, bf16 mixed, {name}", took["published"] / took["bf16"], 5, "x", said["bf16"]),
-        Figure(f"training step, fp32, {name}", took["published"] / took["fp32"], 1.7, "x", said["fp32"]),
+        Figure(f"training step, bf16 mixed, {name}", took["published"] / took["bf16"], 5, "x", sentences["bf16"]),
+        Figure(f"training step, fp32, {name}", took["published"] / took["fp32"], 1.7, "x", sentences["fp32"]),
     ]
 
 
@@ -259,9 +259,9 @@ def _peak_of(name: str, kind: str, n: int) -> float:
     process = spawn.Process(target=_send_peak, args=(there, name, kind, n, torch.get_num_threads()))
     process.start()
     there.close()  # so that recv() ends when the process dies
-    found = here.recv()
+    results = here.recv()
     process.join()
-    return found
+    return results
 
 
 def _send_peak(pipe, name: str, kind: str, n: int, threads: int) -> None:
@@ -301,11 +301,11 @@ def _memory(which: str) -> float:
 def figures(threads: int = 1) -> list[Figure]:
     """All that is measured on a CPU, in the order of the table."""
     with surroundings.threads(threads):
-        found = []
+        results = []
         for name in TOWERS:
             model = tower(name)
-            found += [*of_speed(name, model), *of_gradient(name, model, batch(model, 64, 0))]
-        return found + of_compensation("ViT-B-32") + of_memory("ViT-L-14", 512)
+            results += [*of_speed(name, model), *of_gradient(name, model, batch(model, 64, 0))]
+        return results + of_compensation("ViT-B-32") + of_memory("ViT-L-14", 512)
 
 
 if __name__ == "__main__":

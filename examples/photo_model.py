@@ -100,9 +100,9 @@ def download(requirements: Path, pins: list[str], folder: Path) -> None:
 
 def check(file: Path, expected: str) -> None:
     """Raise UserError when a file's SHA-256 is not the one expected."""
-    found = hashlib.sha256(file.read_bytes()).hexdigest()
-    if found != expected:
-        raise UserError(f"{file} is not the expected file: its SHA-256 is {found}, not {expected}. Delete it, rerun.")
+    results = hashlib.sha256(file.read_bytes()).hexdigest()
+    if results != expected:
+        raise UserError(f"{file} is not the expected file: its SHA-256 is {results}, not {expected}. Delete it, rerun.")
 
 
 def read(wheel: zipfile.ZipFile, ending: str) -> bytes:

@@ -32,16 +32,16 @@ def find_photographs(folder: Path) -> dict[str, tuple[Path, tuple[str, ...]]]:
     files = sorted([*folder.glob("captions_*.json"), *folder.glob("annotations/captions_*.json")])
     if not files:
         raise UserError(f"{folder} holds no captions_*.json; make photo DATA=FOLDER wants a folder in COCO's layout")
-    found = {}
+    results = {}
     for file in files:
         split = file.stem.removeprefix("captions_")
         for key, (name, captions) in read_coco_captions(file).items():
             places = [folder / split / name, folder / "images" / split / name, folder / "images" / name, folder / name]
             if path := next((p for p in places if p.is_file()), None):
-                found[key] = (path, captions)
-    if len(found) < 100:
-        raise UserError(f"{folder} holds {len(found)} photographs with captions; at least 100 are needed")
-    return found
+                results[key] = (path, captions)
+    if len(results) < 100:
+        raise UserError(f"{folder} holds {len(results)} photographs with captions; at least 100 are needed")
+    return results
 
 
 def split_ids(ids: list[str], held_out: set[str], seed: int) -> dict[str, list[str]]:
@@ -83,7 +83,7 @@ def prepare(folder: Path, out: Path, seed: int) -> None:
     beside = folder.resolve().parent / "sugar_crepe"
     asked: set[str] = set()
     if beside.is_dir():
-        asked = {Path(said.image).stem.lstrip("0") for said in read_statements([beside])} & photographs.keys()
+        asked = {Path(sentences.image).stem.lstrip("0") for sentences in read_statements([beside])} & photographs.keys()
         shutil.copytree(beside, out / "sugar_crepe", dirs_exist_ok=True)
     if (statements := folder.resolve().parent / "vsr").is_dir():
         shutil.copytree(statements, out / "vsr", dirs_exist_ok=True)

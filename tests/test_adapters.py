@@ -174,13 +174,13 @@ def test_what_is_added_is_the_product_of_the_two_times_alpha_by_rank_in_float32(
     patches = clip.model.visual.conv1.weight.detach().clone()
     adapt(clip, alpha=3.0)
     disturb(clip)
-    exact, found = clip.model.text_projection.detach(), lora.parameters(clip.model)
+    exact, actual = clip.model.text_projection.detach(), lora.parameters(clip.model)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(clip.model.text_projection.detach(), exact)
-    a, b = (found[f"transformer.resblocks.0.attn.in_proj_weight.{which}"] for which in ("lora_A", "lora_B"))
+    a, b = (actual[f"transformer.resblocks.0.attn.in_proj_weight.{which}"] for which in ("lora_A", "lora_B"))
     assert (a.shape, b.shape) == ((2, 16), (48, 2))
     assert torch.allclose(clip.model.transformer.resblocks[0].attn.in_proj_weight, weight + 1.5 * b @ a, atol=1e-6)
-    a, b = (found[f"visual.conv1.weight.{which}"] for which in ("lora_A", "lora_B"))
+    a, b = (actual[f"visual.conv1.weight.{which}"] for which in ("lora_A", "lora_B"))
     assert torch.allclose(clip.model.visual.conv1.weight, patches + 1.5 * (b @ a).view_as(patches), atol=1e-6)
 
 

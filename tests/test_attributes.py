@@ -44,9 +44,9 @@ def test_an_image_has_the_value_of_its_class_in_whatever_order_the_classes_stand
     """Joined by position, as the reference's Flowers and AwA2 are, this fails."""
     (folder / "zoo_size.yaml").write_text(TASK % defined)
     for classes in (("bear", "cat", "mouse"), ("mouse", "bear", "cat"), ("cat", "mouse", "bear")):
-        (found,) = attributes.of(zoo(classes), EvaluateConfig())
-        assert found.name == found.task == "zoo_size"
-        clear = found.value[:, None] - found.value[None] > found.gap
+        (actual,) = attributes.of(zoo(classes), EvaluateConfig())
+        assert actual.name == actual.task == "zoo_size"
+        clear = actual.value[:, None] - actual.value[None] > actual.gap
         names = np.tile(["bear", "cat", "mouse"], 4)
         assert {(names[i], names[j]) for i, j in zip(*np.nonzero(clear))} == {("bear", "mouse")}
 
@@ -79,11 +79,11 @@ def subject_of(data: Dataset, **config) -> EvalContext:
         texts[contrast("a smaller animal", "a larger animal", wording)] = [-1.0, 0.0]
     z = np.tile([[1.0, 0.1], [0.5, 1.0], [-1.0, 0.1]], (4, 1))
     clip = FakeClip(texts | TOLD, z.tolist())
-    found = EvalContext(
+    context = EvalContext(
         clip, lambda: clip, data, EvaluateConfig(difference=DifferenceConfig(**({"n_pairs": 20, "draws": 2} | config)))
     )
-    found.__dict__["z"] = found.__dict__["base_z"] = clip.z
-    return found
+    context.__dict__["z"] = context.__dict__["base_z"] = clip.z
+    return context
 
 
 TOLD = {
@@ -97,11 +97,11 @@ TOLD = {
 
 def test_difference_and_ranking_of_a_task(folder):
     (folder / "zoo_size.yaml").write_text(TASK % LISTS)
-    found = difference.evaluate(subject_of(zoo()))
+    result = difference.evaluate(subject_of(zoo()))
     for name in ("difference", "two_way", "reversed", "caption_subtraction"):
-        assert found.metrics[name] == found.metrics[f"{name}_zoo_size"] == 1.0
-        assert found.intervals[name] == pytest.approx((1.0, 1.0))
-    assert found.n == 40 and found.details["zoo_size"]["standard_error"]["difference"] == 0.0
+        assert result.metrics[name] == result.metrics[f"{name}_zoo_size"] == 1.0
+        assert result.intervals[name] == pytest.approx((1.0, 1.0))
+    assert result.n == 40 and result.details["zoo_size"]["standard_error"]["difference"] == 0.0
     ranked = rank.evaluate(subject_of(zoo()))
     assert ranked.metrics["rank"] == ranked.metrics["rank_one_sentence"] == ranked.metrics["rank_by_subtraction"] == 1.0
     assert ranked.intervals["rank_zoo_size"] == ranked.intervals["rank"] == pytest.approx((1.0, 1.0))
@@ -115,13 +115,13 @@ def test_the_headline_is_the_mean_over_tasks_and_lies_in_its_interval(folder):
     (folder / "zoo_both.yaml").write_text(
         f"dataset: zoo\nattributes: {{right: {{{words}, {two[0]}}}, wrong: {{{words}, {two[1]}}}}}"
     )
-    for found, name in (
+    for actual, name in (
         (rank.evaluate(subject_of(zoo())), "rank"),
         (difference.evaluate(subject_of(zoo())), "difference"),
     ):
-        assert found.metrics[f"{name}_zoo_size"] == 1.0 and found.metrics[f"{name}_zoo_both"] == 0.5
-        assert found.metrics[name] == 0.75
-        low, high = found.intervals[name]
+        assert actual.metrics[f"{name}_zoo_size"] == 1.0 and actual.metrics[f"{name}_zoo_both"] == 0.5
+        assert actual.metrics[name] == 0.75
+        low, high = actual.intervals[name]
         assert low < 0.75 < high
 
 
@@ -129,13 +129,13 @@ def test_sentences_about_classes_are_asked_of_images_of_those_classes():
     (text, *_) = TOLD
     with open("told.jsonl", "w") as file:
         file.write(to_line(Difference("bear", "mouse", text)))
-    found = difference.evaluate(subject_of(zoo(("mouse", "bear", "cat")), sentences="told.jsonl"))
-    assert found.metrics == {"sign": 1.0, "two_way": 1.0, "mirrored": 1.0, "caption_subtraction": 1.0}
-    assert found.n == 2 and found.details["classes"] == 2
+    result = difference.evaluate(subject_of(zoo(("mouse", "bear", "cat")), sentences="told.jsonl"))
+    assert result.metrics == {"sign": 1.0, "two_way": 1.0, "mirrored": 1.0, "caption_subtraction": 1.0}
+    assert result.n == 2 and result.details["classes"] == 2
     with open("told.jsonl", "w") as file:
         file.write(to_line(Difference("mouse", "bear", text)))
-    found = difference.evaluate(subject_of(zoo(), sentences="told.jsonl"))
-    assert (found.metrics["sign"], found.metrics["caption_subtraction"]) == (0.0, 1.0)
+    result = difference.evaluate(subject_of(zoo(), sentences="told.jsonl"))
+    assert (result.metrics["sign"], result.metrics["caption_subtraction"]) == (0.0, 1.0)
 
 
 def test_no_pair_that_differs_is_said(folder):

@@ -46,12 +46,12 @@ def figures(*differences, captions=None, meta=None):
 
 def test_lengths_and_repeats_are_counted():
     dog, cat = contrast("a dog", "a cat"), contrast("a dog", "a bus")
-    found = figures(("1", "2", dog), ("1", "3", dog), ("2", "3", dog.upper().replace(",", "")), ("3", "1", cat))
-    assert (found["sentences"], found["images"], found["distinct_words"]) == (4, 3, 10)
-    assert found["repeated"] == 0.25 and found["repeated_nearly"] == 0.5
-    assert found["characters_mean"] == np.mean([len(dog), len(dog), len(dog) - 1, len(cat)])
-    assert found["tokens_max"] == 17  # 13 words, comma, full stop, start and end
-    assert found["over_77_tokens"] == 0
+    actual = figures(("1", "2", dog), ("1", "3", dog), ("2", "3", dog.upper().replace(",", "")), ("3", "1", cat))
+    assert (actual["sentences"], actual["images"], actual["distinct_words"]) == (4, 3, 10)
+    assert actual["repeated"] == 0.25 and actual["repeated_nearly"] == 0.5
+    assert actual["characters_mean"] == np.mean([len(dog), len(dog), len(dog) - 1, len(cat)])
+    assert actual["tokens_max"] == 17  # 13 words, comma, full stop, start and end
+    assert actual["over_77_tokens"] == 0
 
 
 def test_long_sentences_are_those_the_text_tower_cuts():
@@ -66,9 +66,9 @@ def test_what_is_said_is_held_against_all_captions_of_both_images():
     """Of six content words (giant, dogs, rode; two, cats, hats) the captions have not: giant, hats."""
     text = contrast("giant dogs that rode", "two cats with hats")
     captions = coco({"1": ["A dog rode."], "2": ["Two bikes.", "A cat sleeping."], "3": ["Giants with hats."]})
-    found = figures(("1", "2", text), ("1", "9", "of an image that the file does not know"), captions=captions)
-    assert found["novel_words"] == pytest.approx(2 / 6)
-    assert found["wrong_image_words"] == 0
+    actual = figures(("1", "2", text), ("1", "9", "of an image that the file does not know"), captions=captions)
+    assert actual["novel_words"] == pytest.approx(2 / 6)
+    assert actual["wrong_image_words"] == 0
     turned = figures(("2", "1", text), captions=captions)
     assert turned["novel_words"] == pytest.approx(2 / 6)
     assert turned["wrong_image_words"] == 1
@@ -93,8 +93,8 @@ def test_both_orders_agree_or_contradict():
         (("1", "2", contrast("a dog", "a cat")), ("2", "1", contrast("a cat", "a dog and a bone"))): (1, 0.75, 0),
         (("1", "2", contrast("a dog", "a cat")), ("2", "1", "Only the first shows a cat on a sofa.")): (1, None, None),
     }
-    found = {case: figures(*case) for case in cases}
-    assert {k: (f["both_orders"], f["agreement"], f["crossed"]) for k, f in found.items()} == cases
+    actual = {case: figures(*case) for case in cases}
+    assert {k: (f["both_orders"], f["agreement"], f["crossed"]) for k, f in actual.items()} == cases
 
 
 def test_broken_sentences_are_counted():

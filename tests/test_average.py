@@ -73,10 +73,10 @@ def subject(start, end, monkeypatch, z, target, validation_target=None, alphas=(
         )  # fmt: skip
 
     config = EvaluateConfig(**settings, average=AverageConfig(alphas=list(alphas)))
-    found = EvalContext(end, lambda: start, data("test", target), config)
+    context = EvalContext(end, lambda: start, data("test", target), config)
     held_out = EvalContext(end, lambda: start, data("val", validation_target or target), config)
     monkeypatch.setattr(EvalContext, "validation", lambda self: held_out)
-    return found
+    return context
 
 
 def test_a_point_between_can_be_better_than_both_ends_and_is_chosen_on_validation(monkeypatch):
@@ -98,8 +98,8 @@ def test_images_are_encoded_again_when_the_image_tower_changed_and_the_cache_kee
     """The tower goes from the identity to one that swaps the two numbers, and halfway all images are alike."""
     start = TinyClip(TinyModel(START))
     end = TinyClip(TinyModel(START, tower=[[0.0, 1.0], [1.0, 0.0]]))
-    found = average.evaluate(subject(start, end, monkeypatch, [[1, 0.2], [0.2, 1]], [0, 1], alphas=[0.25, 0.75]))
-    table = {row["alpha"]: row["test"]["zeroshot"] for row in found.details["table"]}
+    result = average.evaluate(subject(start, end, monkeypatch, [[1, 0.2], [0.2, 1]], [0, 1], alphas=[0.25, 0.75]))
+    table = {row["alpha"]: row["test"]["zeroshot"] for row in result.details["table"]}
     assert table == {0.0: 1.0, 0.25: 1.0, 0.75: 0.0, 1.0: 0.0}
     assert len(list(CACHE.iterdir())) == 4  # two ends, two splits
 
@@ -126,12 +126,12 @@ def test_on_the_example_the_ends_are_the_two_models_and_differences_are_measured
         checkpoint="x", average=AverageConfig(alphas=[0.5]), difference=DifferenceConfig(n_pairs=40, draws=1)
     )
     data = open_dataset("example", split="test")
-    found = average.evaluate(EvalContext(clip, lambda: base, data, config))
+    result = average.evaluate(EvalContext(clip, lambda: base, data, config))
     remembering = EvalContext(clip.remembering(), lambda: base, data, config)
     remembering.clip.embed_texts(["This is a photo of a star."])
-    assert average.evaluate(remembering).details == found.details  # each alpha has a memory of its own
-    assert {f"{p}_{m}" for p in ("average", "start", "end") for m in average.METRICS} == found.metrics.keys()
-    assert found.metrics["start_zeroshot"] > found.metrics["end_zeroshot"]
-    assert [row["alpha"] for row in found.details["table"]] == [0.0, 0.5, 1.0]
-    assert len(found.curves[0].series) == 6
-    assert found.n == 80
+    assert average.evaluate(remembering).details == result.details  # each alpha has a memory of its own
+    assert {f"{p}_{m}" for p in ("average", "start", "end") for m in average.METRICS} == result.metrics.keys()
+    assert result.metrics["start_zeroshot"] > result.metrics["end_zeroshot"]
+    assert [row["alpha"] for row in result.details["table"]] == [0.0, 0.5, 1.0]
+    assert len(result.curves[0].series) == 6
+    assert result.n == 80

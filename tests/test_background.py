@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from pc_clip.core.prefetch import ahead
+from pc_clip.core.prefetch import prefetch
 
 
 def running():
@@ -14,7 +14,7 @@ def running():
 
 def test_items_are_made_in_order_before_they_are_asked_for_and_not_many_more():
     made = []
-    coming = ahead((made.append(n) or n for n in range(100)), depth=2)
+    coming = prefetch((made.append(n) or n for n in range(100)), depth=2)
     assert next(coming) == 0
     end = time.monotonic() + 10
     while len(made) < 3 and time.monotonic() < end:
@@ -30,7 +30,7 @@ def test_an_error_is_raised_after_the_items_before_it(kind):
         yield 1
         raise kind("no second")
 
-    coming = ahead(items())
+    coming = prefetch(items())
     assert next(coming) == 1
     with pytest.raises(kind, match="no second"):
         next(coming)
@@ -38,7 +38,7 @@ def test_an_error_is_raised_after_the_items_before_it(kind):
 
 
 def test_leaving_early_ends_the_thread():
-    for n in ahead(iter(range(10**9))):
+    for n in prefetch(iter(range(10**9))):
         if n == 5:
             break
     assert not running()

@@ -22,14 +22,14 @@ def train(scores: dict[int, float], done: int = 0) -> str:
     for step, score in scores.items():
         weight.data.fill_(step)
         best.after(step, lambda score=score: {"score": score})
-    said = best.restore()
-    assert f"that of step {int(weight.item())}," in said
-    return said
+    message = best.restore()
+    assert f"that of step {int(weight.item())}," in message
+    return message
 
 
 def test_the_best_is_taken_the_earlier_of_equals_and_nan_is_worst():
-    said = train({10: math.nan, 20: 0.6, 30: 0.6, 40: 0.5})
-    assert "step 20, the best of 4 on validation images (score 0.6000)" in said
+    message = train({10: math.nan, 20: 0.6, 30: 0.6, 40: 0.5})
+    assert "step 20, the best of 4 on validation images (score 0.6000)" in message
     rows = [json.loads(line) for line in (RUN / "validation.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [10, 20, 30, 40]
     assert "step 15," in train({15: 0.1})  # a run that starts anew knows nothing of what was

@@ -21,12 +21,12 @@ def write(path: str, *labels: int, text: str = "The cat is under the table.") ->
 
 def test_the_same_sentence_is_right_as_often_as_it_is_true(example_clip):
     """Of one and the same text all that do not look say one and the same."""
-    found = blind_baselines.audit(example_clip, write("a.jsonl", 1, 1, 1, 0))
-    assert found["true"][0] == found["majority"][0] == 0.75
-    assert found["blind"][0] in (0.25, 0.75)
-    assert found["blind_prefers_caption_as_written"][0] in (0.0, 1.0)
-    assert found["majority"][1] <= 0.75 <= found["majority"][2]
-    assert "text_only" not in found  # of four photographs nothing can be learnt
+    actual = blind_baselines.audit(example_clip, write("a.jsonl", 1, 1, 1, 0))
+    assert actual["true"][0] == actual["majority"][0] == 0.75
+    assert actual["blind"][0] in (0.25, 0.75)
+    assert actual["blind_prefers_caption_as_written"][0] in (0.0, 1.0)
+    assert actual["majority"][1] <= 0.75 <= actual["majority"][2]
+    assert "text_only" not in actual  # of four photographs nothing can be learnt
     with pytest.raises(UserError, match="all 2 statements of a.jsonl are true; this is for files with both kinds"):
         blind_baselines.audit(example_clip, write("a.jsonl", 1, 1))
 
@@ -37,8 +37,8 @@ def test_texts_that_give_the_label_away_are_found_out(example_clip):
         for n in range(60)
     ]
     Path("a.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    found = blind_baselines.audit(example_clip, "a.jsonl")
-    assert found["text_only"][0] > 0.95 and found["majority"][0] == 0.5
+    actual = blind_baselines.audit(example_clip, "a.jsonl")
+    assert actual["text_only"][0] > 0.95 and actual["majority"][0] == 0.5
 
 
 def test_the_table_has_a_studys_columns(capsys):

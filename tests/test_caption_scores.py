@@ -31,14 +31,14 @@ def test_real_references_score_as_pycocoevalcaps_own_classes_say():
     from pycocoevalcap.rouge.rouge import Rouge
 
     coco = json.loads((SPOT / "spot_total_change_captions_reformat.json").read_text(encoding="utf-8"))
-    references: dict[str, list[str]] = {image["id"]: [] for image in coco["images"][:200]}
+    by_image: dict[str, list[str]] = {image["id"]: [] for image in coco["images"][:200]}
     for annotation in coco["annotations"]:
-        references.get(annotation["image_id"], []).append(annotation["caption"])
-    told = list(references.values())
-    first = [each[0] for each in told]
-    ours = score(first[1:] + first[:1], told)
-    said, told = captions._tokenized(first[1:] + first[:1], told, java=False)
-    theirs = dict(enumerate(told)), {n: [each] for n, each in enumerate(said)}
+        by_image.get(annotation["image_id"], []).append(annotation["caption"])
+    references = list(by_image.values())
+    first = [each[0] for each in references]
+    ours = score(first[1:] + first[:1], references)
+    sentences, references = captions._tokenized(first[1:] + first[:1], references, java=False)
+    theirs = dict(enumerate(references)), {n: [each] for n, each in enumerate(sentences)}
     bleu, _ = Bleu(4).compute_score(*theirs, verbose=0)
     assert [ours.corpus[f"bleu_{k}"] for k in (1, 2, 3, 4)] == bleu
     for name, scorer in (("rouge_l", Rouge()), ("cider", Cider())):
@@ -53,11 +53,11 @@ def test_real_references_score_as_pycocoevalcaps_own_classes_say():
 @pytest.mark.skipif(not find_java(), reason="no Java runs here")
 def test_with_java_words_are_ptb_tokens_and_meteor_is_there():
     """A line break, an empty sentence and METEOR's own mark shift nothing."""
-    said = ["a man's hat, isn't it?", "", "a ||| b\nthe man\u2028moved", "naïve “café”"]
-    found = score(said, [["a man's hat"], ["x"], ["the man moved"], ["naïve café"]], java=True)
-    assert found.tokens[:3] == ["a man 's hat is n't it", "", "a b the man moved"]
-    assert "café" in found.tokens[3]
-    assert 0 < found.corpus["meteor"] < 1
+    sentences = ["a man's hat, isn't it?", "", "a ||| b\nthe man\u2028moved", "naïve “café”"]
+    actual = score(sentences, [["a man's hat"], ["x"], ["the man moved"], ["naïve café"]], java=True)
+    assert actual.tokens[:3] == ["a man 's hat is n't it", "", "a b the man moved"]
+    assert "café" in actual.tokens[3]
+    assert 0 < actual.corpus["meteor"] < 1
 
 
 def test_without_java_words_are_lower_case_and_the_result_says_so(monkeypatch, caplog, tmp_path):
@@ -65,9 +65,9 @@ def test_without_java_words_are_lower_case_and_the_result_says_so(monkeypatch, c
         monkeypatch.setenv("PATH", program(tmp_path / "bin", script) if script else "")
         assert not find_java() and "lower-case words" in captions.TOKENIZERS[False]
     assert "METEOR is left out" in caplog.text
-    found = score(["The CAR isn't gone, it's a two-tone café...", "?!"], [["a"], ["b"]])
-    assert found.tokens == ["the car isn't gone it's a two-tone café", ""]
-    assert "meteor" not in found.corpus and "no Java runs here" in found.notes["meteor"]
+    actual = score(["The CAR isn't gone, it's a two-tone café...", "?!"], [["a"], ["b"]])
+    assert actual.tokens == ["the car isn't gone it's a two-tone café", ""]
+    assert "meteor" not in actual.corpus and "no Java runs here" in actual.notes["meteor"]
     with pytest.raises(UserError, match="SPICE is a Java program.*leave --caption.spice out"):
         find_java(spice=True)
 
@@ -88,21 +88,23 @@ def test_a_java_program_that_dies_or_hangs_does_not_take_the_other_scores_with_i
         return {"0": ["a car", "a dog"]}
 
     monkeypatch.setattr(captions, "_by_java", no_meteor)
-    found = score(["a car"], [["a dog"]], java=True)
-    assert found.notes["meteor"] == "not computed: out of luck" and "bleu_4" in found.corpus
+    actual = score(["a car"], [["a dog"]], java=True)
+    assert actual.notes["meteor"] == "not computed: out of luck" and "bleu_4" in actual.corpus
 
 
 def test_bleu_is_made_of_right_words_over_words_and_brevity():
     from pycocoevalcap.bleu.bleu import Bleu
 
-    found = score(SAID, TOLD)
+    actual = score(SAID, TOLD)
     # right words 5 ("a" is in the other reference) + 3 + 2 + 1, of 5 + 3 + 2 + 2; the nearest references: 5, 3, 2, 3
-    assert found.corpus["bleu_1"] == pytest.approx(11 / 12 * np.exp(1 - 13 / 12), abs=1e-8)
-    assert found.bleu[0].tolist() == [5, 3, 2, 1, 5, 4, 3, 2, 5, 5]
+    assert actual.corpus["bleu_1"] == pytest.approx(11 / 12 * np.exp(1 - 13 / 12), abs=1e-8)
+    assert actual.bleu[0].tolist() == [5, 3, 2, 1, 5, 4, 3, 2, 5, 5]
     for rows in ([0, 3], [3], [0, 0, 2]):
-        said, told = [SAID[row] for row in rows], [TOLD[row] for row in rows]
-        theirs, _ = Bleu(4).compute_score(dict(enumerate(told)), {n: [s] for n, s in enumerate(said)}, verbose=0)
-        assert bleu_of(found.bleu[rows].sum(0)) == pytest.approx(theirs, rel=1e-12)
+        sentences, references = [SAID[row] for row in rows], [TOLD[row] for row in rows]
+        theirs, _ = Bleu(4).compute_score(
+            dict(enumerate(references)), {n: [s] for n, s in enumerate(sentences)}, verbose=0
+        )
+        assert bleu_of(actual.bleu[rows].sum(0)) == pytest.approx(theirs, rel=1e-12)
     assert bleu_statistics(["a b c"], [["a b c d", "a b"]])[0, -1] == 2  # the shorter of two equally near ones
     empty = score(["", "the man moved", "...", "a dog came"], TOLD)  # counts as wrong, and shifts nothing
     assert empty.items["rouge_l"] == pytest.approx([0, 1, 0, 1]) and empty.items["cider"][[0, 2]].tolist() == [0, 0]
@@ -119,13 +121,13 @@ def test_cider_weighs_rare_words_and_of_one_pair_is_marked():
 def test_intervals_hold_the_score_and_are_drawn_by_seed_and_nothing_is_printed(capfd):
     rng = np.random.default_rng(0)
     words = np.array(["red", "blue", "car", "man", "left", "moved", "gone", "came", "tree", "dog"])
-    said = [" ".join(rng.choice(words, 5)) for _ in range(60)]
-    told = [[" ".join(rng.choice(words, 5))] for _ in range(60)]
-    first, again, other = (score(said, told, seed) for seed in (0, 0, 1))
+    sentences = [" ".join(rng.choice(words, 5)) for _ in range(60)]
+    references = [[" ".join(rng.choice(words, 5))] for _ in range(60)]
+    first, again, other = (score(sentences, references, seed) for seed in (0, 0, 1))
     assert first.intervals == again.intervals != other.intervals
     for name, (low, high) in first.intervals.items():
         assert low < first.corpus[name] < high
-    assert score(said, told, quick=True).corpus == first.corpus
+    assert score(sentences, references, quick=True).corpus == first.corpus
     assert capfd.readouterr() == ("", "")
 
 

@@ -83,11 +83,11 @@ def test_further_sentences_are_about_captions_and_the_others_stay_about_images(c
     expected = mean_embedding(method.clip, CAPTIONS[7])
     torch.testing.assert_close(method.images.z[method.pairs[-2, 0]], expected, atol=1e-5, rtol=1e-4)
     text, mirrored = method.texts.batch(method.text_rows[-2])
-    said = method.clip.tokenize([
+    sentences = method.clip.tokenize([
         "The first image shows a red bus, while the second shows two cats.",
         "The second image shows a red bus, while the first shows two cats.",
     ])  # fmt: skip
-    assert torch.equal(torch.stack([text, mirrored]), method.clip.trim(said))
+    assert torch.equal(torch.stack([text, mirrored]), method.clip.trim(sentences))
     assert "a red bus" in Retention(method, load_dataset(both.data)).texts.distinct
 
     run = finetune(both)

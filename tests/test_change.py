@@ -55,7 +55,7 @@ def test_texts_that_are_said_of_a_pair_are_none_of_its_negatives():
     torch.manual_seed(0)
     pair, text = torch.randn(4, 6), torch.randn(4, 6)
     number = torch.tensor([0, 1, 2, 1])  # pairs 1 and 3 came with the same sentence
-    said = torch.tensor([[0, -1], [1, 2], [2, -1], [1, -1]])  # and what pair 2 came with is said of pair 1 too
+    sentences = torch.tensor([[0, -1], [1, 2], [2, -1], [1, -1]])  # and what pair 2 came with is said of pair 1 too
     z = 7.0 * F.normalize(pair, dim=-1) @ F.normalize(text, dim=-1).T
     against_pair = {0: [0, 1, 2, 3], 1: [0, 1], 2: [0, 1, 2, 3], 3: [0, 2, 3]}  # texts that each pair is asked about
     against_text = {0: [0, 1, 2, 3], 1: [0, 1, 2], 2: [0, 2, 3], 3: [0, 2, 3]}
@@ -63,8 +63,8 @@ def test_texts_that_are_said_of_a_pair_are_none_of_its_negatives():
         z[n, n] - z[n, among].logsumexp(0) + z[n, n] - z[others, n].logsumexp(0)
         for n, among, others in ((n, against_pair[n], against_text[n]) for n in range(4))
     ) / (2 * 4)
-    torch.testing.assert_close(losses.info_nce_of_several(pair, text, said, number, 7.0), expected)
-    alone = losses.info_nce_of_several(pair, text, said[:, :0], number, 7.0)
+    torch.testing.assert_close(losses.info_nce_of_several(pair, text, sentences, number, 7.0), expected)
+    alone = losses.info_nce_of_several(pair, text, sentences[:, :0], number, 7.0)
     torch.testing.assert_close(alone, losses.info_nce(pair, text, 1 / 7.0))
 
 
@@ -105,7 +105,7 @@ def test_batches_have_both_images_and_one_of_the_pairs_own_sentences(config):
                 sentence = made.change.vocabulary.decode(batch.tokens[n, 0].tolist()[1:])
             else:
                 sentence = made.texts.distinct[batch.number[n]]
-                others = {made.texts.distinct[k] for k in batch.said[n].tolist() if k >= 0}
+                others = {made.texts.distinct[k] for k in batch.positives[n].tolist() if k >= 0}
                 assert others == set(pair_of[key].sentences)
             assert sentence in pair_of[key].sentences
 
@@ -137,7 +137,7 @@ def test_two_entries_on_the_same_images_are_none_of_each_others_negatives(config
     config.change.stage, config.change.validation, config.train.batch_size = "retrieve", "none", 2
     batch = next(method(config, dataclasses.replace(data, changes=twice)).loader(0))
     assert sorted(batch.number.tolist()) == [0, 1]
-    assert [sorted(row) for row in batch.said.tolist()] == [[0, 1], [0, 1]]
+    assert [sorted(row) for row in batch.positives.tolist()] == [[0, 1], [0, 1]]
 
 
 # -- what learns ---------------------------------------------------------------------------------------
@@ -158,7 +158,7 @@ def test_each_stage_trains_what_its_loss_reaches(config, stage):
 def test_clips_own_weights_learn_at_their_share_of_the_rate(config):
     config.train.steps, config.train.schedule, config.change.validation = 1, "constant", "none"
     name, moved = "visual.transformer.resblocks.0.mlp.c_fc.weight", []
-    for config.name, config.change.clip_rate in (("a", 0.1), ("b", 0.0)):
+    for config.name, config.change.clip_lr_scale in (("a", 0.1), ("b", 0.0)):
         moved.append((weights(finetune(config))[name] - tiny_runs.start(config)[name]).abs().median())
     assert moved == [pytest.approx(1e-4, rel=0.05), 0]  # Adam's first step is the learning rate
 
@@ -187,10 +187,10 @@ def test_a_frozen_encoder_is_asked_once_and_only_the_decoder_learns(config, monk
 
 @pytest.fixture
 def adapted(config) -> Path:
-    """A run of the first stage, with counterparts."""
+    """A run of the first stage, with aligned_tokens."""
     first = copy.deepcopy(config)
     first.name, first.train.steps = "adapted", 2
-    first.change = dataclasses.replace(config.change, stage="retrieve", counterparts=True, validation="none")
+    first.change = dataclasses.replace(config.change, stage="retrieve", aligned_tokens=True, validation="none")
     config.model.start = "runs/adapted"
     return finetune(first)
 
@@ -213,8 +213,8 @@ def test_the_second_stage_goes_on_with_the_encoder_of_its_start(config, adapted)
 
 
 def test_a_start_with_another_encoder_is_refused(config, adapted):
-    config.change.counterparts = False
-    with pytest.raises(UserError, match="was trained with change.counterparts True; leave it out"):
+    config.change.aligned_tokens = False
+    with pytest.raises(UserError, match="was trained with change.aligned_tokens True; leave it out"):
         finetune(config)
 
 
@@ -282,7 +282,9 @@ def test_sentences_are_learnt(config):
     """A few pairs by heart: their own sentences are then written, and by beams too."""
     config.train = dataclasses.replace(config.train, batch_size=6, steps=150, lr=1e-2, log_every=50, optimizer="adamw")
     config.train.schedule, config.train.save_every, config.train.max_steps_per_epoch = "cosine", 200, None
-    config.change = ChangeConfig("caption", width=32, heads=2, layers=1, clip_rate=0.1, dropout=0.0, validation="none")
+    config.change = ChangeConfig(
+        "caption", width=32, heads=2, layers=1, clip_lr_scale=0.1, dropout=0.0, validation="none"
+    )
     data = with_changes(pairs(), range(6))
     one = tuple(dataclasses.replace(c, sentences=c.sentences[:1]) for c in data.changes)
     data = dataclasses.replace(data, changes=one)
@@ -299,7 +301,7 @@ REFUSED = [
     ({"change.stage": "retrieve", "change.freeze": True}, "does not take change.freeze: stage retrieve is there"),
     ({"model.train": "text"}, "model.train text leaves the image tower as it is"),
     ({"change.dropout": 1.0}, "change.dropout is 1.0; it is a share"),
-    ({"change.clip_rate": -1.0}, "change.clip_rate is -1.0"),
+    ({"change.clip_lr_scale": -1.0}, "change.clip_lr_scale is -1.0"),
     ({"change.validate_on": 0}, "change.validate_on"),
     ({"change.validate_on": 1}, "example_changes/val gives 1 pairs with"),
     ({"change.intra_layers": 6}, "change.intra_layers is 6"),
@@ -320,7 +322,7 @@ def test_what_does_not_fit_is_told_before_anything_is_encoded_or_written(config,
     monkeypatch.setattr(change, "frozen_tokens", lambda *_, **__: pytest.fail("encoded"))
     bad = []
     for settings, message in REFUSED:
-        said = tiny_runs.attempt(tiny_runs.put(config, settings))
-        bad += [f"{settings}: {said}"] if message not in said else []
+        pattern = tiny_runs.attempt(tiny_runs.put(config, settings))
+        bad += [f"{settings}: {pattern}"] if message not in pattern else []
         assert not Path("runs/a/config.yaml").exists(), settings
     assert not bad, "\n".join(bad)

@@ -59,8 +59,8 @@ def test_pairs_go_through_the_tower_as_the_paper_says(vit, pictures):
     torch.testing.assert_close(made.embed(x), z)
 
 
-def test_counterparts_begin_as_the_paper_and_then_show_what_is_at_the_same_place(vit, pictures):
-    plain, made = fresh(vit, None, seed=0).encoder, fresh(vit, None, seed=0, counterparts=True).encoder
+def test_aligned_tokens_begin_as_the_paper_and_then_show_what_is_at_the_same_place(vit, pictures):
+    plain, made = fresh(vit, None, seed=0).encoder, fresh(vit, None, seed=0, aligned_tokens=True).encoder
     assert torch.equal(plain(*pictures), made(*pictures))
     torch.nn.init.normal_(made.counterpart, generator=torch.Generator().manual_seed(1))
     blocks, entered = vit.model.visual.transformer.resblocks, []
@@ -126,15 +126,15 @@ def obvious_greedy(made: Decoder, seen: torch.Tensor) -> list[int]:
 @pytest.mark.parametrize("scale", [1.0, 4.0])
 def test_greedy_is_that_of_a_decoder_without_a_cache(scale):
     made, seen = decoder(), scale * torch.randn(12, 6, 6)
-    found = made.search(seen)
-    said = [[n for n in row.tolist() if n != PAD] for row in found.tokens]
-    assert said == [obvious_greedy(made, each) for each in seen]
-    assert len({len(row) for row in said}) > 1  # some ended earlier than others
+    actual = made.search(seen)
+    sentences = [[n for n in row.tolist() if n != PAD] for row in actual.tokens]
+    assert sentences == [obvious_greedy(made, each) for each in seen]
+    assert len({len(row) for row in sentences}) > 1  # some ended earlier than others
     totals = [
         sum(obvious_log_likelihoods(made, [START, *row[:n]], each)[row[n] - END] for n in range(len(row)))
-        for row, each in zip(said, seen)
+        for row, each in zip(sentences, seen)
     ]
-    torch.testing.assert_close(found.log_likelihood, torch.stack(totals), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(actual.log_likelihood, torch.stack(totals), atol=1e-4, rtol=1e-4)
 
 
 def test_search_stops_when_all_have_ended():
@@ -148,7 +148,7 @@ def test_search_stops_when_all_have_ended():
 @torch.no_grad()
 def every_sentence(made: Decoder, seen: torch.Tensor) -> dict[tuple[int, ...], float]:
     """Log-likelihoods of all sentences up to the longest; those that are not whole at full length included."""
-    found = {}
+    actual = {}
     longest = made.shape.max_length - 1
     words = range(END, END + len(made.bias))
     for length in range(1, longest + 1):
@@ -156,16 +156,16 @@ def every_sentence(made: Decoder, seen: torch.Tensor) -> dict[tuple[int, ...], f
             each = made(torch.tensor([[START, *words_before]]), seen[None])[0].log_softmax(-1)
             total = sum(float(each[n, word - END]) for n, word in enumerate(words_before))
             for last in words if length == longest else [END]:
-                found[(*words_before, last)] = total + float(each[length - 1, last - END])
-    return found
+                actual[(*words_before, last)] = total + float(each[length - 1, last - END])
+    return actual
 
 
 @pytest.mark.parametrize("penalty", [0.0, 1.0])
 def test_a_beam_wide_enough_finds_the_best_of_all_sentences(penalty):
     made = decoder(words=6, max_length=5)
     seen = 2 * torch.randn(4, 6, 6)
-    found = made.search(seen, 60, penalty)
-    for row, total, each in zip(found.tokens.tolist(), found.log_likelihood.tolist(), seen):
+    actual = made.search(seen, 60, penalty)
+    for row, total, each in zip(actual.tokens.tolist(), actual.log_likelihood.tolist(), seen):
         sentences = every_sentence(made, each)
         whole = {s: v for s, v in sentences.items() if s[-1] == END}
         best = max(whole, key=lambda s: whole[s] / len(s) ** penalty)
@@ -212,11 +212,11 @@ def test_attention_is_that_of_the_last_layer():
 # -- the file ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("counterparts", [False, True])
-def test_a_saved_captioner_says_the_same(vit, pictures, tmp_path, counterparts):
+@pytest.mark.parametrize("aligned_tokens", [False, True])
+def test_a_saved_captioner_says_the_same(vit, pictures, tmp_path, aligned_tokens):
     clip = create_model("example_vit")
-    clip = ChangeClip.of(clip, fresh(clip, 2, seed=0, counterparts=counterparts))
-    if counterparts:
+    clip = ChangeClip.of(clip, fresh(clip, 2, seed=0, aligned_tokens=aligned_tokens))
+    if aligned_tokens:
         torch.nn.init.normal_(clip.change.encoder.counterpart)
     clip.change.add_decoder(Vocabulary.of(clip.tokenizer, TEXTS), Shape(1, 2, 8, 9))
     clip.change.eval()

@@ -11,7 +11,7 @@ from test_dataset_layouts import picture, write
 from pc_clip.core.errors import UserError
 from pc_clip.data.changes import NoSplit
 from pc_clip.data.dataset import Change
-from pc_clip.data.registry import READERS, held_out, open_dataset
+from pc_clip.data.registry import READERS, open_dataset, selection_split
 
 
 def shades(data):
@@ -33,8 +33,14 @@ CLEVR_FOLDERS = {"images": "default", "sc_images": "semantic", "nsc_images": "no
 def clevr_tree(root, inner="data", shown=CLEVR):
     folder = root / inner
     write(folder / "splits.json", CLEVR_SPLITS)
-    write(folder / "change_captions.json", {f"CLEVR_default_{n:06}.png": said for n, (_, said, _) in CLEVR.items()})
-    write(folder / "no_change_captions.json", {f"CLEVR_default_{n:06}.png": said for n, (_, _, said) in CLEVR.items()})
+    write(
+        folder / "change_captions.json",
+        {f"CLEVR_default_{n:06}.png": sentences for n, (_, sentences, _) in CLEVR.items()},
+    )
+    write(
+        folder / "no_change_captions.json",
+        {f"CLEVR_default_{n:06}.png": sentences for n, (_, _, sentences) in CLEVR.items()},
+    )
     kinds = {kind: [f"{n:06}.png"] for n, (kind, _, _) in CLEVR.items()}
     write(folder / "type_mapping.json", {**kinds, "material": ["000555.png"]})
     for n in shown:
@@ -146,8 +152,8 @@ def test_an_absent_picture_is_an_error_or_its_changes_are_left_out_and_counted(t
     os.utime(tmp_path / file, (1, 1))
     assert open_dataset(name, tmp_path, "train").fingerprint != before
     (tmp_path / file).unlink()
-    said = rf"1 of the {images} pictures named in .*json are absent, first .*{file}\. Unpack .*skip"
-    with pytest.raises(UserError, match=said):
+    message = rf"1 of the {images} pictures named in .*json are absent, first .*{file}\. Unpack .*skip"
+    with pytest.raises(UserError, match=message):
         open_dataset(name, tmp_path, "train")
     data = open_dataset(name, tmp_path, "train", missing="skip")
     assert len(data.changes) == shown and len(shades(data)) == len(data)
@@ -162,9 +168,9 @@ def test_a_file_of_ones_own_may_lie_anywhere_and_name_pictures_by_whole_paths(tm
     (tmp_path / "mine.JSONL").write_bytes(b"\xef\xbb\xbf" + f"\r\n{line}\r\n\r\n".encode())
     data = open_dataset("changes", split="mine.JSONL")  # data/changes need not be there
     assert shades(data) == [50, 90] and data.changes[0].sentences == ("é x",)
-    assert re.fullmatch(r"changes/mine-[0-9a-f]{6}", data.label) and held_out(data) is None
+    assert re.fullmatch(r"changes/mine-[0-9a-f]{6}", data.label) and selection_split(data) is None
     lines_tree(tmp_path / "mine")
-    assert held_out(open_dataset("changes", tmp_path / "mine", "train")) == "val"
+    assert selection_split(open_dataset("changes", tmp_path / "mine", "train")) == "val"
     with pytest.raises(NoSplit, match=r"has no val\.jsonl; found there: train\. One that lies elsewhere"):
         open_dataset("changes", tmp_path / "mine", "val")
 
@@ -187,7 +193,7 @@ def test_what_is_there_twice_or_has_no_words_is_left_out_and_counted(tmp_path):
 
 
 def test_a_damaged_file_is_named_with_the_place(tmp_path):
-    for name, file, content, said in [
+    for name, file, content, message in [
         ("spot_the_diff", "train.json", "[", "is not JSON"),
         ("spot_the_diff", "train.json", {}, "must hold a list, found"),
         ("spot_the_diff", "train.json", [SPOT[0], {"img_id": 1}], "entry 2 must be an object with img_id, sentences"),
@@ -202,10 +208,10 @@ def test_a_damaged_file_is_named_with_the_place(tmp_path):
         ("clevr_change", "splits.json", {"train": [5]}, "CLEVR_default_000005.png: sentences must be a list"),
         ("clevr_change", "type_mapping.json", {"a": ["000007.png"], "b": ["000007.png"]}, "names a scene twice"),
     ]:
-        root = tmp_path / file / said[:9]
+        root = tmp_path / file / message[:9]
         TREES[name](root)
         write(root / "data" / file if name == "clevr_change" else root / file, content)
-        with pytest.raises(UserError, match=said) as raised:
+        with pytest.raises(UserError, match=message) as raised:
             open_dataset(name, root, "train")
         assert file in str(raised.value) or "change_captions" in str(raised.value)
 

@@ -20,8 +20,8 @@ from pc_clip.models.loading import create_model
 def test_a_saved_model_comes_back_with_its_name_and_weights(example_clip, tmp_path):
     loading.save_model(tmp_path / "run" / "model.safetensors", example_clip)
     for path in (tmp_path / "run", tmp_path / "run" / "model.safetensors"):
-        found = loading.load_model(path)
-        assert (found.name, found.weights_hash()) == ("example", example_clip.weights_hash())
+        clip = loading.load_model(path)
+        assert (clip.name, clip.weights_hash()) == ("example", example_clip.weights_hash())
 
 
 @pytest.mark.slow
@@ -34,9 +34,9 @@ def test_open_clip_loads_our_checkpoint_itself_and_the_image_transform_comes_bac
     loading.save_model(path, clip)
     loaded = open_clip.create_model("RN50", pretrained=str(path))
     assert all(torch.equal(a, b) for a, b in zip(clip.model.state_dict().values(), loaded.state_dict().values()))
-    found = loading.load_model(path)
-    assert repr(found.preprocess) == repr(clip.preprocess)
-    assert found.image_tower_hash() == clip.image_tower_hash()
+    again = loading.load_model(path)
+    assert repr(again.preprocess) == repr(clip.preprocess)
+    assert again.image_tower_hash() == clip.image_tower_hash()
 
 
 @pytest.mark.slow

@@ -48,10 +48,10 @@ def test_a_class_is_named_as_its_prompt_names_it():
 def test_birds_are_set_apart_and_described_by_families_of_attributes():
     data = made(BIRDS)
     question = data.questions[0]
-    opposed = class_text.opposed(data, question, "emu", "owl", seed=0)
+    opposed = class_text.contrast_phrases(data, question, "emu", "owl", seed=0)
     assert opposed == ("a bird with brown wing color", "a bird with white wing color")
-    assert class_text.opposed(data, question, "owl", "emu", seed=0) == opposed[::-1]
-    described = class_text.described(data, question, "emu", 0)
+    assert class_text.contrast_phrases(data, question, "owl", "emu", seed=0) == opposed[::-1]
+    described = class_text.class_description(data, question, "emu", 0)
     assert described == "An emu: a bird of large size, a bird with brown wing color."
 
 
@@ -61,17 +61,17 @@ def test_graded_animals_are_set_apart_in_the_words_of_the_tasks(tmp_path, monkey
     (tmp_path / "made.yaml").write_text(f"dataset: made\nattributes: {{stripes: {{graded: stripes, {words}}}}}")
     data = made({"stripes": {"emu": 0.0, "owl": 1.0}, "fast": {"emu": 1.0, "owl": 0.0}})
     question = data.questions[0]
-    assert class_text.opposed(data, question, "emu", "owl", 0) == ("a plain animal", "a striped animal")
-    assert class_text.described(data, question, "owl", 0) == "An owl: a striped animal."
-    assert class_text.described(data, question, "emu", 0) == "An emu"
+    assert class_text.contrast_phrases(data, question, "emu", "owl", 0) == ("a plain animal", "a striped animal")
+    assert class_text.class_description(data, question, "owl", 0) == "An owl: a striped animal."
+    assert class_text.class_description(data, question, "emu", 0) == "An emu"
 
 
 def test_without_grades_a_caption_of_the_class_describes_it():
     data = made(captions=[("an emu runs", "emu"), ("an emu eats", "emu"), ("owl",), ("owl",)])
-    told = {class_text.described(data, data.questions[0], "emu", seed) for seed in range(20)}
-    assert told == {"an emu runs", "an emu eats", "emu"}
+    texts = {class_text.class_description(data, data.questions[0], "emu", seed) for seed in range(20)}
+    assert texts == {"an emu runs", "an emu eats", "emu"}
     with pytest.raises(UserError, match="the rules know nothing of the classes of made but their names"):
-        class_text.described(made(), made().questions[0], "emu", 0)
+        class_text.class_description(made(), made().questions[0], "emu", 0)
 
 
 # -- prompts -------------------------------------------------------------------------------------------
@@ -105,19 +105,19 @@ def test_a_broken_prompt_is_refused():
 def test_descriptions_of_the_example_name_their_class(small_example):
     path = generate.generate(GenerateConfig(task="describe", question="shape", n_each=2))
     assert path == Path("llm_diffs/example_shape_describe.jsonl")
-    found = class_text.read_descriptions(path)
+    rows = class_text.read_descriptions(path)
     shapes = next(q.classes for q in open_dataset("example", split="val").questions if q.name == "shape")
-    assert list(found) == list(shapes)
-    assert all(name in text and len(texts) == 2 for name, texts in found.items() for text in texts)
+    assert list(rows) == list(shapes)
+    assert all(name in text and len(texts) == 2 for name, texts in rows.items() for text in texts)
 
 
 def test_comparisons_of_the_example_are_sentences_about_its_classes(small_example):
     path = generate.generate(GenerateConfig(task="compare", question="size", both_orders=True))
-    found = differences.read(path)
-    assert len(found) == 6
-    said = {(d.first, d.second): d.text for d in found}
-    assert "larger objects" in said["large", "small"].split("second")[0].split("while")[0]
-    assert said["large", "small"] != said["small", "large"]
+    rows = differences.read(path)
+    assert len(rows) == 6
+    sentences = {(d.first, d.second): d.text for d in rows}
+    assert "larger objects" in sentences["large", "small"].split("second")[0].split("while")[0]
+    assert sentences["large", "small"] != sentences["small", "large"]
     assert json.loads(path.with_suffix(".meta.json").read_text())["settings"]["task"] == "compare"
 
 
@@ -146,8 +146,8 @@ def test_sentences_that_cannot_be_used_are_none():
 
     data = made()
     assert generate.compare_classes(Silent(), "rules", data, data.questions[0], [("emu", "owl")], 0) == [None]
-    told = generate.compare_classes(RulesWriter(), "rules", data, data.questions[0], [("emu", "owl")], 0)
-    assert "an emu" in told[0] and "an owl" in told[0]
+    texts = generate.compare_classes(RulesWriter(), "rules", data, data.questions[0], [("emu", "owl")], 0)
+    assert "an emu" in texts[0] and "an owl" in texts[0]
 
 
 def test_a_broken_file_of_descriptions_is_refused():
@@ -168,31 +168,31 @@ def test_a_broken_file_of_descriptions_is_refused():
 
 def subject(texts, config) -> EvalContext:
     clip = FakeClip(texts, [[1, 0.2], [1, 0.9], [0.1, 1], [0.9, 1]])
-    found = EvalContext(clip, lambda: clip, made(), config)
-    found.__dict__["z"] = clip.z
-    return found
+    context = EvalContext(clip, lambda: clip, made(), config)
+    context.__dict__["z"] = clip.z
+    return context
 
 
 def test_descriptions_are_appended_or_averaged():
     """The prompts are swapped and so always wrong; appended descriptions are right, two averaged ones outvote it."""
     emu, owl = "This is a photo of a emu.", "This is a photo of a owl."
     texts = {emu: [0, 1], owl: [1, 0], "tall": [1, 0], "taller": [1, 0], "round": [0, 1], "rounder": [0, 1]}
-    for told in ("tall", "taller"):
-        texts[f"{emu} {told}"] = [1, 0]
-    for told in ("round", "rounder"):
-        texts[f"{owl} {told}"] = [0, 1]
+    for answers in ("tall", "taller"):
+        texts[f"{emu} {answers}"] = [1, 0]
+    for answers in ("round", "rounder"):
+        texts[f"{owl} {answers}"] = [0, 1]
     rows = [("emu", "tall"), ("emu", "taller"), ("owl", "round"), ("owl", "rounder")]
     Path("d.jsonl").write_text("".join(json.dumps({"class": c, "text": t}) + "\n" for c, t in rows))
-    found = extended.evaluate(subject(texts, EvaluateConfig(extended=ExtendedConfig(descriptions="d.jsonl"))))
-    assert found.metrics["extended_plain"] == 0.0
-    assert found.metrics["extended_append"] == found.metrics["extended_average"] == 1.0
-    assert found.metrics["gain_extended_append"] == 1.0 and found.n == 4
+    result = extended.evaluate(subject(texts, EvaluateConfig(extended=ExtendedConfig(descriptions="d.jsonl"))))
+    assert result.metrics["extended_plain"] == 0.0
+    assert result.metrics["extended_append"] == result.metrics["extended_average"] == 1.0
+    assert result.metrics["gain_extended_append"] == 1.0 and result.n == 4
 
 
 def test_a_class_without_a_description_keeps_its_prompt():
     question = made().questions[0]
-    told = {"emu": ["tall", "grey"]}
-    texts = extended.class_texts(question, ("a {}",), told)
+    answers = {"emu": ["tall", "grey"]}
+    texts = extended.class_texts(question, ("a {}",), answers)
     assert texts["extended_append"] == [["a emu. tall", "a emu. grey"], ["a owl"]]
     assert texts["extended_average"] == [["a emu", "tall", "grey"], ["a owl"]]
 
@@ -220,13 +220,13 @@ def test_rewritten_captions_take_the_place_of_the_data_sets_own(coco_folder, mon
     monkeypatch.setattr(work, "make_writer", lambda config: Shouter())
     own = str(coco_folder / "annotations" / "captions_val2017.json")
     path = generate.generate(GenerateConfig(name="louder", task="rewrite", writer="server", captions=own, n_images=5))
-    found = read_captions(path)
-    assert len(found) == 5 and all(text == text.upper() for _, texts in found.values() for text in texts)
+    rows = read_captions(path)
+    assert len(rows) == 5 and all(text == text.upper() for _, texts in rows.values() for text in texts)
     where = {"dataset": "coco", "root": str(coco_folder), "split": "val2017"}
     before = load_dataset(DataConfig(**where))
     after = load_dataset(DataConfig(**where, captions=str(path)))
     spoken = dict(zip(before.ids, before.captions))
-    assert set(after.ids) == set(found)
+    assert set(after.ids) == set(rows)
     for key, texts in zip(after.ids, after.captions):
         assert texts == tuple(text.upper() for text in spoken[key])
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pc_clip.data.wordings import contrast
 from pc_clip.write import cleaning, prompts
 from pc_clip.write.cleaning import MIN_CHARACTERS, RULES, TRIMS, Given, check, clean, copies
-from pc_clip.write.words import content_words, said_of, stem
+from pc_clip.write.words import content_words, split_by_image, stem
 
 DOG_CAT = "The first image shows a dog on a sofa, while the second shows a cat."
 PIZZA = (
@@ -90,9 +90,9 @@ def test_of_what_six_chat_models_say_around_a_sentence_little_is_left():
     answers = yaml.safe_load((Path(__file__).parent / "chat_answers.yaml").read_text(encoding="utf-8"))
     alone = {
         half: [
-            clean(opening + sentences[n] + said["endings"][(i + (0, 3, 1)[n]) % 6]).text == sentences[n]
-            for said in models.values()
-            for i, opening in enumerate(said["openings"])
+            clean(opening + sentences[n] + texts["endings"][(i + (0, 3, 1)[n]) % 6]).text == sentences[n]
+            for texts in models.values()
+            for i, opening in enumerate(texts["openings"])
             for n in range(3)
         ]
         for half, models in answers.items()
@@ -302,7 +302,7 @@ def test_words_belong_to_the_image_they_are_said_of():
         "Two dogs.": ([], []),
         "": ([], []),
     }
-    assert not wrong(cases, said_of)
+    assert not wrong(cases, split_by_image)
 
 
 def test_words_are_compared_without_their_endings_and_different_ones_stay_apart():

@@ -118,9 +118,9 @@ def assert_agree(theirs: tuple[dict, torch.Tensor, torch.Tensor], path: str, cli
         "--dataset", "folder", "--root", "images", "--templates", json.dumps(TEMPLATES), "--checkpoint", path
     )
     from_web = measure("--dataset", "webdataset", "--root", "web", "--prompts", "several", "--checkpoint", path)
-    for found in (ours, from_web):
-        assert found["n"] == len(keys)
-        assert (found["metrics"]["zeroshot"], found["metrics"]["top5_class"]) == (metrics["acc1"], metrics["acc5"])
+    for actual in (ours, from_web):
+        assert actual["n"] == len(keys)
+        assert (actual["metrics"]["zeroshot"], actual["metrics"]["top5_class"]) == (metrics["acc1"], metrics["acc5"])
     return round(metrics["acc1"] * len(keys))
 
 
@@ -202,8 +202,8 @@ def captioned(tmp_path) -> int:
     for n, (png, _) in enumerate(samples):
         (tmp_path / "coco" / "val2014" / f"{n}.png").write_bytes(png)
     images = [{"id": n, "file_name": f"{n}.png"} for n in range(len(samples))]
-    said = [(n, text) for n, (_, texts) in enumerate(samples) for text in texts]
-    annotations = [{"id": k, "image_id": n, "caption": text} for k, (n, text) in enumerate(said)]
+    sentences = [(n, text) for n, (_, texts) in enumerate(samples) for text in texts]
+    annotations = [{"id": k, "image_id": n, "caption": text} for k, (n, text) in enumerate(sentences)]
     content = {"images": images, "annotations": annotations}
     (tmp_path / "coco" / "captions_val2014.json").write_text(json.dumps(content))
     for name in ("coco_test_karpathy.json", "val2014/captions_karpathy.json"):  # a part of val2014, where each looks

@@ -20,8 +20,8 @@ def hardness(z) -> float:
 
 def plan(z, batch_size, steps, seed=0, kind="exact", **settings):
     index = Forgetful(z) if kind == "forgetful" else neighbours.build(kind, z)
-    found = clusters.plan(index, batch_size, steps, **settings, rng=np.random.default_rng(seed))
-    return [batch.tolist() for batch in found]
+    actual = clusters.plan(index, batch_size, steps, **settings, rng=np.random.default_rng(seed))
+    return [batch.tolist() for batch in actual]
 
 
 class Forgetful:
@@ -31,8 +31,8 @@ class Forgetful:
         self.z = z
 
     def near(self, rows, m, allowed):
-        found = neighbours.nearest(self.z, rows, m, allowed)
-        kept = np.where((np.arange(m) % 3 == 0) & (rows % 2 == 0)[:, None], found, -1)
+        actual = neighbours.nearest(self.z, rows, m, allowed)
+        kept = np.where((np.arange(m) % 3 == 0) & (rows % 2 == 0)[:, None], actual, -1)
         return np.take_along_axis(kept, np.argsort(kept < 0, axis=1, kind="stable"), 1)
 
 
@@ -91,11 +91,11 @@ def test_an_approximate_index_makes_whole_batches_nearly_as_similar(cover):
     pytest.importorskip("faiss")
     z = embeddings(1500, d=8).float()
     settings = {"size": 10, "share": 0.8, "cover": cover}
-    exact, found = (plan(z, 50, 30, kind=kind, **settings) for kind in ("exact", "faiss"))
-    assert [len(set(batch)) for batch in found] == [50] * 30
+    exact, actual = (plan(z, 50, 30, kind=kind, **settings) for kind in ("exact", "faiss"))
+    assert [len(set(batch)) for batch in actual] == [50] * 30
     if cover:
-        assert sorted(row for batch in found for row in batch) == list(range(1500))
-    theirs, ours = (np.mean([hardness(z[batch[:10]]) for batch in some]) for some in (exact, found))
+        assert sorted(row for batch in actual for row in batch) == list(range(1500))
+    theirs, ours = (np.mean([hardness(z[batch[:10]]) for batch in some]) for some in (exact, actual))
     assert ours == pytest.approx(theirs, abs=0.05)
 
 

@@ -70,16 +70,16 @@ def token_by_token(clip: Clip, image: torch.Tensor, tokens: list[int]) -> float:
 @torch.no_grad()
 def test_the_log_likelihood_is_that_of_its_tokens_one_by_one_whatever_is_padded(clip):
     images, tokens = pixels(len(CAPTIONS)), clip.tokenize(CAPTIONS)
-    found = likelihood(clip, images, tokens)
+    actual = likelihood(clip, images, tokens)
     rows = [row[: row.index(49407) + 1] for row in tokens.tolist()]
     expected = torch.tensor([token_by_token(clip, image, row) for image, row in zip(images, rows)])
-    assert found.shape == (4,) and found.dtype == torch.float32
-    assert torch.allclose(found, expected, rtol=1e-5, atol=1e-4)
-    assert (found < 0).all() and found.std() > 1
+    assert actual.shape == (4,) and actual.dtype == torch.float32
+    assert torch.allclose(actual, expected, rtol=1e-5, atol=1e-4)
+    assert (actual < 0).all() and actual.std() > 1
     for n, row in enumerate(tokens):
         for length in (len(rows[n]), len(rows[n]) + 1, 12):
             alone = likelihood(clip, images[n : n + 1], row[None, :length])
-            assert alone.item() == pytest.approx(found[n].item(), abs=1e-3)
+            assert alone.item() == pytest.approx(actual[n].item(), abs=1e-3)
 
 
 def test_gradients_reach_decoder_and_text_tower_and_not_an_image_without_them(clip):

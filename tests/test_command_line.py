@@ -33,7 +33,7 @@ def call(module: str, *argv: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize(
-    ("module", "argv", "code", "said"),
+    ("module", "argv", "code", "message"),
     [
         ("finetune", ["--help"], 0, "--retain.texts"),
         ("generate_diffs", ["--help"], 0, "--server.url"),
@@ -42,11 +42,11 @@ def call(module: str, *argv: str) -> subprocess.CompletedProcess:
         ("generate_diffs", ["--n_pair", "3"], 2, "Did you mean 'n_pairs'"),
     ],
 )
-def test_help_and_mistakes_import_nothing_heavy(module, argv, code, said):
-    found = call(module, *argv)
-    assert found.returncode == code, found.stderr
-    assert said in found.stdout + found.stderr
-    assert found.stderr.splitlines()[-1] == "[]"
+def test_help_and_mistakes_import_nothing_heavy(module, argv, code, message):
+    actual = call(module, *argv)
+    assert actual.returncode == code, actual.stderr
+    assert message in actual.stdout + actual.stderr
+    assert actual.stderr.splitlines()[-1] == "[]"
 
 
 def test_help_of_run_shows_the_settings_of_the_mode_it_is_asked_about():
@@ -66,7 +66,7 @@ def test_an_installation_that_lost_its_yaml_says_so(tmp_path):
 
 def test_a_flag_that_another_setting_leaves_without_effect_is_refused():
     kept = []
-    for script, argv, said in [
+    for script, argv, message in [
         (finetune.main, ["--sampler.share", "0.5"], "--sampler.share has no effect with sampler.kind random"),
         (finetune.main, ["--train.decay", "0.5"], "--train.decay has no effect with train.schedule cosine"),
         (finetune.main, ["--retain.texts", "0", "--retain.batch", "8"], "has no effect with retain.weights {}"),
@@ -81,5 +81,5 @@ def test_a_flag_that_another_setting_leaves_without_effect_is_refused():
     ]:
         with pytest.raises(UserError) as error:
             script(argv)
-        kept += [str(error.value)] * (re.search(said, str(error.value)) is None)
+        kept += [str(error.value)] * (re.search(message, str(error.value)) is None)
     assert not kept

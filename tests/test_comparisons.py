@@ -22,7 +22,7 @@ def test_every_set_with_class_names_has_comparisons_of_classes_that_exist(small_
     assert known <= QUESTIONS.keys() <= READERS.keys()
     for name in QUESTIONS.keys() - {"example"}:
         assert list(QUESTIONS[name]) == ["class"]
-        classes = set(class_names(name).said.values())
+        classes = set(class_names(name).display_names.values())
         for comparison in QUESTIONS[name]["class"]:
             named = {comparison["class_a"], comparison["class_b"]}
             assert named <= classes, comparison

@@ -31,15 +31,15 @@ def test_sugar_crepe_is_scored_on_the_photographs_that_are_there():
     Path("sugar/swap_att.json").write_text(json.dumps(rows))
     Path("sugar/add_obj.json").write_text(json.dumps([rows["0"], rows["2"]]))
     config = EvaluateConfig(statements=["sugar"])
-    found = compositional.evaluate(about([], TEXTS, images=["red0", "red1", "blue2"], config=config))
-    assert found.n == 3
-    assert found.details["absent"] == 2
-    assert found.metrics == pytest.approx(
+    result = compositional.evaluate(about([], TEXTS, images=["red0", "red1", "blue2"], config=config))
+    assert result.n == 3
+    assert result.details["absent"] == 2
+    assert result.metrics == pytest.approx(
         {"sugarcrepe": 2 / 3, "sugarcrepe_add_obj": 1.0, "sugarcrepe_swap_att": 0.5, "sugarcrepe_blind_grey": 0.5,
          "sugarcrepe_blind_mean": 2 / 3, "sugarcrepe_blind": 2 / 3}
     )  # fmt: skip
-    assert set(found.intervals) == set(found.metrics)
-    assert found.details["sugarcrepe"]["kinds"]["swap_att"]["n"] == 2
+    assert set(result.intervals) == set(result.metrics)
+    assert result.details["sugarcrepe"]["kinds"]["swap_att"]["n"] == 2
     Path("empty").mkdir()
     with pytest.raises(UserError, match="no file of statements at empty"):
         compositional.evaluate(about([], TEXTS, images=["red0"], config=EvaluateConfig(statements=["empty"])))
@@ -50,12 +50,12 @@ def test_sugar_crepe_is_scored_on_the_photographs_that_are_there():
 
 def test_who_sees_is_right_and_who_does_not_is_half_right():
     statements = [said(f"{c}{i}", c, other) for i in range(12) for c, other in (("red", "blue"), ("blue", "red"))]
-    found = compositional.evaluate(about(statements, TEXTS))
-    assert found.metrics["compositional"] == found.metrics["compositional_mine"] == 1.0
-    assert found.metrics["compositional_blind_grey"] == found.metrics["compositional_blind_mean"] == 0.5
-    assert found.metrics["compositional_text_only"] <= 0.5
-    assert found.details["compositional"]["beats_blind"] is True
-    assert found.items["compositional"] == [1.0] * 24
+    result = compositional.evaluate(about(statements, TEXTS))
+    assert result.metrics["compositional"] == result.metrics["compositional_mine"] == 1.0
+    assert result.metrics["compositional_blind_grey"] == result.metrics["compositional_blind_mean"] == 0.5
+    assert result.metrics["compositional_text_only"] <= 0.5
+    assert result.details["compositional"]["beats_blind"] is True
+    assert result.items["compositional"] == [1.0] * 24
 
 
 def test_captions_that_sound_better_by_themselves_are_found_out(caplog):
@@ -63,10 +63,10 @@ def test_captions_that_sound_better_by_themselves_are_found_out(caplog):
     noise = {f"{what}{i}": rng.normal(size=3) for what in ("good", "bad") for i in range(60)}
     texts = {name: [*vector[:2], 1.5 if name.startswith("good") else -1.5] for name, vector in noise.items()}
     with caplog.at_level(logging.WARNING):
-        found = compositional.evaluate(about([said(f"red{i}", f"good{i}", f"bad{i}") for i in range(60)], texts))
-    assert found.metrics["compositional_text_only"] == 1.0
-    assert found.metrics["compositional"] < 0.8  # a red picture sees the first number alone, which is noise
-    assert found.details["compositional"]["beats_blind"] is False
+        result = compositional.evaluate(about([said(f"red{i}", f"good{i}", f"bad{i}") for i in range(60)], texts))
+    assert result.metrics["compositional_text_only"] == 1.0
+    assert result.metrics["compositional"] < 0.8  # a red picture sees the first number alone, which is noise
+    assert result.details["compositional"]["beats_blind"] is False
     assert "compositional_text_only" in caplog.text
 
 
@@ -76,27 +76,27 @@ def test_families_have_names_of_their_own_and_aro_a_mean_over_relations():
     ]
     pairs = [said("red0", "red", "blue", "old / white", "aro_attribution")] * 25
     pairs += [said("red0", "blue", "red", "wet / green", "aro_attribution")] * 24  # too few for ARO's mean
-    found = compositional.evaluate(
+    result = compositional.evaluate(
         about([*aro, *pairs, said("red0", "red", "blue", "add_obj"), said("red0", "red", "blue")], TEXTS)
     )
-    assert {n: v for n, v in found.metrics.items() if "blind" not in n} == pytest.approx({
+    assert {n: v for n, v in result.metrics.items() if "blind" not in n} == pytest.approx({
         "aro_relation": 0.75, "aro_relation_on": 1.0, "aro_relation_under": 0.0, "aro_relation_macro": 0.5,
         "aro_attribution": 25 / 49, "aro_attribution_old_white": 1.0, "aro_attribution_wet_green": 0.0,
         "aro_attribution_macro": 1.0, "sugarcrepe": 1.0, "sugarcrepe_add_obj": 1.0, "compositional": 1.0,
         "compositional_mine": 1.0,
     })  # fmt: skip
-    assert found.n == 55
-    assert set(found.items) == {"aro_relation", "aro_attribution", "sugarcrepe", "compositional"}
-    assert found.items["aro_relation"] == [1.5, 0.0]  # of 3 and 1 captions, 2 on average
+    assert result.n == 55
+    assert set(result.items) == {"aro_relation", "aro_attribution", "sugarcrepe", "compositional"}
+    assert result.items["aro_relation"] == [1.5, 0.0]  # of 3 and 1 captions, 2 on average
 
 
 def test_kinds_whose_names_become_one_are_counted_together_and_none_takes_a_baselines_name():
     statements = [said("red0", "red", "blue", "left of"), said("red0", "blue", "red", "Left-of")]
     statements += [said("red0", "red", "blue", "blind grey")]
-    found = compositional.evaluate(about(statements, TEXTS))
-    assert found.metrics["compositional_left_of"] == 0.5
-    assert found.metrics["compositional_blind_grey"] == 0.5  # a tie each time; the kind of that name is all right
-    assert found.details["compositional"]["kinds"]["blind grey"]["compositional"] == 1.0
+    result = compositional.evaluate(about(statements, TEXTS))
+    assert result.metrics["compositional_left_of"] == 0.5
+    assert result.metrics["compositional_blind_grey"] == 0.5  # a tie each time; the kind of that name is all right
+    assert result.details["compositional"]["kinds"]["blind grey"]["compositional"] == 1.0
 
 
 def test_aros_captions_are_of_the_box_and_not_of_the_whole_picture():
@@ -108,17 +108,17 @@ def test_aros_captions_are_of_the_box_and_not_of_the_whole_picture():
     Path("aro.json").write_text(json.dumps([row, row | {"bbox_x": 0, "true_caption": "red", "false_caption": "blue"}]))
     subject = about([], TEXTS, images=["two.jpg"], config=EvaluateConfig(statements=["aro.json"]))
     subject.data = dataclasses.replace(subject.data, load=lambda _: picture)
-    found = compositional.evaluate(subject)
-    assert found.metrics["aro_relation"] == 1.0
-    assert found.details["aro_relation"]["photographs"] == 1
+    result = compositional.evaluate(subject)
+    assert result.metrics["aro_relation"] == 1.0
+    assert result.details["aro_relation"]["photographs"] == 1
 
 
 def test_of_two_images_the_one_that_the_text_fits_is_preferred():
     fits = Statement("red0", "red", "red", True, "ranked", "", "blue0")
     does_not = Statement("blue0", "red", "red", True, "ranked", "", "red0")
-    found = compositional.evaluate(about([fits, fits, does_not], TEXTS, images=["red0", "blue0"]))
-    assert found.metrics["compositional"] == pytest.approx(2 / 3)
-    assert found.metrics["compositional_blind_grey"] == found.metrics["compositional_blind_mean"] == 0.5
+    result = compositional.evaluate(about([fits, fits, does_not], TEXTS, images=["red0", "blue0"]))
+    assert result.metrics["compositional"] == pytest.approx(2 / 3)
+    assert result.metrics["compositional_blind_grey"] == result.metrics["compositional_blind_mean"] == 0.5
 
 
 def test_without_a_mode_what_the_file_allows_is_measured_and_the_other_is_said(caplog):

@@ -11,7 +11,7 @@ from tiny_runs import same, weights
 from pc_clip.core.config.train import FinetuneConfig, SamplerConfig
 from pc_clip.core.errors import UserError
 from pc_clip.data.embeddings import embed_images
-from pc_clip.data.overlap import likely_false
+from pc_clip.data.overlap import false_negative_rate
 from pc_clip.data.training_data import load_dataset
 from pc_clip.evals import base_of
 from pc_clip.models import loading
@@ -40,10 +40,10 @@ def make(config: FinetuneConfig, clip: Clip) -> contrastive.Method:
 
 def test_images_are_similar_by_the_mean_of_their_captions(config, example_clip):
     data = load_dataset(config.data)
-    found = make(config, example_clip).embeddings("text", now=True)
+    actual = make(config, example_clip).embeddings("text", now=True)
     for row in (0, 7, 95):
         mean = example_clip.embed_texts(data.captions[row]).mean(0)
-        assert torch.allclose(found[row], mean / mean.norm(), atol=1e-5)
+        assert torch.allclose(actual[row], mean / mean.norm(), atol=1e-5)
 
 
 def test_or_by_themselves_as_they_are_cached_or_by_a_tower_that_learns(config):
@@ -76,7 +76,7 @@ def test_hardness_is_the_mean_cosine_of_wrong_pairs_and_the_share_of_likely_fals
     width = example_clip.context_length - batch.tokens.shape[1]
     drawn = [text_of[tuple(torch.nn.functional.pad(row, (0, width)).tolist())] for row in batch.tokens]
     assert all(text in texts for text, texts in zip(drawn, captions))
-    assert float(logs["likely_false_negatives"]) == pytest.approx(likely_false(drawn, captions))
+    assert float(logs["false_negative_rate"]) == pytest.approx(false_negative_rate(drawn, captions))
 
 
 # -- an epoch's batches depend on the weights at its beginning -------------------------------------------
@@ -104,7 +104,7 @@ def test_online_looks_at_the_weights_when_all_steps_before_an_epoch_are_done_and
     assert (plans["on", 2] == plans["off", 2]).mean() < 0.9
     log = tiny_runs.rows(run)
     assert [row["step"] for row in log] == [5, 10, 12]
-    assert all(0 <= row["likely_false_negatives"] <= 1 for row in log)  # found where there is a line of it
+    assert all(0 <= row["false_negative_rate"] <= 1 for row in log)  # found where there is a line of it
 
 
 def test_the_logit_scale_stays_at_a_hundred_or_below(config):

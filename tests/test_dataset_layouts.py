@@ -22,7 +22,7 @@ from pc_clip.core.paths import configs_folder
 from pc_clip.data.captions import read_captions
 from pc_clip.data.class_text import FOLDER, class_names
 from pc_clip.data.classification import SPLIT_BY_US, split_rows
-from pc_clip.data.registry import READERS, held_out, open_dataset
+from pc_clip.data.registry import READERS, open_dataset, selection_split
 from pc_clip.data.webdataset import find_tars, open_tar
 from pc_clip.interface import finetune, generate_diffs
 from pc_clip.models.torchvision_compat import torchvision
@@ -141,7 +141,7 @@ def cifar_tree(root, monkeypatch):
     """Python pickles as they are published, with the checksums torchvision knows changed to theirs."""
     data, folder, sums = torchvision.datasets.CIFAR10, root / "cifar-10-batches-py", {}
     folder.mkdir(parents=True)
-    names = list(class_names("cifar10").said)[::-1]
+    names = list(class_names("cifar10").display_names)[::-1]
     files = {f"data_batch_{n}": {"data": pixels([n, n + 100]), "labels": [n, 0]} for n in range(1, 6)}
     files |= {"test_batch": {"data": pixels([77]), "labels": [9]}, "batches.meta": {"label_names": names}}
     for name, content in files.items():
@@ -237,7 +237,7 @@ def test_a_set_opens_by_name_and_its_fingerprint_follows_files_and_split(name, t
     assert READERS[name].state(tmp_path) == "found" and data.part == splits[-1]
     assert question.rows.tolist() == list(range(len(data))) and question.target.dtype == np.int64
     assert question.templates == ("This is a photo of a {}.",) and question.several == class_names(name).several
-    own = {said: own for own, said in class_names(name).said.items()}
+    own = {sentences: own for own, sentences in class_names(name).display_names.items()}
     if name != "flowers102":  # whose files are not in folders
         assert all(own[question.classes[k]].strip("/")[-9:] in key for key, k in zip(data.ids, question.target))
     assert data.load(0).mode == "RGB" and len(set(data.ids)) == len(data)
@@ -259,8 +259,8 @@ def test_without_one_of_its_files_a_set_is_incomplete_and_says_which(tmp_path, m
             for path in READERS[name].folder(root).glob(file.split("|")[0]):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
             lone = len(READERS[name].files) == 1
-            said = r"is not at .*Fetch" if lone else rf"incomplete: no {re.escape(file)}\. Fetch"
-            with pytest.raises(UserError, match=said):
+            message = r"is not at .*Fetch" if lone else rf"incomplete: no {re.escape(file)}\. Fetch"
+            with pytest.raises(UserError, match=message):
                 open_dataset(name, root)
 
 
@@ -278,7 +278,7 @@ def test_our_parts_are_disjoint_cover_everything_and_say_what_they_are(tmp_path,
         train, test = (open_dataset(name, tmp_path / name, part) for part in ("train", "test"))
         everything = sorted((tmp_path / name).rglob("*.jpg"))
         assert len(train) + len(test) == len(everything) == len({*train.ids, *test.ids})
-        assert len(test) == max(1, round(len(everything) / 10)) and held_out(test) == "train"
+        assert len(test) == max(1, round(len(everything) / 10)) and selection_split(test) == "train"
         assert (train.label, test.label) == (f"{name}/train-90pct-seed0", f"{name}/test-10pct-seed0")
         assert "tenth" in train.note and "seed 0" in test.note
 
@@ -373,7 +373,7 @@ def test_cub_joins_birds_and_attributes_by_number_and_name(tmp_path):
 
 
 def test_files_that_do_not_fit_are_an_error_with_the_file(tmp_path):
-    for name, file, old, new, said in [
+    for name, file, old, new, message in [
         ("awa2", "predicate-matrix-binary.txt", "0 1 0\n", "", "has 2 rows, which do not go with the numbers of 3"),
         ("awa2", "predicate-matrix-binary.txt", "0 1 0", "0 1", "cannot be read|are not 0 or 1"),
         ("awa2", "predicate-matrix-binary.txt", "0 1 0", "0 2 0", "values that are not 0 or 1"),
@@ -389,7 +389,7 @@ def test_files_that_do_not_fit_are_an_error_with_the_file(tmp_path):
         folder = (awa2_tree if name == "awa2" else cub_tree)(tmp_path)
         assert old in (folder / file).read_text()
         write(folder / file, (folder / file).read_text().replace(old, new, 1))
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             open_dataset(name, tmp_path)
 
 
@@ -422,7 +422,7 @@ def test_cifar_and_mnist_are_read_as_they_are_published(tmp_path, monkeypatch):
     train, test = open_dataset("cifar10", tmp_path, "train"), open_dataset("cifar10", tmp_path)
     assert (train.label, len(train), test.label, test.ids) == ("cifar10/train", 10, "cifar10/test", ["0"])
     assert train.questions[0].target.tolist() == [1, 0, 2, 0, 3, 0, 4, 0, 5, 0]
-    assert train.questions[0].classes == tuple(list(class_names("cifar10").said)[::-1])
+    assert train.questions[0].classes == tuple(list(class_names("cifar10").display_names)[::-1])
     assert train.load(3).getpixel((5, 5)) == (102, 0, 0) and train.fingerprint != test.fingerprint
     (folder / "data_batch_3").write_bytes(b"damaged")
     with pytest.raises(UserError, match="cifar10 at .* is damaged"):
@@ -484,13 +484,13 @@ def test_a_damaged_tar_file_is_never_read_as_if_it_ended_there(tmp_path):
 
 def test_what_does_not_go_together_in_a_webdataset_is_an_error(tmp_path):
     webdataset_tree(tmp_path)
-    for members, said in [
+    for members, message in [
         ({"a.jpg": jpeg(1)}, r"0\.tar lacks a\.cls; it has a\.jpg"),
         ({"a.cls": "1"}, r"lacks the image of a"),
         ({"a.jpg": jpeg(1), "a.cls": "3"}, r"a\.jpg has the label '3'; .* names 0 to 2"),
     ]:
         shard(tmp_path / "train" / "0.tar", members)
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             open_dataset("webdataset", tmp_path, "train")
     with pytest.raises(UserError, match="no split 'val'; splits found there: test, train"):
         open_dataset("webdataset", tmp_path, "val")
@@ -523,11 +523,13 @@ def test_tar_files_in_the_root_are_embedded_and_images_passed_over_are_counted(t
 def test_every_class_has_one_name_that_people_say_and_prompts_name_it_once():
     counts = {"cifar10": 10, "cifar100": 100, "mnist": 10, "eurosat": 10, "sun397": 397, "flowers102": 102,
               "food101": 101, "cub": 200, "awa2": 50}  # fmt: skip
-    assert {path.stem: len(class_names(path.stem).said) for path in FOLDER.glob("*.yaml")} == counts
+    assert {path.stem: len(class_names(path.stem).display_names) for path in FOLDER.glob("*.yaml")} == counts
     for name in counts:
         names = class_names(name)
         assert names.source and names.several and all(prompt.count("{}") == 1 for prompt in names.several)
-        assert len(set(names.said.values())) == len(names.said), name
-        assert all(isinstance(text, str) and text.strip() == text for pair in names.said.items() for text in pair)
+        assert len(set(names.display_names.values())) == len(names.display_names), name
+        assert all(
+            isinstance(text, str) and text.strip() == text for pair in names.display_names.items() for text in pair
+        )
     with pytest.raises(UserError, match=r"cub\.yaml has no name for 'emu' \(1 of 1 classes\)"):
         class_names("cub").say(["emu"])

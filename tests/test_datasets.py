@@ -34,12 +34,12 @@ def picture(path, colour=(10, 20, 30), mode="RGB"):
 
 
 def test_what_is_not_known_or_not_there_says_what_to_do(tmp_path, capsys):
-    for name, split, said in [
+    for name, split, message in [
         ("cifar", None, "unknown data set 'cifar'. Did you mean 'cifar10'"),
         ("cifar10", "tset", "cifar10 has no split 'tset'. Did you mean 'test'"),
         ("example", "all", "example has no split 'all'"),
     ]:
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             open_dataset(name, split=split)
     for name, reader in registry.READERS.items():
         if reader.root:
@@ -60,7 +60,7 @@ def test_settings_are_chosen_on_images_that_are_not_reported_on():
         ("flowers102", "test", "val"), ("folder", "", None), ("spot_the_diff", "reformat_train", "reformat_val"),
         ("changes", "mine", "val"), ("no reader", "test", None),
     ]:  # fmt: skip
-        assert registry.held_out(Dataset(name, f"{part}-renamed", [], print, "", part=part)) == chosen, name
+        assert registry.selection_split(Dataset(name, f"{part}-renamed", [], print, "", part=part)) == chosen, name
 
 
 def test_the_example_has_true_answers_and_splits_apart(small_example):
@@ -92,7 +92,7 @@ def test_coco_captions_come_by_image_whatever_form_its_id_has_and_all_are_counte
 
 
 def test_a_file_that_holds_no_captions_says_why_in_a_line(tmp_path):
-    for name, content, said in [
+    for name, content, message in [
         ("c.json", "[", r"is not JSON"),
         ("c.json", [1], "must hold an object"),
         ("c.json", {}, "no COCO captions file: it must be an object with images, annotations"),
@@ -115,7 +115,7 @@ def test_a_file_that_holds_no_captions_says_why_in_a_line(tmp_path):
         ("t.jsonl", "{", "line 1 is not JSON"),
         ("t.jsonl", [1], "line 1 must be an object with image, text"),
     ]:
-        with pytest.raises(UserError, match=said) as raised:
+        with pytest.raises(UserError, match=message) as raised:
             read_captions(write(tmp_path / name, content))
         assert "\n" not in str(raised.value) and str(tmp_path / name) in str(raised.value)
     (tmp_path / "c.jsonl").write_bytes('{"image": "a", "text": "café"}'.encode("latin-1"))
@@ -137,9 +137,12 @@ def test_a_table_that_pandas_wrote_has_the_captions_it_was_given(tmp_path, quoti
 
 
 def test_quotes_that_no_writer_put_there_stay(tmp_path):
-    said = ['"Hello" and "bye"', '"unfinished', 'unfinished"', 'a "big" dog', '"']
-    write(tmp_path / "t.tsv", "\ufeffimage\tcaption1\r\n" + "".join(f"{n}\t{text}\r\n" for n, text in enumerate(said)))
-    assert [texts for _, (texts,) in read_captions(tmp_path / "t.tsv").values()] == said
+    sentences = ['"Hello" and "bye"', '"unfinished', 'unfinished"', 'a "big" dog', '"']
+    write(
+        tmp_path / "t.tsv",
+        "\ufeffimage\tcaption1\r\n" + "".join(f"{n}\t{text}\r\n" for n, text in enumerate(sentences)),
+    )
+    assert [texts for _, (texts,) in read_captions(tmp_path / "t.tsv").values()] == sentences
 
 
 def test_a_table_is_read_by_its_columns_and_nan_is_no_caption(tmp_path):
@@ -152,14 +155,14 @@ def test_a_table_is_read_by_its_columns_and_nan_is_no_caption(tmp_path):
 
 
 def test_tables_of_other_programs_are_read_by_their_columns(tmp_path):
-    said = {"a.jpg": ("a.jpg", ("A dog, asleep", "One dog")), "b.jpg": ("b.jpg", ("A cat",))}
+    sentences = {"a.jpg": ("a.jpg", ("A dog, asleep", "One dog")), "b.jpg": ("b.jpg", ("A cat",))}
     rows = [("a.jpg", "A dog, asleep"), ("b.jpg", "A cat"), ("a.jpg", "One dog")]
     table = pd.DataFrame(rows, columns=["filepath", "title"]).assign(width=3)  # open_clip's names, a row a caption
     table.to_csv(tmp_path / "comma.csv", index=False)
     table.to_csv(tmp_path / "excel.csv", sep=";", index=False)
     table.to_parquet(tmp_path / "t.parquet")
     for name in ("comma.csv", "excel.csv", "t.parquet"):
-        assert read_captions(tmp_path / name) == said, name
+        assert read_captions(tmp_path / name) == sentences, name
     wide = pd.DataFrame([("a.jpg", "A dog", None), ("b.jpg", None, None)], columns=["image", "caption1", "caption2"])
     wide.to_parquet(tmp_path / "wide.parquet")
     assert read_captions(tmp_path / "wide.parquet") == {"a.jpg": ("a.jpg", ("A dog",))}
@@ -257,7 +260,7 @@ def test_folders_that_would_be_read_wrongly_are_refused(tmp_path):
                  "e/Train/cat/a.png", "e/Train/dog/b.png", "e/Test/cat/c.png"):  # fmt: skip
         (picture if name.endswith("png") else lambda path: write(path, "x"))(tmp_path / name)
     os.symlink(tmp_path / "c", tmp_path / "c" / "cat" / "back")
-    for root, split, said in [
+    for root, split, message in [
         ("a", None, "two folders of .* are both the class 'hot disc'"),
         ("b", None, "no images in the class folders bird; fill or remove"),
         ("c", None, "back leads to .*, which is read already; remove the link"),
@@ -265,7 +268,7 @@ def test_folders_that_would_be_read_wrongly_are_refused(tmp_path):
         ("e", None, r"has a folder a split \(Test, Train\); say which with --split"),
         ("e", "dev", "there is no folder .* for the split 'dev'"),
     ]:
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             open_dataset("folder", tmp_path / root, split)
     data = open_dataset("folder", tmp_path / "e", "Train")
     assert (data.ids, data.part, data.questions[0].classes) == (["cat/a.png", "dog/b.png"], "Train", ("cat", "dog"))

@@ -47,7 +47,7 @@ def test_blank_lines_further_keys_and_line_separators_within_a_sentence_are_no_m
 def test_a_file_that_is_none_says_why_and_a_bad_line_its_number(tmp_path):
     with pytest.raises(UserError, match=r"absent\.jsonl.*generate_diffs\.py"):
         read(tmp_path / "absent.jsonl")
-    for content, said in [
+    for content, message in [
         ("", "holds no differences"),
         ("\n \n", "holds no differences"),
         (line.replace("sofa", "café").encode("latin-1"), "is no UTF-8 text"),
@@ -57,14 +57,14 @@ def test_a_file_that_is_none_says_why_and_a_bad_line_its_number(tmp_path):
         ('{"first": "1", "second": "2", "text": " "}', "line 1: text must be a text"),
         ('{"first": "1", "second": "2", "text": null}', "line 1: text must be a text"),
     ]:
-        with pytest.raises(UserError, match=rf"some\.jsonl {said}"):
+        with pytest.raises(UserError, match=rf"some\.jsonl {message}"):
             read(write(tmp_path, content))
 
 
 def test_rows_are_places_among_the_ids():
-    found = rows([Difference("c", "a", "x"), Difference("b", "c", "y")], ["a", "b", "c"], "f")
-    assert found.tolist() == [[2, 0], [1, 2]]
-    assert found.dtype == np.int64
+    actual = rows([Difference("c", "a", "x"), Difference("b", "c", "y")], ["a", "b", "c"], "f")
+    assert actual.tolist() == [[2, 0], [1, 2]]
+    assert actual.dtype == np.int64
     assert rows([], ["a"], "f").shape == (0, 2)
 
 

@@ -77,7 +77,7 @@ def gradient_cases(tiny: str) -> dict[str, tuple[FinetuneConfig, set[str]]]:
     several |= {"retain.batch": 4, "pairwise.mirror": True, "train.recompute": True}
     retained = {f"retain.{name}": 0.5 for name in ("texts", "images", "similarities", "contrastive")}
     clusters = {"sampler.kind": "clusters", "sampler.similarity": "image", "sampler.cluster_size": 4}
-    change = {"change.dropout": 0.0, "change.clip_rate": 1.0}
+    change = {"change.dropout": 0.0, "change.clip_lr_scale": 1.0}
     cases = {  # method, settings and weights
         "squared error": ("pairwise", {"pairwise.loss": "mse", "model.train": "text_blocks"}, {text}),
         "all of pairwise": ("pairwise", several, {text}),
@@ -102,9 +102,9 @@ def keep_first_gradients(config: FinetuneConfig, path: Path) -> None:
     trainable = kind.trainable
 
     def named(self):
-        found = trainable(self)
-        names.update({parameter: name for name, parameter in found.items()})
-        return found
+        actual = trainable(self)
+        names.update({parameter: name for name, parameter in actual.items()})
+        return actual
 
     def kept(self, *args, **options):
         if not path.exists():

@@ -41,10 +41,10 @@ def test_a_set_is_downloaded_once_unpacked_and_opened(tmp_path, address, monkeyp
 
 
 def test_what_cannot_be_downloaded_is_an_error():
-    for flags, said in [
+    for flags, message in [
         (["--download", "folder"], r"folder cannot be downloaded\. Put"),
         (["--download", "awa1"], "Did you mean 'awa2'"),
         (["--root", "x"], "--root goes with --download"),
     ]:
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             main(flags)

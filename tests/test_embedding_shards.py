@@ -173,7 +173,7 @@ def test_damaged_or_foreign_shards_and_a_damaged_index_are_never_read_and_made_a
     other_images, other_tower = run(make_data(20, "fedcba98"), monkeypatch), run(data, monkeypatch, make_clip(2.0))
     first, second = sorted(path.name for path in made.parent.glob("*.safetensors"))
     whole = (made.parent / second).read_bytes()
-    for name, content, said in [
+    for name, content, message in [
         (second, whole[: len(whole) // 2], f"{second} is not a whole safetensors file"),
         (second, whole[:-1] + bytes([whole[-1] ^ 1]), f"{second} is damaged"),
         (first, (other_images.parent / first).read_bytes(), f"{first} is another one than"),
@@ -183,10 +183,10 @@ def test_damaged_or_foreign_shards_and_a_damaged_index_are_never_read_and_made_a
     ]:
         (made.parent / name).write_bytes(content)
         caplog.clear()
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             load(made)
         assert torch.equal(load(run(data, monkeypatch)).z.whole(), truth(range(20)))
-        assert said in caplog.text and "computing it again" in caplog.text
+        assert message in caplog.text and "computing it again" in caplog.text
         assert torch.equal(embeddings.embed_images(make_clip(), data, cache=Path("cache")).z, truth(range(20)))
     with pytest.raises(UserError, match=r"made by the image tower of tiny \([0-9a-f]{16}\), .* but this run uses"):
         load(other_tower)

@@ -87,55 +87,55 @@ def truth(data: Dataset) -> dict[str, str]:
 @pytest.mark.slow
 def test_who_says_what_the_references_say_is_right_everywhere_and_above_those_who_never_look():
     data, train = (open_dataset("example_changes", split=split) for split in ("test", "train"))
-    found = caption.evaluate(subject(FakeClip(truth(data)), data))
+    result = caption.evaluate(subject(FakeClip(truth(data)), data))
     kinds = {change.kind for change in data.changes}
     for name in ("right", "right_type", "right_object", "right_value", "changed", *(f"right_{k}" for k in kinds)):
-        assert found.metrics[name] == 1
-        assert found.intervals[name] == (1, 1)
+        assert result.metrics[name] == 1
+        assert result.intervals[name] == (1, 1)
     for name in ("bleu_1", "bleu_4", "rouge_l", *(f"bleu_4_{kind}" for kind in kinds)):
-        assert found.metrics[name] == pytest.approx(1)
-    assert (found.n, found.details["captioner"]) == (24, "decoder")
-    assert found.details["distinct"] == len(set(truth(data).values()))
-    assert found.details["told_as"] == {kind: {kind: sum(c.kind == kind for c in data.changes)} for kind in kinds}
+        assert result.metrics[name] == pytest.approx(1)
+    assert (result.n, result.details["captioner"]) == (24, "decoder")
+    assert result.details["distinct"] == len(set(truth(data).values()))
+    assert result.details["described_as"] == {kind: {kind: sum(c.kind == kind for c in data.changes)} for kind in kinds}
     ((common, _),) = Counter(sentence for change in train.changes for sentence in change.sentences).most_common(1)
     alone = captions.score([common] * 24, [c.sentences for c in data.changes], quick=True)
-    assert found.metrics["most_common_cider"] == alone.corpus["cider"]
-    assert found.metrics["most_common_bleu_4"] == alone.corpus["bleu_4"]
-    assert found.metrics["most_common_right"] == np.mean([all(data.judge(n, common).values()) for n in range(24)])
-    assert found.metrics["shuffled_right"] < 0.5
-    assert found.metrics["shuffled_cider"] < found.metrics["cider"]
+    assert result.metrics["most_common_cider"] == alone.corpus["cider"]
+    assert result.metrics["most_common_bleu_4"] == alone.corpus["bleu_4"]
+    assert result.metrics["most_common_right"] == np.mean([all(data.judge(n, common).values()) for n in range(24)])
+    assert result.metrics["shuffled_right"] < 0.5
+    assert result.metrics["shuffled_cider"] < result.metrics["cider"]
 
 
 @pytest.mark.slow
 def test_who_always_says_that_nothing_changed_is_right_of_unchanged_pairs_alone():
     data = open_dataset("example_changes", split="test")
     unchanged = np.array([change.kind == "none" for change in data.changes])
-    said = next(change.sentences[0] for change in data.changes if change.kind == "none")
-    found = caption.evaluate(subject(FakeClip({change.before: said for change in data.changes}), data))
-    assert found.metrics["right"] == found.metrics["changed"] == unchanged.mean()
-    assert found.metrics["right_none"] == 1
-    assert found.metrics["right_type"] == found.metrics["right_object"] == 0
-    assert found.metrics["shuffled_right"] == found.metrics["right"]  # who never looks loses nothing by a shuffle
-    assert found.metrics["shuffled_cider"] == pytest.approx(found.metrics["cider"])
-    assert found.items["right"] == unchanged.astype(float).tolist()
+    sentences = next(change.sentences[0] for change in data.changes if change.kind == "none")
+    result = caption.evaluate(subject(FakeClip({change.before: sentences for change in data.changes}), data))
+    assert result.metrics["right"] == result.metrics["changed"] == unchanged.mean()
+    assert result.metrics["right_none"] == 1
+    assert result.metrics["right_type"] == result.metrics["right_object"] == 0
+    assert result.metrics["shuffled_right"] == result.metrics["right"]  # who never looks loses nothing by a shuffle
+    assert result.metrics["shuffled_cider"] == pytest.approx(result.metrics["cider"])
+    assert result.items["right"] == unchanged.astype(float).tolist()
 
 
 @pytest.mark.slow
 def test_each_sentence_is_scored_against_its_own_pair():
     """Half of the pairs get their own sentence. Items say which, and their mean is the metric."""
     data = open_dataset("example_changes", split="test")
-    said = truth(data)
+    sentences = truth(data)
     wrong = [change.before for change in data.changes if change.kind != "none"][::2]
-    said |= dict.fromkeys(wrong, "a purple cow appeared")
-    found = caption.evaluate(subject(FakeClip(said), data))
-    assert found.items["right"] == [float(change.before not in wrong) for change in data.changes]
+    sentences |= dict.fromkeys(wrong, "a purple cow appeared")
+    result = caption.evaluate(subject(FakeClip(sentences), data))
+    assert result.items["right"] == [float(change.before not in wrong) for change in data.changes]
     for name in ("cider", "rouge_l", "right", "changed"):
-        assert found.metrics[name] == pytest.approx(np.mean(found.items[name]), abs=1e-4)
-        low, high = found.intervals[name]
-        assert low < found.metrics[name] < high
+        assert result.metrics[name] == pytest.approx(np.mean(result.items[name]), abs=1e-4)
+        low, high = result.intervals[name]
+        assert low < result.metrics[name] < high
     for kind in {change.kind for change in data.changes}:
         of = [change.kind == kind for change in data.changes]
-        assert found.metrics[f"cider_{kind}"] == pytest.approx(np.array(found.items["cider"])[of].mean(), abs=1e-4)
+        assert result.metrics[f"cider_{kind}"] == pytest.approx(np.array(result.items["cider"])[of].mean(), abs=1e-4)
 
 
 @pytest.mark.slow
@@ -145,10 +145,10 @@ def test_without_a_decoder_the_nearest_training_sentence_is_said():
     texts = dict(zip(sentences, np.eye(len(sentences)).tolist()))
     chosen = {change.before: sentences[3 * n] for n, change in enumerate(data.changes)}
     clip = FakeClip(texts=texts, pairs={before: texts[sentence] for before, sentence in chosen.items()})
-    found = caption.evaluate(subject(clip, data))
-    assert found.details["captioner"] == "nearest training sentence"
-    assert [row["generated"] for row in found.details["sentences"]] == list(chosen.values())[:20]
-    assert found.metrics["right"] < 1
+    result = caption.evaluate(subject(clip, data))
+    assert result.details["captioner"] == "nearest training sentence"
+    assert [row["generated"] for row in result.details["sentences"]] == list(chosen.values())[:20]
+    assert result.metrics["right"] < 1
 
 
 def test_without_a_training_split_a_decoder_is_measured_all_the_same_and_it_may_say_nothing(tmp_path, caplog):
@@ -160,10 +160,10 @@ def test_without_a_training_split_a_decoder_is_measured_all_the_same_and_it_may_
         Image.new("RGB", (8, 8)).save(root / f"{name}.png")
     data = open_dataset("changes", root, "test")
     caplog.set_level("INFO")
-    found = caption.evaluate(subject(FakeClip(truth(data) | {"1.png": ""}), data, root=str(root)))
-    assert "bleu_4" in found.metrics and "most_common_bleu_4" not in found.metrics
-    assert [s["generated"] for s in found.details["sentences"]] == ["it left", ""]
-    assert found.items["rouge_l"] == [1, 0] and "sheet.png" in found.pictures
+    result = caption.evaluate(subject(FakeClip(truth(data) | {"1.png": ""}), data, root=str(root)))
+    assert "bleu_4" in result.metrics and "most_common_bleu_4" not in result.metrics
+    assert [s["generated"] for s in result.details["sentences"]] == ["it left", ""]
+    assert result.items["rouge_l"] == [1, 0] and "sheet.png" in result.pictures
     assert "no training sentences" in caplog.text and "has no train.jsonl" in caplog.text
     with pytest.raises(UserError, match="has no decoder, and changes/test has no training sentences"):
         caption.evaluate(subject(FakeClip(), data, root=str(root)))
@@ -209,13 +209,15 @@ def test_recalls_are_those_of_a_plain_count(seed):
     belongs, m = [[used[s] for s in of] for of in belongs], len(used)
     z, t = (F.normalize(torch.from_numpy(rng.normal(size=(k, 5))).float(), dim=-1) for k in (n, m))
     cosine = (z @ t.T).numpy()
-    said = np.array([[s in of for s in range(m)] for of in belongs])
+    sentences = np.array([[s in of for s in range(m)] for of in belongs])
     expected = {}
     for k in (1, 5, 10):
         if k < m:
-            expected[f"p2s_r{k}"] = np.mean([said[row][np.argsort(-cosine[row])[:k]].any() for row in range(n)])
+            expected[f"p2s_r{k}"] = np.mean([sentences[row][np.argsort(-cosine[row])[:k]].any() for row in range(n)])
         if k < n:
-            expected[f"s2p_r{k}"] = np.mean([said.T[col][np.argsort(-cosine.T[col])[:k]].any() for col in range(m)])
+            expected[f"s2p_r{k}"] = np.mean(
+                [sentences.T[col][np.argsort(-cosine.T[col])[:k]].any() for col in range(m)]
+            )
     assert recalls(z, t, belongs) == pytest.approx(expected)
 
 
@@ -239,17 +241,17 @@ def test_retrieval_of_a_whole_data_set():
     asked = subject(clip, made(changes), base=FakeClip(texts=texts))
     after = np.roll(np.eye(6), 1, axis=0)  # the image after less the one before is the next pair's sentence
     asked.__dict__["base_z"] = torch.tensor(np.stack([np.zeros((6, 6)), after], 1).reshape(12, 6)).float()
-    found = change_retrieval.evaluate(asked)
-    assert found.metrics["p2s_r1"] == found.metrics["s2p_r1"] == pytest.approx(4 / 6)
-    assert (found.metrics["p2s_add_r1"], found.metrics["p2s_none_r1"], found.metrics["p2s_move_r1"]) == (1, 1, 0)
-    assert found.metrics["p2s_r5"] == pytest.approx(4 / 6 + 2 / 6 * 4 / 5)  # the swapped tie with all but the first
-    assert "p2s_r10" not in found.metrics
-    assert found.metrics["chance_p2s_r1"] == pytest.approx(1 / 6)
-    assert found.metrics["subtraction_p2s_r1"] == 0
-    assert found.items["p2s_r1"] == [1, 1, 1, 1, 0, 0]
-    low, high = found.intervals["p2s_r1"]
+    result = change_retrieval.evaluate(asked)
+    assert result.metrics["p2s_r1"] == result.metrics["s2p_r1"] == pytest.approx(4 / 6)
+    assert (result.metrics["p2s_add_r1"], result.metrics["p2s_none_r1"], result.metrics["p2s_move_r1"]) == (1, 1, 0)
+    assert result.metrics["p2s_r5"] == pytest.approx(4 / 6 + 2 / 6 * 4 / 5)  # the swapped tie with all but the first
+    assert "p2s_r10" not in result.metrics
+    assert result.metrics["chance_p2s_r1"] == pytest.approx(1 / 6)
+    assert result.metrics["subtraction_p2s_r1"] == 0
+    assert result.items["p2s_r1"] == [1, 1, 1, 1, 0, 0]
+    low, high = result.intervals["p2s_r1"]
     assert 0 < low < 4 / 6 < high <= 1
-    assert found.n == 6
+    assert result.n == 6
 
 
 def test_what_cannot_be_measured_is_refused_before_anything_is_decoded(monkeypatch):

@@ -15,7 +15,7 @@ SIZE = Attribute("size", np.arange(8.0), "more", "less", "big", "small", gap=0.5
 
 def texts_of(wrong_families=(), wrong_schemes=(), phrases=(("more", "less"),)) -> dict[str, list[float]]:
     """Every sentence points along the first axis as it should, or against it where it is wrong."""
-    told = {}
+    texts = {}
     for family, templates in FAMILIES.items():
         for scheme, variants in SCHEMES.items():
             sign = -1.0 if family in wrong_families or scheme in wrong_schemes else 1.0
@@ -23,18 +23,18 @@ def texts_of(wrong_families=(), wrong_schemes=(), phrases=(("more", "less"),)) -
                 for template in templates:
                     for exchanged in (False, True):
                         for a, b in phrases:
-                            told[Wording(template, names, exchanged).say(a, b)] = [sign, 0.1]
-                            told[Wording(template, names, exchanged).say(b, a)] = [-sign, 0.1]
-    return told | {"big": [1.0, 0.0], "small": [-1.0, 0.0], "more": [1.0, 0.0], "less": [-1.0, 0.0]}
+                            texts[Wording(template, names, exchanged).say(a, b)] = [sign, 0.1]
+                            texts[Wording(template, names, exchanged).say(b, a)] = [-sign, 0.1]
+    return texts | {"big": [1.0, 0.0], "small": [-1.0, 0.0], "more": [1.0, 0.0], "less": [-1.0, 0.0]}
 
 
 def context_of(texts, options=None, **known) -> EvalContext:
     z = np.stack([np.linspace(-1, 1, 8), np.ones(8)], axis=1)
     clip = FakeClip(texts, z.tolist())
     data = Dataset("made", "test", [str(n) for n in range(8)], None, "f", **known)
-    found = EvalContext(clip, lambda: clip, data, EvaluateConfig(wordings=options or WordingsConfig(n_pairs=60)))
-    found.__dict__["z"] = found.__dict__["base_z"] = clip.z
-    return found
+    context = EvalContext(clip, lambda: clip, data, EvaluateConfig(wordings=options or WordingsConfig(n_pairs=60)))
+    context.__dict__["z"] = context.__dict__["base_z"] = clip.z
+    return context
 
 
 def test_what_was_learnt_by_heart_is_told_from_what_is_understood():
@@ -45,20 +45,20 @@ def test_what_was_learnt_by_heart_is_told_from_what_is_understood():
 
     family, scheme = HELD_OUT_FAMILIES[0], HELD_OUT_SCHEMES[0]
     result = wordings.evaluate(context_of(texts_of([family], [scheme]), attributes=(SIZE,)))
-    found = result.metrics
-    assert found[f"two_way_{family}"] == found["unseen_worst"] == 0.0
-    assert found["unseen"] == pytest.approx(1 - 1 / len(HELD_OUT_FAMILIES))
-    assert found[f"two_way_{scheme}"] == found["unseen_names"] == found["unseen_names_worst"] == 0.0
-    assert found["consistency"] == 0.0
+    actual = result.metrics
+    assert actual[f"two_way_{family}"] == actual["unseen_worst"] == 0.0
+    assert actual["unseen"] == pytest.approx(1 - 1 / len(HELD_OUT_FAMILIES))
+    assert actual[f"two_way_{scheme}"] == actual["unseen_names"] == actual["unseen_names_worst"] == 0.0
+    assert actual["consistency"] == 0.0
     assert result.details["held_out_families"] == list(HELD_OUT_FAMILIES)
-    assert "unseen_r1" not in found  # many pairs share an attribute
+    assert "unseen_r1" not in actual  # many pairs share an attribute
 
 
 def test_other_families_and_schemes_can_be_held_out():
     options = WordingsConfig(n_pairs=20, families=["terse"], schemes=["numbers"], trained_schemes=["letters"])
-    found = wordings.evaluate(context_of(texts_of(["terse"], ["left_right"]), options, attributes=(SIZE,))).metrics
-    assert (found["unseen"], found["two_way_negation"], found["two_way_numbers"]) == (0.0, 1.0, pytest.approx(0.9))
-    assert "two_way_left_right" not in found
+    result = wordings.evaluate(context_of(texts_of(["terse"], ["left_right"]), options, attributes=(SIZE,))).metrics
+    assert (result["unseen"], result["two_way_negation"], result["two_way_numbers"]) == (0.0, 1.0, pytest.approx(0.9))
+    assert "two_way_left_right" not in result
     for wrong in (WordingsConfig(families=["long"]), WordingsConfig(schemes=["long"]), WordingsConfig(n_pairs=0)):
         with pytest.raises(UserError, match="long|n_pairs"):
             wordings.evaluate(context_of({}, wrong, attributes=(SIZE,)))

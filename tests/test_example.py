@@ -57,8 +57,10 @@ def test_things_stay_inside_the_picture_and_apart(seed):
 def test_a_thing_is_drawn_where_it_is_and_as_large_as_it_is(seed):
     for thing in scene_of(seed).things:
         rows, columns = np.nonzero(ink(Scene((thing,), "grey", 125)))
-        for found, centre in ((columns, thing.x), (rows, thing.y)):
-            assert centre - 1.1 * thing.radius - 1.5 <= found.min() <= found.max() <= centre + 1.1 * thing.radius + 0.5
+        for actual, centre in ((columns, thing.x), (rows, thing.y)):
+            assert (
+                centre - 1.1 * thing.radius - 1.5 <= actual.min() <= actual.max() <= centre + 1.1 * thing.radius + 0.5
+            )
         extent = max(np.ptp(columns), np.ptp(rows)) + 1
         cut = 2 if min(thing.x, thing.y) < thing.radius + 2 or max(thing.x, thing.y) > SIDE - thing.radius - 2 else 0
         assert 1.7 * thing.radius - 1 - cut < extent < 2.2 * thing.radius + 2.5
@@ -83,11 +85,11 @@ def test_every_value_of_every_attribute_occurs_about_as_often():
 
 def truths(scene):
     """All that may be said for certain of a scene, slowly and without a grammar."""
-    found = {"count": len(scene.things), "background": scene.background}
+    actual = {"count": len(scene.things), "background": scene.background}
     for kind in ("size", "texture", "colour", "shape"):
         values = {getattr(thing, kind) for thing in scene.things}
         if len(values) == 1:
-            found[kind] = values.pop()
+            actual[kind] = values.pop()
     if len(scene.things) == 1:
         dx, dy = scene.things[0].x - 32, scene.things[0].y - 32
         places = {
@@ -97,8 +99,8 @@ def truths(scene):
             "at the top": dy < -4 and -dy > abs(dx),
             "at the bottom": dy > 4 and dy > abs(dx),
         }
-        found["position"] = next((place for place, holds in places.items() if holds), None)
-    return found
+        actual["position"] = next((place for place, holds in places.items() if holds), None)
+    return actual
 
 
 @settings(deadline=None, max_examples=300)
@@ -157,13 +159,13 @@ def test_a_scene_of_a_split_follows_from_its_index_alone():
 @given(st.sampled_from(["train", "val", "test"]), st.integers(0, 10**6))
 def test_answers_are_what_is_true_and_none_where_nothing_is(split, index):
     scene = world.scene(split, index)
-    said = truths(scene)
+    sentences = truths(scene)
     for question, classes in world.CLASSES.items():
         answer = world.answer(question, scene)
         if question == "count":
-            assert classes[answer].split()[0] == ("one", "two", "three")[said["count"] - 1]
+            assert classes[answer].split()[0] == ("one", "two", "three")[sentences["count"] - 1]
         elif answer is not None:
-            assert classes[answer] == said[question]
+            assert classes[answer] == sentences[question]
         else:
             assert question == "position" or not scene.alike
         assert all(template.count("{}") == 1 for template in world.TEMPLATES[question])

@@ -86,9 +86,9 @@ def test_kinds_and_values_are_about_equally_frequent():
 
 @index_of_pair
 def test_every_sentence_of_a_pair_is_understood_and_fully_right(index, split):
-    pair, said = changes.pair(split, index), changes.sentences(split, index)
-    assert len(set(said)) == 5
-    for sentence in said:
+    pair, sentences = changes.pair(split, index), changes.sentences(split, index)
+    assert len(set(sentences)) == 5
+    for sentence in sentences:
         meant = changes.parse(sentence)
         assert (meant.kind, meant.value) == (pair.kind, pair.value), sentence
         assert changes.judge(changes.pair(split, index), sentence) == RIGHT, sentence
@@ -169,14 +169,14 @@ def test_light_brightens_every_pixel():
 
 
 def test_many_pairs_are_kept_and_are_those_that_were_found(monkeypatch):
-    found = changes.pairs("val", 40)
-    assert found == [(changes.pair("val", i), changes.sentences("val", i)) for i in range(40)]
+    actual = changes.pairs("val", 40)
+    assert actual == [(changes.pair("val", i), changes.sentences("val", i)) for i in range(40)]
     assert not changes.CACHE.exists()  # they are few
     fingerprint = example_changes("val", 40).fingerprint
     monkeypatch.setattr(changes, "FEW", 39)
-    assert changes.pairs("val", 40) == found
+    assert changes.pairs("val", 40) == actual
     monkeypatch.setattr(changes, "pair", lambda *_: pytest.fail("found again"))
-    assert changes.pairs("val", 40) == found
+    assert changes.pairs("val", 40) == actual
     assert example_changes("val", 40).fingerprint == fingerprint
     other = changes.WORDINGS.with_name("scenes.py")
     monkeypatch.setattr(changes, "WORDINGS", other)

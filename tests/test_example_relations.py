@@ -47,11 +47,13 @@ def test_a_statement_is_true_exactly_where_the_scene_says_so(index, split):
 
 def test_who_does_not_look_is_right_half_the_time():
     """Neither the relation nor the things named say whether a statement is true."""
-    said = example_relations("val", 1000).statements
-    assert {s.category for s in said} == {"place", "position", "size"} and {s.kind for s in said} == set(HOLDS)
+    sentences = example_relations("val", 1000).statements
+    assert {s.category for s in sentences} == {"place", "position", "size"} and {s.kind for s in sentences} == set(
+        HOLDS
+    )
     for of in (lambda s: s.kind, lambda s: s.text.split()[1], lambda s: s.text.split()[-1]):
-        for key, n in Counter(map(of, said)).items():
-            true = np.mean([s.true for s in said if of(s) == key])
+        for key, n in Counter(map(of, sentences)).items():
+            true = np.mean([s.true for s in sentences if of(s) == key])
             assert abs(true - 0.5) < 4 * 0.5 / n**0.5, key
 
 

@@ -183,13 +183,13 @@ def test_transformers_embeds_images_and_texts_as_open_clip_does(architecture, ch
         text=SENTENCES, images=[picture(40, 46), picture(97, 94)], padding=True, truncation=True, return_tensors="pt"
     )
     with torch.no_grad():
-        found = model(**inputs)
+        actual = model(**inputs)
         as_open_clip_pads = model.get_text_features(clip.tokenizer(SENTENCES)).pooler_output
-    assert torch.allclose(found.image_embeds, F.normalize(images, dim=-1), atol=1e-5)
-    assert torch.allclose(found.text_embeds, F.normalize(texts, dim=-1), atol=1e-5)
+    assert torch.allclose(actual.image_embeds, F.normalize(images, dim=-1), atol=1e-5)
+    assert torch.allclose(actual.text_embeds, F.normalize(texts, dim=-1), atol=1e-5)
     assert torch.allclose(as_open_clip_pads, texts, atol=1e-5, rtol=1e-5)
     expected = clip.model.logit_scale.exp() * F.normalize(images, dim=-1) @ F.normalize(texts, dim=-1).T
-    assert torch.allclose(found.logits_per_image, expected, atol=1e-3)
+    assert torch.allclose(actual.logits_per_image, expected, atol=1e-3)
 
 
 @pytest.fixture(scope="module")

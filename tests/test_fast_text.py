@@ -20,15 +20,15 @@ END = 99  # the end-of-text token of the towers below: their largest
 
 def tower(heads=2, layers=3, activation=nn.GELU, projection_bias=False, **options) -> nn.Module:
     """A text tower of open_clip's with small random weights, biases and gains included."""
-    found = open_clip.transformer.TextTransformer(
+    actual = open_clip.transformer.TextTransformer(
         context_length=40, vocab_size=100, width=32, heads=heads, layers=layers, output_dim=24, act_layer=activation,
         proj_bias=projection_bias, **options,
     )  # fmt: skip
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in found.parameters():
+        for parameter in actual.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-    return found
+    return actual
 
 
 def texts(lengths, seed=0) -> torch.Tensor:
@@ -105,9 +105,9 @@ def test_frozen_parts_get_no_gradient_and_block_none():
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     learning = {n: p.requires_grad_() for n, p in model.named_parameters() if n.startswith("transformer.")}
-    found = both_ways(FastText.of(model), model, tokens)
-    assert found[1].keys() == learning.keys()
-    assert_equal(found, both_ways(model, model, tokens), 1e-5)
+    actual = both_ways(FastText.of(model), model, tokens)
+    assert actual[1].keys() == learning.keys()
+    assert_equal(actual, both_ways(model, model, tokens), 1e-5)
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=30))
@@ -264,9 +264,9 @@ def test_where_it_would_be_wrong_or_fail_on_this_machine_it_is_not_taken(fault, 
     for parameter in clip.model.parameters():
         parameter.requires_grad_(False)  # as after a run
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"), torch.no_grad():
-        said = clip.choose_text_way(True)
-    assert clip.fast_text == (fault == "none"), said
+        message = clip.choose_text_way(True)
+    assert clip.fast_text == (fault == "none"), message
     assert not any(parameter.requires_grad for parameter in clip.model.parameters())
     if fault != "none":
-        assert said.startswith("text tower: open_clip's own, because the fast one")
-        assert ("no kernel image" if fault == "failing" else "is off by") in said
+        assert message.startswith("text tower: open_clip's own, because the fast one")
+        assert ("no kernel image" if fault == "failing" else "is off by") in message

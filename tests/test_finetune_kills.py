@@ -104,12 +104,12 @@ def contents(run: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in run.iterdir()}
 
 
-def assert_same_run(found: dict[str, bytes], expected: dict[str, bytes]) -> None:
+def assert_same_run(actual: dict[str, bytes], expected: dict[str, bytes]) -> None:
     """The same files; weights and state bit for bit, and the log but for its times."""
-    assert found.keys() == expected.keys()
+    assert actual.keys() == expected.keys()
     for name in ("model.safetensors", "state.safetensors"):
-        assert tiny_runs.same(safetensors.torch.load(found[name]), safetensors.torch.load(expected[name])), name
-    assert rows(found) == rows(expected)
+        assert tiny_runs.same(safetensors.torch.load(actual[name]), safetensors.torch.load(expected[name])), name
+    assert rows(actual) == rows(expected)
 
 
 def rows(run: dict[str, bytes]) -> list[dict[str, float]]:

@@ -214,11 +214,11 @@ def test_every_line_is_a_clean_sentence_and_the_file_beside_it_says_how_it_was_m
     path = generate.generate(
         GenerateConfig(name="val", split="val", n_images=40, n_pairs=120, seed=3, out="out", wording=PLAIN)
     )
-    found = differences.read(path)
-    pairs = differences.rows(found, [f"val-{n:05d}" for n in range(1000)], "val")
-    assert len(found) == 120 == len({tuple(sorted(pair)) for pair in pairs.tolist()})
+    rows = differences.read(path)
+    pairs = differences.rows(rows, [f"val-{n:05d}" for n in range(1000)], "val")
+    assert len(rows) == 120 == len({tuple(sorted(pair)) for pair in pairs.tolist()})
     assert (pairs[:, 0] != pairs[:, 1]).all() and len(set(pairs.ravel().tolist())) <= 40
-    assert all(clean(d.text) == (d.text, "kept") for d in found)
+    assert all(clean(d.text) == (d.text, "kept") for d in rows)
     about = meta(path)
     assert {"seed": 3, "n_pairs": 120, "split": "val"}.items() <= about["settings"].items()
     assert about["counts"] == {"kept": 120} and about["writer"]["order"] == "both"
@@ -291,9 +291,9 @@ def test_coco_captions_as_published_are_compared():
     path = DATA / "captions_val2017.json"
     captions = {key: texts for key, (_, texts) in read_captions(path).items()}
     config = GenerateConfig(name="coco", captions=str(path), n_images=40, n_pairs=200, out="out", wording=PLAIN)
-    found = differences.read(generate.generate(config))
-    assert len(found) > 190
-    for d in found:
+    rows = differences.read(generate.generate(config))
+    assert len(rows) > 190
+    for d in rows:
         text = " ".join(d.text.lower().split())
         for key in (d.first, d.second):
             assert any(as_phrase(c).lower()[-20:] in text for c in captions[key]), (d, captions[key])

@@ -76,25 +76,25 @@ def said_by(runs: Path, data, beams: int = 1) -> list[str]:
 def test_the_picture_after_is_the_first_and_the_sentence_is_the_captioners(config, runs, beams):
     config.change.beams = beams
     data = open_dataset("example_changes", split="train")
-    said = said_by(runs, data, beams)
-    expected = [(c.after, c.before, text) for c, text in zip(data.changes, said) if text]
+    sentences = said_by(runs, data, beams)
+    expected = [(c.after, c.before, text) for c, text in zip(data.changes, sentences) if text]
     path = generate.generate(config)
     assert differences.read(path) == expected
-    assert len(set(said)) > 5
+    assert len(set(sentences)) > 5
     counts = meta(path)["counts"]
     assert (counts["kept"], sum(counts.values())) == (len(expected), 64)
 
 
 def test_what_the_data_set_says_itself(config):
-    config.change = ChangeWriterConfig(told=True)
+    config.change = ChangeWriterConfig(references=True)
     data = open_dataset("example_changes", split="train")
-    said = {(c.after, c.before): c.sentences for c in data.changes if c.kind != "none"}
-    found = differences.read(generate.generate(config))
-    assert {(d.first, d.second) for d in found} == set(said)
-    assert all(d.text in said[d.first, d.second] for d in found)
-    assert len({said[d.first, d.second].index(d.text) for d in found}) > 1  # not always the first of several
+    sentences = {(c.after, c.before): c.sentences for c in data.changes if c.kind != "none"}
+    rows = differences.read(generate.generate(config))
+    assert {(d.first, d.second) for d in rows} == set(sentences)
+    assert all(d.text in sentences[d.first, d.second] for d in rows)
+    assert len({sentences[d.first, d.second].index(d.text) for d in rows}) > 1  # not always the first of several
     config.seed, config.name = 1, "other"
-    assert differences.read(generate.generate(config)) != found
+    assert differences.read(generate.generate(config)) != rows
 
 
 def own_changes(root, rows):
@@ -108,10 +108,10 @@ def own_changes(root, rows):
 
 def test_all_that_is_said_of_a_pair_that_is_listed_twice_may_be_told(config, tmp_path):
     rows = [(a, "i", text) for text in ("it left", "it is gone") for a in "abcdefgh"]
-    config = dataclasses.replace(config, change=ChangeWriterConfig(told=True), **own_changes(tmp_path, rows))
-    found = differences.read(generate.generate(config))
-    assert [(d.first, d.second) for d in found] == [("i.png", f"{a}.png") for a in "abcdefgh"]
-    assert {d.text for d in found} == {"it left", "it is gone"}
+    config = dataclasses.replace(config, change=ChangeWriterConfig(references=True), **own_changes(tmp_path, rows))
+    listed = differences.read(generate.generate(config))
+    assert [(d.first, d.second) for d in listed] == [("i.png", f"{a}.png") for a in "abcdefgh"]
+    assert {d.text for d in listed} == {"it left", "it is gone"}
 
 
 @pytest.mark.slow
@@ -133,8 +133,8 @@ def test_both_orders_shows_the_captioner_the_pictures_the_other_way_round(config
 def test_both_orders_of_a_data_set_that_has_both_are_written_once(config, tmp_path):
     own_changes(tmp_path, [(a, b, "it left") for a, b in ("ab", "ba", "bc")])
     config.both_orders = True
-    found = captioner.pairs(open_dataset("changes", tmp_path, "train"), config)
-    assert found == [("b.png", "a.png"), ("a.png", "b.png"), ("c.png", "b.png"), ("b.png", "c.png")]
+    rows = captioner.pairs(open_dataset("changes", tmp_path, "train"), config)
+    assert rows == [("b.png", "a.png"), ("a.png", "b.png"), ("c.png", "b.png"), ("b.png", "c.png")]
 
 
 def test_some_pairs_are_drawn_by_seed(config):
@@ -168,13 +168,13 @@ def test_it_is_the_checkpoints_content_that_counts(config, runs, tmp_path, monke
 
 
 def test_sentences_that_say_that_nothing_changed_are_dropped_and_counted(config, monkeypatch):
-    said = ["the red star turned blue", "nothing changed", "", "the two scenes are the same"]
-    monkeypatch.setattr(ChangeWriter, "stream", lambda self, jobs: ((n, said[n % 4]) for n in range(len(jobs))))
+    sentences = ["the red star turned blue", "nothing changed", "", "the two scenes are the same"]
+    monkeypatch.setattr(ChangeWriter, "stream", lambda self, jobs: ((n, sentences[n % 4]) for n in range(len(jobs))))
     path = generate.generate(config)
     assert meta(path)["counts"] == {"no_change": 32, "kept": 16, "empty": 16}
-    assert {d.text for d in differences.read(path)} == {said[0]}
+    assert {d.text for d in differences.read(path)} == {sentences[0]}
     rejected = [json.loads(line) for line in path.with_suffix(".rejected.jsonl").read_text().splitlines()]
-    assert {row["raw"] for row in rejected} == set(said[1:])
+    assert {row["raw"] for row in rejected} == set(sentences[1:])
 
 
 def test_ways_to_say_that_nothing_changed_and_what_only_sounds_like_it():
@@ -231,8 +231,8 @@ def test_a_run_learns_from_what_the_captioner_wrote(runs, small_example):
 
 def test_what_cannot_be_is_refused(config, runs):
     cases = [
-        ({"change": {"told": True, "checkpoint": "x"}}, "leave change.checkpoint"),
-        ({"change": {"told": True}, "dataset": "example"}, "says nothing of pairs of images"),
+        ({"change": {"references": True, "checkpoint": "x"}}, "leave change.checkpoint"),
+        ({"change": {"references": True}, "dataset": "example"}, "says nothing of pairs of images"),
         ({"change": {}}, "--change.checkpoint '' cannot write of pairs of images; give"),
         ({"change": {"checkpoint": "runs/absent"}}, "no checkpoint at runs/absent"),
         ({"change": {"checkpoint": str(runs / "retrieve.safetensors")}}, "cannot write of pairs of images; give"),

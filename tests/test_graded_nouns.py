@@ -33,8 +33,8 @@ def test_the_rules_writer_compares_the_share_that_was_asked_for():
     jobs = [Job("an elephant in a field", "a cat on a bed", seed) for seed in range(400)]
     for share in (0.0, 0.25):
         written = [text for _, text in RulesWriter(WordingConfig(graded=share)).stream(jobs)]
-        said = np.mean(["elephant in a field" not in text and "cat on a bed" not in text for text in written])
-        assert said == pytest.approx(share, abs=0.07)
+        sentences = np.mean(["elephant in a field" not in text and "cat on a bed" not in text for text in written])
+        assert sentences == pytest.approx(share, abs=0.07)
 
 
 def test_images_with_captions_are_ranked_by_their_nouns_when_that_is_asked_for():

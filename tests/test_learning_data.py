@@ -271,8 +271,8 @@ def test_training_on_pixels_stops_at_a_broken_picture_or_goes_on_without_it(tmp_
         finetune.main([*argv, "--train.batch_size", "6"])
     run_folder = finetune.main([*argv, "--data.broken", "skip", "--name", "without"])
     assert (run_folder / "model.safetensors").is_file()
-    said = f"python run.py --dataset tsv --root {config.root} --checkpoint {run_folder}"
-    assert said in capsys.readouterr().out
+    message = f"python run.py --dataset tsv --root {config.root} --checkpoint {run_folder}"
+    assert message in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -25,8 +25,8 @@ def test_info_nce_is_the_mean_of_both_cross_entropies(n, d, temperature, seed):
     logits = unit(a) @ unit(b).T / temperature
     rows = -np.mean([logits[k, k] - np.log(np.exp(logits[k]).sum()) for k in range(n)])
     columns = -np.mean([logits[k, k] - np.log(np.exp(logits[:, k]).sum()) for k in range(n)])
-    found = losses.info_nce(torch.from_numpy(a), torch.from_numpy(b), temperature)
-    assert found.item() == pytest.approx((rows + columns) / 2, rel=1e-9)
+    actual = losses.info_nce(torch.from_numpy(a), torch.from_numpy(b), temperature)
+    assert actual.item() == pytest.approx((rows + columns) / 2, rel=1e-9)
 
 
 def test_at_temperature_one_the_loss_at_batch_512_moves_between_the_papers_bounds():
@@ -51,8 +51,8 @@ def test_anchor_is_zero_at_the_start_and_two_when_turned_round():
 
 def test_unit_differences_are_of_unit_vectors_and_unit_themselves():
     a, b = random(6, 5), random(6, 5, seed=1)
-    found = losses.unit_differences(torch.from_numpy(10 * a), torch.from_numpy(0.1 * b)).numpy()
-    assert np.allclose(found, unit(unit(a) - unit(b)))
+    actual = losses.unit_differences(torch.from_numpy(10 * a), torch.from_numpy(0.1 * b)).numpy()
+    assert np.allclose(actual, unit(unit(a) - unit(b)))
 
 
 def test_equal_images_give_a_zero_difference_and_a_finite_gradient():
@@ -73,9 +73,9 @@ def test_info_nce_in_parts_and_in_blocks_is_the_whole(parts, rows, block, seed):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(losses, "BLOCK", block)
         own = [slice(k * rows, (k + 1) * rows) for k in range(parts)]
-        found = sum(losses.info_nce(a, b, temperature, s) for s in own) / parts
-        gradients = torch.autograd.grad(found, (a, b, temperature))
-    assert found.item() == pytest.approx(whole.item(), rel=1e-12)
+        actual = sum(losses.info_nce(a, b, temperature, s) for s in own) / parts
+        gradients = torch.autograd.grad(actual, (a, b, temperature))
+    assert actual.item() == pytest.approx(whole.item(), rel=1e-12)
     assert all(torch.allclose(g, e, atol=1e-12) for g, e in zip(gradients, expected))
 
 
@@ -102,8 +102,8 @@ cosine_pairs = st.lists(st.tuples(st.floats(-1, 1), st.floats(-1, 1)), min_size=
 def test_log_odds_are_the_difference_of_the_pairs_log_probabilities(pairs, scale):
     cosines = torch.tensor(pairs, dtype=torch.float64)
     log_p = (scale * cosines).log_softmax(-1)
-    found = losses.log_odds(cosines[:, 0], cosines[:, 1], scale)
-    assert torch.allclose(found, log_p[:, 0] - log_p[:, 1], atol=1e-9)
+    actual = losses.log_odds(cosines[:, 0], cosines[:, 1], scale)
+    assert torch.allclose(actual, log_p[:, 0] - log_p[:, 1], atol=1e-9)
 
 
 @given(cosine_pairs, st.floats(0.01, 3), st.sampled_from([0.0, 0.2]))
@@ -192,18 +192,19 @@ def test_contrastive_loss_with_rejected_texts_by_hand():
     numbers = [(7, 0, 1), (8, 1, 3), (7, 4, 5), (9, 1, 6)]
     u, r, v = unit(text), unit(rejected), unit(image)
     expected = 0.0
-    for i, (owner, said, _) in enumerate(numbers):
-        others = [j for j in range(4) if j == i or (numbers[j][0] != owner and numbers[j][1] != said)]
+    for i, (owner, sentences, _) in enumerate(numbers):
+        others = [j for j in range(4) if j == i or (numbers[j][0] != owner and numbers[j][1] != sentences)]
         texts = np.array(
-            [scale * v[i] @ u[j] for j in others] + [scale * v[i] @ r[j] for j in range(4) if numbers[j][2] != said]
+            [scale * v[i] @ u[j] for j in others]
+            + [scale * v[i] @ r[j] for j in range(4) if numbers[j][2] != sentences]
         )
         images = np.array([scale * u[i] @ v[j] for j in others])
         own = scale * v[i] @ u[i]
         expected += (np.log(np.exp(texts).sum()) - own + np.log(np.exp(images).sum()) - own) / 2
     tensors = [torch.from_numpy(x) for x in (text, rejected, image)]
-    found = losses.info_nce_with_negatives(*tensors, torch.tensor(numbers), scale)
-    assert found.item() == pytest.approx(expected / 4, rel=1e-5)
+    actual = losses.info_nce_with_negatives(*tensors, torch.tensor(numbers), scale)
+    assert actual.item() == pytest.approx(expected / 4, rel=1e-5)
     parts = [
         losses.info_nce_with_negatives(*tensors, torch.tensor(numbers), scale, part) for part in (slice(1), slice(1, 4))
     ]
-    assert (parts[0] + 3 * parts[1]).item() / 4 == pytest.approx(found.item(), rel=1e-5)
+    assert (parts[0] + 3 * parts[1]).item() / 4 == pytest.approx(actual.item(), rel=1e-5)

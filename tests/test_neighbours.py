@@ -25,8 +25,8 @@ def test_the_nearest_are_those_of_a_full_sort(n, m, columns, share, seed):
     rows, allowed = rng.choice(n, min(n, 3), replace=False), rng.random(n) < share
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(neighbours, "COLUMNS", columns)
-        found = neighbours.build("exact", z).near(rows, m, allowed)
-    for row, near in zip(rows, found):
+        actual = neighbours.build("exact", z).near(rows, m, allowed)
+    for row, near in zip(rows, actual):
         expected = slow_nearest(z, row, allowed)[:m]
         assert near.tolist() == expected + [-1] * (m - len(expected))
 
@@ -45,11 +45,11 @@ def test_most_of_what_an_approximate_index_finds_are_the_nearest_and_again_for_t
     index, again = (neighbours.build("faiss", z, seed=3) for _ in range(2))
     for share in (1.0, 0.5):
         allowed = np.random.default_rng(0).random(3000) < share
-        found, true = index.near(rows, 20, allowed), neighbours.nearest(z, rows, 20, allowed)
-        assert (found == again.near(rows, 20, allowed)).all()
-        recall = np.mean([len(set(some) & set(all_)) / 20 for some, all_ in zip(found.tolist(), true.tolist())])
+        actual, true = index.near(rows, 20, allowed), neighbours.nearest(z, rows, 20, allowed)
+        assert (actual == again.near(rows, 20, allowed)).all()
+        recall = np.mean([len(set(some) & set(all_)) / 20 for some, all_ in zip(actual.tolist(), true.tolist())])
         assert recall > 0.95
-        for row, near in zip(rows, found):
+        for row, near in zip(rows, actual):
             kept = near[near >= 0]
             assert row not in kept and allowed[kept].all() and len(set(kept.tolist())) == len(kept)
             cosines = (z[kept] @ z[row]).tolist()
@@ -62,5 +62,5 @@ def test_what_faiss_does_not_find_is_left_empty_at_the_end(n, m, share, seed):
     pytest.importorskip("faiss")
     z, rng = embeddings(n, seed).float(), np.random.default_rng(seed)
     rows, allowed = rng.choice(n, min(n, 3), replace=False), rng.random(n) < share
-    found = neighbours.build("faiss", z, seed).near(rows, m, allowed)
-    assert found.tolist() == neighbours.nearest(z, rows, m, allowed).tolist()
+    actual = neighbours.build("faiss", z, seed).near(rows, m, allowed)
+    assert actual.tolist() == neighbours.nearest(z, rows, m, allowed).tolist()

@@ -25,9 +25,9 @@ def run(make, start, steps, dtype=torch.float32):
     return [weight.detach().double() for weight in weights]
 
 
-def displacement_error(found, exact, start):
+def displacement_error(actual, exact, start):
     moved = torch.cat([(e - s.double()).flatten() for e, s in zip(exact, start)])
-    off = torch.cat([(f - e).flatten() for f, e in zip(found, exact)])
+    off = torch.cat([(f - e).flatten() for f, e in zip(actual, exact)])
     return float(off.norm() / moved.norm())
 
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pc_clip.data.overlap import content_words, likely_false
+from pc_clip.data.overlap import content_words, false_negative_rate
 
 WORDS = ["red", "circle", "a", "two", "the", "blue", "of"]
 captions = st.lists(st.sampled_from(WORDS), max_size=4).map(" ".join)
@@ -16,7 +16,7 @@ def test_content_words_say_what_is_in_the_picture():
 
 
 def test_the_share_of_negatives_that_are_likely_none():
-    for told, expected in [
+    for captions, expected in [
         ([["a red circle"], ["a blue star"]], 0.0),
         ([["a red circle"], ["two circles", "a large red circle"]], 0.5),  # the first is true of the second image
         ([["a circle"], ["the circle"]], 1.0),
@@ -24,12 +24,12 @@ def test_the_share_of_negatives_that_are_likely_none():
         ([["the picture"], ["blue"]], 0.5),  # what says nothing is true of all
         ([["red"]], 0.0),
     ]:
-        assert likely_false([texts[0] for texts in told], told) == pytest.approx(expected)
+        assert false_negative_rate([texts[0] for texts in captions], captions) == pytest.approx(expected)
 
 
 @given(batches, st.integers(0, 2))
-def test_it_agrees_with_looking_at_each_pair(told, which):
-    said = [texts[which % len(texts)] for texts in told]
-    pairs = [(n, m) for n in range(len(told)) for m in range(len(told)) if n != m]
-    false = sum(content_words(said[n]) <= set().union(*map(content_words, told[m])) for n, m in pairs)
-    assert likely_false(said, told) == pytest.approx(false / len(pairs))
+def test_it_agrees_with_looking_at_each_pair(captions, which):
+    sentences = [texts[which % len(texts)] for texts in captions]
+    pairs = [(n, m) for n in range(len(captions)) for m in range(len(captions)) if n != m]
+    false = sum(content_words(sentences[n]) <= set().union(*map(content_words, captions[m])) for n, m in pairs)
+    assert false_negative_rate(sentences, captions) == pytest.approx(false / len(pairs))

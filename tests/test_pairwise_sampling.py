@@ -37,10 +37,12 @@ def test_pairs_are_similar_by_their_sentences_or_by_the_differences_of_their_ima
     method, data = make(config, example_clip), load_dataset(config.data)
     z = torch.nn.functional.normalize(embed_images(example_clip, data).z, dim=-1)
     text, image = method.embeddings("text", True), method.embeddings("image", True)
-    said = told(config)
+    sentences = told(config)
     for row in (0, 11, len(method.pairs) - 1):
         i, j = method.pairs[row]
-        assert torch.allclose(text[row], example_clip.embed_texts([said[f"{data.ids[i]}|{data.ids[j]}"]])[0], atol=1e-5)
+        assert torch.allclose(
+            text[row], example_clip.embed_texts([sentences[f"{data.ids[i]}|{data.ids[j]}"]])[0], atol=1e-5
+        )
         assert torch.allclose(image[row], torch.nn.functional.normalize(z[i] - z[j], dim=-1), atol=1e-5)
 
 
@@ -48,13 +50,13 @@ def test_pairs_are_similar_by_their_sentences_or_by_the_differences_of_their_ima
 def test_a_batch_of_clusters_says_similar_things(config, example_clip, mirror):
     """Its sentences begin in one of three ways; a cluster of four mostly in one."""
     config.pairwise.mirror, config.train.batch_size = mirror, 24 if mirror else 12
-    said, mixed = told(config), {}
+    sentences, mixed = told(config), {}
     for name, config.sampler in (
         ("clusters", SamplerConfig(kind="clusters", cluster_size=4)),
         ("random", SamplerConfig()),
     ):
         batches = [
-            [said[key].split(",")[0] for key in batch.ids[:12]] for batch in make(config, example_clip).loader(0)
+            [sentences[key].split(",")[0] for key in batch.ids[:12]] for batch in make(config, example_clip).loader(0)
         ]
         assert all(len(batch) == 12 for batch in batches)
         mixed[name] = np.mean([len(set(batch[n : n + 4])) for batch in batches for n in (0, 4, 8)])
@@ -63,8 +65,8 @@ def test_a_batch_of_clusters_says_similar_things(config, example_clip, mirror):
 
 def test_hardness_and_sentences_that_come_twice_are_in_the_log(config):
     texts = ["The first image shows a star."] * 30 + ["The first image shows two rings."] * 30
-    found = [found._replace(text=text) for found, text in zip(differences.read("d.jsonl"), texts, strict=True)]
-    Path("d.jsonl").write_text("".join(map(differences.to_line, found)))
+    rows = [rows._replace(text=text) for rows, text in zip(differences.read("d.jsonl"), texts, strict=True)]
+    Path("d.jsonl").write_text("".join(map(differences.to_line, rows)))
     config.train.steps, config.train.log_every = 1, 1
     (row,) = tiny_runs.rows(finetune(config))
     assert 0.3 < row["identical_negatives"] < 0.7

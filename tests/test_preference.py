@@ -83,8 +83,8 @@ def test_dpo_begins_at_log_2_and_ipo_at_its_margin_squared(config, clip, train, 
         method = make(config, clip)
         batch = next(method.loader(0))
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            found, logs = method(batch)
-        assert found.item() == pytest.approx(expected, rel=2e-3)
+            actual, logs = method(batch)
+        assert actual.item() == pytest.approx(expected, rel=2e-3)
         assert logs["moved"].item() == pytest.approx(0, abs=1e-4)
 
 
@@ -125,8 +125,8 @@ def test_each_loss_makes_what_holds_preferred(config, name):
     )
     config.preference = PreferenceConfig(**{"beta": 1.0} | VARIANTS[name])
     log = rows(finetune(config))
-    found = [row["accuracy"] for row in log]
-    assert np.mean(found[-4:]) > max(0.9, np.mean(found[:2])), found
+    actual = [row["accuracy"] for row in log]
+    assert np.mean(actual[-4:]) > max(0.9, np.mean(actual[:2])), actual
     assert ("moved" in log[0]) == (name in ("dpo", "ipo", "unit scale"))  # others need no reference
 
 
@@ -137,8 +137,8 @@ def test_ranking_data_prefers_images(config):
     config.data.statements = table(
         *({"caption": text, "preferred_image": key, "rejected_image": ids[-1]} for key in ids[:24])
     )
-    found = [row["loss"] for row in rows(finetune(config))]
-    assert np.mean(found[-3:]) < np.mean(found[:3]), found
+    actual = [row["loss"] for row in rows(finetune(config))]
+    assert np.mean(actual[-3:]) < np.mean(actual[:3]), actual
     config.preference.loss = "contrastive"
     with pytest.raises(UserError, match="contrastive needs texts that are rejected, and these are images"):
         make(config, create_model(config.model.name))

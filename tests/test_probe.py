@@ -46,8 +46,8 @@ def run(monkeypatch):
             EvaluateConfig(probe=ProbeConfig(**{"shots": [1, 4], "draws": 3, **settings})),
         )
         monkeypatch.setattr(evals, "open_dataset", lambda *_, **__: train)
-        found = probe.evaluate(EvalContext(clip, lambda: None, test, model))
-        return SimpleNamespace(**vars(found), seen=clip.seen)
+        result = probe.evaluate(EvalContext(clip, lambda: None, test, model))
+        return SimpleNamespace(**vars(result), seen=clip.seen)
 
     return evaluate
 
@@ -70,9 +70,9 @@ def test_classes_that_lie_apart_are_learnt_from_one_image_each_and_the_probe_doe
 
 def test_labels_that_mean_nothing_are_not_learnt(run):
     """Every image is alike up to noise, so accuracy is that of guessing."""
-    found = run(RIGHT, split("train", TRAIN, strength=0), split("test", [0, 1, 2] * 40, strength=0), draws=5)
-    assert found.metrics["probe_4shot"] == pytest.approx(1 / 3, abs=0.12)
-    assert found.details["standard_error"]["probe_4shot"] > 0
+    actual = run(RIGHT, split("train", TRAIN, strength=0), split("test", [0, 1, 2] * 40, strength=0), draws=5)
+    assert actual.metrics["probe_4shot"] == pytest.approx(1 / 3, abs=0.12)
+    assert actual.details["standard_error"]["probe_4shot"] > 0
 
 
 def test_more_shots_keep_the_fewer_ones_and_every_draw_is_another(run):
@@ -88,17 +88,17 @@ def test_more_shots_keep_the_fewer_ones_and_every_draw_is_another(run):
 
 
 def test_only_the_images_that_were_drawn_are_embedded(run):
-    found = run(RIGHT, split("train", [0, 1, 2] * 50), split("test", TEST), shots=[1, 2], draws=2)
-    assert found.seen <= len(TEST) + 2 * 2 * 3
+    actual = run(RIGHT, split("train", [0, 1, 2] * 50), split("test", TEST), shots=[1, 2], draws=2)
+    assert actual.seen <= len(TEST) + 2 * 2 * 3
     again = run(RIGHT, split("train", [0, 1, 2] * 50), split("test", TEST), shots=[1, 2], draws=2)
     assert again.seen == 0  # all from the cache
 
 
 def test_a_class_with_too_few_images_uses_what_it_has_and_one_without_any_is_never_answered(run):
-    found = run(RIGHT, split("train", [0] * 9 + [1] * 2), split("test", TEST))
-    assert found.details["questions"]["q"]["classes_with_fewer"] == {"1shot": 1, "4shot": 2}
+    actual = run(RIGHT, split("train", [0] * 9 + [1] * 2), split("test", TEST))
+    assert actual.details["questions"]["q"]["classes_with_fewer"] == {"1shot": 1, "4shot": 2}
     for name in ("probe_1shot", "probe_4shot", "probe_4shot_with_text"):
-        assert found.metrics[name] == pytest.approx(2 / 3)  # all of a and b, none of c
+        assert actual.metrics[name] == pytest.approx(2 / 3)  # all of a and b, none of c
 
 
 def test_c_is_chosen_where_there_are_enough_images():
@@ -132,7 +132,7 @@ def test_on_the_example_more_images_help_and_the_solver_always_converges(small_e
     )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = probe.evaluate(subject)
-    assert found.metrics["probe_8shot"] > found.metrics["probe_1shot"] + 0.1
-    assert found.details["questions"].keys() == {q.name for q in subject.data.questions}
-    assert found.n == 80
+        result = probe.evaluate(subject)
+    assert result.metrics["probe_8shot"] > result.metrics["probe_1shot"] + 0.1
+    assert result.details["questions"].keys() == {q.name for q in subject.data.questions}
+    assert result.n == 80

@@ -48,8 +48,8 @@ def test_candidates_are_within_the_margin_of_the_best_and_the_own_image_is_one()
         (4, 0.05, 9): [1, 2, 4],
         (4, 0.101, 4): [1, 2, 3, 4],  # the own in place of the last
     }
-    found = {case: [row for row, _ in retrieve(text, z, [case[0]], *case[1:])[0]] for case in cases}
-    assert found == cases
+    actual = {case: [row for row, _ in retrieve(text, z, [case[0]], *case[1:])[0]] for case in cases}
+    assert actual == cases
     twice = z[[0, 1, 1, 2]]  # one picture under two names is one candidate: the own where it is among them
     assert [row for row, _ in retrieve(text, twice, [2], 0.5, 9)[0]] == [2, 3, 0]
 
@@ -110,7 +110,7 @@ def test_the_example_is_ranked_by_rule(config, tmp_path):
     for row in table.itertuples():
         assert overlap(row.caption, row.preferred_text) > overlap(row.caption, row.rejected_text)
     statements = read_statements([path])
-    assert [(s.text, s.image, s.instead) for s in statements] == list(
+    assert [(s.text, s.image, s.rejected_image) for s in statements] == list(
         zip(table.caption, table.preferred_image, table.rejected_image)
     )
     assert names(path.parent) == ["example_rank.meta.json", "example_rank.parquet"]

@@ -41,17 +41,17 @@ TEXTS = {"red": COLOUR["red"], "blue": COLOUR["blue"]}
 
 
 def test_who_sees_is_right_and_who_does_not_has_half():
-    found = relations.evaluate(about(balanced(12), TEXTS))
+    result = relations.evaluate(about(balanced(12), TEXTS))
     for name in ("accuracy", "macro_recall", "macro_precision", "macro_f1"):
-        assert found.metrics[name] == 1.0
-        assert found.intervals[name] == (1.0, 1.0)
+        assert result.metrics[name] == 1.0
+        assert result.intervals[name] == (1.0, 1.0)
     for name in ("majority", "blind", "blind_mean", "prefers_caption_as_written", "blind_prefers_caption_as_written"):
-        assert found.metrics[name] == pytest.approx(0.5)
-    assert found.metrics["text_only"] <= 0.5
-    assert found.n == 48
-    assert found.details["beats_blind"] is True
-    assert set(found.details["above"]) == {"majority", "blind", "blind_mean", "text_only"}
-    assert found.details["above"]["majority"] == {"difference": 0.5, "low": 0.5, "high": 0.5}
+        assert result.metrics[name] == pytest.approx(0.5)
+    assert result.metrics["text_only"] <= 0.5
+    assert result.n == 48
+    assert result.details["beats_blind"] is True
+    assert set(result.details["above"]) == {"majority", "blind", "blind_mean", "text_only"}
+    assert result.details["above"]["majority"] == {"difference": 0.5, "low": 0.5, "high": 0.5}
 
 
 def test_a_scorer_that_never_looks_is_held_to_the_share_of_true_statements(caplog):
@@ -59,19 +59,19 @@ def test_a_scorer_that_never_looks_is_held_to_the_share_of_true_statements(caplo
     statements = [said(f"red{i}", f"t{i}", f"c{i}", true=i % 3 != 0) for i in range(30)]
     texts = {f"t{i}": [1.0, 1, 1] for i in range(30)} | {f"c{i}": [-1.0, -1, -1] for i in range(30)}
     with caplog.at_level(logging.WARNING):
-        found = relations.evaluate(about(statements, texts))
-    assert found.metrics["prefers_caption_as_written"] == found.metrics["blind_prefers_caption_as_written"] == 1.0
-    assert found.metrics["accuracy"] == found.metrics["majority"] == found.metrics["blind"] == pytest.approx(2 / 3)
-    assert found.metrics["macro_recall"] == 0.5
-    assert found.details["beats_blind"] is False
+        result = relations.evaluate(about(statements, texts))
+    assert result.metrics["prefers_caption_as_written"] == result.metrics["blind_prefers_caption_as_written"] == 1.0
+    assert result.metrics["accuracy"] == result.metrics["majority"] == result.metrics["blind"] == pytest.approx(2 / 3)
+    assert result.metrics["macro_recall"] == 0.5
+    assert result.details["beats_blind"] is False
     assert "accuracy 66.7, not clearly above what never looks at an image: it is above " in caplog.text
     assert "majority +0.0 [+0.0, +0.0]" in caplog.text
     texts = {"a": COLOUR["red"], "b": COLOUR["red"]}
     tied = [said("red0", "a", "b", True), said("red0", "b", "a", False), said("blue0", "a", "b", True)]
-    found = relations.evaluate(about(tied, texts))
+    result = relations.evaluate(about(tied, texts))
     for name in ("accuracy", "blind", "prefers_caption_as_written", "macro_recall", "macro_precision"):
-        assert found.metrics[name] == 0.5
-    assert found.details["tied"] == 1.0 and found.metrics["majority"] == pytest.approx(2 / 3)
+        assert result.metrics[name] == 0.5
+    assert result.details["tied"] == 1.0 and result.metrics["majority"] == pytest.approx(2 / 3)
 
 
 @given(st.lists(st.tuples(st.booleans(), st.sampled_from([0.0, 0.5, 1.0])), min_size=2, max_size=30))
@@ -90,16 +90,16 @@ def test_macro_figures_of_tables_are_those_of_scikit_learn(case):
 def test_relations_and_categories_are_told_apart():
     colours = balanced(10)
     wrong = [said(f"red{i}", "blue", "red", true=i % 2 == 0, kind="under", category="Topological") for i in range(10)]
-    found = relations.evaluate(about(colours + wrong, TEXTS))
-    assert found.details["relations"]["colour"]["n"] == 40
-    assert found.details["relations"]["colour"]["accuracy"] == 1.0
-    under = found.details["relations"]["under"]
-    assert under == found.details["categories"]["Topological"]
+    result = relations.evaluate(about(colours + wrong, TEXTS))
+    assert result.details["relations"]["colour"]["n"] == 40
+    assert result.details["relations"]["colour"]["accuracy"] == 1.0
+    under = result.details["relations"]["under"]
+    assert under == result.details["categories"]["Topological"]
     assert under["accuracy"] == under["true"] == 0.5
     assert 0.1 <= under["interval"][0] < 0.5 < under["interval"][1] <= 0.9
-    assert found.metrics["accuracy_seen"] == 1.0
-    assert "accuracy_topological" not in found.metrics  # ten of them are too few
-    assert found.metrics["accuracy"] == pytest.approx(45 / 50)
+    assert result.metrics["accuracy_seen"] == 1.0
+    assert "accuracy_topological" not in result.metrics  # ten of them are too few
+    assert result.metrics["accuracy"] == pytest.approx(45 / 50)
 
 
 # -- which images ------------------------------------------------------------------------------------------
@@ -114,9 +114,9 @@ def test_only_images_asked_about_are_looked_at_and_absent_ones_are_counted():
         return Image.new("RGB", (8, 8), "red" if "red" in subject.data.ids[row] else "blue")
 
     data = Dataset("made", "test", subject.data.ids, load, "f", statements=tuple(asked))
-    found = relations.evaluate(type(subject)(subject.clip, subject.find_base, data, subject.config))
-    assert (found.n, found.details["absent"], found.details["photographs"]) == (10, 1, 5)
-    assert found.metrics["accuracy"] == 1.0
+    result = relations.evaluate(type(subject)(subject.clip, subject.find_base, data, subject.config))
+    assert (result.n, result.details["absent"], result.details["photographs"]) == (10, 1, 5)
+    assert result.metrics["accuracy"] == 1.0
 
 
 def test_where_all_are_true_another_mode_is_named():
@@ -139,9 +139,9 @@ def test_nothing_is_learnt_from_other_statements_about_the_same_photograph():
     centres, labels = rng.normal(size=(40, 200)), np.arange(40) % 2 == 0
     photograph = np.repeat(np.arange(40), 6)
     texts = centres[photograph] + 0.01 * rng.normal(size=(240, 200))
-    score = blind_baselines.tell_labels(texts, labels[photograph], photograph, seed=0)
+    score = blind_baselines.text_only_classifier(texts, labels[photograph], photograph, seed=0)
     assert np.mean((score > 0) == labels[photograph]) < 0.75
-    alone = blind_baselines.tell_labels(texts, labels[photograph], np.arange(240), seed=0)
+    alone = blind_baselines.text_only_classifier(texts, labels[photograph], np.arange(240), seed=0)
     assert np.mean((alone > 0) == labels[photograph]) > 0.95
 
 
@@ -194,8 +194,8 @@ def test_results_of_two_files_are_kept_apart_and_an_edited_one_is_measured_again
         run.main([*command, "--statements", f"{name}/test.jsonl"])
     first, second = sorted(Path("results").rglob("relations-*.json"))
     assert ("one_test" in first.name, "two_test" in second.name) == (True, True)
-    found = json.loads(first.read_text())
-    assert {"accuracy", "majority", "blind", "blind_mean"} <= set(found["metrics"]) == set(found["intervals"])
+    actual = json.loads(first.read_text())
+    assert {"accuracy", "majority", "blind", "blind_mean"} <= set(actual["metrics"]) == set(actual["intervals"])
     rows("one/test.jsonl", *true[:3])
     run.main([*command, "--statements", "one/test.jsonl"])
     assert json.loads(first.read_text())["n"] == 3

@@ -76,9 +76,9 @@ def converted():
 def test_the_authors_checkpoint_becomes_one_of_ours_that_run_py_takes(small_example, example_clip, capsys):
     torch.save(example_clip.model.state_dict(), "theirs.pt")
     authors.main(["checkpoint", "--from", "theirs.pt", "--model", "example"])
-    found = load_model("data/release/pc_clip")
-    assert found.name == "example"
-    assert found.weights_hash() == example_clip.weights_hash()
+    clip = load_model("data/release/pc_clip")
+    assert clip.name == "example"
+    assert clip.weights_hash() == example_clip.weights_hash()
     shown = capsys.readouterr().out
     assert "data/release/pc_clip/model.safetensors: example, " in shown
     assert "next: python run.py --dataset cifar100 --checkpoint data/release/pc_clip\n" in shown

@@ -37,8 +37,8 @@ def test_the_divergence_of_similarities_is_that_of_two_softmaxes():
             now = F.softmax(F.cosine_similarity(a[n], b, dim=-1) / 0.1, 0)
             start = F.softmax(F.cosine_similarity(c[n], d, dim=-1) / 0.1, 0)
             total += (start * (start / now).log()).sum().item() / 10
-    found = losses.similarity_divergence(text, image, text_start, image_start, 0.1)
-    assert found.item() == pytest.approx(total, rel=1e-4)
+    actual = losses.similarity_divergence(text, image, text_start, image_start, 0.1)
+    assert actual.item() == pytest.approx(total, rel=1e-4)
     assert losses.similarity_divergence(text, image, 2 * text, image, 0.1).item() == pytest.approx(0, abs=1e-6)
 
 

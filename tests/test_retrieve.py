@@ -63,14 +63,14 @@ def slowly(z, texts, each) -> dict[str, list[tuple[int, list[int]]]]:
     """Of each family, (image, open ranks) a query."""
     owner = [n for n, count in enumerate(each) for _ in range(count)]
     own = [[t for t, image in enumerate(owner) if image == n] for n in range(len(z))]
-    found = {name: [] for name in FAMILIES}
-    found["t2i"] = [(owner[t], places(text, z, [owner[t]])) for t, text in enumerate(texts)]
-    found["i2t"] = [(n, places(image, texts, own[n])) for n, image in enumerate(z)]
+    actual = {name: [] for name in FAMILIES}
+    actual["t2i"] = [(owner[t], places(text, z, [owner[t]])) for t, text in enumerate(texts)]
+    actual["i2t"] = [(n, places(image, texts, own[n])) for n, image in enumerate(z)]
     for turn in range(min(each)):
         chosen = [texts[own[n][turn]] for n in range(len(z))]
-        found["paired_t2i"] += [(n, places(text, z, [n])) for n, text in enumerate(chosen)]
-        found["paired_i2t"] += [(n, places(image, chosen, [n])) for n, image in enumerate(z)]
-    return found
+        actual["paired_t2i"] += [(n, places(text, z, [n])) for n, text in enumerate(chosen)]
+        actual["paired_i2t"] += [(n, places(image, chosen, [n])) for n, image in enumerate(z)]
+    return actual
 
 
 @st.composite
@@ -86,30 +86,32 @@ def small_sets(draw):
 @given(small_sets())
 def test_all_figures_are_what_counting_one_query_at_a_time_gives(case):
     z, texts, each = case
-    found, expected = made(z, texts, each), slowly(z, texts, each)
+    actual, expected = made(z, texts, each), slowly(z, texts, each)
     names = set()
     for name, queries in expected.items():
         candidates = sum(each) if name == "i2t" else len(z)
-        assert found.details[f"{name}_median_rank"] == np.median([np.mean(open_to) for _, open_to in queries])
-        assert found.details["tied"][name] == pytest.approx(np.mean([len(open_to) > 1 for _, open_to in queries]))
+        assert actual.details[f"{name}_median_rank"] == np.median([np.mean(open_to) for _, open_to in queries])
+        assert actual.details["tied"][name] == pytest.approx(np.mean([len(open_to) > 1 for _, open_to in queries]))
         for k in (k for k in retrieval.KS if k < candidates):
             names.add(f"{name}_r{k}")
-            assert found.metrics[f"{name}_r{k}"] == pytest.approx(np.mean([hit(open_to, k) for _, open_to in queries]))
+            assert actual.metrics[f"{name}_r{k}"] == pytest.approx(np.mean([hit(open_to, k) for _, open_to in queries]))
         hits = [(image, hit(open_to, 1)) for image, open_to in queries]
-        for image, value in enumerate(found.items.get(f"{name}_r1", ())):
+        for image, value in enumerate(actual.items.get(f"{name}_r1", ())):
             own = sum(value for asked, value in hits if asked == image)
             assert value == pytest.approx(own / (len(queries) / len(z)), abs=1e-4)
-    assert set(found.items) == set(retrieve.COMPARED) & set(found.metrics)
-    assert set(found.metrics) == set(found.intervals) == names | {m for m in found.metrics if m.startswith("centred")}
+    assert set(actual.items) == set(retrieve.COMPARED) & set(actual.metrics)
+    assert (
+        set(actual.metrics) == set(actual.intervals) == names | {m for m in actual.metrics if m.startswith("centred")}
+    )
 
 
 @given(st.lists(st.integers(1, 5), min_size=2, max_size=70), st.integers(0, 99))
 def test_a_model_that_tells_nothing_apart_gets_nothing_beyond_chance(each, seed):
     """One embedding for everything, of numbers that a product rounds."""
     one = F.normalize(torch.from_numpy(np.random.default_rng(seed).normal(size=37)), dim=0).float().tolist()
-    found = made([one] * len(each), [one] * sum(each), each)
+    actual = made([one] * len(each), [one] * sum(each), each)
     total = sum(each)
-    for metric, value in found.metrics.items():
+    for metric, value in actual.metrics.items():
         name, k = metric.rsplit("_r", 1)
         k = int(k)
         chance = (
@@ -119,7 +121,7 @@ def test_a_model_that_tells_nothing_apart_gets_nothing_beyond_chance(each, seed)
         )
         assert value <= chance + 1e-12
         assert value == 0 or k > 1
-    assert found.details["t2i_median_rank"] == found.details["paired_i2t_median_rank"] == (1 + len(each)) / 2
+    assert actual.details["t2i_median_rank"] == actual.details["paired_i2t_median_rank"] == (1 + len(each)) / 2
 
 
 @given(st.integers(2, 12), st.integers(0, 99))
@@ -129,9 +131,9 @@ def test_a_caption_that_is_close_to_everything_loses_that_where_it_is_centred(n,
     scores = z @ texts.T
     scores -= scores.mean(0)
     ranks = [1 + int((scores[i] > scores[i, 2 * i : 2 * i + 2].max()).sum()) for i in range(n)]
-    found = made(z, texts, [2] * n)
-    assert found.metrics["centred_i2t_r1"] == np.mean([rank <= 1 for rank in ranks])
-    assert found.details["centred_i2t_median_rank"] == np.median(ranks)
+    actual = made(z, texts, [2] * n)
+    assert actual.metrics["centred_i2t_r1"] == np.mean([rank <= 1 for rank in ranks])
+    assert actual.details["centred_i2t_median_rank"] == np.median(ranks)
 
 
 # -- what the figures mean -----------------------------------------------------------------------------------
@@ -139,12 +141,12 @@ def test_a_caption_that_is_close_to_everything_loses_that_where_it_is_centred(n,
 
 def test_what_each_definition_counts():
     texts = {"a": [1, 0, 0], "also a": [0.9, 0.1, 0], "b": [0, 1, 0], "c": [0.9, 0, 0.1]}
-    found = measure(torch.eye(3), texts, [("a", "also a"), ("b",), ("c",)])
-    assert found.metrics == pytest.approx(
+    actual = measure(torch.eye(3), texts, [("a", "also a"), ("b",), ("c",)])
+    assert actual.metrics == pytest.approx(
         {"t2i_r1": 0.75, "i2t_r1": 1, "paired_t2i_r1": 2 / 3, "paired_i2t_r1": 1, "centred_i2t_r1": 1}
     )  # "c" is nearer to the first image than to its own, and still the nearest that its own has
-    assert found.n == 3
-    assert (found.details["images"], found.details["captions"], found.details["captions_in_turn"]) == (3, 4, 1)
+    assert actual.n == 3
+    assert (actual.details["images"], actual.details["captions"], actual.details["captions_in_turn"]) == (3, 4, 1)
 
 
 def test_a_k_that_every_answer_meets_is_left_out_and_said():
@@ -161,10 +163,10 @@ def test_the_same_text_of_two_images_ties_exactly_wherever_it_stands(images):
     z = F.normalize(torch.from_numpy(rng.normal(size=(images, 77))), dim=-1).float()
     texts = [tuple(f"t{n}" for n in rng.permutation([i, (i + 1) % images])) for i in range(images)]
     embeddings = F.normalize(torch.from_numpy(rng.normal(size=(images, 77))), dim=-1).float()
-    found = measure(z, {f"t{n}": embeddings[n].tolist() for n in range(images)}, texts)
-    assert found.details["tied"]["i2t"] == 1.0
-    assert found.details["tied"]["t2i"] == 0.0
-    assert found.metrics["i2t_r1"] == 0.0
+    actual = measure(z, {f"t{n}": embeddings[n].tolist() for n in range(images)}, texts)
+    assert actual.details["tied"]["i2t"] == 1.0
+    assert actual.details["tied"]["t2i"] == 0.0
+    assert actual.metrics["i2t_r1"] == 0.0
 
 
 @given(small_sets(), st.integers(1, 40))
@@ -200,7 +202,7 @@ def test_intervals_are_over_images_because_captions_of_one_image_are_alike():
 def test_figures_of_batches_are_what_counting_one_query_at_a_time_gives(case, size, seed):
     z, texts, each = case
     size = min(size, len(z))
-    found, expected = in_batches(z, texts, each, size, seed), {}
+    actual, expected = in_batches(z, texts, each, size, seed), {}
     order, starts = stream(seed, "retrieval batches").permutation(len(z)).tolist(), np.cumsum(each) - each
     for start in range(0, len(z) - size + 1, size):
         batch = order[start : start + size]
@@ -211,11 +213,11 @@ def test_figures_of_batches_are_what_counting_one_query_at_a_time_gives(case, si
                     open_to = places(query, items, [n])
                     expected.setdefault(f"batch_{way}_r1", []).append(hit(open_to, 1))
                     expected.setdefault(f"batch_{way}_mrr", []).append(1 / np.mean(open_to))
-    assert found.metrics == pytest.approx({name: np.mean(values) for name, values in expected.items()})
-    for name, values in found.items.items():
-        assert len(values) == found.n == found.details["images"]
-        assert np.mean(values) == pytest.approx(found.metrics[name], abs=1e-4)
-    assert set(found.intervals) == set(found.items) == set(found.metrics)
+    assert actual.metrics == pytest.approx({name: np.mean(values) for name, values in expected.items()})
+    for name, values in actual.items.items():
+        assert len(values) == actual.n == actual.details["images"]
+        assert np.mean(values) == pytest.approx(actual.metrics[name], abs=1e-4)
+    assert set(actual.intervals) == set(actual.items) == set(actual.metrics)
 
 
 def test_left_out_images_are_counted_and_a_batch_is_easier_than_the_whole():
@@ -233,14 +235,14 @@ def test_left_out_images_are_counted_and_a_batch_is_easier_than_the_whole():
 @pytest.mark.slow
 def test_batches_are_measured_where_they_are_asked_for_by_name_alone(coco_folder, example_clip):
     every = measure_all(example_clip, open_dataset("coco", coco_folder, "val2017"), EvaluateConfig())
-    modes = {found["evaluation"] for found in every}
+    modes = {actual["evaluation"] for actual in every}
     assert "retrieve" in modes and "batches" not in modes
     command = ["--mode", "batches", "--dataset", "coco", "--root", str(coco_folder), "--model.name", "example"]
     for size in ("4", "6"):
         run.main([*command, "--batches.size", size])
     results = [json.loads(path.read_text()) for path in sorted(Path("results").rglob("batches-*.json"))]
-    assert [found["details"]["batch"] for found in results] == [4, 6]
-    assert all(len(found["items"]["batch_t2i_mrr"]) == found["n"] == 12 for found in results)
+    assert [actual["details"]["batch"] for actual in results] == [4, 6]
+    assert all(len(actual["items"]["batch_t2i_mrr"]) == actual["n"] == 12 for actual in results)
 
 
 # -- what cannot be measured ---------------------------------------------------------------------------------
@@ -264,16 +266,18 @@ def test_too_few_images_or_one_without_a_caption_are_refused():
 def test_the_command_writes_figures_intervals_and_items_and_the_report_reads_them(small_example, capsys):
     run.main(["--mode", "retrieve", "--split", "val", "--device", "cpu"])
     (path,) = Path("results").rglob("retrieve-*.json")
-    found = json.loads(path.read_text())
-    assert {f"{name}_r{k}" for name in FAMILIES for k in (1, 5, 10, 20, 50)} <= set(found["metrics"])
-    for metric, (low, high) in found["intervals"].items():
-        assert 0 <= low <= found["metrics"][metric] <= high <= 1
-    assert {metric: len(values) for metric, values in found["items"].items()} == {f"{name}_r1": 60 for name in FAMILIES}
-    assert found["images"] == open_dataset("example", split="val").fingerprint
+    actual = json.loads(path.read_text())
+    assert {f"{name}_r{k}" for name in FAMILIES for k in (1, 5, 10, 20, 50)} <= set(actual["metrics"])
+    for metric, (low, high) in actual["intervals"].items():
+        assert 0 <= low <= actual["metrics"][metric] <= high <= 1
+    assert {metric: len(values) for metric, values in actual["items"].items()} == {
+        f"{name}_r1": 60 for name in FAMILIES
+    }
+    assert actual["images"] == open_dataset("example", split="val").fingerprint
     shown = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines() if line.strip()}
-    for metric, (low, high) in found["intervals"].items():
+    for metric, (low, high) in actual["intervals"].items():
         ends = [f"[{100 * low:.1f},", f"{100 * high:.1f}]"]
-        assert shown[metric] == [f"{100 * found['metrics'][metric]:.1f}", *ends]
+        assert shown[metric] == [f"{100 * actual['metrics'][metric]:.1f}", *ends]
     path, left_out = page.write([Path("results")])
     assert not left_out
     assert "paired_i2t_r50" in path.with_suffix(".csv").read_text()

@@ -11,7 +11,7 @@ from pc_clip.core.errors import UserError
 from pc_clip.data.differences import Difference, read, to_line
 from pc_clip.data.wordings import role_mentions
 from pc_clip.write import generate, work
-from pc_clip.write.words import said_words
+from pc_clip.write.words import content_words_by_image
 from pc_clip.write.writers import Writer
 
 THINGS = ["a dog on a sofa", "two cats", "a red bus in the rain", "a kite over the sea", "a plate of pizza", "an owl"]
@@ -37,7 +37,7 @@ def test_by_rule_the_names_change_and_the_facts_stay_and_what_names_no_image_is_
     assert meta(path)["counts"] == {"kept": 15, "no_roles": 1}
     assert [each[:2] for each in written] == [each[:2] for each in sentences[:-1]]
     for before, after in zip(sentences, written):
-        assert said_words(after.text) == said_words(before.text), after.text
+        assert content_words_by_image(after.text) == content_words_by_image(before.text), after.text
         assert not any("first" in after.text[start:end] for start, end, _ in role_mentions(after.text))
     assert len({each.text for each in written}) == 15
 

@@ -127,8 +127,8 @@ def test_how_examples_that_all_differ_are_numbered_does_not_matter():
 
 
 def test_random_batches_say_which_settings_of_clusters_have_no_effect():
-    found = make(kind="random", cluster_size=4, double_at=[1])
-    assert found.notes == ["batches are random, so sampler.cluster_size, sampler.double_at has no effect"]
+    actual = make(kind="random", cluster_size=4, double_at=[1])
+    assert actual.notes == ["batches are random, so sampler.cluster_size, sampler.double_at has no effect"]
     assert make(kind="random", cluster_size=16).notes == []
 
 

@@ -74,10 +74,10 @@ def test_the_pc_clip_authors_kind_of_checkpoint_evaluates_unchanged(small_exampl
     folder = ROOT / "pc_clip" / "example" / "model"
     run.main(["--checkpoint", "ckpt.pt", "--model.name", f"local-dir:{folder}", "--mode", "zeroshot"])
     run.main(["--mode", "zeroshot"])
-    found = [
+    actual = [
         json.loads(Path(f"results/{n}/zeroshot-example-test.json").read_text()) for n in ("ckpt", "example-pretrained")
     ]
-    assert found[0]["metrics"] == found[1]["metrics"]
+    assert actual[0]["metrics"] == actual[1]["metrics"]
 
 
 @pytest.mark.slow
@@ -117,8 +117,8 @@ def test_configs_of_writers_run_with_few_images(name, small_example, monkeypatch
         llama = {"model": "llama", "gguf_file": "null", "dtype": "float32"}
         options += [word for key, value in llama.items() for word in (f"--transformers.{key}", value)]
         monkeypatch.setattr(work, "check", lambda raw, _: Checked(raw, "kept"))  # a random model writes nonsense
-    found = generate_diffs.main(["--config", str(path), *options, "--n_images", "10", "--n_pairs", "12"])
-    assert len(found.read_text().splitlines()) == 12
+    path_written = generate_diffs.main(["--config", str(path), *options, "--n_images", "10", "--n_pairs", "12"])
+    assert len(path_written.read_text().splitlines()) == 12
 
 
 @pytest.mark.slow

@@ -142,8 +142,8 @@ def test_a_job_shows_its_own_picture_before_its_question(server):
     server.instead = size
     pictures = {"small": Image.new("RGB", (30, 20)), "large": Image.new("L", (3000, 1500))}
     jobs = [Job("a", "b", 0, name) for name in pictures]
-    told = writer(server, look=pictures.__getitem__).write(jobs)
-    assert told == [f"data:image/jpeg;base64 {size} True" for size in ("30x20", "1024x512")]
+    texts = writer(server, look=pictures.__getitem__).write(jobs)
+    assert texts == [f"data:image/jpeg;base64 {size} True" for size in ("30x20", "1024x512")]
     assert pictures["large"].size == (3000, 1500)
     with pytest.raises(KeyError, match="gone"):
         writer(server, look=pictures.__getitem__).write([Job("a", "b", 0, "gone")])
@@ -255,8 +255,8 @@ def test_what_is_missing_is_named_and_asked_again_or_left_out_and_counted(server
 @pytest.mark.parametrize("status", ["answer", 200, 400, 401, 429, 500])
 def test_the_key_is_in_no_log_no_error_and_no_answer(server, status, monkeypatch, caplog):
     def echo(path, headers, body):
-        told = f"you sent {headers} and {KEY}" + "x" * 300
-        return saying(told) if status == "answer" else as_json({"error": {"message": told}}, status)
+        texts = f"you sent {headers} and {KEY}" + "x" * 300
+        return saying(texts) if status == "answer" else as_json({"error": {"message": texts}}, status)
 
     caplog.set_level(logging.DEBUG)
     monkeypatch.setenv("OPENAI_API_KEY", KEY)

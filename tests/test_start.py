@@ -98,12 +98,12 @@ def test_weights_for_pairs_that_nothing_describes_are_not_dropped(config):
 
 def test_a_decoder_that_learns_on_drops_what_the_settings_say(config):
     """A checkpoint holds weights alone, and a decoder made from it drops nothing by itself."""
-    config.model.start, found = captioner(config, sentences(), Shape(1, 2, 16, 32)), []
+    config.model.start, actual = captioner(config, sentences(), Shape(1, 2, 16, 32)), []
     for config.change.dropout in (0.0, 0.5):
         made = method(config)
         batch = next(made.loader(0))
-        found.append([made(batch._replace(seed=seed))[0].item() for seed in (1, 1, 2)])
-    (a, same, b), (c, again, d) = found
+        actual.append([made(batch._replace(seed=seed))[0].item() for seed in (1, 1, 2)])
+    (a, same, b), (c, again, d) = actual
     assert a == same == b and c == again and len({a, c, d}) == 3
 
 
@@ -125,7 +125,7 @@ def test_what_a_decoder_cannot_say_or_cuts_is_counted(config):
 
 @pytest.mark.parametrize("stage, towers", [("retrieve", {"visual", "transformer"}), ("caption", {"visual"})])
 def test_adapters_learn_in_the_towers_that_a_stage_reaches(config, stage, towers):
-    config.change.stage, config.model.lora_rank, config.change.clip_rate = stage, 2, 1.0
+    config.change.stage, config.model.lora_rank, config.change.clip_lr_scale = stage, 2, 1.0
     saved = weights(finetune(config))
     moved = tiny_runs.changed(saved, tiny_runs.start(config))
     assert {name.split(".")[0] for name in moved} - {"text_projection"} == towers

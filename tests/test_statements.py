@@ -73,8 +73,8 @@ def test_labels_are_words_or_digits_and_may_be_absent_beside_a_negative(tmp_path
 
 def test_what_the_columns_leave_open(tmp_path):
     no_relation = {name: value for name, value in VSR.items() if name != "relation"}
-    found, null = read_statements([write(tmp_path / "a.jsonl", no_relation, {**VSR, "relation": None})])
-    assert found.kind == null.kind == "under"
+    actual, null = read_statements([write(tmp_path / "a.jsonl", no_relation, {**VSR, "relation": None})])
+    assert actual.kind == null.kind == "under"
     hugging = {**VSR, "caption": "The cat is hugging it.", "relation": "hugging"}
     (unknown,) = read_statements([write(tmp_path / "b.jsonl", hugging)])
     assert (unknown.contradiction, unknown.category) == ("The cat is not hugging it.", "other")
@@ -114,7 +114,7 @@ def test_byte_order_marks_and_blank_lines_are_no_content(tmp_path):
 
 
 def test_a_row_that_is_none_is_named_by_its_line(tmp_path):
-    for row, said in [
+    for row, pattern in [
         (
             {"image": "a", "text": "x"},
             "found image, text; a row needs an image (image, filename,",
@@ -134,7 +134,7 @@ def test_a_row_that_is_none_is_named_by_its_line(tmp_path):
     ]:
         path = write(tmp_path / "mine.jsonl", PLAIN, row)
         message = refused(path)
-        assert message.startswith(f"{path} line 2") and said in message
+        assert message.startswith(f"{path} line 2") and pattern in message
     for ending, where in {"csv": "line 3", "tsv": "line 3", "json": "entry 1", "parquet": "row 2"}.items():
         assert f"mine.{ending} {where}: rejected" in refused(
             write(tmp_path / f"mine.{ending}", PLAIN, {**PLAIN, "rejected": ""})
@@ -142,7 +142,7 @@ def test_a_row_that_is_none_is_named_by_its_line(tmp_path):
 
 
 def test_a_file_that_is_none_is_named(tmp_path):
-    for name, content, said in [
+    for name, content, pattern in [
         ("t.csv", "image,preferred,rejected\na,x,y\nb,x\n", "line 3: it does not have the 3 different fields"),
         ("t.csv", "image,preferred,rejected\na,x,y,z\n", "line 2: it does not have the 3 different fields"),
         ("t.csv", 'image,preferred,rejected\na,"x,y\n', "is a quote not closed"),
@@ -156,7 +156,7 @@ def test_a_file_that_is_none_is_named(tmp_path):
     ]:
         (tmp_path / name).write_bytes(content.encode("latin-1"))
         message = refused(tmp_path / name)
-        assert message.startswith(str(tmp_path / name)) and said in message
+        assert message.startswith(str(tmp_path / name)) and pattern in message
 
 
 @pytest.mark.skipif(not (SHARED / "vsr").is_dir(), reason="the published files are not part of the project")

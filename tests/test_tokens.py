@@ -135,9 +135,9 @@ def test_no_flipped_byte_anywhere_leads_to_wrong_arrays():
     places = range(0, len(whole), 4)
     for place in places:
         only_file().write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-        found = cache.cached("some", {"texts": "x"}, make)
-        assert found.keys() == good.keys(), place
-        assert all(np.array_equal(found[n], good[n]) and found[n].dtype == good[n].dtype for n in good), place
+        actual = cache.cached("some", {"texts": "x"}, make)
+        assert actual.keys() == good.keys(), place
+        assert all(np.array_equal(actual[n], good[n]) and actual[n].dtype == good[n].dtype for n in good), place
     assert len(calls) > 0.8 * len(places)
 
 
@@ -165,18 +165,18 @@ Z[7] = 3 * Z[2]  # one picture twice: in unit embeddings they are equal
 
 def write_differences(path="d.jsonl") -> list[Difference]:
     """60 differences: most have a mirror, some are about equal pictures, one is longer than the context."""
-    rng, found = np.random.default_rng(1), []
+    rng, actual = np.random.default_rng(1), []
     for n in range(56):
         i, j = rng.choice([0, 1, 2, 3, 4, 5, 6, 8], 2, replace=False)
-        found.append(Difference(IDS[i], IDS[j], contrast(f"{n % 11} stars", f"{n % 5} rings", n)))
-    found += [
+        actual.append(Difference(IDS[i], IDS[j], contrast(f"{n % 11} stars", f"{n % 5} rings", n)))
+    actual += [
         Difference("im2", "im7", "The first image shows a cat, while the second shows a dog."),
         Difference("im4", "im4", "The first image shows a cat, while the second shows two."),
         Difference("im1", "im3", "Something is different."),
         Difference("im1", "im3", "The first image shows " + "very " * 90 + "much, while the second shows little."),
     ]
-    Path(path).write_text("".join(map(to_line, found)), encoding="utf-8")
-    return found
+    Path(path).write_text("".join(map(to_line, actual)), encoding="utf-8")
+    return actual
 
 
 @pytest.fixture
@@ -188,8 +188,8 @@ def make(example_clip):
         config = FinetuneConfig(device="cpu", train=TrainConfig(batch_size=16))
         config.data.differences, config.data.embeddings = "d.jsonl", "z.safetensors"
         config.pairwise = PairwiseConfig(**settings)
-        said = [(f"caption {n}", "a caption that all have") for n in range(9)]
-        return pairwise.Method(clip, Dataset("some", "", IDS, None, "f", captions=said), config)
+        sentences = [(f"caption {n}", "a caption that all have") for n in range(9)]
+        return pairwise.Method(clip, Dataset("some", "", IDS, None, "f", captions=sentences), config)
 
     return make
 
@@ -233,8 +233,8 @@ def test_what_is_dropped_is_counted_alike_with_and_without_the_cache(make, monke
 
 
 def test_an_unknown_image_is_named_alike_with_and_without_the_cache(example_clip):
-    told = write_differences()
-    n = next(n for n, d in enumerate(told, 1) if "im5" in d[:2])
+    captions = write_differences()
+    n = next(n for n, d in enumerate(captions, 1) if "im5" in d[:2])
     ids = [key for key in IDS if key != "im5"]
     for known in (ids, IDS, ids):  # not compiled yet; compiled; from the cache
         if known is IDS:
@@ -276,9 +276,9 @@ def learn_captions(clip, data: Dataset) -> contrastive.Method:
 
 
 def test_images_without_a_caption_are_left_out_and_counted(example_clip):
-    told = {"im7": "seven", "im2": "two", "im5": "five", "elsewhere": "far", "im0": "zero"}
+    captions = {"im7": "seven", "im2": "two", "im5": "five", "elsewhere": "far", "im0": "zero"}
     method = learn_captions(
-        example_clip, Dataset("some", "", list(told), None, "f", captions=[(text,) for text in told.values()])
+        example_clip, Dataset("some", "", list(captions), None, "f", captions=[(text,) for text in captions.values()])
     )
     assert method.notes == [
         "5 images of z.safetensors have no caption and are left out",
@@ -288,7 +288,7 @@ def test_images_without_a_caption_are_left_out_and_counted(example_clip):
     for epoch in range(10):
         for batch in method.loader(epoch):
             for key, row, image in zip(batch.ids, batch.tokens, batch.images):
-                assert decode([t for t in row.tolist() if 0 < t < 49406]).strip() == told[key]
+                assert decode([t for t in row.tolist() if 0 < t < 49406]).strip() == captions[key]
                 assert torch.equal(image, Z[IDS.index(key)])
                 seen.add(key)
-    assert seen == told.keys() - {"elsewhere"} and method.steps_per_epoch == 1
+    assert seen == captions.keys() - {"elsewhere"} and method.steps_per_epoch == 1

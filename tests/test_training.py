@@ -121,9 +121,9 @@ def contents(run: Path) -> dict[str, bytes]:
 def test_a_wrong_setting_does_not_overwrite_a_run(config):
     before, bad = contents(Path("runs/a")), []
     for setting, value, message in REFUSED:
-        said = tiny_runs.attempt(tiny_runs.put(config, {"overwrite": True, setting: value}))
-        if message not in said or before != contents(Path("runs/a")):
-            bad.append(f"{setting} {value}: {said}")
+        pattern = tiny_runs.attempt(tiny_runs.put(config, {"overwrite": True, setting: value}))
+        if message not in pattern or before != contents(Path("runs/a")):
+            bad.append(f"{setting} {value}: {pattern}")
     assert not bad, "\n".join(bad)
 
 
@@ -272,17 +272,17 @@ def test_mirror_pairs_put_both_orders_in_the_batch_with_first_and_second_exchang
 def test_an_epoch_can_be_joined_later_without_making_what_came_before(config, method, monkeypatch):
     if method == "contrastive":
         config = tiny_runs.settings("contrastive", config.model.name)
-    found = make(config)
-    whole, other = list(found.loader(1)), list(found.loader(0))
-    assert len(whole) == found.steps_per_epoch > 4 and [b.ids for b in whole] != [b.ids for b in other]
-    for skip in (0, 4, found.steps_per_epoch):
-        later = list(found.loader(1, skip))
+    actual = make(config)
+    whole, other = list(actual.loader(1)), list(actual.loader(0))
+    assert len(whole) == actual.steps_per_epoch > 4 and [b.ids for b in whole] != [b.ids for b in other]
+    for skip in (0, 4, actual.steps_per_epoch):
+        later = list(actual.loader(1, skip))
         assert [batch.ids for batch in later] == [batch.ids for batch in whole[skip:]]
         for one, other in zip(later, whole[skip:]):
             assert all(torch.equal(a, b) for a, b in zip(one[1:], other[1:]))
     made, original = [], base._take
     monkeypatch.setattr(base, "_take", lambda z, rows: made.append(0) or original(z, rows))
-    assert len(list(islice(found.loader(0, 4), 1))) == len(made) == 1
+    assert len(list(islice(actual.loader(0, 4), 1))) == len(made) == 1
 
 
 def test_the_step_is_the_loss_of_the_papers_equation(config):
@@ -290,14 +290,14 @@ def test_the_step_is_the_loss_of_the_papers_equation(config):
     method = make(config)
     batch = next(method.loader(0))
     with torch.no_grad():
-        found = method(batch)[0].item()
+        actual = method(batch)[0].item()
         text = method.clip.model.encode_text(torch.nn.functional.pad(batch.tokens, (0, 77 - batch.tokens.shape[1])))
     z = (batch.images / batch.images.norm(dim=-1, keepdim=True)).double().numpy()
     t = text[batch.text].double().numpy()
     d = z[batch.first] - z[batch.second]
     logits = (t / np.linalg.norm(t, axis=1, keepdims=True)) @ (d / np.linalg.norm(d, axis=1, keepdims=True)).T
     log_softmax = [x - np.log(np.exp(x).sum(1, keepdims=True)) for x in (logits, logits.T)]
-    assert found == pytest.approx(-np.mean([np.diag(x).mean() for x in log_softmax]), rel=1e-5)
+    assert actual == pytest.approx(-np.mean([np.diag(x).mean() for x in log_softmax]), rel=1e-5)
 
 
 def test_a_file_of_which_no_batch_can_be_made_says_why(config):
@@ -314,11 +314,11 @@ def test_a_file_of_which_no_batch_can_be_made_says_why(config):
 
 def test_what_accelerate_is_asked_for_and_would_have_no_effect_is_refused(tiny, monkeypatch):
     config = tiny_runs.settings("pairwise", tiny, steps=1)
-    for name, value, said in [
+    for name, value, message in [
         ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "gradient_accumulation_steps 4.*--train.recompute true"),
         ("ACCELERATE_MIXED_PRECISION", "bf16", "asked for bf16, and train.precision is no"),
     ]:
         monkeypatch.setenv(name, value)
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             finetune(config)
         monkeypatch.delenv(name)

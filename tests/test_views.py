@@ -64,8 +64,8 @@ def test_an_image_is_found_by_id_without_ending_and_by_cocos_number():
         "train/000000000139.jpg": None, "dogs/007.jpg": None, "cats/007.jpg": 5, "7": 5, "dogs/285.jpg": None,
     }  # fmt: skip
     for name, row in rows.items():
-        found = match(about(name, ids[1]), ids)
-        assert (found.rows.tolist(), found.absent) == (([row, 1], 0) if row is not None else ([1], 1)), name
+        actual = match(about(name, ids[1]), ids)
+        assert (actual.rows.tolist(), actual.absent) == (([row, 1], 0) if row is not None else ([1], 1)), name
 
 
 def test_two_images_of_one_name_are_an_error_only_for_who_asks_for_it():
@@ -81,20 +81,20 @@ def test_statements_find_their_images_and_each_view_is_there_once():
         Statement("c", "1", "x"),
         Statement("nowhere", "2", "x"),
         Statement("a.jpg@box=0,0,2,2", "3", "x"),
-        Statement("a", "4", "4", instead="c"),
-        Statement("a", "5", "5", instead="nowhere"),
+        Statement("a", "4", "4", rejected_image="c"),
+        Statement("a", "5", "5", rejected_image="nowhere"),
         Statement("a@box=0,0,2,2", "6", "x"),
     ]
-    found = located(statements, made("a", "b", "c"))
-    assert found.data.ids == ["a", "a@box=0,0,2,2", "c"]
-    assert [s.text for s in found.statements] == ["1", "3", "4", "6"]
-    assert (found.rows.tolist(), found.others.tolist(), found.absent) == ([2, 1, 0, 1], [2, 1, 2, 1], 2)
-    assert found.rows.dtype == found.others.dtype == np.int64
+    actual = located(statements, made("a", "b", "c"))
+    assert actual.data.ids == ["a", "a@box=0,0,2,2", "c"]
+    assert [s.text for s in actual.statements] == ["1", "3", "4", "6"]
+    assert (actual.rows.tolist(), actual.others.tolist(), actual.absent) == ([2, 1, 0, 1], [2, 1, 2, 1], 2)
+    assert actual.rows.dtype == actual.others.dtype == np.int64
 
 
 def test_embeddings_of_a_view_are_found_under_its_own_name_alone():
-    found = match(about("b@box=0,0,2,2", "a", "b", "a@box=0,0,2,2"), ["a", "b@box=0,0,2,2"])
-    assert found.rows.tolist() == [1, 0] and found.absent == 2
+    actual = match(about("b@box=0,0,2,2", "a", "b", "a@box=0,0,2,2"), ["a", "b@box=0,0,2,2"])
+    assert actual.rows.tolist() == [1, 0] and actual.absent == 2
 
 
 def test_where_no_image_is_there_the_error_shows_both_kinds_of_ids():

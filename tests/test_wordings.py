@@ -182,9 +182,11 @@ def test_mentions_say_which_image_is_named():
 def test_a_sentence_is_said_in_other_words_and_stays_true():
     """Other names, another order or connective; where it is not clear whose the halves are, names alone."""
     wordings, rng = Wordings(schemes=["letters"]), np.random.default_rng(0)
-    said = {reword("The first image shows a dog, while the second shows a cat.", wordings, rng) for _ in range(400)}
-    assert len(said) == 30  # three pairs of names, two orders, five connectives
-    for text in said:
+    sentences = {
+        reword("The first image shows a dog, while the second shows a cat.", wordings, rng) for _ in range(400)
+    }
+    assert len(sentences) == 30  # three pairs of names, two orders, five connectives
+    for text in sentences:
         assert re.search(r"(?i)[AX] shows a dog.*[BY] shows a cat|[BY] shows a cat.*[AX] shows a dog", text), text
         assert text[0].isupper() and swap_roles(text) is not None
     kept = {reword("Unlike the second image, the first has a bus.", wordings, rng) for _ in range(50)}

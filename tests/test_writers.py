@@ -34,9 +34,9 @@ CLAIMS = (
 
 def claims(text):
     """Which wording a sentence has, and what it says of the first and of the second image."""
-    found = [(n, m["a"], m["b"]) for n, pattern in enumerate(CLAIMS) if (m := pattern.fullmatch(text))]
-    assert len(found) == 1, text
-    return found[0]
+    actual = [(n, m["a"], m["b"]) for n, pattern in enumerate(CLAIMS) if (m := pattern.fullmatch(text))]
+    assert len(actual) == 1, text
+    return actual[0]
 
 
 def example_jobs(n, seed=0):
@@ -66,11 +66,11 @@ def test_what_the_rules_say_is_true_of_the_two_scenes():
     for (first, second), job, text in zip(pairs, jobs, RulesWriter(PLAIN).write(jobs)):
         wording, a, b = claims(text)
         graded = next((name for name, words in world.COMPARATIVES.items() if {a, b} == set(words)), "other")
-        said, of_second = parse(job.first), parse(job.second)
+        sentences, of_second = parse(job.first), parse(job.second)
         if graded != "other":
             difference = world.grade(graded, first) - world.grade(graded, second)
             assert difference != 0 and (difference > 0) == (a == world.COMPARATIVES[graded][0]), (text, job)
-        elif any(said[kind] != of_second[kind] for kind in said.keys() & of_second.keys()):
+        elif any(sentences[kind] != of_second[kind] for kind in sentences.keys() & of_second.keys()):
             assert a != b and true_of(a, first) and true_of(b, second), (text, job)
         else:
             assert job.first.endswith(a) and job.second.endswith(b)

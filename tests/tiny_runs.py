@@ -78,7 +78,7 @@ def settings(method: str, model: str, **train) -> FinetuneConfig:
         config.data.differences = "d.jsonl"
     if method == "change":
         config.model.train = "both"
-        config.change = ChangeConfig("caption", width=16, heads=2, layers=1, clip_rate=0.1, validation="none")
+        config.change = ChangeConfig("caption", width=16, heads=2, layers=1, clip_lr_scale=0.1, validation="none")
     return config
 
 

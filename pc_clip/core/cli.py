@@ -25,7 +25,8 @@ Config = TypeVar("Config")
 LISTS = ("list[str]", "list[int]", "list[float]")  # written with commas
 RENAMED = {  # settings of earlier configs
     "pairwise.anchor": "retain.texts", "pairwise.anchor_batch": "retain.batch",
-    "pairwise.anchor_captions": "retain.captions",
+    "pairwise.anchor_captions": "retain.captions", "change.clip_rate": "change.clip_lr_scale",
+    "change.counterparts": "change.aligned_tokens", "change.told": "change.references",
 }  # fmt: skip
 WHOLE = ("templates", "server.stop")  # texts that may hold commas: a flag gives one, as it is
 

@@ -11,7 +11,7 @@ Item = TypeVar("Item")
 _END = object()
 
 
-def ahead(items: Iterator[Item], depth: int = 2) -> Iterator[Item]:
+def prefetch(items: Iterator[Item], depth: int = 2) -> Iterator[Item]:
     """The same items in the same order, up to `depth` of them made before they are asked for.
 
     An exception is raised where its item would have come. Closing this iterator ends the thread.

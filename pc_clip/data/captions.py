@@ -181,8 +181,8 @@ def read_table(path: Path) -> Captions:
         known, texts = entries.setdefault(key, (file, []))
         if known != file:
             raise UserError(f"{where}: the id {key!r} is that of another picture, {known}")
-        said = [words(row[n], where, head[n], may_be_empty=True) for n in columns]
-        texts += [text for text in said if text and text.lower() != "nan"]
+        texts_of_row = [words(row[n], where, head[n], may_be_empty=True) for n in columns]
+        texts += [text for text in texts_of_row if text and text.lower() != "nan"]
         if label is not None and labels.setdefault(key, row[label]) != row[label]:
             raise UserError(f"{where}: {key!r} is of the class {row[label]!r} here and of {labels[key]!r} above")
     return Captions(path, entries, Counter(), labels)

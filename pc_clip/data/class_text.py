@@ -37,17 +37,17 @@ class ClassNames:
     path: Path
     source: str
     several: tuple[str, ...]
-    said: dict[str, str]
+    display_names: dict[str, str]
 
     def say(self, own: Iterable[str]) -> tuple[str, ...]:
         """The names people say, in the order of the set's own. Raises UserError for one the file lacks."""
         own = list(own)
-        if unknown := [name for name in own if name not in self.said]:
+        if unknown := [name for name in own if name not in self.display_names]:
             raise UserError(
                 f"{self.path} has no name for {unknown[0]!r} ({len(unknown)} of {len(own)} classes). "
                 "Is this the right data set? If so, add a line for each."
             )
-        return tuple(self.said[name] for name in own)
+        return tuple(self.display_names[name] for name in own)
 
 
 @cache
@@ -76,7 +76,7 @@ def find_question(data: Dataset, name: str | None) -> Question:
     return known[name] if name else next(iter(known.values()))
 
 
-def opposed(data: Dataset, question: Question, a: str, b: str, seed: int) -> tuple[str, str]:
+def contrast_phrases(data: Dataset, question: Question, a: str, b: str, seed: int) -> tuple[str, str]:
     """Two phrases that set class a against class b, from what the data set's files say of them; else their names.
 
     CUB's attributes come in families ("has_wing_color::blue"), of which the one with the widest gaps is taken.
@@ -99,7 +99,7 @@ def opposed(data: Dataset, question: Question, a: str, b: str, seed: int) -> tup
     return (high, low) if gaps[name] > 0 else (low, high)
 
 
-def described(data: Dataset, question: Question, name: str, seed: int) -> str:
+def class_description(data: Dataset, question: Question, name: str, seed: int) -> str:
     """One description of a class by rule: from its grades, or a caption of one of its images that names it.
 
     Of the grades the five most pronounced are told, one a family; equal ones are drawn.

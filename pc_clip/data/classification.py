@@ -126,12 +126,12 @@ def photographs(
         raise UserError(f"{name} at {folder} has no image in its part {part!r}; unpack the archive again")
     pictures = find_pictures(ids, lambda key: [folder / key], folder, "error", "Unpack the archive again")
     names = class_names(name)
-    said = dict(zip(own, names.say(own)))
+    display_name = dict(zip(own, names.say(own)))
     number = {class_name: n for n, class_name in enumerate(own)}
     target = np.array([number[labels[key]] for key in ids], dtype=np.int64)
-    grades = {a: {said[c]: amount for c, amount in of_class.items()} for a, of_class in (graded or {}).items()}
+    grades = {a: {display_name[c]: amount for c, amount in of_class.items()} for a, of_class in (graded or {}).items()}
     question = Question(
-        "class", tuple(said.values()), np.arange(len(ids)), target, graded=grades, several=names.several
+        "class", tuple(display_name.values()), np.arange(len(ids)), target, graded=grades, several=names.several
     )
     label, note = part, ""
     if ours and part in SHARES:

@@ -74,8 +74,8 @@ class Statement:
     image neither may hold ("left of", "right of"), which what was made by data/relations.py cannot know.
 
     image: an id of a data set, as the file writes it, or a view of one (data/views.py). kind: what it is reported
-    under: a relation ("left of"), or the file it came from. category: a group of kinds. instead: of ranking data,
-    another image, which the text fits less; text and contradiction are then the same.
+    under: a relation ("left of"), or the file it came from. category: a group of kinds. rejected_image: in ranking
+    data, an image that the text fits less; text and contradiction are then the same.
     """
 
     image: str
@@ -84,7 +84,7 @@ class Statement:
     true: bool = True
     kind: str = ""
     category: str = ""
-    instead: str = ""
+    rejected_image: str = ""
 
     @property
     def preferred(self) -> str:
@@ -167,7 +167,7 @@ def subset(data: Dataset, rows: np.ndarray) -> Dataset:
         questions=tuple(map(of, data.questions)),
         attributes=tuple(dataclasses.replace(a, value=a.value[rows]) for a in data.attributes),
         statements=tuple(
-            s for s in data.statements if {i.split("@")[0] for i in (s.image, s.instead or s.image)} <= kept
+            s for s in data.statements if {i.split("@")[0] for i in (s.image, s.rejected_image or s.image)} <= kept
         ),
         changes=tuple(data.changes[n] for n in changes),
         judge=data.judge and partial(_at, data.judge, changes),

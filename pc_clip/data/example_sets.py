@@ -50,7 +50,7 @@ def example_relations(split: str, n: int | None = None) -> Dataset:
         fingerprint=digest("relations", split, n, _digest_of(shown[:8])),
         questions=tuple(_place_question(kind, colour, shown) for kind in _PLACES for colour in scenes.COLOURS),
         part=split,
-        statements=tuple(Statement(key, *said) for i, key in enumerate(ids) for said in relations.statements(split, i)),
+        statements=tuple(Statement(key, *fact) for i, key in enumerate(ids) for fact in relations.statements(split, i)),
     )
 
 
@@ -91,10 +91,10 @@ _PLACES = {
 
 def _place_question(kind: str, colour: str, shown: list[scenes.Scene]) -> Question:
     axis, classes = _PLACES[kind]
-    found = [
+    answered = [
         (row, answer) for row, scene in enumerate(shown) if (answer := relations.half(scene, colour, axis)) is not None
     ]
-    rows, target = np.array(found, dtype=np.int64).reshape(-1, 2).T
+    rows, target = np.array(answered, dtype=np.int64).reshape(-1, 2).T
     article = "an" if colour[0] in "aeiou" else "a"
     return Question(f"{kind} of the {colour} object", classes, rows, target, (f"{article} {colour} object {{}}",))
 

@@ -55,8 +55,8 @@ def table() -> tuple[Grades, ...]:
 
 def compared(first: str, second: str, rng: np.random.Generator) -> tuple[str, str] | None:
     """A phrase for each of two captions that compares what they show; None where no graded words tell them apart."""
-    found = [(grades, grades.of(first), grades.of(second)) for grades in table()]
-    clear = [(grades, a, b) for grades, a, b in found if a and b and abs(a[0] - b[0]) >= grades.gap]
+    graded = [(grades, grades.of(first), grades.of(second)) for grades in table()]
+    clear = [(grades, a, b) for grades, a, b in graded if a and b and abs(a[0] - b[0]) >= grades.gap]
     if not clear:
         return None
     grades, a, b = clear[int(rng.integers(len(clear)))]
@@ -76,7 +76,7 @@ def attributes_of(data: Dataset) -> tuple[Attribute, ...]:
 
     An image's value is the mean over its captions of which at least half have a graded word.
     """
-    found = []
+    attributes = []
     for grades in table():
         value = np.array([_of_image(grades, captions) for captions in data.captions])
         if np.nanmax(value, initial=-np.inf) - np.nanmin(value, initial=np.inf) < grades.gap:
@@ -84,8 +84,8 @@ def attributes_of(data: Dataset) -> tuple[Attribute, ...]:
         for kind, pairs in (("trained", grades.phrases), ("unseen", grades.unseen)):
             for n, (more, less) in enumerate(pairs):
                 task = f"nouns_{grades.name}_{kind}"
-                found.append(Attribute(f"{task}_{n}", value, more, less, more, less, grades.gap, task))
-    return tuple(found)
+                attributes.append(Attribute(f"{task}_{n}", value, more, less, more, less, grades.gap, task))
+    return tuple(attributes)
 
 
 def _of_image(grades: Grades, captions: Sequence[str]) -> float:

@@ -20,22 +20,22 @@ def content_words(text: str) -> frozenset[str]:
     return frozenset(re.findall(r"[a-z0-9]+", text.lower())) - {*_FUNCTION_WORDS.split()}
 
 
-def likely_false(said: Sequence[str], told: Sequence[Sequence[str]]) -> float:
+def false_negative_rate(captions: Sequence[str], captions_of: Sequence[Sequence[str]]) -> float:
     """The share of a batch's negatives that are likely false, between 0 and 1; 0 where there is one example.
 
-    said[n]: the caption that stands for image n; told[n]: all captions of image n. The negative (caption n, image m)
-    is likely false when every content word of the caption is in some caption of the image. Word order and synonyms
-    are not seen, so that it errs both ways; it is for comparing batches.
+    captions[n]: the caption drawn for image n; captions_of[n]: all captions of image n. The negative (caption n, image
+    m) is likely false when every content word of the caption is in some caption of the image. Word order and synonyms
+    are ignored, so it errs both ways; it is for comparing batches.
     """
-    n = len(said)
+    n = len(captions)
     if n < 2:
         return 0.0
     images_with: dict[str, set[int]] = defaultdict(set)
-    for image, texts in enumerate(told):
+    for image, texts in enumerate(captions_of):
         for word in frozenset().union(*map(content_words, texts)):
             images_with[word].add(image)
     false, everywhere = 0, set(range(n))
-    for image, text in enumerate(said):
+    for image, text in enumerate(captions):
         with_word = sorted((images_with[word] for word in content_words(text)), key=len)  # none: true of all images
         false += len(set.intersection(*with_word or [everywhere]) - {image})
     return false / (n * (n - 1))

@@ -56,7 +56,7 @@ def captions(
 
     Raises UserError for an image that cannot be read.
     """
-    change, search, found = clip.change, Search(beams, length_penalty), []
+    change, search, captions = clip.change, Search(beams, length_penalty), []
     search.check()
     for seen in seen_by_encoder(clip, data, batch_size, workers, "writing sentences"):
         tokens, likelihood = change.write(seen, search)
@@ -64,8 +64,8 @@ def captions(
         for n, (numbers, value) in enumerate(zip(tokens.tolist(), likelihood.tolist())):
             words = change.vocabulary.words(numbers)
             looks = maps[n, : len(words)] if attention else None
-            found.append(Caption(change.vocabulary.decode(numbers), value, words, looks))
-    return found
+            captions.append(Caption(change.vocabulary.decode(numbers), value, words, looks))
+    return captions
 
 
 @torch.no_grad()
@@ -126,8 +126,8 @@ def read_pairs(reader: Reader, batches: Sequence[np.ndarray]) -> Iterator[tuple[
 def distinct_sentences(changes: Sequence[Change]) -> tuple[list[str], list[list[int]]]:
     """The M distinct sentences of N changes, and for each change which of them are said of its two images."""
     place: dict[str, int] = {}
-    said: dict[tuple[str, str], set[int]] = {}
+    texts_of: dict[tuple[str, str], set[int]] = {}
     for change in changes:
-        of_pair = said.setdefault((change.before, change.after), set())
+        of_pair = texts_of.setdefault((change.before, change.after), set())
         of_pair |= {place.setdefault(text, len(place)) for text in change.sentences}
-    return list(place), [sorted(said[change.before, change.after]) for change in changes]
+    return list(place), [sorted(texts_of[change.before, change.after]) for change in changes]

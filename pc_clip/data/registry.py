@@ -148,14 +148,14 @@ def _require(name: str, reader: Reader, folder: Path) -> None:
         raise UserError(f"{name} at {folder} is {state}. {reader.fetch}")
 
 
-def held_out(data: Dataset) -> str | None:
+def selection_split(data: Dataset) -> str | None:
     """The split to choose settings on: "val", else "train"; None where none is apart from `data`."""
     part = data.part or data.split
-    apart = (split for split in (beside(data, "val"), beside(data, "train")) if split not in (None, part))
+    apart = (split for split in (sibling_split(data, "val"), sibling_split(data, "train")) if split not in (None, part))
     return next(apart, None) if part != "all" else None  # every other split is inside that
 
 
-def beside(data: Dataset, split: str) -> str | None:
+def sibling_split(data: Dataset, split: str) -> str | None:
     """The split of that name which belongs with `data`: beside reformat_test, "train" is reformat_train.
 
     None where there is no such, and for a file that was named by its path, of which none can know what belongs with it.

@@ -30,7 +30,7 @@ Place = tuple[int, Box]  # row of an image, and the part of it
 
 
 class Located(NamedTuple):
-    """Statements with their images. rows, others: [M] int64 into `data`; others: those of `instead`, else as rows.
+    """Statements with their images. rows, others: [M] int64 into `data`; others: of `rejected_image`, else as rows.
 
     data: the views that are asked about, each once; of captions, questions and the like it has none. None where the
     rows are of ids that were given. absent: how many statements were left out for want of an image.
@@ -126,10 +126,10 @@ def _fit(folders: list[str], name: str, of_id: list[str]) -> bool:
 
 
 def _find(statements: Sequence[Statement], find: Callable, ids: ImageIds) -> tuple[list[Statement], list[tuple]]:
-    """Statements whose images are all there, with the places of the image and of `instead`."""
-    names = dict.fromkeys(name for s in statements for name in (s.image, s.instead or s.image))
+    """Statements whose images are all there, with the places of the image and of `rejected_image`."""
+    names = dict.fromkeys(name for s in statements for name in (s.image, s.rejected_image or s.image))
     places = {name: find(name) for name in names}
-    pairs = [(places[s.image], places[s.instead or s.image]) for s in statements]
+    pairs = [(places[s.image], places[s.rejected_image or s.image]) for s in statements]
     there = [n for n, pair in enumerate(pairs) if None not in pair]
     if not there:
         asked = f"they ask for {statements[0].image!r} for instance" if statements else "there are none"

@@ -46,9 +46,9 @@ class Wording(NamedTuple):
         first, second, first_short, second_short = self.names
         if self.exchanged:
             a, b, first, second, first_short, second_short = b, a, second, first, second_short, first_short
-        said = {"a": a, "b": b, "there_a": f"{_there(a)} {a}", "there_b": f"{_there(b)} {b}"}
+        facts = {"a": a, "b": b, "there_a": f"{_there(a)} {a}", "there_b": f"{_there(b)} {b}"}
         named = {"first": first, "second": second, "first_short": first_short, "second_short": second_short}
-        sentence = self.template.format(**said, **named)
+        sentence = self.template.format(**facts, **named)
         if self.opener:
             begins_with_a_word = self.template[0].isupper() and not self.template.startswith("I ")
             first = sentence[0].lower() if begins_with_a_word else sentence[0]
@@ -257,8 +257,8 @@ def reword(text: str, wordings: Wordings, rng: np.random.Generator) -> str | Non
     for n, (start, stop, side) in enumerate(role_mentions(plain)):
         pieces += [plain[end:start], names[side] if n == 0 else names[2 + side]]
         end = stop
-    said = "".join([*pieces, plain[end:]])
-    return _SENTENCE_START.sub(lambda match: match.group().upper(), said)
+    sentence = "".join([*pieces, plain[end:]])
+    return _SENTENCE_START.sub(lambda match: match.group().upper(), sentence)
 
 
 def _halves(text: str) -> list[str]:

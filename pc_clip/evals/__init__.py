@@ -34,7 +34,7 @@ from pc_clip.data import attributes
 from pc_clip.data.dataset import Attribute, Dataset, subset
 from pc_clip.data.embeddings import embed_images
 from pc_clip.data.groups import form_of, read_groups
-from pc_clip.data.registry import held_out, open_dataset
+from pc_clip.data.registry import open_dataset, selection_split
 from pc_clip.data.statements import read_statements
 from pc_clip.models.clip import SCRATCH, Clip
 from pc_clip.models.loading import create_model, load_model
@@ -135,13 +135,13 @@ class EvalContext:
             return list(self.data.statements)
         return read_groups(files) if form_of(files) else read_statements(files, config.seed, config.unconfirmed)
 
-    def held_out(self) -> Dataset:
+    def selection_data(self) -> Dataset:
         """The split that settings are chosen on, where there is one besides what is reported on."""
-        return self.open(held_out(self.data))
+        return self.open(selection_split(self.data))
 
     def validation(self) -> EvalContext:
         """The same model on held-out images, for choosing settings."""
-        data = self.held_out()
+        data = self.selection_data()
         if len(data) > VALIDATION_IMAGES:  # choosing among a few settings needs no more
             rng = stream(self.config.seed, "validation images")
             data = subset(data, np.sort(rng.choice(len(data), VALIDATION_IMAGES, replace=False)))

@@ -23,7 +23,7 @@ from pc_clip.core.config.evaluate import EvaluateConfig
 from pc_clip.core.errors import UserError
 from pc_clip.data.dataset import Dataset
 from pc_clip.data.embeddings import pixels
-from pc_clip.data.registry import READERS, held_out
+from pc_clip.data.registry import READERS, selection_split
 from pc_clip.evals import Curve, EvalContext, Result, difference, zeroshot
 from pc_clip.metrics import intervals
 from pc_clip.models.clip import Clip
@@ -36,12 +36,12 @@ JUDGED = ("zeroshot", "difference")  # alpha is chosen by these, each with the s
 
 
 def applies(data: Dataset, config: EvaluateConfig) -> str | None:
-    if data.questions and config.checkpoint and data.name in READERS and held_out(data) is not None:
+    if data.questions and config.checkpoint and data.name in READERS and selection_split(data) is not None:
         return None
     return "a data set with classes and a split to choose alpha on, and --checkpoint a finetuned model"
 
 
-also_reads = EvalContext.held_out  # alpha is chosen on it
+also_reads = EvalContext.selection_data  # alpha is chosen on it
 
 
 def evaluate(context: EvalContext) -> Result:

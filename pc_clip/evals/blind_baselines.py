@@ -78,20 +78,20 @@ def ask(context: EvalContext) -> Asked:
 
     Raises UserError where none of these is there.
     """
-    found = located(context.statements, context.data)
-    if found.absent:
-        log.info("  %d of %d statements are left out: their images are absent", found.absent, len(context.statements))
-    z = context.on(found.data).z
-    texts, others = embed_both(context.clip, found.statements)
+    asked = located(context.statements, context.data)
+    if asked.absent:
+        log.info("  %d of %d statements are left out: their images are absent", asked.absent, len(context.statements))
+    z = context.on(asked.data).z
+    texts, others = embed_both(context.clip, asked.statements)
     return Asked(
-        found.statements,
-        photographs(found.data.ids)[found.rows],
-        closer(z[found.rows], texts, others, z[found.others]),
-        closer(grey_image(context.clip), texts, others),
-        closer(F.normalize(z.mean(0), dim=0), texts, others),
+        asked.statements,
+        photographs(asked.data.ids)[asked.rows],
+        margin(z[asked.rows], texts, others, z[asked.others]),
+        margin(grey_image(context.clip), texts, others),
+        margin(F.normalize(z.mean(0), dim=0), texts, others),
         texts,
         texts - others,
-        found.absent,
+        asked.absent,
     )
 
 
@@ -113,15 +113,15 @@ def grey_image(clip: Clip) -> Tensor:
     return F.normalize(clip.encode_image(pixels).float().cpu(), dim=-1)[0]
 
 
-def closer(image: Tensor, texts: Tensor, others: Tensor, instead: Tensor | None = None) -> np.ndarray:
-    """cos(image, text) - cos(instead, other), of unit vectors: positive where the text is preferred.  -> [M] float64
+def margin(image: Tensor, texts: Tensor, others: Tensor, other_image: Tensor | None = None) -> np.ndarray:
+    """cos(image, text) - cos(other_image, other), unit vectors: positive where the text is preferred.  -> [M] float64
 
-    texts, others: [M, D]; image: [M, D], or [D] for the same one every time; instead: the image that `other` is said
-    of, the same one when not given. Equal pairs give exactly 0.
+    texts, others: [M, D]; image: [M, D], or [D] for the same one every time; other_image: the image of `other`,
+    the same one when not given. Equal pairs give exactly 0.
     """
     image, texts, others = image.double(), texts.double(), others.double()
-    instead = image if instead is None else instead.double()
-    return (image * texts - instead * others).sum(-1).numpy()
+    other_image = image if other_image is None else other_image.double()
+    return (image * texts - other_image * others).sum(-1).numpy()
 
 
 def right(margin: np.ndarray, true: np.ndarray | bool = True) -> np.ndarray:
@@ -150,7 +150,7 @@ def judge(
     """
     commoner = np.full(len(true), 1.0 if true.mean() >= 0.5 else -1.0)
     answers = {name: right(margin, true) for name, margin in margins.items()} | {"majority": right(commoner, true)}
-    by_text = tell_labels(texts.numpy(), true, photograph, seed)
+    by_text = text_only_classifier(texts.numpy(), true, photograph, seed)
     return answers if by_text is None else answers | {"text_only": right(by_text, true)}
 
 
@@ -162,11 +162,11 @@ def tell_texts_apart(gap: Tensor, photograph: np.ndarray, seed: int) -> np.ndarr
     """
     turned = stream(seed, "turned").permutation(len(gap)) % 2 == 0
     side = np.where(turned, -1.0, 1.0)
-    score = tell_labels(gap.numpy() * side[:, None], ~turned, photograph, seed, intercept=False)
+    score = text_only_classifier(gap.numpy() * side[:, None], ~turned, photograph, seed, intercept=False)
     return None if score is None else score * side
 
 
-def tell_labels(
+def text_only_classifier(
     x: np.ndarray, true: np.ndarray, photograph: np.ndarray, seed: int, intercept: bool = True
 ) -> np.ndarray | None:
     """How true each statement sounds, from its text alone; positive for true.  [M, D], [M] bool, [M] -> [M]
@@ -233,7 +233,7 @@ def audit(clip: Clip, path: str | Path, seed: int = 0) -> dict[str, tuple[float,
             f"all {len(true)} statements of {path} are {str(bool(true[0])).lower()}; this is for files with both kinds"
         )
     texts, others = embed_both(clip, statements)
-    grey = closer(grey_image(clip), texts, others)
+    grey = margin(grey_image(clip), texts, others)
     figures = {"true": true.astype(float), **judge({"blind": grey}, texts, true, photograph, seed)}
     figures["blind_prefers_caption_as_written"] = right(grey)
     shares, known = intervals.of_columns(figures, photograph, seed)

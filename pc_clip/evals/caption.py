@@ -22,7 +22,7 @@ from pc_clip.core.random import stream
 from pc_clip.data import pairs
 from pc_clip.data.changes import NoSplit
 from pc_clip.data.dataset import Dataset
-from pc_clip.data.registry import beside
+from pc_clip.data.registry import sibling_split
 from pc_clip.evals import EvalContext, Picture, Result
 from pc_clip.evals.change_retrieval import LACKING, change_model, rows_by_kind
 from pc_clip.evals.plots import change_sheet
@@ -47,7 +47,7 @@ def also_reads(context: EvalContext) -> Dataset | None:
 
     Only its sentences are read, so that its images may be absent.
     """
-    split = beside(context.data, "train")
+    split = sibling_split(context.data, "train")
     try:
         return context.open(split, "keep") if split else None
     except NoSplit as error:
@@ -158,15 +158,15 @@ def _figures(data: Dataset, sentences: Sequence[str], scores: Scores, seed: int)
     n, by_kind, kinds = len(sentences), rows_by_kind(data.changes), np.array([change.kind for change in data.changes])
     result, means = Result({}, n), {"cider": scores.items["cider"]}  # name -> [N], NaN where it is not counted
     if data.judge:
-        parts, told, changed = judge(data, sentences), kinds_told(data, sentences), kinds != UNCHANGED
+        parts, kinds_written, changed = judge(data, sentences), kinds_told(data, sentences), kinds != UNCHANGED
         means = {"right": parts.all(axis=1), **means}
         result.metrics["right"] = float(means["right"].mean())
         if changed.any():
             means |= {f"right_{part}": np.where(changed, right, np.nan) for part, right in zip(PARTS, parts.T)}
         if not changed.all():
-            means["changed"] = (told != "") & ((told != UNCHANGED) == changed)
-        result.details["told_as"] = {
-            kind: dict(Counter(each or "not understood" for each in told[kinds == kind].tolist()))
+            means["changed"] = (kinds_written != "") & ((kinds_written != UNCHANGED) == changed)
+        result.details["described_as"] = {
+            kind: dict(Counter(each or "not understood" for each in kinds_written[kinds == kind].tolist()))
             for kind in dict.fromkeys(kinds.tolist())
         }
     for name in [name for name in ("right", "cider") if name in means]:

@@ -38,12 +38,12 @@ def evaluate(context: EvalContext) -> Result:
 
     def right(of_image: Tensor) -> np.ndarray:
         """[M, D] embeddings -> [M] whether the right caption is the nearest."""
-        found = np.zeros(len(asked))
+        correct = np.zeros(len(asked))
         for n, row in enumerate(asked):
             cosines = z_text[[place[text] for text in row.captions]] @ of_image[n]
             others = torch.cat([cosines[: row.answer], cosines[row.answer + 1 :]])
-            found[n] = cosines[row.answer] > others.max()
-        return found
+            correct[n] = cosines[row.answer] > others.max()
+        return correct
 
     grey, mean = grey_image(context.clip), F.normalize(z.mean(0), dim=0)
     shares = {"choice": right(z[image])}

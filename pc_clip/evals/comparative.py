@@ -35,7 +35,7 @@ from pc_clip.core.config.evaluate import EvaluateConfig
 from pc_clip.core.errors import UserError, check_at_least, check_choice
 from pc_clip.core.paths import package_data
 from pc_clip.data.dataset import Dataset, Question
-from pc_clip.data.registry import held_out
+from pc_clip.data.registry import selection_split
 from pc_clip.evals import Curve, EvalContext, Result
 from pc_clip.evals.zeroshot import class_embeddings, templates_of
 from pc_clip.metrics import intervals
@@ -52,7 +52,7 @@ Scored = tuple[Tensor, np.ndarray]  # images [M, D] with their classes [M]
 
 def applies(data: Dataset, config: EvaluateConfig) -> str | None:
     known = config.comparative.pairs == "auto" or (FOLDER / f"{data.name}.yaml").is_file()
-    if data.questions and known and held_out(data) is not None:
+    if data.questions and known and selection_split(data) is not None:
         return None
     return (
         "a data set with classes, comparisons of them in evals/comparisons/ or --comparative.pairs auto, and a second "
@@ -60,7 +60,7 @@ def applies(data: Dataset, config: EvaluateConfig) -> str | None:
     )
 
 
-also_reads = EvalContext.held_out  # alpha and the confused classes are chosen on it
+also_reads = EvalContext.selection_data  # alpha and the confused classes are chosen on it
 
 
 def evaluate(context: EvalContext) -> Result:

@@ -92,7 +92,8 @@ def measure(context: EvalContext, clip: Clip, z: Tensor) -> tuple[dict[str, floa
         metrics["difference_alignment_classes"] = float(np.mean([*of_classes.values()]))
     if of_pairs:
         metrics |= {
-            f"analogy_{kind}": float(np.mean([of[kind] for of in of_pairs.values()])) for kind in ("image", "text")
+            f"analogy_{kind}": float(np.mean([analogy[kind] for analogy in of_pairs.values()]))
+            for kind in ("image", "text")
         }
     metrics |= _gap(clip, z, data, prompts, config.seed)
     return metrics, {"attributes": of_attributes, "classes": of_classes, "analogies": of_pairs}
@@ -114,8 +115,12 @@ def _alignment_of_attributes(
         up = attribute.value[pairs[:, 0]] > attribute.value[pairs[:, 1]]
         gaps = pair_differences(z, np.where(up[:, None], pairs, pairs[:, ::-1]))  # [P, D], the one with more first
         first, second = (contrast(attribute.more, attribute.less, wording) for wording in (0, 1))
-        high, low, told, told_reversed = clip.embed_texts([attribute.high, attribute.low, first, second])
-        texts = {"phrases": F.normalize(high - low, dim=0), "sentences": told, "sentences_reversed": told_reversed}
+        high, low, sentence, reversed_sentence = clip.embed_texts([attribute.high, attribute.low, first, second])
+        texts = {
+            "phrases": F.normalize(high - low, dim=0),
+            "sentences": sentence,
+            "sentences_reversed": reversed_sentence,
+        }
         details[attribute.name] = {name: float((gaps @ text).mean()) for name, text in texts.items()}
     means = pd.DataFrame(details).mean(axis=1).add_prefix("difference_alignment_").to_dict()
     return means, details
@@ -160,12 +165,12 @@ def analogies(z: Tensor, p: Question, q: Question, prompts: Tensor, n: int, seed
     if not len(a):
         return {}
     cells = np.flatnonzero(enough.ravel())
-    of = means.view(*shape, -1)
-    step = of[a, d] - of[b, d]  # [Q, D]
+    grid = means.view(*shape, -1)
+    step = grid[a, d] - grid[b, d]  # [Q, D]
     by_text = F.normalize(prompts[a] - prompts[b], dim=-1) * step.norm(dim=-1, keepdim=True)
     right = torch.from_numpy(np.searchsorted(cells, np.ravel_multi_index((a, c), shape)))
     shares = {
-        name: float((torch.cdist(of[b, c] + moved, means[cells]).argmin(1) == right).double().mean())
+        name: float((torch.cdist(grid[b, c] + moved, means[cells]).argmin(1) == right).double().mean())
         for name, moved in (("image", step), ("text", by_text))
     }
     return shares | {"chance": 1 / len(cells), "n": len(a)}

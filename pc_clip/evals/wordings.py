@@ -104,13 +104,13 @@ def evaluate(context: EvalContext) -> Result:
         metrics["subtraction"] = float(right["subtraction"].mean())
         if by_captions:
             metrics["caption_subtraction_r1"] = recall_at_1(subtracted, of_base)
-    found = intervals.of_pairs(torch.stack(list(right.values()), dim=1).numpy(), facts.pairs)
+    bounds = intervals.of_pairs(torch.stack(list(right.values()), dim=1).numpy(), facts.pairs)
     cells = {
         f"{family}, {scheme or 'usual names'}": float(v.double().mean()) for (family, scheme), v in two_way.items()
     }
     details = {"held_out_families": list(families), "held_out_schemes": list(schemes), "two_way": cells}
     details["wordings_judged_alike"] = sum(len(FAMILIES[family]) for family in families)
-    return Result(metrics, len(facts.pairs), details, intervals=dict(zip(right, found)))
+    return Result(metrics, len(facts.pairs), details, intervals=dict(zip(right, bounds)))
 
 
 def _ask(context: EvalContext, facts: Facts, gaps: Tensor, drawn: list[Wording]) -> tuple[Tensor, float]:
@@ -139,8 +139,8 @@ def _of_captions(context: EvalContext) -> Facts:
         raise UserError(f"{context.data.label} has captions of {len(rows)} images; a difference needs two")
     n = min(context.config.wordings.n_pairs, len(rows) * (len(rows) - 1) // 2)
     pairs, rng = np.array(choose_pairs(rows, n, seed, both_orders=False)), stream(seed, "wordings captions")
-    said = [[as_phrase(captions[row][int(rng.integers(len(captions[row])))]) for row in pair] for pair in pairs]
-    first, second = map(list, zip(*said))
+    phrases = [[as_phrase(captions[row][int(rng.integers(len(captions[row])))]) for row in pair] for pair in pairs]
+    first, second = map(list, zip(*phrases))
     return Facts(pairs, first, second, (first, second))
 
 

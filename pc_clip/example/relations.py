@@ -40,13 +40,13 @@ def scene(split: str, index: int) -> Scene:
     """Two things of different colours and shapes, one of them clearly left of or above the other."""
     rng = np.random.default_rng([SEEDS[split], index])
     while True:
-        found = scenes.sample(rng, count=2, alike=False)
-        first, second = found.things
+        candidate = scenes.sample(rng, count=2, alike=False)
+        first, second = candidate.things
         if first.colour != second.colour and first.shape != second.shape and relation(first, second):
-            return found
+            return candidate
 
 
-class Said(NamedTuple):
+class SceneStatement(NamedTuple):
     """A text about a scene, what contradicts it, whether it holds, the relation it names, and what that is about."""
 
     text: str
@@ -56,34 +56,34 @@ class Said(NamedTuple):
     category: str
 
 
-def statements(split: str, index: int) -> list[Said]:
+def statements(split: str, index: int) -> list[SceneStatement]:
     """What is said of a scene: where a thing is, where one is as seen from the other, which one is larger.
 
     What is said of one thing alone is easier, and without it a small model does not get to what is said of two.
     """
     things = scene(split, index).things
     rng = np.random.default_rng([SEEDS[split], index, 1])
-    found = []
+    facts = []
     for _ in range(ROUNDS):
         for axis, (low, high) in {"x": ("on the left", "on the right"), "y": ("at the top", "at the bottom")}.items():
             thing = things[rng.integers(2)]
             off = getattr(thing, axis) - scenes.SIDE / 2
             if abs(off) > CLEAR:
-                found.append(_statement(_named(thing, rng), low if off < 0 else high, "", "place", rng))
+                facts.append(_statement(_named(thing, rng), low if off < 0 else high, "", "place", rng))
         a, b = (things[n] for n in rng.permutation(2))
-        found.append(_statement(_named(a, rng), relation(a, b), _named(b, rng), "position", rng))
+        facts.append(_statement(_named(a, rng), relation(a, b), _named(b, rng), "position", rng))
         a, b = (things[n] for n in rng.permutation(2))
         if a.size != b.size:
             larger = "larger than" if a.radius > b.radius else "smaller than"
-            found.append(_statement(_named(a, rng), larger, _named(b, rng), "size", rng))
-            found.append(_statement(_named(a, rng), f"{larger} the other", "", "size", rng))
-    return found
+            facts.append(_statement(_named(a, rng), larger, _named(b, rng), "size", rng))
+            facts.append(_statement(_named(a, rng), f"{larger} the other", "", "size", rng))
+    return facts
 
 
-def _statement(subject: str, true: str, other: str, category: str, rng: np.random.Generator) -> Said:
-    told = true if rng.random() < 0.5 else OPPOSITES[true]
-    text, contradiction = (f"{subject} {link} {other}".strip() for link in (told, OPPOSITES[told]))
-    return Said(text, contradiction, told == true, told, category)
+def _statement(subject: str, true: str, other: str, category: str, rng: np.random.Generator) -> SceneStatement:
+    relation_named = true if rng.random() < 0.5 else OPPOSITES[true]
+    text, contradiction = (f"{subject} {link} {other}".strip() for link in (relation_named, OPPOSITES[relation_named]))
+    return SceneStatement(text, contradiction, relation_named == true, relation_named, category)
 
 
 def _named(thing: Thing, rng: np.random.Generator) -> str:
@@ -92,9 +92,9 @@ def _named(thing: Thing, rng: np.random.Generator) -> str:
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
-def half(of: Scene, colour: str, axis: str) -> int | None:
+def half(shown: Scene, colour: str, axis: str) -> int | None:
     """Whether the thing of a colour is in the left or upper half (0), or in the other (1); None without such a thing.
 
     axis: x or y.
     """
-    return next((int(getattr(thing, axis) > scenes.SIDE / 2) for thing in of.things if thing.colour == colour), None)
+    return next((int(getattr(thing, axis) > scenes.SIDE / 2) for thing in shown.things if thing.colour == colour), None)

@@ -55,21 +55,21 @@ def captions(split: str, index: int) -> tuple[str, ...]:
     return tuple(caption(scene(split, index), rng) for _ in range(CAPTIONS_EACH))
 
 
-def answer(question: str, of: Scene) -> int | None:
+def answer(question: str, shown: Scene) -> int | None:
     """The class of a scene under one question, as an index into CLASSES; None where it has none."""
     if question == "background":
-        return CLASSES["background"].index(of.background)
+        return CLASSES["background"].index(shown.background)
     if question == "count":
-        return len(of.things) - 1
+        return len(shown.things) - 1
     if question == "position":
-        return None if of.position is None else list(PLACES).index(of.position)
-    if not of.alike:
+        return None if shown.position is None else list(PLACES).index(shown.position)
+    if not shown.alike:
         return None
-    return CLASSES[question].index(getattr(of.things[0], question))
+    return CLASSES[question].index(getattr(shown.things[0], question))
 
 
-def grade(attribute: str, of: Scene) -> float:
+def grade(attribute: str, shown: Scene) -> float:
     """A number that orders scenes by size, count or background; NaN where a scene has no one size."""
     if attribute == "size":
-        return float(np.mean([thing.radius for thing in of.things])) if of.alike else float("nan")
-    return {"count": float(len(of.things)), "background": float(of.level)}[attribute]
+        return float(np.mean([thing.radius for thing in shown.things])) if shown.alike else float("nan")
+    return {"count": float(len(shown.things)), "background": float(shown.level)}[attribute]

@@ -36,10 +36,10 @@ class Search(NamedTuple):
 class ChangeModel(nn.Module):
     """The weights in addition to CLIP's. It calls CLIP's image tower, whose weights stay with CLIP."""
 
-    def __init__(self, clip: Clip, intra_layers: int | None = None, counterparts: bool = False) -> None:
+    def __init__(self, clip: Clip, intra_layers: int | None = None, aligned_tokens: bool = False) -> None:
         """Raises UserError where CLIP's image tower cannot take pairs."""
         super().__init__()
-        self.encoder = PairEncoder(clip.model.visual, clip.name, intra_layers, counterparts)
+        self.encoder = PairEncoder(clip.model.visual, clip.name, intra_layers, aligned_tokens)
         self.decoder: Decoder | None = None
         self.vocabulary: Vocabulary | None = None
 
@@ -59,7 +59,7 @@ class ChangeModel(nn.Module):
     def describe(self) -> dict[str, Any]:
         """The settings that `build` needs."""
         encoder = self.encoder
-        about: dict[str, Any] = {"intra_layers": encoder.intra_layers, "counterparts": encoder.counterparts}
+        about: dict[str, Any] = {"intra_layers": encoder.intra_layers, "aligned_tokens": encoder.aligned_tokens}
         if self.decoder is not None:
             about |= {"decoder": asdict(self.decoder.shape), "pieces": self.vocabulary.pieces}
         return about
@@ -67,17 +67,17 @@ class ChangeModel(nn.Module):
     @classmethod
     def build(cls, clip: Clip, about: Mapping[str, Any]) -> ChangeModel:
         """One of the sizes that `describe` gave; its weights are still to be loaded."""
-        made = cls(clip, about["intra_layers"], about["counterparts"])
+        made = cls(clip, about["intra_layers"], about["aligned_tokens"])
         if "decoder" in about:
             made.add_decoder(Vocabulary(clip.tokenizer, about["pieces"]), Shape(**about["decoder"]))
         return made.to(clip.device).eval()
 
 
-def fresh(clip: Clip, intra_layers: int | None, seed: int, counterparts: bool = False) -> ChangeModel:
+def fresh(clip: Clip, intra_layers: int | None, seed: int, aligned_tokens: bool = False) -> ChangeModel:
     """A change model whose weights are drawn by seed; torch's own generator stays as it is."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed_of(seed, "pair encoder"))
-        return ChangeModel(clip, intra_layers, counterparts)
+        return ChangeModel(clip, intra_layers, aligned_tokens)
 
 
 @dataclass

@@ -24,13 +24,13 @@ class PairEncoder(nn.Module):
     The tower's weights are in use from the start. The pair's positional embedding begins as the tower's own, twice, so
     that the same place is alike in both images; which image is which begins small (0.02), by torch's generator.
 
-    With `counterparts`, which the paper does not have, each token is also given the token at its own place in the other
-    image, through a matrix that begins as zero: what differs is then seen at once, where attention alone has to learn
-    first to look at the same place (docs/change.md).
+    With `aligned_tokens`, which the paper does not have, each token is also given the token at the same position in the
+    other image, through a matrix that begins as zero: attention then need not learn first to look at that position
+    (docs/change.md).
     """
 
     def __init__(
-        self, visual: nn.Module, name: str, intra_layers: int | None = None, counterparts: bool = False
+        self, visual: nn.Module, name: str, intra_layers: int | None = None, aligned_tokens: bool = False
     ) -> None:
         """name: of the model, for messages. intra_layers: None for three quarters of the blocks, 9 of ViT-B's 12.
 
@@ -56,14 +56,14 @@ class PairEncoder(nn.Module):
         own = visual.positional_embedding.detach()
         self.positional_embedding = nn.Parameter(torch.cat([own, own]).clone())
         self.norm = nn.LayerNorm(width)
-        self.counterpart = nn.Parameter(torch.zeros(width, width)) if counterparts else None
+        self.counterpart = nn.Parameter(torch.zeros(width, width)) if aligned_tokens else None
 
     @property
     def visual(self) -> VisionTransformer:
         return self._visual[0]
 
     @property
-    def counterparts(self) -> bool:
+    def aligned_tokens(self) -> bool:
         return self.counterpart is not None
 
     @property

@@ -102,4 +102,6 @@ def _items(results: Sequence[dict[str, Any]], against: str, dataset: str, metric
                 f"{expected}); delete the older results, and run again"
             )
         rows.setdefault(variant_of(result["model"]), []).append(result["items"][metric])
-    return {variant: np.asarray(of, dtype=np.float64) for variant, of in rows.items() if len(of) == seeds[variant]}
+    return {
+        variant: np.asarray(items, dtype=np.float64) for variant, items in rows.items() if len(items) == seeds[variant]
+    }

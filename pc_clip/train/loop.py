@@ -30,7 +30,7 @@ from pc_clip.core.environment import resolve_device
 from pc_clip.core.errors import UserError
 from pc_clip.core.files import write_text
 from pc_clip.core.paths import MODEL_FILE, STATE_FILE, checkpoint_file
-from pc_clip.core.prefetch import ahead
+from pc_clip.core.prefetch import prefetch
 from pc_clip.data.dataset import Dataset
 from pc_clip.data.training_data import load_dataset
 from pc_clip.models import loading, lora
@@ -258,7 +258,7 @@ def batches(method: nn.Module, done: int, total: int, device: torch.device) -> I
         epoch, skip = divmod(done, method.steps_per_epoch)
         count = min(method.steps_per_epoch - skip, total - done)
         method.begin_epoch(epoch)
-        with closing(ahead(pinned(islice(method.loader(epoch, skip), count), device))) as coming:
+        with closing(prefetch(pinned(islice(method.loader(epoch, skip), count), device))) as coming:
             yield from coming
         done += count
 

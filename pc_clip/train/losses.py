@@ -48,17 +48,17 @@ def _cross_entropy(rows: Tensor, among: Tensor, temperature: float | Tensor, tar
 
 
 def info_nce_of_several(
-    pair: Tensor, text: Tensor, said: Tensor, number: Tensor, logit_scale: float | Tensor, own: slice = slice(None)
+    pair: Tensor, text: Tensor, positives: Tensor, number: Tensor, logit_scale: float | Tensor, own: slice = slice(None)
 ) -> Tensor:
     """Symmetric InfoNCE where several texts belong to each row, of which `text` has one: none of them is its negative.
 
     pair, text: [G, D], any length: they are normalised here; row n of both belong together. number: [G] int64, which
-    text each row has; said: [G, S] int64, all that belong to row n's pair, filled up with -1. own: the rows whose loss
+    text each row has; positives: [G, S] int64, all texts of row n's pair, padded with -1. own: the rows whose loss
     is returned, for batches that several processes share.
     """
     with torch.autocast(pair.device.type, enabled=False):
         pair, text = F.normalize(pair.float(), dim=-1), F.normalize(text.float(), dim=-1)
-        belongs = (said[:, :, None] == number).any(1)  # [G, G]: whether text m is said of pair n
+        belongs = (positives[:, :, None] == number).any(1)  # [G, G]: whether text m describes pair n
         belongs.fill_diagonal_(False)
         target = torch.arange(len(pair), device=pair.device)[own]
         find_text = (logit_scale * pair[own] @ text.T).masked_fill(belongs[own], -torch.inf)
@@ -182,12 +182,12 @@ def info_nce_with_negatives(
     with torch.autocast(text.device.type, enabled=False):
         text, rejected, image = (F.normalize(z.float(), dim=-1) for z in (text, rejected, image))
         target = torch.arange(len(text), device=text.device)[own]
-        owner, said, unsaid = numbers.T
-        same = (owner[own][:, None] == owner) | (said[own][:, None] == said)  # [B, G]
+        owner, preferred, unpreferred = numbers.T
+        same = (owner[own][:, None] == owner) | (preferred[own][:, None] == preferred)  # [B, G]
         same[torch.arange(len(target), device=text.device), target] = False
         find_text = (logit_scale * image[own] @ text.T).masked_fill(same, -torch.inf)  # [B, G]
         find_rejected = logit_scale * image[own] @ rejected.T
-        find_rejected = find_rejected.masked_fill(said[own][:, None] == unsaid, -torch.inf)
+        find_rejected = find_rejected.masked_fill(preferred[own][:, None] == unpreferred, -torch.inf)
         find_text = torch.cat([find_text, find_rejected], dim=1)  # [B, 2 G]
         find_image = (logit_scale * text[own] @ image.T).masked_fill(same, -torch.inf)
         return (F.cross_entropy(find_text, target) + F.cross_entropy(find_image, target)) / 2

@@ -56,16 +56,16 @@ def nearest(z: Tensor, rows: np.ndarray, m: int, allowed: np.ndarray) -> np.ndar
     """
     own = torch.from_numpy(rows).to(z.device)[:, None]
     queries = z[own[:, 0]]
-    best, found = queries.new_empty(len(rows), 0), own.new_empty(len(rows), 0)
+    best, neighbours = queries.new_empty(len(rows), 0), own.new_empty(len(rows), 0)
     for places, vectors, barred in _blocks(z, allowed):
         similar = (queries @ vectors.T).index_fill_(1, barred, -torch.inf)  # [R, C]
         value, column = similar.topk(min(m + 1, len(places)), 1)  # one more, because itself is among them
-        best, found = torch.cat([best, value], 1), torch.cat([found, places[column]], 1)
+        best, neighbours = torch.cat([best, value], 1), torch.cat([neighbours, places[column]], 1)
         best, order = best.topk(min(m + 1, best.shape[1]), 1)
-        found = found.gather(1, order)
-    best, order = best.masked_fill_(found == own, -torch.inf).topk(min(m, best.shape[1]), 1)
-    found = found.gather(1, order).masked_fill_(best == -torch.inf, -1)
-    return _padded(found.cpu().numpy(), m)
+        neighbours = neighbours.gather(1, order)
+    best, order = best.masked_fill_(neighbours == own, -torch.inf).topk(min(m, best.shape[1]), 1)
+    neighbours = neighbours.gather(1, order).masked_fill_(best == -torch.inf, -1)
+    return _padded(neighbours.cpu().numpy(), m)
 
 
 def _blocks(z: Tensor, allowed: np.ndarray) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -118,10 +118,10 @@ class Faiss:
         selector = self.faiss.IDSelectorBitmap(np.packbits(allowed, bitorder="little"))
         parameters = self.faiss.SearchParametersIVF(nprobe=PROBES, sel=selector)
         wanted = min(m + 1, len(self.z))  # one more, because itself is among them
-        _, found = self.index.search(_vectors(self.z[torch.from_numpy(rows)]), wanted, params=parameters)
-        keep = (found >= 0) & (found != rows[:, None])
+        _, neighbours = self.index.search(_vectors(self.z[torch.from_numpy(rows)]), wanted, params=parameters)
+        keep = (neighbours >= 0) & (neighbours != rows[:, None])
         order = np.argsort(~keep, axis=1, kind="stable")[:, :m]  # those to keep come first, as they were
-        return _padded(np.take_along_axis(np.where(keep, found, -1), order, 1), m)
+        return _padded(np.take_along_axis(np.where(keep, neighbours, -1), order, 1), m)
 
 
 KINDS = {"exact": Exact, "faiss": Faiss}
@@ -132,5 +132,5 @@ def _vectors(z: Tensor) -> np.ndarray:
     return np.ascontiguousarray(z.detach().cpu().float().numpy())
 
 
-def _padded(found: np.ndarray, m: int) -> np.ndarray:
-    return np.pad(found, ((0, 0), (0, m - found.shape[1])), constant_values=-1)
+def _padded(neighbours: np.ndarray, m: int) -> np.ndarray:
+    return np.pad(neighbours, ((0, 0), (0, m - neighbours.shape[1])), constant_values=-1)

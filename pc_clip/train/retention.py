@@ -98,7 +98,7 @@ class Retention:
             return (torch.empty(0) for _ in drawn)
         return self.images.batches((self.image_rows[rows] for rows in drawn), epoch)
 
-    def beside(self, batch: Any, rows: np.ndarray, images: Tensor, progress: float) -> Retained:
+    def attach(self, batch: Any, rows: np.ndarray, images: Tensor, progress: float) -> Retained:
         """A method's batch, the captions of these rows and their images. progress: the share of all steps before."""
         ramp = min(1.0, progress / self.ramp) if self.ramp else 1.0
         chosen = torch.from_numpy(rows)

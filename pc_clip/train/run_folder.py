@@ -78,19 +78,19 @@ def check_data(run: Path, now: dict[str, str]) -> None:
 
 def _changes(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
     """Settings that differ among those of `new`, by dotted name."""
-    found = []
+    changes = []
     for key, now in new.items():
         before = old.get(key)
         if isinstance(now, dict):
-            found += _changes(before if isinstance(before, dict) else {}, now, f"{prefix}{key}.")
+            changes += _changes(before if isinstance(before, dict) else {}, now, f"{prefix}{key}.")
         elif before != now:
-            found.append(f"{prefix}{key}: {before} there, {now} now")
-    return found
+            changes.append(f"{prefix}{key}: {before} there, {now} now")
+    return changes
 
 
 def hashes(data: Dataset, config: FinetuneConfig) -> dict[str, str]:
     """What a run learns from, by content."""
-    found = {"images": data.fingerprint, "captions": hashlib.sha256(repr(data.captions).encode()).hexdigest()[:16]}
+    digests = {"images": data.fingerprint, "captions": hashlib.sha256(repr(data.captions).encode()).hexdigest()[:16]}
     files = {}
     if config.model.start:
         files["start"] = checkpoint_file(config.model.start)
@@ -104,13 +104,13 @@ def hashes(data: Dataset, config: FinetuneConfig) -> dict[str, str]:
     for name in ("captions", "captioned_differences"):
         if path := getattr(options, name, ""):
             files[f"{config.method}.{name}"] = differences.find(path)
-    found |= {name: file_digest(path, "sha256")[:16] for name, path in files.items()}
+    digests |= {name: file_digest(path, "sha256")[:16] for name, path in files.items()}
     if config.data.statements:
         paths = [path for given in config.data.statements for path in files_of(Path(given))]
-        found["statements"] = digest([file_digest(path, "sha256") for path in paths])
+        digests["statements"] = digest([file_digest(path, "sha256") for path in paths])
     elif data.statements:
-        found["statements"] = digest(data.statements)
-    return found
+        digests["statements"] = digest(data.statements)
+    return digests
 
 
 def delete(run: Path) -> None:

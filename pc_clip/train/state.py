@@ -120,8 +120,8 @@ class BestCheckpoint:
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(weights[name])
-        found = f"{self.chosen_by} {row[self.chosen_by]:.4f}"
-        return f"the model is that of step {row['step']}, the best of {len(self.rows)} on validation images ({found})"
+        value = f"{self.chosen_by} {row[self.chosen_by]:.4f}"
+        return f"the model is that of step {row['step']}, the best of {len(self.rows)} on validation images ({value})"
 
     def _value(self, row: Mapping[str, float]) -> float:
         value = row[self.chosen_by]

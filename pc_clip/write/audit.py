@@ -29,7 +29,7 @@ from pc_clip.data.registry import open_dataset
 from pc_clip.data.wordings import role_mentions, swap_roles
 from pc_clip.models.clip import open_clip
 from pc_clip.write.cleaning import MIN_CHARACTERS, Given, check, copies
-from pc_clip.write.words import content_words, said_of, said_words
+from pc_clip.write.words import content_words, content_words_by_image, split_by_image
 
 CONTEXT = 77  # tokens that CLIP's text tower reads, the start and the end among them
 
@@ -137,11 +137,11 @@ def _rules(each: pd.DataFrame, captions: dict[str, tuple[str, ...]], meta: dict[
     given = Given.of(shortest, meta.get("writer") or {})
     shown = [(*captions.get(row.first, ()), *captions.get(row.second, ())) for row in each.itertuples()]
     each["reason"] = [check(text, given._replace(captions=known)).reason for text, known in zip(each.text, shown)]
-    said = [said_of(text) for text in each.text]
+    by_image = [split_by_image(text) for text in each.text]
     copied = [copies(text, given.examples, known) for text, known in zip(each.text, shown)]
     return {
         "names_both": float(np.mean([_names_both(text) for text in each.text])),
-        "same_of_both": float(np.mean([bool(first) and first == second for first, second in said])),
+        "same_of_both": float(np.mean([bool(first) and first == second for first, second in by_image])),
         "copies_example": float(np.mean(copied)) if given.examples else None,
         "rejected_now": float((~each.reason.isin(["kept", "trimmed"])).mean()),
     }
@@ -164,8 +164,8 @@ def _grounding(each: pd.DataFrame, captions: dict[str, tuple[str, ...]]) -> Figu
         new = [word not in of_images[0] | of_images[1] for word in content_words(row.text)]
         shares.append(sum(new) / max(1, len(new)))
         novel += new
-        for said, own, other in zip(said_of(row.text), of_images, of_images[::-1]):
-            wrong += [word not in own for word in said if word in own | other]
+        for words_of, own, other in zip(split_by_image(row.text), of_images, of_images[::-1]):
+            wrong += [word not in own for word in words_of if word in own | other]
     each["novel"] = shares
     return {"novel_words": _mean(novel), "wrong_image_words": _mean(wrong)}
 
@@ -184,7 +184,7 @@ def _symmetry(each: pd.DataFrame) -> Figures:
     for one, other in pairs:
         if other is None or not (_names_both(one) and _names_both(other)):
             continue
-        a, b = (said_words(sentence) for sentence in (one, other))
+        a, b = (content_words_by_image(sentence) for sentence in (one, other))
         if any(a) or any(b):
             straight.append(_in_common(a, b))
             crossed.append(_in_common(a, b[::-1]) > straight[-1])

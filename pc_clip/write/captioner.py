@@ -38,17 +38,17 @@ from pc_clip.write.writers import Job, Writer
 def change_task(config: GenerateConfig, processes: Processes) -> Task:
     """Raises UserError for settings that do not fit, and for a checkpoint that cannot write."""
     change = config.change
-    if change.told and (change.checkpoint or config.both_orders or change.beams != 1):
+    if change.references and (change.checkpoint or config.both_orders or change.beams != 1):
         raise UserError(
-            "change.told writes what the data set says, of pairs in its own order alone; leave change.checkpoint, "
+            "change.references writes the data set's sentences, of pairs in its own order; leave change.checkpoint, "
             "change.beams and both_orders out"
         )
     for name, least in (("beams", 1), ("batch_size", 1), ("workers", 0)):
         check_at_least(f"change.{name}", getattr(change, name), least)
-    clip = None if change.told else _captioner(change, processes)
+    clip = None if change.references else _captioner(change, processes)
     data = load_dataset(DataConfig(config.dataset, config.root, config.split, change.missing))
-    if change.told and not data.changes:
-        raise UserError(f"{data.label} says nothing of pairs of images; leave change.told out")
+    if change.references and not data.changes:
+        raise UserError(f"{data.label} says nothing of pairs of images; leave change.references out")
     return Task(
         pairs(data, config),
         lambda first, second, _: Job(first, second, 0),  # it draws nothing
@@ -57,9 +57,9 @@ def change_task(config: GenerateConfig, processes: Processes) -> Task:
             "data": data.label,
             "fingerprint": data.fingerprint,
             "change": {"beams": change.beams, "length_penalty": change.length_penalty},
-            "checkpoint": clip.weights_hash() if clip else "told",
+            "checkpoint": clip.weights_hash() if clip else "references",
         },
-        make_writer=lambda _: ChangeWriter(clip, data, change) if clip else ToldWriter(data, config.seed),
+        make_writer=lambda _: ChangeWriter(clip, data, change) if clip else ReferenceWriter(data, config.seed),
         judge=lambda raw, _: judge(raw),
     )
 
@@ -94,7 +94,7 @@ def _captioner(config: ChangeWriterConfig, processes: Processes) -> Clip:
     if clip is None or change_of(clip) is None or clip.change.decoder is None:
         raise UserError(
             f"--change.checkpoint {config.checkpoint!r} cannot write of pairs of images; give a run of finetune.py "
-            "--method change --change.stage caption, or --change.told true for what the data set itself says"
+            "--method change --change.stage caption, or --change.references true for what the data set itself says"
         )
     return clip
 
@@ -102,7 +102,7 @@ def _captioner(config: ChangeWriterConfig, processes: Processes) -> Clip:
 # -- writers -------------------------------------------------------------------------------------------
 
 
-class ToldWriter(Writer):
+class ReferenceWriter(Writer):
     """Says of each pair what the data set says of it: one of all sentences listed for these two images, by seed."""
 
     needs_cleaning = False
@@ -119,7 +119,7 @@ class ToldWriter(Writer):
         yield from enumerate(self.sentence[job.first, job.second] for job in jobs)
 
     def describe(self) -> dict[str, Any]:
-        return {"writer": "change", "told": True}
+        return {"writer": "change", "references": True}
 
 
 class ChangeWriter(Writer):

@@ -15,7 +15,7 @@ from itertools import takewhile
 from typing import Any, NamedTuple
 
 from pc_clip.data.wordings import role_mentions
-from pc_clip.write.words import BOTH, FUNCTION, WORDING, content_words, said_of, words_in
+from pc_clip.write.words import BOTH, FUNCTION, WORDING, content_words, split_by_image, words_in
 
 MIN_CHARACTERS = 60
 COPIED = 4  # content words in a row that make a copy of a worked example
@@ -249,7 +249,7 @@ def repetition(text: str, _: Given) -> bool:
 
 def same_of_both(text: str, _: Given) -> bool:
     """The first image shows X, while the second image shows X: no difference, so no direction to learn."""
-    first, second = said_of(text)
+    first, second = split_by_image(text)
     return bool(first) and first == second
 
 

@@ -164,7 +164,7 @@ def _describe(config: GenerateConfig) -> Task:
     def job(name: str, _: str, number: int) -> Job:
         seed = job_seed(config.seed, number)
         if config.writer == "rules":
-            return Job(class_text.described(data, question, name, seed), "", seed)
+            return Job(class_text.class_description(data, question, name, seed), "", seed)
         return Job(class_text.phrase(question, name), "", seed)
 
     return Task(
@@ -200,7 +200,7 @@ def _of_classes(data: Dataset, question: Question) -> dict[str, Any]:
 def _class_job(writer: str, data: Dataset, question: Question, a: str, b: str, seed: int) -> Job:
     """Rules are told what sets the classes apart; a language model is told their names, and knows the rest."""
     if writer == "rules":
-        return Job(*class_text.opposed(data, question, a, b, seed), seed)
+        return Job(*class_text.contrast_phrases(data, question, a, b, seed), seed)
     return Job(class_text.phrase(question, a), class_text.phrase(question, b), seed)
 
 

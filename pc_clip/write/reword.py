@@ -13,7 +13,7 @@ from pc_clip.core.random import stream
 from pc_clip.data import differences
 from pc_clip.data.wordings import Wordings, reword, swap_roles
 from pc_clip.write.cleaning import Checked, Given, check
-from pc_clip.write.words import said_words
+from pc_clip.write.words import content_words_by_image
 from pc_clip.write.work import Task, job_seed, least_characters
 from pc_clip.write.writers import Job, Writer
 
@@ -62,6 +62,6 @@ def _judge_model(raw: str, job: Job, min_characters: int) -> Checked:
         return checked
     if swap_roles(checked.text) is None:
         return Checked(None, "no_roles")
-    (a, b), (first, second) = said_words(job.first), said_words(checked.text)
+    (a, b), (first, second) = content_words_by_image(job.first), content_words_by_image(checked.text)
     straight, crossed = len(a & first) + len(b & second), len(a & second) + len(b & first)
     return checked if straight > crossed else Checked(None, "roles_exchanged")

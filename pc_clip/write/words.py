@@ -70,13 +70,13 @@ _PREAMBLE = re.compile(  # "The main difference between the first and the second
 BOTH = re.compile(r"\bboth (?:of the )?(?:images|pictures|photos|scenes)\b", re.IGNORECASE)
 
 
-def said_of(text: str) -> tuple[list[str], list[str]]:
+def split_by_image(text: str) -> tuple[list[str], list[str]]:
     """The words said of the first and of the second image, in order; empty for an image that is not named.
 
     A clause belongs to the image it names, one that names none to the image named last; in "a dog in the first image
     and a cat in the second" the words stand before the name. Words that only name images are left out.
     """
-    said: tuple[list[str], list[str]] = ([], [])
+    by_image: tuple[list[str], list[str]] = ([], [])
     last: tuple[int, ...] = ()
     pending: list[str] = []
     for clause in _CLAUSE.split(_PREAMBLE.sub("", text)):
@@ -86,9 +86,9 @@ def said_of(text: str) -> tuple[list[str], list[str]]:
             continue
         for images, words in parts or [(last, _telling(clause))]:
             for image in images:
-                said[image].extend(pending + words)
+                by_image[image].extend(pending + words)
             pending, last = [], images
-    return said
+    return by_image
 
 
 def _parts(clause: str) -> list[tuple[tuple[int, ...], list[str]]]:
@@ -104,7 +104,7 @@ def _parts(clause: str) -> list[tuple[tuple[int, ...], list[str]]]:
     if not any(between):  # "the first and the second image show a dog"
         return [(tuple(sorted(set(images))), before + after)]
     words = [before, *between] if before and not after else [before + between[0], *between[1:], after]
-    return [((image,), told) for image, told in zip(images, words)]
+    return [((image,), words_of) for image, words_of in zip(images, words)]
 
 
 def _telling(text: str) -> list[str]:
@@ -112,9 +112,9 @@ def _telling(text: str) -> list[str]:
     return [stem(word) for word in words_in(text) if word not in WORDING]
 
 
-def said_words(text: str) -> tuple[set[str], set[str]]:
+def content_words_by_image(text: str) -> tuple[set[str], set[str]]:
     """The content words said of the first and of the second image, without their endings."""
-    first, second = said_of(text)
+    first, second = split_by_image(text)
     return set(first) - _FUNCTION_STEMS, set(second) - _FUNCTION_STEMS
 
 

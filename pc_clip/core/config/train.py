@@ -111,10 +111,10 @@ class ChangeConfig:
 
     stage: str = setting("retrieve", "retrieve, which adapts CLIP to pairs, or caption, which learns to write.")
     intra_layers: int | None = setting(None, "Blocks that see each image alone; empty for three quarters of them.")
-    counterparts: bool | None = setting(
+    aligned_tokens: bool | None = setting(
         None, "Give each token the one at its place in the other image; empty for as at the start."
     )
-    clip_rate: float = setting(1e-3, "The learning rate of CLIP's own weights, as a share of train.lr.")
+    clip_lr_scale: float = setting(1e-3, "The learning rate of CLIP's own weights, as a share of train.lr.")
     freeze: bool = setting(False, "In stage caption the encoder stays as it is; what it sees is cached.")
     layers: int = setting(3, "Of the decoder.")
     heads: int = setting(8, "Of each of its layers.")

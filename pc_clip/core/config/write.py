@@ -55,7 +55,7 @@ class ChangeWriterConfig(LoaderConfig):
     """A captioner of changes, trained by finetune.py --method change with stage caption."""
 
     checkpoint: str = setting("", "Its run's folder, or a .safetensors file.")
-    told: bool = setting(False, "Write what the data set itself says of its changes; needs no captioner.")
+    references: bool = setting(False, "Write the data set's own change sentences; needs no captioner.")
     beams: int = setting(1, "Sentences kept open while one is looked for; 1 takes the likeliest word each time.")
     length_penalty: float = setting(1.0, "Beams are compared by log-likelihood / length ** length_penalty.")
 

@@ -125,7 +125,7 @@ class BaseMethod(nn.Module):
             first = epoch * self.steps_per_epoch + skip
             for step, ((part, kept), images, more) in enumerate(zip(drawn, coming, ordinary), start=first):
                 batch, progress = self.batch(part, images), step / self.total_steps
-                yield self.retention.beside(batch, kept, more, progress) if self.retention else batch
+                yield self.retention.attach(batch, kept, more, progress) if self.retention else batch
 
     def read(self, rows: Iterable[np.ndarray], epoch: int) -> Iterator[Any]:
         """The images of each array of rows."""
@@ -135,8 +135,8 @@ class BaseMethod(nn.Module):
 
     def state(self) -> dict[str, Tensor]:
         buffers = self.model.named_buffers() if self.training else ()
-        found = {f"sampler.{name}": value for name, value in self.sampler.state().items()}
-        return found | {f"buffer.{name}": value for name, value in buffers}
+        tensors = {f"sampler.{name}": value for name, value in self.sampler.state().items()}
+        return tensors | {f"buffer.{name}": value for name, value in buffers}
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Put back what `state` gave; nothing for an empty one."""
@@ -297,8 +297,8 @@ def embed_rows_of_texts(texts: Tokens, rows: np.ndarray, precision: str = "no") 
         for start in range(0, len(mine), TEXTS_PER_BATCH):
             these = order[start : start + TEXTS_PER_BATCH]
             with torch.autocast(clip.device.type, torch.bfloat16, enabled=precision == "bf16"):
-                found = clip.encode_text(texts.batch(mine[these]).to(clip.device))
-            z[torch.from_numpy(these)] = nn.functional.normalize(found.float(), dim=-1).cpu()
+                z_batch = clip.encode_text(texts.batch(mine[these]).to(clip.device))
+            z[torch.from_numpy(these)] = nn.functional.normalize(z_batch.float(), dim=-1).cpu()
         return z
 
     return compute_distributed(len(used), compute)[torch.from_numpy(places)]
@@ -309,8 +309,8 @@ def embed_rows_of_images(images: Images, rows: np.ndarray, now: bool, config: Fi
 
     def compute(some: np.ndarray) -> Tensor:
         options = Options(workers=config.data.workers, precision=config.train.precision)
-        found = encode(images.clip, subset(images.data, rows[some]), options).z
-        return nn.functional.normalize(found.float(), dim=-1)
+        z = encode(images.clip, subset(images.data, rows[some]), options).z
+        return nn.functional.normalize(z.float(), dim=-1)
 
     if images.z is None and now:
         return compute_distributed(len(rows), compute)
@@ -323,9 +323,9 @@ def embed_rows_of_images(images: Images, rows: np.ndarray, now: bool, config: Fi
 
 def compute_distributed(n: int, compute: Callable[[np.ndarray], Tensor]) -> Tensor:
     """Rows 0 to n - 1 by `compute`, each process its part; every process has them all.  -> [n, D] on the CPU"""
-    state, found = PartialState(), []
+    state, blocks = PartialState(), []
     for block in np.split(np.arange(n), range(ROWS_AT_ONCE, n, ROWS_AT_ONCE)):
         each = -(-len(block) // state.num_processes)
         z = compute(np.resize(block[state.process_index * each :][:each], each))
-        found.append(z if state.num_processes == 1 else gather(z.to(state.device))[: len(block)].cpu())
-    return torch.cat(found)
+        blocks.append(z if state.num_processes == 1 else gather(z.to(state.device))[: len(block)].cpu())
+    return torch.cat(blocks)

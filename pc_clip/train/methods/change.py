@@ -26,7 +26,7 @@ from pc_clip.data.changes import NoSplit
 from pc_clip.data.dataset import Dataset, with_changes
 from pc_clip.data.images import Reader, plain
 from pc_clip.data.pairs import captions, distinct_sentences, embed_pairs, frozen_tokens, pair_rows, read_pairs
-from pc_clip.data.registry import READERS, held_out
+from pc_clip.data.registry import READERS, selection_split
 from pc_clip.data.training_data import load_dataset
 from pc_clip.metrics.captions import validation_cider
 from pc_clip.metrics.retrieval import recalls
@@ -50,7 +50,7 @@ class Batch(NamedTuple):
     after: Tensor  # [B, 3, H, W]
     seen: Tensor  # [B, S, V]
     tokens: Tensor  # int64: [B, L] of CLIP's in stage retrieve, [B, N, L] of the decoder's vocabulary in stage caption
-    said: Tensor  # [B, T] int64: which sentences are said of both images, by any entry, filled up with -1
+    positives: Tensor  # [B, T] int64: the sentences of this pair of images, padded with -1
     number: Tensor  # [B] int64: which one this is
     seed: int  # of dropout
 
@@ -74,11 +74,11 @@ class Method(BaseMethod):
         sentences = [text for change in data.changes for text in change.sentences]
         self.each = np.array([len(change.sentences) for change in data.changes])
         self.first = self.each.cumsum() - self.each
-        self.said = _rows(distinct_sentences(data.changes)[1])
+        self.sentences_of = _rows(distinct_sentences(data.changes)[1])
         if change_of(clip) is None:
-            made = fresh(clip, options.intra_layers, config.seed, bool(options.counterparts))
+            made = fresh(clip, options.intra_layers, config.seed, bool(options.aligned_tokens))
             self.clip = clip = ChangeClip.of(clip, made.to(clip.device))
-        for name in ("intra_layers", "counterparts"):
+        for name in ("intra_layers", "aligned_tokens"):
             asked, there = getattr(options, name), getattr(clip.change.encoder, name)
             if asked not in (None, there):
                 raise UserError(f"{config.model.start} was trained with change.{name} {there}; leave it out here")
@@ -129,7 +129,7 @@ class Method(BaseMethod):
     def _validation(self, data: Dataset) -> Dataset | None:
         """The pairs that the best epoch is chosen on."""
         options = self.options
-        split = options.validation or held_out(data)
+        split = options.validation or selection_split(data)
         if split in (None, "none"):
             self.notes.append("no validation pairs: the last epoch is kept")
             return None
@@ -168,7 +168,7 @@ class Method(BaseMethod):
         return own | new
 
     def rate(self, name: str) -> float:
-        return 1.0 if name.startswith(PREFIX) else self.options.clip_rate
+        return 1.0 if name.startswith(PREFIX) else self.options.clip_lr_scale
 
     # -- the epoch -------------------------------------------------------------------------------------
 
@@ -204,8 +204,8 @@ class Method(BaseMethod):
             tokens[torch.from_numpy(part.drawn < 0)] = PAD
             tokens = tokens[:, :, : int((tokens != PAD).sum(-1).max())]
         ids = [self.changes[pair].before for pair in part.pairs]
-        said, number = torch.from_numpy(self.said[part.pairs]), torch.from_numpy(number[:, 0])
-        return Batch(ids, *images, tokens, said, number, part.seed)
+        positives, number = torch.from_numpy(self.sentences_of[part.pairs]), torch.from_numpy(number[:, 0])
+        return Batch(ids, *images, tokens, positives, number, part.seed)
 
     # -- the step --------------------------------------------------------------------------------------
 
@@ -217,8 +217,8 @@ class Method(BaseMethod):
         pair = self.change.encoder.embed(seen).float()  # [B, D]
         text = self.clip.encode_text(batch.tokens).float()  # [B, D]
         scale = self.model.logit_scale.exp()
-        said = batch.said[:, :0] if self.options.false_negatives else batch.said
-        loss = losses.over_all(losses.info_nce_of_several, pair, text, said, batch.number, scale)
+        positives = batch.positives[:, :0] if self.options.false_negatives else batch.positives
+        loss = losses.over_all(losses.info_nce_of_several, pair, text, positives, batch.number, scale)
         return loss, {"temperature": 1 / scale.detach()} | losses.hardness(pair, text)
 
     def _write(self, batch: Batch, seen: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -247,20 +247,20 @@ class Method(BaseMethod):
             pairs = embed_pairs(self.clip, data, workers=workers)  # [N, D]
             sentences = self.clip.embed_texts(texts)  # [M, D]
             with torch.autocast(self.clip.device.type, enabled=False):  # cosines in bf16 would tie
-                found = recalls(pairs, sentences, belongs)
-            return {"r1": (found["p2s_r1"] + found["s2p_r1"]) / 2} | found
-        said = [caption.text for caption in captions(self.clip, data, workers=workers)]
-        found = {"cider": validation_cider(said, [list(change.sentences) for change in data.changes])}
+                metrics = recalls(pairs, sentences, belongs)
+            return {"r1": (metrics["p2s_r1"] + metrics["s2p_r1"]) / 2} | metrics
+        written = [caption.text for caption in captions(self.clip, data, workers=workers)]
+        metrics = {"cider": validation_cider(written, [list(change.sentences) for change in data.changes])}
         if data.judge:
-            found["right"] = float(np.mean([all(data.judge(n, text).values()) for n, text in enumerate(said)]))
-        return found
+            metrics["right"] = float(np.mean([all(data.judge(n, text).values()) for n, text in enumerate(written)]))
+        return metrics
 
 
 def _rows(lists: list[list[int]]) -> np.ndarray:
     """As a table, filled up with -1.  -> [N, longest] int64"""
     table = np.full((len(lists), max(map(len, lists))), -1)
-    for row, found in zip(table, lists):
-        row[: len(found)] = found
+    for row, values in zip(table, lists):
+        row[: len(values)] = values
     return table
 
 
@@ -285,8 +285,8 @@ def _check(config: FinetuneConfig, data: Dataset) -> None:
     for name, (is_set, why) in without_use.items():
         if is_set:
             raise UserError(f"method change does not take {name}: {why}; leave it out")
-    if not 0 <= options.clip_rate < float("inf"):
-        raise UserError(f"change.clip_rate is {options.clip_rate}; it is a share of train.lr, 0 or more")
+    if not 0 <= options.clip_lr_scale < float("inf"):
+        raise UserError(f"change.clip_lr_scale is {options.clip_lr_scale}; it is a share of train.lr, 0 or more")
     for name in ("dropout", "label_smoothing"):
         if not 0 <= getattr(options, name) < 1:
             raise UserError(f"change.{name} is {getattr(options, name)}; it is a share, from 0 to below 1")

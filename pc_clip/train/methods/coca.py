@@ -45,8 +45,10 @@ def log_likelihood(model: CoCa, image_tokens: Tensor, tokens: Tensor, token_vect
     end = tokens.argmax(-1)  # [B], the place of the end of the text: the highest id
     length = int(end.max())
     logits = model.text_decoder(image_tokens, token_vectors[:, :length]).float()  # [B, l, vocabulary]
-    said = tokens[:, 1 : length + 1]
-    cost = nn.functional.cross_entropy(logits.flatten(0, 1), said.flatten(), reduction="none").view_as(said)  # [B, l]
+    target = tokens[:, 1 : length + 1]
+    cost = nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view_as(
+        target
+    )  # [B, l]
     # Not by the padding's id, as open_clip's loss does: 0 is also the token "!".
     counted = torch.arange(length, device=tokens.device) < end[:, None]
     return -(cost * counted).sum(-1)

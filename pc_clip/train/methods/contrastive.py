@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pc_clip.core.config.train import FinetuneConfig
 from pc_clip.core.errors import UserError, check_at_least
 from pc_clip.data.dataset import Dataset
-from pc_clip.data.overlap import likely_false
+from pc_clip.data.overlap import false_negative_rate
 from pc_clip.models.clip import Clip
 from pc_clip.train import losses, samplers
 from pc_clip.train.methods.base import CUT, BaseMethod, Images, Texts, embed_rows_of_images, embed_rows_of_texts
@@ -27,7 +27,9 @@ class Batch(NamedTuple):
     ids: list[str]
     tokens: Tensor  # [B, L] int64
     images: Tensor  # [B, D] embeddings, or [B, 3, H, W] pixels when the image tower learns
-    likely_false: Tensor  # scalar: the share of all processes' negatives that are likely none; NaN if it is not logged
+    false_negative_rate: (
+        Tensor  # scalar: the share of all processes' negatives that are likely none; NaN if it is not logged
+    )
 
 
 class Part(NamedTuple):
@@ -35,7 +37,7 @@ class Part(NamedTuple):
 
     examples: np.ndarray
     captions: np.ndarray
-    likely_false: float
+    false_negative_rate: float
 
 
 class Method(BaseMethod):
@@ -54,11 +56,11 @@ class Method(BaseMethod):
                 f"method contrastive needs captions, and {config.data.dataset} has none: name --data.captions"
             )
         self.images = Images(clip, data, config)
-        self.said, self.rows = self._match(data)
-        texts = [text for each in self.said for text in each]  # image by image
+        self.captions, self.rows = self._match(data)
+        texts = [text for each in self.captions for text in each]  # image by image
         self.texts = Texts(clip, texts)
         self.caption_rows = self.texts.rows(texts)
-        self.captions_each = np.array([len(each) for each in self.said])
+        self.captions_each = np.array([len(each) for each in self.captions])
         self.first_caption = self.captions_each.cumsum() - self.captions_each
         self.note(self.texts.truncated, CUT)
         self.sampler = samplers.make(config, len(self.rows), config.train.batch_size, self, "images")
@@ -93,8 +95,8 @@ class Method(BaseMethod):
         captions = rng.integers(self.captions_each[chosen])
         train, step, share = self.config.train, epoch * self.steps_per_epoch + n + 1, float("nan")
         if step % train.log_every == 0 or step == self.total_steps:
-            captions_of = [self.said[image] for image in chosen]
-            share = likely_false([texts[k] for texts, k in zip(captions_of, captions)], captions_of)
+            captions_of = [self.captions[image] for image in chosen]
+            share = false_negative_rate([texts[k] for texts, k in zip(captions_of, captions)], captions_of)
         return Part(chosen[self.share], captions[self.share], share)
 
     def image_rows(self, part: Part) -> np.ndarray:
@@ -103,7 +105,7 @@ class Method(BaseMethod):
     def batch(self, part: Part, images: Tensor) -> Batch:
         tokens = self.texts.batch(self.caption_rows[self.first_caption[part.examples] + part.captions])
         ids = [self.images.ids[row] for row in self.rows[part.examples]]
-        return Batch(ids, tokens, images, torch.tensor(part.likely_false))
+        return Batch(ids, tokens, images, torch.tensor(part.false_negative_rate))
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         text = self.clip.encode_text(batch.tokens).float()  # [B, D]
@@ -112,5 +114,5 @@ class Method(BaseMethod):
         temperature = 1 / self.model.logit_scale.exp() if fixed is None else fixed
         loss = losses.over_all(losses.info_nce, text, image, temperature)
         logs = {"temperature": torch.as_tensor(temperature).detach()}
-        logs |= {"likely_false_negatives": batch.likely_false} | losses.hardness(text, image)
+        logs |= {"false_negative_rate": batch.false_negative_rate} | losses.hardness(text, image)
         return loss, logs

@@ -109,24 +109,24 @@ class Method(BaseMethod):
     def _read_differences(self, path: str, left_out: Collection[str] = frozenset()) -> None:
         """Sentences as tokens, pairs as rows; those that cannot teach anything are dropped and counted."""
         with PartialState().main_process_first():  # the others then find in the cache what is slow
-            found = differences.compiled(
+            compiled = differences.compiled(
                 path, self.images.ids, self.clip.tokenizer, mirror=self.options.mirror, left_out=left_out
             )
-        there = (found.pairs >= 0).all(1)
+        there = (compiled.pairs >= 0).all(1)
         self.note((~there).sum(), "pairs dropped, because a picture of theirs is absent or broken")
-        usable = there & (found.pairs[:, 0] != found.pairs[:, 1])
-        usable[usable] = ~self.images.equal(found.pairs[usable])  # a duplicate picture has no difference either
+        usable = there & (compiled.pairs[:, 0] != compiled.pairs[:, 1])
+        usable[usable] = ~self.images.equal(compiled.pairs[usable])  # a duplicate picture has no difference either
         self.note((there & ~usable).sum(), "pairs of equal images dropped")
-        if found.mirror is not None:
-            has_roles = found.mirror >= 0
+        if compiled.mirror is not None:
+            has_roles = compiled.mirror >= 0
             self.note((usable & ~has_roles).sum(), "sentences dropped that do not name both images, so have no mirror")
             usable &= has_roles
         if not usable.any():
             raise UserError(f"none of the {len(usable)} differences in {path} can be used: {'; '.join(self.notes)}")
-        self.pairs = found.pairs[usable]  # [N, 2]
-        said = [found.text] if found.mirror is None else [found.text, found.mirror]
-        self.text_rows = np.stack(said, axis=1)[usable]  # [N, 1], rows of texts, or [N, 2] with the mirror
-        self.texts = Tokens(self.clip, found.tokens)
+        self.pairs = compiled.pairs[usable]  # [N, 2]
+        text_rows = [compiled.text] if compiled.mirror is None else [compiled.text, compiled.mirror]
+        self.text_rows = np.stack(text_rows, axis=1)[usable]  # [N, 1], rows of texts, or [N, 2] with the mirror
+        self.texts = Tokens(self.clip, compiled.tokens)
         self.note(self.texts.count_truncated(self.text_rows), CUT)
 
     def _keep_some(self) -> None:

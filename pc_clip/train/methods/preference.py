@@ -77,19 +77,21 @@ class Method(BaseMethod):
     def _read(self, data: Dataset) -> list[Statement]:
         """The statements whose images are there; sets the images and the rows that they are about."""
         paths, embeddings = self.config.data.statements, self.config.data.embeddings
-        found = read_statements(paths, self.config.seed) if paths else list(data.statements)
-        if not found:
+        statements = read_statements(paths, self.config.seed) if paths else list(data.statements)
+        if not statements:
             raise UserError(f"method preference needs statements, and {data.label} has none; name --data.statements")
-        if self.options.loss == "contrastive" and any(s.instead for s in found):  # before images are embedded
+        if self.options.loss == "contrastive" and any(
+            s.rejected_image for s in statements
+        ):  # before images are embedded
             raise UserError(
                 "preference.loss contrastive needs texts that are rejected, and these are images that are; "
                 f"take one of {', '.join(LOSSES[:3])}"
             )
-        there = None if embeddings else located(found, data)
+        there = None if embeddings else located(statements, data)
         self.images = Images(self.clip, there.data if there else data, self.config, self.options.captioning > 0)
-        there = there or match(found, self.images.ids)
+        there = there or match(statements, self.images.ids)
         where = embeddings or data.label
-        self.note(there.absent, f"of {len(found)} statements are left out: {where} lacks their image")
+        self.note(there.absent, f"of {len(statements)} statements are left out: {where} lacks their image")
         false = sum(not s.true for s in there.statements)
         self.note(false, "statements are false: what contradicts them is preferred")
         self.image = np.stack([there.rows, there.others], axis=1)  # [N, 2]
@@ -197,8 +199,10 @@ class Method(BaseMethod):
         cosine = tuple((z_text[a] * z_image[b]).sum(-1) for a, b in zip(batch.text.T, batch.image.T))
         log_odds = losses.log_odds(*cosine, self.logit_scale)
         if self.options.captioning:  # by how much the decoder finds the caption likelier where it is preferred
-            said, there = batch.text.flatten(), batch.image.flatten()
-            likelihood = coca.log_likelihood(clip.model, seen[there], batch.tokens[said], vectors[said]).view(-1, 2)
+            text_rows, image_rows = batch.text.flatten(), batch.image.flatten()
+            likelihood = coca.log_likelihood(
+                clip.model, seen[image_rows], batch.tokens[text_rows], vectors[text_rows]
+            ).view(-1, 2)
             log_odds = log_odds + self.options.captioning * (likelihood[:, 0] - likelihood[:, 1])
         return Scores(text, image, cosine, log_odds)
 
