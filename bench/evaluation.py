@@ -126,7 +126,7 @@ def _all_pairs(data: Dataset, rounds: int, about: str) -> Figure:
     if error > 1e-5:
         raise RuntimeError(f"a cosine is {error:.1g} off the reference's")
     note = (
-        f"{about}, {len(sentences)} pairs; {cold:.1f} s with reading and encoding, against {theirs:.0f} s scaled up from "
+        f"{about}, {len(sentences)} pairs; {cold:.1f} s, images encoded, against {theirs:.0f} s scaled up from "
         f"{len(shown)} of the pairs; largest error of a cosine {error:.0e}; from the cache {warm:.2f} s, "
         f"{theirs / warm:.0f} x"
     )

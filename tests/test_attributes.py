@@ -53,13 +53,13 @@ def test_an_image_has_the_value_of_its_class_in_whatever_order_the_classes_stand
 
 def test_a_task_that_does_not_fit_or_is_unknown_says_why(folder):
     for n, (content, message) in enumerate([
-        (TASK % "high_classes: [beer], low_classes: [mouse]", "size: 'beer' is no class .*Did you mean 'bear'"),
+        (TASK % "high_classes: [beer], low_classes: [mouse]", "size: 'beer' is not a class .*Did you mean 'bear'"),
         (TASK % "high_classes: [bear], low_classes: [bear]", "'bear' is named twice"),
         (TASK % "graded: bigg", "grades no 'bigg'. Did you mean 'big'"),
         (TASK % "high_classes: [bear]", "size lacks.*: low_classes$"),
         (TASK % "graded: big, colour: red", "has beside .*: colour$"),
         ("dataset: zoo\nattributes: {size: {graded: big}}", "size lacks.*: high, less, low, more$"),
-        ("attributes: {}", "is no attribute task"),
+        ("attributes: {}", "is not an attribute task"),
     ]):  # fmt: skip
         path = folder / f"zoo_{n}.yaml"
         path.write_text(content)

@@ -88,8 +88,8 @@ def test_every_task_has_a_prompt(task):
 
 def test_a_broken_prompt_is_refused():
     for content, message in [
-        ("[", "is no prompt"),
-        ("system: x", "is no prompt .*instruction"),
+        ("[", "is not a prompt"),
+        ("system: x", "is not a prompt .*instruction"),
         ("{system: x, instruction: y}", "no {first}"),
     ]:
         Path("p.yaml").write_text(content)

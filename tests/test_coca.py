@@ -98,7 +98,7 @@ def test_gradients_reach_decoder_and_text_tower_and_not_an_image_without_them(cl
 def test_a_model_that_gives_captions_no_likelihood_is_refused(example_clip, clip, tmp_path):
     coca.check(clip)
     for other in (example_clip, build(tmp_path / "both-ways", no_causal_mask=True)):
-        with pytest.raises(UserError, match=r"is no CoCa model with a causal text tower.*preference\.captioning 0"):
+        with pytest.raises(UserError, match=r"is not a CoCa model with a causal text tower.*preference\.captioning 0"):
             coca.check(other)
 
 

@@ -105,8 +105,8 @@ def test_a_file_that_holds_no_captions_says_why_in_a_line(tmp_path):
         ("t.tsv", "picture,caption1\na.jpg,A dog\n", r"needs a column of pictures .* found picture, caption1"),
         ("t.tsv", "image\tcaption_id\na.jpg\tA dog\n", r"columns of captions .*found image, caption_id"),
         ("t.tsv", "image\tcaption1\na.jpg\t\n", r"holds no captions"),
-        ("t.tsv", "", r"is no table of columns .*, or it is empty"),
-        ("t.parquet", "x", r"is no whole Parquet file"),
+        ("t.tsv", "", r"is not a table .*, or it is empty"),
+        ("t.parquet", "x", r"is not a complete Parquet file"),
         ("t.tsv", "image\tcaption1\na\tA dog\n\nb\tA cat\tOne cat\n", r", line 4: 3 fields, but .* 2 columns"),
         ("t.tsv", "image\tcaption1\na.jpg\tA dog\n\tA cat\n", r", line 3: image must name an image"),
         ("t.tsv", "id\timage\tcaption\n1\ta.jpg\tA dog\n1\tb.jpg\tA cat\n", r"line 3: the id '1' is that of another"),
@@ -119,7 +119,7 @@ def test_a_file_that_holds_no_captions_says_why_in_a_line(tmp_path):
             read_captions(write(tmp_path / name, content))
         assert "\n" not in str(raised.value) and str(tmp_path / name) in str(raised.value)
     (tmp_path / "c.jsonl").write_bytes('{"image": "a", "text": "café"}'.encode("latin-1"))
-    with pytest.raises(UserError, match=r"c\.jsonl is no UTF-8 text"):
+    with pytest.raises(UserError, match=r"c\.jsonl is not UTF-8 text"):
         read_captions(tmp_path / "c.jsonl")
 
 
@@ -288,7 +288,7 @@ def test_pictures_of_more_than_8_bits_are_scaled_and_not_cut_off(tmp_path):
         assert grey.shape == (2, 64, 3)
         np.testing.assert_allclose(grey[0, :, 0], ramp[0] * 255, atol=1.01, err_msg=name)
     Image.fromarray(ramp * np.nan).save(tmp_path / "nan.tif")
-    with pytest.raises(BrokenImage, match="values that are no numbers"):
+    with pytest.raises(BrokenImage, match="values that are not numbers"):
         read_image(tmp_path / "nan.tif")
     for mode in ("L", "P", "RGBA", "1"):
         assert read_image(picture(tmp_path / f"{mode}.png", mode=mode)).mode == "RGB"

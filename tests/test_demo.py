@@ -85,7 +85,7 @@ def test_what_a_visitor_did_wrong_is_one_sentence(desk, folder, tmp_path):
         (lambda: desk.compare(red, red, "\n"), "between one and 20 sentences"),
         (lambda: desk.classify(None, "a\nb", ""), "give a picture"),
         (lambda: desk.classify(red, "a\na", ""), "at least two classes"),
-        (lambda: desk.classify(red, "a\nb", "a | c | larger"), "'a | c | larger' is no comparison"),
+        (lambda: desk.classify(red, "a\nb", "a | c | larger"), "'a | c | larger' is not a comparison"),
         (lambda: Pictures.of(str(tmp_path / "absent")), "absent"),
         (lambda: page.models_of("absent.pt"), "absent.pt"),
     ]:

@@ -50,7 +50,7 @@ def test_a_file_that_is_none_says_why_and_a_bad_line_its_number(tmp_path):
     for content, message in [
         ("", "holds no differences"),
         ("\n \n", "holds no differences"),
-        (line.replace("sofa", "café").encode("latin-1"), "is no UTF-8 text"),
+        (line.replace("sofa", "café").encode("latin-1"), "is not UTF-8 text"),
         (f'{line}\n\n{line}\n{{"first": "1", "second"\n', "line 4 is not JSON"),
         (f'{line}\n\n{line}\n{{"first": "1", "text": "a"}}\n', "line 4 must be an object with first, second, text"),
         (f'["1", "2", "a"]\n{line}', "line 1 must be an object"),

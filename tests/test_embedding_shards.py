@@ -178,8 +178,8 @@ def test_damaged_or_foreign_shards_and_a_damaged_index_are_never_read_and_made_a
         (second, whole[:-1] + bytes([whole[-1] ^ 1]), f"{second} is damaged"),
         (first, (other_images.parent / first).read_bytes(), f"{first} is another one than"),
         (second, (other_tower.parent / second).read_bytes(), f"{second} is another one than"),
-        (INDEX, made.read_bytes()[:50], "is no whole index"),
-        (INDEX, b"", "is no whole index"),
+        (INDEX, made.read_bytes()[:50], "is not a whole index"),
+        (INDEX, b"", "is not a whole index"),
     ]:
         (made.parent / name).write_bytes(content)
         caplog.clear()

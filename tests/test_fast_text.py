@@ -236,7 +236,7 @@ def test_it_is_chosen_by_itself_and_one_switch_turns_it_off():
 @pytest.mark.slow
 def test_other_towers_are_encoded_by_open_clip_and_the_log_says_why():
     clip = loading.complete(open_clip.create_model("coca_ViT-B-32", pretrained=None), "coca_ViT-B-32", None)
-    assert "open_clip's own, because it is no plain causal transformer" in clip.choose_text_way(True)
+    assert "open_clip's own, because it is not a plain causal transformer" in clip.choose_text_way(True)
     assert clip.encode_text(clip.tokenize(["a dog"])).shape == (1, 512)
 
 

@@ -142,7 +142,7 @@ def test_nothing_to_report_is_an_error_that_says_what_was_found():
     with pytest.raises(UserError, match=r"empty/log\.jsonl: it is cut short or no JSON"):
         page.write([log_run("", [{"step": 1}, {"step": 2}], "empty").rename("empty/log.jsonl")])
     Path("other.json").write_text("{}")
-    with pytest.raises(UserError, match=r"other\.json: it is no result of run\.py"):
+    with pytest.raises(UserError, match=r"other\.json: it is not a result of run\.py"):
         page.write([Path("other.json")])
 
 

@@ -75,7 +75,7 @@ def test_what_is_no_sentence_is_an_error_with_file_and_line_and_is_left_alone(co
     for line in [b"\0\0\n", b"[3]\n", b"{}\n", b"\xff\xfe\n", *(json.dumps(o).encode() + b"\n" for o in others)]:
         content = b"".join([*lines[:4], line, *lines[4:]])
         path.write_bytes(content)
-        with pytest.raises(UserError, match=r"\.jsonl line 5 is no sentence about one of these.*delete the line"):
+        with pytest.raises(UserError, match=r"\.jsonl line 5 is not a sentence on one of these.*delete the line"):
             generate.generate(config)
         assert path.read_bytes() == content
 

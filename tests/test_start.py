@@ -111,12 +111,12 @@ def test_what_a_decoder_cannot_say_or_cuts_is_counted(config):
     config.model.start = captioner(config, ["a red star"], Shape(1, 2, 24, 17))
     notes = "; ".join(method(config).notes)
     assert "learns on, as it is: layers 1, heads 2, width 24, max_length 17" in notes
-    assert f"{len(set(sentences()))} sentences have pieces of words that it does not know" in notes
+    assert f"{len(set(sentences()))} sentences have subwords outside the vocabulary" in notes
     data = open_dataset("example_changes", None, "train")
     long = dataclasses.replace(data.changes[0], sentences=("red " * 120,))
     config.model.start, config.change.max_length, config.train.batch_size = "", 100, 1  # longer than CLIP reads
     made = change.Method(create_model(config.model.name), dataclasses.replace(data, changes=(long,)), config)
-    assert "1 sentences longer than 100 pieces of words, cut" in made.notes
+    assert "1 sentences longer than 100 subwords, cut" in made.notes
     assert int((next(made.loader(0)).tokens != PAD).sum()) == 100
 
 

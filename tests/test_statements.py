@@ -148,7 +148,7 @@ def test_a_file_that_is_none_is_named(tmp_path):
         ("t.csv", 'image,preferred,rejected\na,"x,y\n', "is a quote not closed"),
         ("t.csv", "image,image,preferred,rejected\na,b,x,y\n", "line 2: it does not have the 4 different fields"),
         ("t.csv", "image,preferred,rejected\n", "holds no rows"),
-        ("t.csv", "image,preferred,rejected\na,é,b\n", "is no UTF-8 text"),
+        ("t.csv", "image,preferred,rejected\na,é,b\n", "is not UTF-8 text"),
         ("t.jsonl", "\n{\n", "line 2 is not JSON"),
         ("t.json", "{}\n{}", "the name must end in .jsonl"),
         ("t.json", '{"image": "a"}', "entry image must be an object"),

@@ -44,15 +44,15 @@ def test_what_is_wrong_is_said():
     refused = [
         ({"grid": [GRID | {"variant": "{similarity}-k{kk}"}]}, r"two variants of study s are called 'text-k\{kk\}'"),
         ({"grid": [GRID | {"arguments": ["{kk}"]}]}, "variant 'text-k2' of study s names 'kk'"),
-        ({"grid": [GRID | {"values": {"k": 2}}]}, "is no study"),
-        ({"grid": [{"variant": "a"}]}, "is no study.*arguments"),
+        ({"grid": [GRID | {"values": {"k": 2}}]}, "is not a study"),
+        ({"grid": [{"variant": "a"}]}, "is not a study.*arguments"),
         ({"grid": []}, "study s has no variants"),
         ({"baselines": ["text-k3"]}, "baselines of study s names 'text-k3'"),
         ({"against": "text-k3"}, "against of study s names 'text-k3'.*text-k2"),
         ({"chosen_on": ["example/val"]}, "needs both `chosen_on` and `choose_by`"),
         ({"tradeoff": ["example/val:t2i_r5"]}, "tradeoff of study s names 't2i_r5'"),
         ({"chosen_on": ["example/val"], "choose_by": ["t2i_r5"]}, "choose_by of study s names 't2i_r5'"),
-        ({"colour": "red"}, "is no study.*colour"),
+        ({"colour": "red"}, "is not a study.*colour"),
         ({"variants": {"b": ["{a}"], "a": []}}, "variant 'b' of study s names 'a'"),
         ({"variants": {"base": None, "b": ["{base}"]}}, "variant 'b' of study s names 'base'"),
     ]

@@ -1,1 +1,1 @@
-"""What all rooms stand on: settings, files, caches, processes. Imports nothing else of pc_clip."""
+"""Foundations: settings, files, caches, processes. Imports nothing else of pc_clip."""

@@ -1,4 +1,4 @@
-"""Settings from YAML and flags, strict about names and types: `configure` is the one way in.
+"""Settings from YAML files and flags, strict about names and types; `configure` is the entry point.
 
 `--config FILE.yaml` comes first, then any setting again as a flag (`--train.lr 1e-8`). core/config says which settings
 there are. Nothing here imports torch, so that --help and a wrong flag answer at once.

@@ -1,4 +1,4 @@
-"""What processes share: rows with exact gradients, a part of each batch, work dealt out."""
+"""Several processes: gather with exact gradients, slices of batches, work divided among them."""
 
 from __future__ import annotations
 

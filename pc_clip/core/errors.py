@@ -8,14 +8,14 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 
-MENDABLE = {  # errors of files that a user can mend; any other one is a fault of ours
+USER_ERRORS = {  # file errors that a user can fix; any other is a bug of ours
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EEXIST,
     errno.EISDIR,
 }  # fmt: skip
 
 
 class UserError(Exception):
-    """Something the user can mend. The message says what was wrong, what was found and what to do."""
+    """A mistake the user can fix. The message says what is wrong, what was found and what to do."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -54,7 +54,7 @@ def run_script(main: Callable[[], None]) -> None:
         print(f"\n{message}", file=sys.stderr)
         sys.exit(130)
     except OSError as error:
-        if error.errno not in MENDABLE:
+        if error.errno not in USER_ERRORS:
             raise
         reason = f"{error.filename or 'a file'}: {os.strerror(error.errno).lower()}"
         _stop(f"cannot write or read {reason}. Mend that, or choose another folder.")

@@ -1,4 +1,4 @@
-"""Attributes that images are asked about: the data set's own, and those that data/attributes/ defines on classes.
+"""Graded attributes of images: the data set's own, and those defined on classes in data/attributes/.
 
 data/attributes/NAME.yaml is one task. What is known of an image is what is known of its class, and classes and
 attributes are found by name, never by position:
@@ -95,7 +95,7 @@ def _by_class(about: dict[str, Any], question: Question, where: str) -> np.ndarr
     for key, amount in (("high_classes", 1.0), ("low_classes", 0.0)):
         for name in about[key]:
             if name not in place:
-                raise UserError(f"{where}: {name!r} is no class of this data set. {nearest(name, place)}")
+                raise UserError(f"{where}: {name!r} is not a class of this data set. {nearest(name, place)}")
             if not np.isnan(value[place[name]]):
                 raise UserError(f"{where}: {name!r} is named twice")
             value[place[name]] = amount
@@ -111,10 +111,10 @@ def _graded(attribute: str, question: Question, where: str) -> np.ndarray:
 
 @cache
 def read_task(path: Path) -> dict[str, Any]:
-    """The content of a task's file, which nobody may change: every evaluation asks which tasks there are."""
+    """The content of a task's file, cached: do not modify it."""
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(content, dict) or {"dataset", "attributes"} - content.keys():
-        raise UserError(f"{path} is no attribute task: it needs dataset and attributes")
+        raise UserError(f"{path} is not an attribute task: it needs dataset and attributes")
     for name, about in content["attributes"].items():
         needed = {*_WORDS, "graded"} if "graded" in about else {*_WORDS, "high_classes", "low_classes"}
         if wrong := sorted((needed - about.keys()) | (about.keys() - needed - {"minus", "gap"})):

@@ -75,7 +75,7 @@ def _told(captions: Captions) -> Captions:
 
 
 def image_id(value: object) -> str | None:
-    """One form of an id: 3, 3.0, "3" and "000000000003" are "3". None for what is no id."""
+    """One form of an id: 3, 3.0, "3" and "000000000003" are "3". None for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float | str) or value == "":
         return None
     if isinstance(value, float):
@@ -89,7 +89,7 @@ def read_coco_captions(path: Path) -> Captions:
     content = read_json(path, dict)
     if "annotations" not in content and isinstance(content.get("images"), list):
         return read_karpathy(path)
-    with_keys(content, f"{path} is no COCO captions file: it", ("images", "annotations"))
+    with_keys(content, f"{path} is not a COCO captions file: it", ("images", "annotations"))
     entries: dict[str, tuple[str, list[str]]] = {}
     for n, image in enumerate(content["images"]):
         where = f"{path}: entry {n} of images"
@@ -189,11 +189,11 @@ def read_table(path: Path) -> Captions:
 
 
 def _parquet(path: Path) -> list[tuple[int, list[str]]]:
-    """As `_rows`; whatever is no text is written as one, and what is missing is empty."""
+    """As `_rows`; other values are written as text, missing ones are empty."""
     try:
         table = pd.read_parquet(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is no whole Parquet file ({error})") from error
+        raise UserError(f"{path} is not a complete Parquet file ({error})") from error
     rows = table.astype(object).where(table.notna(), "").astype(str).values.tolist()
     return [(1, [str(name) for name in table.columns]), *enumerate(rows, start=2)]
 
@@ -216,7 +216,7 @@ def _rows(path: Path) -> list[tuple[int, list[str]]]:
             for line, row in _csv(text, separator, csv.QUOTE_NONE) or ()
         ]
     if not rows:
-        raise UserError(f"{path} is no table of columns apart by tabs, commas or semicolons, or it is empty")
+        raise UserError(f"{path} is not a table separated by tabs, commas or semicolons, or it is empty")
     return rows
 
 

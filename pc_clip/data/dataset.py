@@ -26,7 +26,7 @@ class NoSplit(UserError):
 
 
 class BrokenImage(UserError):
-    """An image whose bytes were read and are no picture: whoever tries again finds the same."""
+    """An image whose bytes do not decode; reading it again gives the same error."""
 
 
 @dataclass(frozen=True)
@@ -225,7 +225,7 @@ def _in_8_bits(image: Image.Image) -> Image.Image:
     """
     values = np.asarray(image).astype(np.float64)
     if not np.isfinite(values).all():
-        raise SyntaxError("it has values that are no numbers")
+        raise SyntaxError("it has values that are not numbers")
     least, most = values.min(), values.max()
     if image.mode == "F":
         low, step = (0, 1 / 255) if least >= 0 and most <= 1 else (least, (most - least) / 255 or 1)
@@ -236,7 +236,7 @@ def _in_8_bits(image: Image.Image) -> Image.Image:
 
 def unreadable(path: str | Path, error: OSError) -> UserError:
     """What to say where the system does not let a file or folder be read: nothing is known of its content."""
-    return UserError(f"{path} cannot be read ({error.strerror or error}); mend that and run the same command again")
+    return UserError(f"{path} cannot be read ({error.strerror or error}); fix that and run the same command again")
 
 
 def digest(*parts: object) -> str:

@@ -37,7 +37,7 @@ class Difference(NamedTuple):
 def read(path: str | Path, content: bytes | None = None) -> list[Difference]:
     """All differences of a file, in order, or of its content.
 
-    Raises UserError for a missing or empty file, and for a line that is no difference (with its number).
+    Raises UserError for a missing or empty file, and for a line that is not a difference (with its number).
     """
     path = find(path)
     differences = []
@@ -154,7 +154,7 @@ def compiled(
     """The differences of a file as rows of `ids` and of a table of tokens.
 
     Raises what `read` and `rows` raise. All that is slow is kept by `pc_clip.core.cache`, under a key of the
-    file's content, the tokenizer and `mirror`; images are kept by name, so that other images are no matter.
+    file's content, the tokenizer and `mirror`; images are kept by name, so that other images do not matter.
     """
     path = find(path)
     content = path.read_bytes()  # once, so that what is parsed is what the key names

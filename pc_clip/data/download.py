@@ -1,4 +1,4 @@
-"""Archives that torchvision does not fetch, by pooch: checked by their hash, unpacked, then deleted."""
+"""Download archives that torchvision does not provide, with pooch: hash-checked, unpacked, then deleted."""
 
 from __future__ import annotations
 

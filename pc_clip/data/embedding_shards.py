@@ -121,7 +121,7 @@ def read(path: Path) -> tuple[dict[str, str], list[Shard]]:
             if _entry(shard) != entry or any(shard.made_by[name] != made_by[name] for name in IDENTITY):
                 raise CorruptFileError(f"{shard.path} is another one than {path} says")
     except (ValueError, KeyError, TypeError, CorruptFileError) as error:
-        what = error if isinstance(error, CorruptFileError) else f"{path} is no whole index of embeddings ({error})"
+        what = error if isinstance(error, CorruptFileError) else f"{path} is not a whole embedding index ({error})"
         raise CorruptFileError(f"{what}; run python -m pc_clip embeddings again: it keeps whole shards") from error
     return made_by, shards
 

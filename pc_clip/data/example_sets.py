@@ -1,5 +1,5 @@
-"""The embedded example: scenes rendered by seed, with captions, questions and graded attributes; scenes of two
-different things, with statements on how they stand to one another; and pairs of scenes before and after a change."""
+"""The embedded example as data sets: example (captions, questions, graded attributes), example_relations
+(statements), example_changes (scenes before and after a change)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows that ask more than a statement against its contradiction: SugarCrepe++'s, Winoground's, ImageCoDe's, and others.
+"""Benchmark rows with several captions or images: SugarCrepe++, Winoground, ImageCoDe, multiple choice.
 
 The files are .json, .jsonl, .csv, .tsv or .parquet as of statements (data/statements.py):
 

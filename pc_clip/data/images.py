@@ -61,7 +61,7 @@ class _Pictures(torch.utils.data.Dataset):
         except Exception as error:  # Pillow's decoders raise all kinds
             what = f"image {self.data.ids[row]} of {self.data.label} cannot be read ({type(error).__name__}: {error})"
             if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno):  # not the image's fault
-                return row, UserError(f"{what}; mend that and run the same command again")
+                return row, UserError(f"{what}; fix that and run the same command again")
             return row, BrokenImage(f"{what}; remove it")
 
 

@@ -1,4 +1,4 @@
-"""Negatives that are likely none: a caption that is just as true of another image of its batch, told by its words."""
+"""Estimate the false-negative rate of a batch from content-word overlap."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Spatial relations in sentences, and what contradicts each. The table of them is relations.yaml."""
+"""Spatial relations in sentences and the contradiction of each (relations.yaml)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is said of an image, true or false, and what contradicts it; and the files that say it.
+"""Statements about images, true or false, with their contradictions; readers of the published files.
 
 `read_statements` takes .json, .jsonl, .csv, .tsv and .parquet, and folders of them. What a row is, its columns say:
 
@@ -108,7 +108,7 @@ class Row:
         return not isinstance(votes, dict) or votes.get("caption", 0) >= CONFIRMED
 
     def has_a_foil(self) -> bool:
-        """Of VALSE's rows that nobody confirmed some have none: the caption once more."""
+        """Some unconfirmed rows of VALSE have no foil but the caption itself."""
         return "foil" not in self.columns or self.columns["foil"] != self.columns.get("caption")
 
     def box(self) -> str:

@@ -17,7 +17,7 @@ def read_text(path: Path, content: bytes | None = None) -> str:
     try:
         return (path.read_bytes() if content is None else content).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is no UTF-8 text ({error.reason} at byte {error.start})") from error
+        raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
     except FileNotFoundError as error:
         raise UserError(f"there is no file {path}") from error
 
@@ -44,7 +44,7 @@ def json_lines(path: Path, keys: Sequence[str] = (), content: bytes | None = Non
                 entry = json.loads(line)
             except json.JSONDecodeError as error:
                 raise UserError(
-                    f"{where} is not JSON ({error.msg} at column {error.colno}); mend or delete the line"
+                    f"{where} is not JSON ({error.msg} at column {error.colno}); fix or delete the line"
                 ) from error
             yield where, with_keys(entry, where, keys)
 
@@ -57,7 +57,7 @@ def with_keys(entry: object, where: str, keys: Sequence[str]) -> dict[str, Any]:
 
 
 def words(value: object, where: str, what: str, may_be_empty: bool = False) -> str:
-    """A text with single spaces. Raises UserError for what is no text, and for one without a word unless it may be.
+    """A text with single spaces. Raises UserError for other types, and for a text without a word unless it may be.
 
     JSON may hold half a surrogate pair, which cannot be written again; it becomes "?".
     """

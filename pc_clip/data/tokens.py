@@ -1,4 +1,4 @@
-"""Texts as tokens, cached: open_clip's tokenizer reads some 9,000 sentences a second, a run has half a million."""
+"""Tokenized texts, cached: open_clip's tokenizer reads some 9,000 sentences a second, a run has half a million."""
 
 from __future__ import annotations
 

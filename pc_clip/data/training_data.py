@@ -1,4 +1,4 @@
-"""The images that a run learns from, and what is said of them: a data set as its settings ask for it."""
+"""The data set a run trains on, built from its settings: captions, mixed-in images, broken images dropped."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def load_dataset(data: DataConfig, seed: int = 0) -> Dataset:
             captions = read_captions(data.captions) if data.captions else {}
             texts = [texts for _, texts in captions.values()] or None
             return dataclasses.replace(unopened(root, data.split), ids=list(captions), captions=texts)
-    missing = "keep" if data.embeddings else data.missing  # nobody will look at the pictures
+    missing = "keep" if data.embeddings else data.missing  # the pictures are not read
     main = dataset = _open(data.dataset, data.root, data.split, missing, data.upright)
     if data.captions:
         dataset = _with_captions(dataset, data.captions)

@@ -1,4 +1,4 @@
-"""Pictures that a camera stored turned, and the EXIF note of how they are to be shown."""
+"""EXIF orientation: apply it, and count the rotated images."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _is_turned(file: str) -> bool:
     try:
         with Image.open(file) as image:
             return image.getexif().get(ORIENTATION) not in AS_STORED
-    except (OSError, ValueError, SyntaxError):  # whoever decodes it says what is wrong
+    except (OSError, ValueError, SyntaxError):  # decoding it gives the error
         return False
 
 

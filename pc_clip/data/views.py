@@ -1,4 +1,4 @@
-"""The images that statements are about: images of a data set, or boxes of them.
+"""Views: the images that statements ask about, whole or boxes of them.
 
 A view is the name of an image, or of a part of it: ID@box=L,T,R,B, pixels of the original picture, integers; right and
 bottom are outside. What reaches beyond the picture is cut off at its border. (Pillow's own crop, and so ARO's code,

@@ -43,7 +43,7 @@ def models_of(checkpoint: str | None) -> dict[str, Model]:
     """The model as it was and the finetuned one, by name; of a finetuned one whose start is unknown, that one alone.
 
     checkpoint: a run or a file; the first of RUNS that is there unless given, and the example as it is without any.
-    Raises UserError for what is no checkpoint.
+    Raises UserError for anything but a checkpoint.
     """
     checkpoint = checkpoint or next((run for run in RUNS if (Path(run) / MODEL_FILE).is_file()), None)
     if checkpoint is None:

@@ -137,7 +137,7 @@ class Desk:
         for line in filter(str.strip, comparisons.splitlines()):
             parts = [part.strip() for part in line.split("|")]
             if len(parts) != 3 or not {parts[0], parts[1]} <= set(names) or not parts[2]:
-                raise UserError(f"{line.strip()!r} is no comparison; write `class | another class | how they differ`")
+                raise UserError(f"{line.strip()!r} is not a comparison; write `class | other class | how they differ`")
             known.append(dict(zip(("class_a", "class_b", "text"), parts)))
         image, shares = [read_picture(picture)], {}
         for name, model in self.models.items():

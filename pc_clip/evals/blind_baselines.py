@@ -1,4 +1,4 @@
-"""What is said of images, as a model scores it, and as it comes out without looking at them.
+"""Statements scored by a model, and by baselines without an image: grey picture, mean image, text-only classifier.
 
 A statement comes with its contradiction (data/statements.py), and a model prefers the one of the two that its image
 is closer to. Whatever a benchmark's texts give away by themselves, a scorer gets right that never sees an image. Four

@@ -2,7 +2,7 @@
 
 PC-CLIP's difference classification (arXiv 2409.09721): is cos(text, z_i - z_j) > 0 for a sentence that is
 true of (i, j)? That figure flatters, so its companions are reported with it: two_way (the true sentence
-against its opposite), reversed (the same fact told of the second image first) and caption_subtraction (two plain
+against its opposite), reversed (the same fact with the second image mentioned first) and caption_subtraction (two plain
 phrases and the untrained model, without training). The sentences are in the plain wordings; mode wordings asks in
 many others.
 

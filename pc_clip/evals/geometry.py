@@ -7,7 +7,7 @@ that one is another.
 - difference_alignment_phrases: mean of cos(enc(high) - enc(low), z_i - z_j) over pairs of images that differ
   clearly in a graded attribute, i having more of it; mean over attributes.
 - difference_alignment_sentences: the same of cos(enc("The first image shows MORE, while the second shows LESS."),
-  z_i - z_j). _reversed: the same fact told of the second image first.
+  z_i - z_j). _reversed: the same fact with the second image mentioned first.
 - difference_alignment_classes: mean of cos(t_a - t_b, m(a) - m(b)) over pairs of classes; mean over questions.
 - analogy_image: for two questions, classes a, b of the first and c, d of the second, and m(a, c) the mean of z over
   the images that are both: is m(a, d) - m(b, d) + m(b, c) nearer (in Euclidean distance) to m(a, c) than to any

@@ -1,4 +1,4 @@
-"""Is a caption told from a wrong one in either of two wordings? SugarCrepe++ (Dumpala et al. 2024).
+"""Are both paraphrases of a caption ranked above its negative? SugarCrepe++ (Dumpala et al. 2024).
 
 Each image has two captions that say the same and a third that is wrong and mostly in the words of the first. A model
 that goes by words prefers the wrong one to the paraphrase.

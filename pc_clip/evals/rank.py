@@ -41,7 +41,7 @@ def evaluate(context: EvalContext) -> Result:
     """Graded attributes, put in order by sentences and by the untrained baseline; or a folder, by --rank.attribute.
 
     rank: by a difference sentence minus its opposite; rank_one_sentence: by the sentence alone; rank_reversed: by
-    the same fact told of the second image first, minus its opposite; rank_by_phrase: enc(high) - enc(low);
+    the same fact with the second image first, minus its opposite; rank_by_phrase: enc(high) - enc(low);
     rank_by_subtraction: the same in the untrained model; each is the share of clearly different pairs in the right
     order. spearman: of the first. rank_worst_TASK: of a task in several wordings the worst, in either order of mention.
     """

@@ -1,4 +1,4 @@
-"""Images found by another one and a sentence on what to change: CIRR (Liu et al. 2021), FashionIQ (Wu et al. 2021).
+"""Image retrieval with a relative caption: CIRR (Liu et al. 2021), FashionIQ (Wu et al. 2021).
 
 The query is unit(z(reference) + alpha * enc(caption)), the arithmetic that difference sentences are trained for. All
 images of the data set but the reference are candidates. Alpha is chosen on one half of the reference images and

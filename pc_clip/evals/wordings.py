@@ -1,4 +1,4 @@
-"""Is a difference understood in any wording, or only in the sentences that were learnt?
+"""Difference sentences in held-out families of wordings and held-out naming schemes.
 
 The same fact about the same pairs of images, in each family of wordings and each scheme of names for the two images
 (data/wordings.yaml). Families and schemes that are held out are in no training sentence of ours; the figures that

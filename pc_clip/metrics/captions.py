@@ -1,4 +1,4 @@
-"""How well generated sentences agree with those of people: BLEU, METEOR, ROUGE-L, CIDEr and SPICE, by pycocoevalcap.
+"""Caption metrics by pycocoevalcap: BLEU, METEOR, ROUGE-L, CIDEr and SPICE.
 
 All are fractions. Papers print 100 times as much, CIDEr too: its highest value is 10, and 1.5075 is printed as 150.75.
 CIDEr weighs words by how many of the references at hand have them, so that a part of a data set has other scores than

@@ -139,7 +139,7 @@ class Decoder(nn.Module):
             if width > 1:
                 for cache in caches:
                     cache.reorder(parent.gather(1, beams))
-            open_rows = ~best.settled(rows, score)
+            open_rows = ~best.finished(rows, score)
             if (left := int(open_rows.sum())) == 0:
                 break
             if left <= KEPT * len(rows):
@@ -246,7 +246,7 @@ class _Best:
         self.tokens[rows] = F.pad(tokens, (0, self.length - tokens.shape[1]), value=PAD)
         self.score[rows], self.total[rows] = score[better], total[better]
 
-    def settled(self, rows: Tensor, total: Tensor) -> Tensor:
+    def finished(self, rows: Tensor, total: Tensor) -> Tensor:
         """Whether none of the open ones, [B, K], can win: the best they may reach is to end at full length for free."""
         reach = total.max(1).values / self.length ** max(self.penalty, 0.0)
         return self.score[rows] >= reach

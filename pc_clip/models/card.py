@@ -48,7 +48,7 @@ hold the figures against it. They were measured by `run.py`; each is one JSON wi
 ## Limits
 
 Sentences of other kinds than it was trained on are understood in part; `unseen` and its worst case say how far. It
-is no safer than its base model, and no fairer. The licence of the base model's weights holds for these too.
+is neither safer nor fairer than its base model. The licence of the base model's weights holds for these too.
 """
 TRANSFORMERS = """
     # transformers

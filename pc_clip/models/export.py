@@ -4,7 +4,7 @@ The folder loads in open_clip, and here, as `local-dir:FOLDER`; where transforme
 holds a CLIPModel with its tokenizer and image processor, compared with the model before it is handed out. Two things
 of transformers' own differ from open_clip, and no file can change that:
 
-- Text is not cleaned. open_clip mends broken characters (ftfy: curly quotes, ligatures, full-width letters, wrongly
+- Text is not cleaned. open_clip repairs broken characters (ftfy: curly quotes, ligatures, full-width letters, wrongly
   decoded text) and HTML entities before it tokenizes; CLIPTokenizer takes them as they stand. It also lowercases
   letter by letter, so the last sigma of a Greek word comes out otherwise. With
   `open_clip.tokenizer.get_clean_fn("lower")` applied beforehand the tokens of real text are equal.
@@ -189,7 +189,7 @@ def _tower_config(tower: nn.Module, norm: nn.LayerNorm) -> dict[str, Any]:
     gelu = {"none": "gelu", "tanh": "gelu_pytorch_tanh"}.get(getattr(first.mlp.gelu, "approximate", None))
     activation = "quick_gelu" if isinstance(first.mlp.gelu, QuickGELU) else gelu
     if activation is None:
-        raise Unfit("its activation is none that CLIPModel knows")
+        raise Unfit("CLIPModel does not have its activation")
     return {
         "hidden_size": norm.normalized_shape[0],
         "intermediate_size": first.mlp.c_fc.out_features,

@@ -1,4 +1,4 @@
-"""The text tower without its waste: same weights, same result, a fraction of the time.
+"""Padding-free forward and backward pass of open_clip's text transformer; numerically equivalent.
 
 open_clip pads every text to one length, keeps every token to the end although only the end-of-text token is read,
 and in mixed precision converts and copies more than it multiplies. Here
@@ -53,11 +53,11 @@ class FastText:
     def of(cls, tower: nn.Module | None) -> FastText | str:
         """The fast way through a tower, or why there is none. tower: a plain causal one, see Clip._causal_tower.
 
-        Strict about types: a layer put in the place of another (a quantised one) would be passed over. Adapters of
+        Strict about types: a replaced layer (a quantised one) would be bypassed. Adapters of
         pc_clip.models.lora are not: who reads a weight reads their sum.
         """
         if tower is None:
-            return "it is no plain causal transformer of open_clip's"
+            return "it is not a plain causal transformer of open_clip's"
         if any(m._forward_hooks or m._forward_pre_hooks or not is_plain(m) for m in tower.modules()):
             return "it has hooks or parametrizations"
         if not all(map(_is_plain_block, tower.transformer.resblocks)):

@@ -1,4 +1,4 @@
-"""LoRA: instead of a weight W, two thin matrices learn, and the model computes with W + scale * B A (Hu et al. 2021).
+"""LoRA (Hu et al. 2021): W + scale * B A, where the low-rank A and B are trained.
 
 A, B, their initialisation and their product are peft's; they are attached by torch's parametrization. peft's own way,
 layers in place of others, does nothing where CLIP's towers read a layer's weights and multiply themselves, as in

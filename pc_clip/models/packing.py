@@ -1,4 +1,4 @@
-"""A batch of texts as one row of tokens after the other, without padding, and how to set it out for attention."""
+"""Pack a batch of texts into one row of tokens without padding, and lay it out for attention."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ class PairEncoder(nn.Module):
     ) -> None:
         """name: of the model, for messages. intra_layers: None for three quarters of the blocks, 9 of ViT-B's 12.
 
-        Raises UserError for a tower that is no plain vision transformer with a class token, and for impossible layers.
+        Raises UserError unless the tower is a plain vision transformer with a class token, and for impossible layers.
         """
         super().__init__()
         if why := _unfit(visual):

@@ -1,4 +1,4 @@
-"""Which parameters of a model learn: the names that `model.train` knows, and what they stand for."""
+"""Trainable parameters: the values of `model.train` and the weights they select."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a file of weights does not say of itself: the image transform and the activation it was trained with.
+"""What a weights file does not record: the image transform and the activation it was trained with.
 
 open_clip knows both for its own tags. Weights from a file have those of the tag that the user names, or what all tags
 of the architecture agree on; where the tags do not agree, a warning names the choice.

@@ -1,4 +1,4 @@
-"""Import torchvision, also beside a CPU-only torch.
+"""Import torchvision, also with a CPU-only torch.
 
 The torchvision wheel on PyPI is linked against CUDA. Beside a CPU-only build of torch its compiled
 library does not load, and its Python part then fails to import because it registers meta kernels for two

@@ -1,4 +1,4 @@
-"""Files of weights: read safely, brought under open_clip's names, and loaded whole or not at all."""
+"""Weights files: read safely, mapped to open_clip's names, loaded completely or not at all."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from pc_clip.core.errors import UserError
-from pc_clip.models.clip import open_clip  # noqa: F401  (torchvision is mended before open_clip is imported)
+from pc_clip.models.clip import open_clip  # noqa: F401  (fixes torchvision before open_clip is imported)
 
 from open_clip.convert import convert_state_dict  # isort: skip
 from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed, resize_text_pos_embed  # isort: skip

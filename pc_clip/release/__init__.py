@@ -1,1 +1,1 @@
-"""Files of the PC-CLIP authors, and models beside CLIP_benchmark."""
+"""The PC-CLIP authors' files, and clip-benchmark on our models."""

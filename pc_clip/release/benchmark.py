@@ -1,6 +1,6 @@
 """Run the package clip-benchmark on our models: `python -m pc_clip benchmark eval --model local-dir:FOLDER ...`.
 
-Its own command line, with two things mended: torchvision is imported so that a CPU build of torch does not trip over
+Its own command line, with two fixes: torchvision is imported so that a CPU build of torch does not trip over
 it, and numpy 2.4 no longer turns an array of one element into a number, which clip-benchmark 1.6.2 asks for
 (its issue 147). Exact figures need --no_amp; --num_workers must not exceed the number of shards.
 """

@@ -92,7 +92,7 @@ class _Reader(pickle._Unpickler):
             _, shape, dtype, fortran, data = state
             _array(data, dtype, shape)
             target.__setstate__((1, shape, dtype.real, bool(fortran), data))
-        elif type(target) is not OrderedDict:  # whose attributes, a state dict's version numbers, are no data
+        elif type(target) is not OrderedDict:  # whose attributes, a state dict's version numbers, are not data
             raise _Refused(f"sets attributes of a {type(target).__name__}")
 
     dispatch[pickle.BUILD[0]] = load_build
@@ -104,7 +104,7 @@ def _check(fits: bool, what: str) -> None:
 
 
 def _typed(make: Callable, *types: type) -> Callable[..., Any]:
-    """`make` for arguments of exactly these types: bytes(10**12), a terabyte, is none of them."""
+    """`make` for arguments of exactly these types: bytes(10**12), a terabyte, is not one of them."""
 
     def call(*arguments: Any) -> Any:
         _check(tuple(map(type, arguments)) == types, f"odd arguments for {make.__name__.strip('_')}")

@@ -1,4 +1,4 @@
-"""Each variant of a study against one of them, on the same images: how much better, and could that be chance?
+"""Compare the variants of a study with one of them on the same images: difference, interval, significance.
 
 Two sources of chance are added. Images: both models see the same ones, so that each image's difference is averaged over
 seeds, and images are drawn again (a paired bootstrap). Seeds: a mean of few seeds lies off, and three seeds of one

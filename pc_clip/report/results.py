@@ -17,7 +17,7 @@ QUESTION = ["evaluation", "dataset", "about"]
 RESULT_KEYS = {"model", "evaluation", "dataset", "metrics"}
 SEED = r"(?<=.)-seed\d+$"  # NAME-seed0, NAME-seed1, ... are the seeds of one variant
 
-# Figures between -1 and 1 that are no share of anything, by a word of their name.
+# Figures between -1 and 1 that are not fractions, by a word of their name.
 _PLAIN = {"alignment", "alpha", "cosine", "images", "modality", "spearman"}
 
 
@@ -37,7 +37,7 @@ def read(paths: Iterable[Path]) -> tuple[list[dict[str, Any]], list[str]]:
                 left_out.append(f"{file}: it is cut short or no JSON")
                 continue
             if not isinstance(content, dict) or not content.keys() >= RESULT_KEYS:
-                left_out += [f"{file}: it is no result of run.py"] if file == given else []
+                left_out += [f"{file}: it is not a result of run.py"] if file == given else []
             elif not all(isinstance(value, int | float | None) for value in content["metrics"].values()):
                 left_out.append(f"{file}: its metrics are not all numbers")
             else:

@@ -96,7 +96,7 @@ class Study:
 
     @classmethod
     def read(cls, path: Path) -> Study:
-        """Raises UserError for a file that is absent or is no study."""
+        """Raises UserError for a file that is absent or not a study."""
         if not path.is_file():
             known = ", ".join(sorted(p.name for p in (configs_folder() / "studies").glob("*.yaml")))
             raise UserError(f"no study at {path}; in configs/studies: {known}")
@@ -104,7 +104,7 @@ class Study:
             return cls(**yaml.safe_load(path.read_text(encoding="utf-8")))
         except (TypeError, ValueError, AttributeError, yaml.YAMLError) as error:
             raise UserError(
-                f"{path} is no study ({error}); it needs name, evaluations, metrics, and variants or grid"
+                f"{path} is not a study ({error}); it needs name, evaluations, metrics, and variants or grid"
             ) from error
 
     def needs(self, variant: str) -> list[str]:
@@ -230,7 +230,7 @@ def tabulate(study: Study, results: Sequence[dict[str, Any]]) -> pd.DataFrame:
     table = long_table(results)
     table = table[table.metric.isin(study.metrics)]
     if table.empty:
-        raise UserError(f"the results in {study.results} hold none of {', '.join(study.metrics)}; mend `metrics`")
+        raise UserError(f"the results in {study.results} hold none of {', '.join(study.metrics)}; correct `metrics`")
     check_once(table, ["model", "dataset", "metric"])
     return summarise(table)[COLUMNS]
 
@@ -284,7 +284,7 @@ def _markdown(study: Study, rows: pd.DataFrame) -> list[str]:
 
 
 def _shown(study: Study, rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows of all data sets but those to choose on; of these where there is no other."""
+    """The rows of all data sets but those to choose on; of these if there are no others."""
     others = rows[~rows.dataset.isin(study.chosen_on)]
     return others if len(others) else rows
 

@@ -1,4 +1,4 @@
-"""Batches with similar examples in them, so that negatives are hard: SimCLIP's clusters of nearest neighbours.
+"""SimCLIP's similarity clusters: batches of nearest neighbours, so that in-batch negatives are hard.
 
 "An empirical study of CLIP fine-tuning with similarity clusters" (FITML 2024). A share p of each batch is clusters of
 k examples: a pivot drawn at random and k - 1 of its nearest neighbours; the rest is drawn at random. No example is
@@ -20,7 +20,7 @@ SPARE = 8  # so many times a cluster's neighbourhood is looked for, because earl
 def sizes(batch_size: int, size: int, share: float) -> list[int]:
     """How large the clusters of a batch are: as many of `size` as the share holds, and one of what is left of it.
 
-    Less than two examples are no cluster; they are drawn at random with the rest of the batch.
+    A cluster has at least two examples; a smaller rest is drawn at random.
     """
     inside = round(share * batch_size)
     rest = inside % size

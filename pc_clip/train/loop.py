@@ -1,4 +1,4 @@
-"""The loop. It trains any method: batches from `method.loader`, a loss from `method(batch)`, and nothing else."""
+"""The training loop, the same for every method: batches from `method.loader`, a loss from `method(batch)`."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ PATIENCE = InitProcessGroupKwargs(timeout=timedelta(hours=12))  # the others wai
 def finetune(config: FinetuneConfig) -> Path:
     """Run one finetuning from its settings to a finished folder; returns the folder.
 
-    Raises UserError for what a user can mend, and when the loss is no longer a number.
+    Raises UserError for mistakes a user can fix, and for a loss that is not finite.
     """
     run, train, model = Path(config.out) / config.name, config.train, config.model
     resolve_device(config.device)
@@ -91,7 +91,7 @@ def _run(config: FinetuneConfig, run: Path, data: Dataset) -> Path:
     method.clip.start = {"weights": clip.weights_hash()}
     if config.model.start:
         method.clip.start["checkpoint"] = str(loading.checkpoint_file(config.model.start))
-    learn = method.trainable()  # now, so that a wrong model.train is told of before anything is deleted
+    learn = method.trainable()  # first, so that a wrong model.train is an error before anything is deleted
     rank, adapted = config.model.lora_rank, []
     if rank:
         adapted = [n for n in lora.weights_to_adapt(clip.model, config.model.train, clip.name) if n in learn]

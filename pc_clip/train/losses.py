@@ -1,5 +1,4 @@
-"""Losses as pure functions of embeddings. What each takes is said; nothing is normalised behind your back
-except where the docstring says so."""
+"""Losses as pure functions of embeddings. Each docstring says whether the inputs are normalised."""
 
 from __future__ import annotations
 
@@ -175,7 +174,7 @@ def info_nce_with_negatives(
 
     text, rejected, image: [G, D], any length: they are normalised here; row n of all three belong together.
     numbers: [G, 3] int64, which image, text and rejected text each row has. Where an image or a text comes twice, one
-    row's is no negative of the other's, and a text is none of itself where another image rejects it.
+    row's is not a negative of the other's, and a text is not a negative of itself where another image rejects it.
     own: the rows whose loss is returned, for batches that several processes share.
     Yuksekgonul et al. 2023 (arXiv 2210.01936, NegCLIP).
     """

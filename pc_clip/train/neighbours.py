@@ -1,4 +1,4 @@
-"""Which examples are most similar to some: by all similarities and a top-k, or by an approximate index.
+"""Nearest neighbours: exact (all similarities and a top-k) or approximate (FAISS).
 
 `nearest` is exact and works where z lies, on a CPU or a GPU. FAISS, where it is installed, looks at a few thousand
 examples instead of all, misses some of the nearest, and pays from some hundred thousand examples on: numbers are in

@@ -1,4 +1,4 @@
-"""Optimizer, learning rate and precision of a run; and an Adam whose small steps are not lost in float32.
+"""Optimizer, learning-rate schedule and precision; Adam with compensated summation.
 
 At lr 1e-8 a plain addition loses a sizeable part of each step, and all of it where a weight is 0.25 or more, as gains
 are: half the distance between two float32 numbers there is 1.5e-8. Kahan's compensated summation carries the lost
@@ -116,7 +116,7 @@ class CompensatedAdam(torch.optim.Optimizer):
 
     The fused step of torch is applied to the carry, which is small and so keeps all its digits; then the carry is
     added to the weight and what the addition rounded off stays in it. Memory: one more tensor a weight. Weights are
-    float32: the steps that shorter ones lose are not for a carry to mend.
+    float32: a carry does not recover what lower precisions lose.
     """
 
     def __init__(

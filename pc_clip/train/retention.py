@@ -1,4 +1,4 @@
-"""Terms of the loss that keep what the start knew, for any method: ordinary captions and images stay where they were.
+"""Regularisation towards the start, for any method, on ordinary captions and images.
 
 A model that is taught one thing forgets others. Beside each batch of a method come A ordinary captions with their
 images, and `retain.NAME` weighs what has changed of them: `texts` and `images` their embeddings, `similarities` which

@@ -1,4 +1,4 @@
-"""Which examples come together in a batch: at random, or in clusters of similar ones. Any method can use either."""
+"""Batch samplers for any method: random, or similarity clusters (SimCLIP)."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Sampler:
 class Clusters(Sampler):
     """Batches of which a share is clusters of similar examples: pc_clip.train.clusters, an epoch at a time.
 
-    The batches of an epoch are settled when it begins, because what is similar may depend on the weights of that
+    The batches of an epoch are drawn when it begins, because what is similar may depend on the weights of that
     moment; they are part of a run's state, so that it can be continued within the epoch. Examples that no embedding
     could tell apart, such as pairs of which the same sentence is told, are one while batches are made, and one of them
     is drawn for each batch: they would be negatives of each other that nothing can be learnt from.

@@ -114,7 +114,7 @@ class BestCheckpoint:
         write_text(self.run / FIGURES_FILE, "".join(json.dumps(row) + "\n" for row in self.rows))
 
     def restore(self) -> str:
-        """Put the best weights in the place of the last; says which they are."""
+        """Restore the best weights.  -> a sentence that says which they are"""
         weights, about = read_checked(self.run / BEST_FILE)
         row = json.loads(about["row"])
         with torch.no_grad():

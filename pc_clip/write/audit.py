@@ -95,7 +95,7 @@ def _meta(path: Path) -> dict[str, Any]:
         meta = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
         sum(meta.get("counts", {}).values())
     except (ValueError, AttributeError, TypeError) as error:
-        raise UserError(f"{beside} is not what a writer leaves ({error}); mend or delete it") from error
+        raise UserError(f"{beside} is not what a writer leaves ({error}); fix or delete it") from error
     return meta
 
 

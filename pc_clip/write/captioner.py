@@ -1,4 +1,4 @@
-"""Differences by a captioner of changes, which looks at two pictures and reads no captions.
+"""Difference sentences by a change captioner, which sees both pictures and no captions.
 
 A change sentence says how the picture after differs from the one before; a difference says how its first image differs
 from its second. So `first` is the picture after, and `second` the one before. Sentences that say that nothing changed

@@ -1,4 +1,4 @@
-"""What a writer said -> a sentence to keep, or the name of the rule it broke.
+"""Clean a language model's output: a sentence to keep, or the name of the rule that rejects it.
 
 An answer is built as: a greeting, an offer, an announcement, the sentences themselves, an offer of more, another
 question. TRIMS cut away what stands around the sentences; RULES judge these, and name what is rejected.
@@ -29,10 +29,10 @@ class Checked(NamedTuple):
 
 
 class Given(NamedTuple):
-    """What is known beside the sentence.
+    """The writer's input, which its output is checked against.
 
-    captions: what the writer was told of the two images or classes. examples: every text of the worked examples
-    in its prompt. instructions: the texts that said what it was to do.
+    captions: of the two images or classes. examples: every text of the worked examples in its prompt. instructions:
+    the other texts of its prompt.
     """
 
     min_characters: int = MIN_CHARACTERS
@@ -54,7 +54,7 @@ def clean(text: str, min_characters: int = MIN_CHARACTERS) -> Checked:
 
 
 def check(text: str, given: Given) -> Checked:
-    """Keep, trim or reject a sentence. Newlines that become spaces are no trim: no word is lost."""
+    """Keep, trim or reject a sentence. Newlines that become spaces do not count as trimmed: no word is lost."""
     text, original = text.strip(), join_lines(text)
     if not original:
         return Checked(None, "empty")
@@ -158,7 +158,7 @@ def _on_an_image(text: str) -> bool:
 
 
 def drop_list_marks(text: str) -> str:
-    """Chat models like lists. The marks at the start of lines are no words of the answer."""
+    """Chat models like lists. The marks at the start of lines are not words of the answer."""
     return re.sub(r"^\s*(?:[-*•]|\d{1,2}[.)])[ \t]+", "", text, flags=re.MULTILINE)
 
 

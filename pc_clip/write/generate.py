@@ -110,7 +110,7 @@ def write_missing_example(data: DataConfig) -> None:
         config = of_example(path.stem)
         if path == Path(config.out) / f"{config.name}.jsonl":
             log.info("%s is not there yet; writing it as configs/diffs_%s.yaml says", path, config.name)
-            generate(config, Processes())  # alone, whoever waits for it
+            generate(config, Processes())  # in one process; the others wait
 
 
 def of_example(name: str) -> GenerateConfig:
@@ -181,7 +181,7 @@ def _captions(config: GenerateConfig) -> dict[str, tuple[str, ...]]:
     if config.captions and config.dataset == GenerateConfig.dataset:
         return {key: captions for key, (_, captions) in read_captions(config.captions).items()}
     what = {"dataset": config.dataset, "root": config.root, "split": config.split, "captions": config.captions}
-    data = load_dataset(DataConfig(**what, missing="keep"))  # nobody looks at the pictures
+    data = load_dataset(DataConfig(**what, missing="keep"))  # pictures are not read
     if not data.captions:
         raise UserError(f"{data.label} has no captions to write from; name a file of them with --captions")
     return dict(zip(data.ids, data.captions))

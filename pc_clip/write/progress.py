@@ -1,4 +1,4 @@
-"""What is written so far: a folder beside the file, into which each process appends lines to a file of its own.
+"""Resumable progress: each process appends lines to a file of its own in NAME.parts/.
 
 While NAME.jsonl is written, NAME.parts/ holds settings.json (what the sentences depend on), writer.json (what wrote
 them) and a file of JSON lines for each process of each run. A killed process loses the line that it was writing, a
@@ -101,7 +101,7 @@ class Progress:
                             raise ValueError("these keys are not the item's")
                     except (ValueError, LookupError, TypeError) as error:  # ValueError: neither JSON nor UTF-8 too
                         raise UserError(
-                            f"{path} line {count} is no sentence about one of these pairs ({line[:60]!r}); delete the "
+                            f"{path} line {count} is not a sentence on one of these pairs ({line[:60]!r}); delete the "
                             "line, and the same command continues, or choose another --name"
                         ) from error
                     lines.setdefault(row["n"], line)

@@ -35,7 +35,7 @@ class Prompt:
 
 
 def read(path: str | Path) -> Prompt:
-    """Raises UserError for a file that is absent or is no prompt."""
+    """Raises UserError for a file that is absent or not a prompt."""
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         prompt = Prompt(content["system"], content["instruction"], tuple(content.get("examples", ())))
@@ -44,7 +44,7 @@ def read(path: str | Path) -> Prompt:
         raise UserError(f"no prompt at {path}; those that are there lie in {FOLDER}") from error
     except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{path} is no prompt ({' '.join(str(error).split())}); it needs system, instruction, and examples with "
+            f"{path} is not a prompt ({' '.join(str(error).split())}); it needs system, instruction, and examples with "
             "first and answer"
         ) from error
     if "{first}" not in prompt.instruction:

@@ -209,7 +209,7 @@ def parse_order(raw: str, n: int) -> list[int] | None:
 
 
 def judge_order(raw: str, job: Job) -> Checked:
-    """`parse_order` in the place of the cleaning of sentences; what is kept is written "2, 1, 3"."""
+    """`parse_order` instead of sentence cleaning; what is kept is written "2, 1, 3"."""
     order = parse_order(raw, job.second.count("\n") + 1)
     return Checked(", ".join(map(str, order)), "kept") if order else Checked(None, "no_order")
 

@@ -1,4 +1,4 @@
-"""Words: which say what there is, their stems, and which of them are said of which image."""
+"""Content words, their stems, and which of them describe which image."""
 
 from __future__ import annotations
 

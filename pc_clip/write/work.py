@@ -1,4 +1,4 @@
-"""What all tasks of generate_diffs.py share: a task's sentences, written or continued by several processes."""
+"""Run a writing task on one or several processes, and resume it."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def _judge(config: GenerateConfig, writer: Writer) -> Callable[[str, Job], Check
 def _row(item: Item, job: Job, raw: str, judge: Callable[[str, Job], Checked]) -> dict[str, Any]:
     """The line of one answer: its text, or why it was rejected."""
     cut = getattr(raw, "cut", False)  # before encode, which gives back a plain str
-    raw = raw.encode("utf-8", "replace").decode()  # half a surrogate pair is no text
+    raw = raw.encode("utf-8", "replace").decode()  # half a surrogate pair is not valid text
     text, reason = Checked(None, "cut") if cut else judge(raw, job)
     row = {"first": item[0], "second": item[1], "text": text, "reason": reason, "captions": [job.first, job.second]}
     return row | ({"raw": raw} if text is None else {})

@@ -1,4 +1,4 @@
-"""What all writers share: a job, and what a writer has to do."""
+"""The writer interface: a job, and the methods of a writer."""
 
 from __future__ import annotations
 

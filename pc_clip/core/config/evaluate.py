@@ -12,9 +12,9 @@ ALPHAS = tuple(n / 10 for n in range(11))
 class DifferenceConfig:
     """Does a difference sentence point along the difference of two images?"""
 
-    sentences: str | None = setting(None, "A JSONL file of sentences, in place of the data set's attributes.")
-    n_pairs: int = setting(2000, "Pairs of images drawn for each attribute, each time.")
-    draws: int = setting(5, "How often pairs are drawn anew; the mean is reported.")
+    sentences: str | None = setting(None, "A JSONL file of sentences, instead of the data set's attributes.")
+    n_pairs: int = setting(2000, "Pairs of images a draw, for each attribute.")
+    draws: int = setting(5, "Number of draws; the mean is reported.")
 
 
 @settings
@@ -22,30 +22,28 @@ class WordingsConfig:
     """The same differences in many wordings, among them some that no training sentence has."""
 
     n_pairs: int = setting(200, "Pairs of images.")
-    families: list[str] = setting([], "Families of wordings that are held out; empty for those of data/wordings.yaml.")
-    schemes: list[str] = setting([], "Schemes of names for the two images that are held out; empty for those.")
-    trained_schemes: list[str] = setting([], "Schemes in which families are asked about; empty for all not held out.")
+    families: list[str] = setting([], "Held-out families of templates; empty for those of data/wordings.yaml.")
+    schemes: list[str] = setting([], "Held-out naming schemes; empty for those of data/wordings.yaml.")
+    trained_schemes: list[str] = setting([], "Naming schemes for the families; empty for all that are not held out.")
 
 
 @settings
 class RankConfig:
     """Images in the order of a sentence."""
 
-    attribute: str | None = setting(None, "The sentence or phrase that the images of --images are ordered by.")
-    against: str | None = setting(None, "Its opposite, if there is one.")
+    attribute: str | None = setting(None, "The sentence or phrase to rank the images of --images by.")
+    against: str | None = setting(None, "The opposite of the attribute, if any.")
 
 
 @settings
 class ComparativeConfig:
     """What is known of how two classes differ, put into their prompts."""
 
-    alphas: list[float] = setting(list(ALPHAS), "The weights of the ordinary prompt that are tried.")
+    alphas: list[float] = setting(list(ALPHAS), "Candidate weights alpha of the plain prompt.")
     pairs: str = setting("file", "Which classes are compared: file for the data set's own, auto for the most confused.")
-    n_comparisons: int = setting(10, "How many confused pairs of classes auto compares.")
-    calibrate: list[str] = setting(
-        ["none", "norm", "offset", "centred", "shuffled"], "How comparisons are brought to the scale of prompts."
-    )
-    writer: str = setting("rules", "What writes comparisons when pairs is auto: rules, transformers or server.")
+    n_comparisons: int = setting(10, "Number of confused class pairs for auto.")
+    calibrate: list[str] = setting(["none", "norm", "offset", "centred", "shuffled"], "Scaling of the comparisons.")
+    writer: str = setting("rules", "Writer of comparisons for auto: rules, transformers or server.")
     transformers: LanguageModelConfig = group(LanguageModelConfig, needs="writer=transformers")
     server: ServerConfig = group(ServerConfig, needs="writer=server")
 
@@ -61,38 +59,38 @@ class ExtendedConfig:
 class AverageConfig:
     """Weights averaged with the start (WiSE-FT)."""
 
-    alphas: list[float] = setting(list(ALPHAS), "The shares of the finetuned weights that are tried.")
+    alphas: list[float] = setting(list(ALPHAS), "Candidate weights alpha of the finetuned model.")
 
 
 @settings
 class ProbeConfig:
     """Logistic regression on few labelled images."""
 
-    shots: list[int] = setting([1, 2, 4, 8, 16], "Labelled images a class.")
-    draws: int = setting(5, "How often these are drawn anew; the mean is reported.")
+    shots: list[int] = setting([1, 2, 4, 8, 16], "Labelled images per class.")
+    draws: int = setting(5, "Number of draws; the mean is reported.")
 
 
 @settings
 class GeometryConfig:
     """How differences lie in the embedding space."""
 
-    n_pairs: int = setting(2000, "Pairs of images drawn for each attribute.")
+    n_pairs: int = setting(2000, "Pairs of images for each attribute.")
 
 
 @settings
 class BatchesConfig:
     """Retrieval within batches, as SimCLIP reports it."""
 
-    size: int = setting(64, "Images searched among.")
+    size: int = setting(64, "Images per batch.")
 
 
 @settings
 class CaptionConfig:
     """Sentences on what changed between two images."""
 
-    beams: int = setting(1, "Sentences kept open while one is looked for; 1 takes the likeliest word each time.")
-    length_penalty: float = setting(1.0, "Beams are compared by log-likelihood / length ** length_penalty.")
-    spice: bool = setting(False, "Score sentences by SPICE too, which needs Java 8 and a download (docs/change.md).")
+    beams: int = setting(1, "Beam size; 1 is greedy decoding.")
+    length_penalty: float = setting(1.0, "Beams are ranked by log-likelihood / length ** length_penalty.")
+    spice: bool = setting(False, "Also compute SPICE, which needs Java 8 and a download (docs/change.md).")
 
 
 EVALUATIONS: dict[str, str] = {  # --mode NAME, in a line each
@@ -123,7 +121,7 @@ EVALUATIONS: dict[str, str] = {  # --mode NAME, in a line each
 class RelativeConfig:
     """Images found by a reference and a relative caption."""
 
-    alphas: list[float] = setting([0.25, 0.5, 1.0, 2.0, 4.0], "Weights of the caption that are tried, beside 0.")
+    alphas: list[float] = setting([0.25, 0.5, 1.0, 2.0, 4.0], "Candidate weights alpha of the caption, besides 0.")
 
 
 @settings
@@ -131,25 +129,23 @@ class EvaluateConfig(LoaderConfig):
     """Evaluate a model."""
 
     dataset: str = setting("example", "A name that `python -m pc_clip datasets` lists.")
-    root: str | None = runtime(None, "The folder it is in, unless it is where that list says.")
-    split: str | None = setting(None, "Which part of it, or the path of a table for tsv; empty for the test split.")
-    download: bool = runtime(False, "Fetch the data set if it is not there.")
-    mode: str = runtime("", "Evaluations, separated by commas; empty for all that the data set allows.")
+    root: str | None = runtime(None, "Root folder; empty for the one in that list.")
+    split: str | None = setting(None, "Split, or the path of a table for tsv; empty for test.")
+    download: bool = runtime(False, "Download the data set if it is missing.")
+    mode: str = runtime("", "Evaluations, separated by commas; empty for all that apply.")
     checkpoint: str | None = runtime(
         None, "A run's folder, a .safetensors or .pt file; empty for the pretrained model."
     )
-    images: str | None = setting(None, "A folder of images in place of a data set, for --mode rank.")
+    images: str | None = setting(None, "A folder of images instead of a data set, for --mode rank.")
     tasks: list[str] = setting([], "Attributes to ask about, by name; empty for all that fit the data set.")
-    statements: list[str] = setting(
-        [], "Files or folders of true and false statements, in place of the data set's own."
-    )
+    statements: list[str] = setting([], "Files or folders of true and false statements, instead of the data set's own.")
     unconfirmed: bool = setting(False, "Keep VALSE's rows that fewer than two of three annotators confirmed.")
     prompts: str = setting("paper", 'paper for "This is a photo of a {}.", several for the data set\'s own list.')
     templates: list[str] = setting([], "Prompts with {} for the class, in place of either.")
-    seed: int = setting(0, "Of every random choice.")
+    seed: int = setting(0, "Random seed.")
     label: str | None = runtime(None, "The name of the results' folder; empty for the checkpoint's.")
-    out: str = runtime("results", "Where results are kept.")
-    again: bool = runtime(False, "Evaluate again what has been evaluated.")
+    out: str = runtime("results", "Folder of results.")
+    again: bool = runtime(False, "Recompute existing results.")
     threads: int = runtime(0, "CPU threads; 0 leaves the choice to torch.")
     model: PretrainedConfig = group(PretrainedConfig, identity=False)
     difference: DifferenceConfig = group(DifferenceConfig, identity=False)

@@ -67,7 +67,7 @@ class PretrainedConfig:
         "embedded one on the example, and PC-CLIP's ViT-L-14 on anything else.",
     )
     pretrained: str | None = setting(None, "One of open_clip's tags, a file of weights, or scratch for random ones.")
-    tag: str | None = setting(None, "The tag whose image transform and activation weights from a file have.")
+    tag: str | None = setting(None, "The open_clip tag whose image transform and activation a weights file needs.")
 
     def source(self, dataset: str) -> tuple[str, str | None, str | None]:
         """The architecture, the weights and their tag that a model is made of, when it is used on `dataset`."""
@@ -84,27 +84,25 @@ class PretrainedConfig:
 class ModelConfig(PretrainedConfig):
     """The model a run starts from, and what of it learns."""
 
-    start: str = setting("", "A checkpoint to start from instead: a run's folder, a .safetensors or .pt file.")
+    start: str = setting("", "Checkpoint to initialise from: a run's folder, a .safetensors or .pt file.")
     train: str = setting(
         "text_blocks",
         "What learns: text_blocks, text, all_text_but_embeddings or both; attention for the query, key and "
         "value projections of both towers (A-CLIP), text_attention for those of the text tower.",
     )
-    lora_rank: int = setting(0, "Train LoRA adapters of this rank on what `train` names; 0 for none. Needs peft.")
-    lora_alpha: float | None = setting(None, "What adapters add is multiplied by lora_alpha / lora_rank; null for 1.")
-    fast_text: bool = setting(True, "Encode texts without padding where the text tower allows it.")
+    lora_rank: int = setting(0, "Rank of LoRA adapters on the weights `train` selects; 0 for none. Needs peft.")
+    lora_alpha: float | None = setting(None, "LoRA scale = lora_alpha / lora_rank; null for 1.")
+    fast_text: bool = setting(True, "Use the padding-free text encoder where the tower allows it.")
 
 
 @settings
 class LoaderConfig:
     """How images are read and embedded."""
 
-    missing: str = setting("error", "What to do with annotated images that are absent, error or skip.")
-    upright: bool | None = setting(
-        None, "Turn pictures as their EXIF says; empty for one's own (folder, tsv, changes) alone."
-    )
-    batch_size: int = runtime(128, "Images embedded together.")
-    workers: int = runtime(0, "Processes that read images.")
+    missing: str = setting("error", "What to do with annotated images that are missing: error or skip.")
+    upright: bool | None = setting(None, "Apply EXIF orientation; empty for your own data (folder, tsv, changes) only.")
+    batch_size: int = runtime(128, "Batch size for image embeddings.")
+    workers: int = runtime(0, "Data-loading processes.")
     device: str = runtime("", "cpu or cuda; empty for the GPU if there is one.")
 
 
@@ -113,10 +111,10 @@ class MixConfig:
     """Images of another data set that are mixed into those that are learnt from."""
 
     dataset: str = setting(MISSING, "A name that `python -m pc_clip datasets` lists.")
-    n: int = setting(MISSING, "How many of its images, drawn by the run's seed.")
-    root: str | None = setting(None, "The folder it is in, unless it is where that list says.")
-    split: str | None = setting(None, "Which part of it; empty for its train split.")
-    caption: str = setting("a photo of a {}", "What is said of an image without captions, with {} for its class.")
+    n: int = setting(MISSING, "Number of images, drawn with the run's seed.")
+    root: str | None = setting(None, "Root folder; empty for the one in that list.")
+    split: str | None = setting(None, "Split; empty for train.")
+    caption: str = setting("a photo of a {}", "Caption of an image without one; {} is its class.")
 
 
 @settings
@@ -124,36 +122,34 @@ class DataConfig:
     """The images and what was written about them."""
 
     dataset: str = setting("example", "A name that `python -m pc_clip datasets` lists.")
-    root: str | None = setting(None, "The folder it is in, unless it is where that list says.")
-    split: str | None = setting(None, "Which part of it, or the path of a file for tsv and changes; empty for train.")
-    missing: str = setting("error", "What a picture means that is named and absent, error or skip.")
-    upright: bool | None = setting(
-        None, "Turn pictures as their EXIF says; empty for one's own (folder, tsv, changes) alone."
-    )
+    root: str | None = setting(None, "Root folder; empty for the one in that list.")
+    split: str | None = setting(None, "Split, or the path of a file for tsv and changes; empty for train.")
+    missing: str = setting("error", "What to do with annotated images that are missing: error or skip.")
+    upright: bool | None = setting(None, "Apply EXIF orientation; empty for your own data (folder, tsv, changes) only.")
     differences: str = setting("", "The JSONL file of difference sentences, for methods that learn from them.")
-    statements: list[str] = setting([], "Files of true and false statements, in place of the data set's own.")
-    captions: str | None = setting(None, "A file in place of the data set's own; images without one are left out.")
-    embeddings: str | None = setting(None, "A file of image embeddings, or the index.json of many, in place of images.")
+    statements: list[str] = setting([], "Files of true and false statements, instead of the data set's own.")
+    captions: str | None = setting(
+        None, "A file of captions instead of the data set's; images without captions are dropped."
+    )
+    embeddings: str | None = setting(None, "A file of image embeddings, or index.json of shards, instead of images.")
     broken: str = setting(
-        "error", "What a picture means that does not decode, error or skip (all are then decoded once)."
+        "error", "What to do with images that do not decode: error or skip (skip decodes all once first)."
     )
     mix: list[MixConfig] = setting([], 'Other data sets to learn from as well: \'[{"dataset": "mnist", "n": 500}]\'.')
-    min_crop: float = setting(
-        1.0, "Where the image tower learns, the least share of an image that its random crop has."
-    )
-    workers: int = runtime(0, "Processes that read images.")
+    min_crop: float = setting(1.0, "Smallest area fraction of random crops, where the image tower is trained.")
+    workers: int = runtime(0, "Data-loading processes.")
 
 
 @settings
 class EmbedConfig:
     """Embed a data set's images beforehand; docs/scale.md is about large ones."""
 
-    batch_size: int = runtime(128, "Images encoded together.")
-    shard_size: int = setting(65_536, "Images a file, where there are more than that; a WebDataset has a file a tar.")
+    batch_size: int = runtime(128, "Batch size.")
+    shard_size: int = setting(65_536, "Images per shard; a WebDataset has one shard a tar.")
     precision: str = setting("no", '"no" for float32, or bf16 for mixed precision.')
-    dtype: str = setting("float32", "What is kept, float32 or float16.")
-    broken: str = setting("error", "What an image means that does not decode, error or skip.")
-    cache: str = runtime("", "The folder of the files; empty for the one where training and evaluations look for them.")
+    dtype: str = setting("float32", "Stored type, float32 or float16.")
+    broken: str = setting("error", "What to do with images that do not decode: error or skip.")
+    cache: str = runtime("", "Folder of the shards; empty for the shared cache.")
     device: str = runtime("", "cpu or cuda; empty for the GPU if there is one.")
     model: PretrainedConfig = group(PretrainedConfig)
     data: DataConfig = group(DataConfig)

@@ -20,44 +20,42 @@ class LanguageModelConfig:
     gguf_file: str | None = setting(None, "File inside `model` when the weights are in GGUF format.")
     dtype: str = setting("bfloat16", "float32, bfloat16 or float16.")
     quantize: str = setting("", "4bit or 8bit by bitsandbytes, on a GPU; empty for neither.")
-    batch_size: int = runtime(32, "Prompts generated together.")
-    max_new_tokens: int = setting(80, "The longest answer.")
-    temperature: float = setting(0.0, "0 for the most likely answer; above it, answers are drawn by seed.")
-    top_p: float = setting(1.0, "Draw among the most likely tokens that make up this share.")
-    share_prefix: bool = runtime(True, "Compute what all prompts begin with once.")
-    device: str = runtime("", "Where the model runs; empty for the GPU if there is one.")
+    batch_size: int = runtime(32, "Batch size.")
+    max_new_tokens: int = setting(80, "Maximum new tokens.")
+    temperature: float = setting(0.0, "Sampling temperature; 0 is greedy.")
+    top_p: float = setting(1.0, "Nucleus sampling: probability mass.")
+    share_prefix: bool = runtime(True, "Compute the prompts' shared prefix once.")
+    device: str = runtime("", "cpu or cuda; empty for the GPU if there is one.")
 
 
 @settings
 class ServerConfig:
     """A language model behind one or several OpenAI-compatible servers."""
 
-    url: list[str] = runtime(
-        ["http://localhost:8000/v1"], "Where the servers are, with their paths, separated by commas."
-    )
-    model: str = setting("", "The model's name there; empty for the only one that is served.")
-    chat: bool = setting(True, "Ask through the chat template; false for a base model, by worked examples.")
+    url: list[str] = runtime(["http://localhost:8000/v1"], "Base URLs of the servers, separated by commas.")
+    model: str = setting("", "Model name on the server; empty if it serves one.")
+    chat: bool = setting(True, "Chat completions; false for a base model, prompted by worked examples.")
     system_role: bool = setting(True, "Send the system prompt as a message of its own, not before the question.")
-    concurrency: int = runtime(32, "Requests under way at once, for each URL.")
-    timeout: float = runtime(60.0, "Seconds a request may take.")
-    retries: int = runtime(8, "How often a failed request is tried again, with waits of 0.5 s to 8 s.")
+    concurrency: int = runtime(32, "Concurrent requests per URL.")
+    timeout: float = runtime(60.0, "Time-out of a request in seconds.")
+    retries: int = runtime(8, "Retries of a failed request, with waits of 0.5 s to 8 s.")
     api_key_env: str = runtime("OPENAI_API_KEY", "The environment variable that holds the key of every URL.")
-    max_tokens: int = setting(100, "The longest answer.")
-    temperature: float = setting(0.0, "0 for the most likely answer; above it, answers are drawn by seed.")
-    top_p: float = setting(1.0, "Draw from the likeliest tokens that make up this share.")
-    stop: list[str] = setting([], "Strings that end an answer; without chat, the end of the line unless given.")
+    max_tokens: int = setting(100, "Maximum new tokens.")
+    temperature: float = setting(0.0, "Sampling temperature; 0 is greedy.")
+    top_p: float = setting(1.0, "Nucleus sampling: probability mass.")
+    stop: list[str] = setting([], "Stop strings; without chat, the end of the line by default.")
     extra: str = setting("", 'Further fields of a request: {"chat_template_kwargs": {"enable_thinking": false}}.')
-    rename: list[str] = setting([], "Fields of a request under other names: max_tokens=max_completion_tokens.")
+    rename: list[str] = setting([], "Renamed request fields: max_tokens=max_completion_tokens.")
 
 
 @settings
 class ChangeWriterConfig(LoaderConfig):
     """A captioner of changes, trained by finetune.py --method change with stage caption."""
 
-    checkpoint: str = setting("", "Its run's folder, or a .safetensors file.")
+    checkpoint: str = setting("", "Checkpoint of the captioner: a run's folder or a .safetensors file.")
     references: bool = setting(False, "Write the data set's own change sentences; needs no captioner.")
-    beams: int = setting(1, "Sentences kept open while one is looked for; 1 takes the likeliest word each time.")
-    length_penalty: float = setting(1.0, "Beams are compared by log-likelihood / length ** length_penalty.")
+    beams: int = setting(1, "Beam size; 1 is greedy decoding.")
+    length_penalty: float = setting(1.0, "Beams are ranked by log-likelihood / length ** length_penalty.")
 
 
 @settings
@@ -65,10 +63,10 @@ class WordingConfig:
     """In which wordings the writer rules puts a difference; data/wordings.yaml has them all."""
 
     families: list[str] = setting([], "Families of templates; empty for all that are not held out for evaluations.")
-    schemes: list[str] = setting([], "Schemes of names for the two images; empty for all that are not held out.")
-    order: str = setting("both", "Which image is mentioned first: both, each as often, or first, as templates stand.")
-    without: list[str] = setting([], "Families and schemes that are left out in addition.")
-    graded: float = setting(0.0, "The share of sentences that compare: larger, more people (data/graded_nouns.yaml).")
+    schemes: list[str] = setting([], "Naming schemes of the two images; empty for all not held out.")
+    order: str = setting("both", "Order of mention: both (half each) or first.")
+    without: list[str] = setting([], "Families and schemes to leave out.")
+    graded: float = setting(0.0, "Fraction of comparative sentences: larger, more people (data/graded_nouns.yaml).")
     openers: float = setting(0.0, 'The share of sentences with an opener, as in "Overall, the first image ...".')
 
 
@@ -76,10 +74,12 @@ class WordingConfig:
 class RankDataConfig(LoaderConfig):
     """Which images are put in order by how well they fit a caption, for --task rank."""
 
-    n_queries: int | None = setting(None, "How many captions, each of another image; empty for one of each image.")
-    margin: float = setting(0.05, "Candidates have a cosine within this of the best one's.")
-    most: int = setting(9, "No more candidates than these, the caption's own image among them.")
-    pairs_each: int | None = setting(None, "How many pairs of a caption's candidates are drawn; empty for all.")
+    n_queries: int | None = setting(
+        None, "Number of query captions, each of another image; empty for one of each image."
+    )
+    margin: float = setting(0.05, "Largest cosine distance of a candidate from the best.")
+    most: int = setting(9, "Maximum number of candidates, the caption's own image included.")
+    pairs_each: int | None = setting(None, "Pairs per caption; empty for all.")
     pictures: bool = setting(True, "Show the writer server the pictures; false sends it their captions.")
     order_prompt: str | None = setting(None, "A YAML that asks for an order, like write/prompts/rank_order.yaml.")
 
@@ -108,7 +108,7 @@ class GenerateConfig:
     )
     question: str | None = of_tasks(None, "compare describe", "Which of its classifications, where it has several.")
     split: str | None = setting(None, "Which split of the data set; the first, train, unless named.")
-    n_images: int | None = of_tasks(None, "pairs rewrite change", "How many images are drawn; empty for all.")
+    n_images: int | None = of_tasks(None, "pairs rewrite change", "Number of images; empty for all.")
     n_pairs: int | None = of_tasks(
         None, "pairs compare change", "How many pairs of them, or of classes; empty for all."
     )
@@ -122,10 +122,10 @@ class GenerateConfig:
     prompt: str | None = of_tasks(
         None, "pairs rewrite reword compare describe rank", "A YAML like those in write/prompts/; empty for the task's."
     )
-    seed: int = setting(0, "Of every random choice.")
-    out: str = runtime("llm_diffs", "Where the sentences are kept.")
-    overwrite: bool = runtime(False, "Write again what is there already.")
-    allow_missing: bool = runtime(False, "Finish without the sentences that no server could write; they are counted.")
+    seed: int = setting(0, "Random seed.")
+    out: str = runtime("llm_diffs", "Output folder.")
+    overwrite: bool = runtime(False, "Overwrite an existing file.")
+    allow_missing: bool = runtime(False, "Finish without sentences that no server could write; they are counted.")
     rank: RankDataConfig = group(RankDataConfig, tasks=("rank",))
     model: PretrainedConfig = group(PretrainedConfig, tasks=("rank",))
     wording: WordingConfig = group(WordingConfig, tasks=("pairs", "reword", "compare"))

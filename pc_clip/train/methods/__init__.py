@@ -1,4 +1,4 @@
-"""What a run learns from, one file a method: `methods/NAME.py` is `--method NAME`.
+"""Training methods, one file each: `methods/NAME.py` is `--method NAME`.
 
 Its settings are a dataclass in core/config/train.py, where METHODS lists it; they appear as `--NAME.setting`. The file
 has a class `Method`, a torch module (a `BaseMethod` of base.py, which has what they share) with

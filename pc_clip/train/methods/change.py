@@ -1,4 +1,4 @@
-"""What changed between two images: CLIP4IDC (Guo et al. 2022, arXiv 2206.00629), in its two stages.
+"""CLIP4IDC (Guo et al. 2022, arXiv 2206.00629): retrieval of change sentences, then change captioning.
 
 retrieve adapts CLIP: a pair of images (models/pair_encoder.py) finds its sentence among others and is found by it.
 caption then trains a decoder to write the sentence, on an encoder that goes on learning. The epoch that does best on
@@ -84,7 +84,7 @@ class Method(BaseMethod):
                 raise UserError(f"{config.model.start} was trained with change.{name} {there}; leave it out here")
         self.change = clip.change
         if options.stage == "retrieve":
-            self.change.decoder = self.change.vocabulary = None  # what was written before this adaptation is no more
+            self.change.decoder = self.change.vocabulary = None  # it was trained on the earlier encoder
             self.texts = Texts(clip, sentences)
             self.sentence = self.texts.rows(sentences)
             self.note(self.texts.truncated, CUT)
@@ -118,13 +118,13 @@ class Method(BaseMethod):
             sizes = ", ".join(f"{name} {value}" for name, value in vars(self.change.decoder.shape).items())
             self.notes.append(f"the decoder of {self.config.model.start} learns on, as it is: {sizes}")
             lacking = sum(map(self.change.vocabulary.lacks, distinct))
-            self.note(lacking, "sentences have pieces of words that it does not know; these are left out")
+            self.note(lacking, "sentences have subwords outside the vocabulary; these are left out")
         length = self.change.decoder.shape.max_length
         self.written = self.change.vocabulary.encode(distinct, length)  # [U, L]
         one_more = self.change.vocabulary.encode(distinct, length + 1)
         cut = int(((one_more != PAD).sum(1) > length).sum())
-        self.note(cut, f"sentences longer than {length} pieces of words, cut")
-        self.notes.append(f"{len(self.change.vocabulary.pieces)} pieces of words in {len(distinct)} sentences")
+        self.note(cut, f"sentences longer than {length} subwords, cut")
+        self.notes.append(f"{len(self.change.vocabulary.pieces)} subwords in {len(distinct)} sentences")
 
     def _validation(self, data: Dataset) -> Dataset | None:
         """The pairs that the best epoch is chosen on."""

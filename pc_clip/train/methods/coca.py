@@ -1,4 +1,4 @@
-"""CoCa (Yu et al. 2022), whose decoder also says how likely a caption is, given an image: log p(caption | image).
+"""Log-likelihoods log p(caption | image) by the decoder of CoCa (Yu et al. 2022).
 
 open_clip's CoCa reads a caption's tokens by its text tower, causally; the decoder attends from these to the image's
 tokens, and what it makes at a place are logits of the token at the next one.
@@ -20,7 +20,7 @@ def check(clip: Clip) -> None:
     causal = isinstance(clip.model, CoCa) and getattr(clip.model.text, "attn_mask", None) is not None
     if not causal or getattr(clip.model.text, "pool_type", None) != "argmax":
         raise UserError(
-            f"{clip.name} is no CoCa model with a causal text tower, so captions have no likelihood by it; "
+            f"{clip.name} is not a CoCa model with a causal text tower, so captions have no likelihood by it; "
             "take one of open_clip's coca_... models, or set preference.captioning 0"
         )
 

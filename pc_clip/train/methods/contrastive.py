@@ -27,9 +27,7 @@ class Batch(NamedTuple):
     ids: list[str]
     tokens: Tensor  # [B, L] int64
     images: Tensor  # [B, D] embeddings, or [B, 3, H, W] pixels when the image tower learns
-    false_negative_rate: (
-        Tensor  # scalar: the share of all processes' negatives that are likely none; NaN if it is not logged
-    )
+    false_negative_rate: Tensor  # scalar, estimated over all processes; NaN in steps that are not logged
 
 
 class Part(NamedTuple):

@@ -1,7 +1,7 @@
 """PC-CLIP: the embedding of a difference sentence moves to the difference of the two images' embeddings.
 
 Finetuning CLIP to Reason about Pairwise Differences (arXiv 2409.09721, TMLR 2025). Three additions, all off unless
-asked for: mirror pairs, a choice of pairs whose images are alike, and captions in the place of images that nobody has
+asked for: mirror pairs, a choice of pairs whose images are alike, and captions as targets instead of images
 (target, captioned_differences). Batches of similar sentences or similar differences come from the sampler
 (train/samplers.py).
 """
