@@ -151,7 +151,7 @@ def test_adapters_are_on_the_matrices_that_train_names(vit):
         assert set(lora.weights_to_adapt(vit.model, train, vit.name)) == matrices, train
 
 
-def test_merged_weights_give_what_the_adapters_gave_under_the_names_of_the_base(clip):
+def test_merged_weights_equal_the_adapters_under_base_names(clip):
     start = {name: value.clone() for name, value in clip.model.state_dict().items()}
     classes = [type(module) for module in clip.model.modules()]
     names = adapt(clip)
@@ -168,7 +168,7 @@ def test_merged_weights_give_what_the_adapters_gave_under_the_names_of_the_base(
     assert lora.parameters(clip.model) == {}
 
 
-def test_what_is_added_is_the_product_of_the_two_times_alpha_by_rank_in_float32(vit):
+def test_lora_adds_scaled_b_a_in_float32(vit):
     clip = vit
     weight = clip.model.transformer.resblocks[0].attn.in_proj_weight.detach().clone()
     patches = clip.model.visual.conv1.weight.detach().clone()

@@ -40,7 +40,7 @@ def folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("defined", [LISTS, GRADED])
-def test_an_image_has_the_value_of_its_class_in_whatever_order_the_classes_stand(folder, defined):
+def test_class_attributes_are_joined_by_name_in_any_order(folder, defined):
     """Joined by position, as the reference's Flowers and AwA2 are, this fails."""
     (folder / "zoo_size.yaml").write_text(TASK % defined)
     for classes in (("bear", "cat", "mouse"), ("mouse", "bear", "cat"), ("cat", "mouse", "bear")):

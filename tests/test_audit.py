@@ -74,7 +74,7 @@ def test_what_is_said_is_held_against_all_captions_of_both_images():
     assert turned["wrong_image_words"] == 1
 
 
-def test_the_captions_the_writer_had_are_found_as_long_as_they_are_the_same():
+def test_the_writers_captions_are_used_if_unchanged():
     path = coco()
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     meta = {"settings": {"captions": str(path), "captions_sha256": digest}}
@@ -142,7 +142,7 @@ def test_the_command_prints_the_figures_and_writes_two_files(capsys):
     assert [path.name for path in FILE.parent.iterdir()] == ["some.jsonl"]
 
 
-def test_the_sample_is_drawn_by_the_seed_and_no_larger_than_the_file():
+def test_the_sample_is_seeded_and_bounded():
     audited = audit.audit(save(*[("1", "2", f"sentence number {n}") for n in range(50)]))
     lines = [[item["line"] for item in audit.sample(audited, 5, seed)] for seed in (0, 0, 1)]
     assert lines[0] == lines[1] != lines[2]

@@ -79,7 +79,7 @@ def subject(start, end, monkeypatch, z, target, validation_target=None, alphas=(
     return context
 
 
-def test_a_point_between_can_be_better_than_both_ends_and_is_chosen_on_validation(monkeypatch):
+def test_the_best_average_is_selected_on_validation(monkeypatch):
     """a = (1, 0) throughout, b goes from (1, 1) to (-1, 1): (1, 0.6) is right at the end, (0.3, 1) at the start."""
     start, end = TinyClip(TinyModel([[1, 0], [1, 1]])), TinyClip(TinyModel([[1, 0], [-1, 1]]))
     result = average.evaluate(subject(start, end, monkeypatch, [[1, 0.6], [0.9, 1.0]], [0, 1]))
@@ -94,7 +94,7 @@ def test_a_point_between_can_be_better_than_both_ends_and_is_chosen_on_validatio
     assert max(row["test"]["zeroshot"] for row in result.details["table"]) == 1.0
 
 
-def test_images_are_encoded_again_when_the_image_tower_changed_and_the_cache_keeps_only_the_ends(monkeypatch):
+def test_changed_image_towers_are_reencoded_and_only_the_ends_cached(monkeypatch):
     """The tower goes from the identity to one that swaps the two numbers, and halfway all images are alike."""
     start = TinyClip(TinyModel(START))
     end = TinyClip(TinyModel(START, tower=[[0.0, 1.0], [1.0, 0.0]]))
@@ -117,7 +117,7 @@ def test_what_cannot_be_averaged_is_said(monkeypatch):
 
 
 @pytest.mark.slow
-def test_on_the_example_the_ends_are_the_two_models_and_differences_are_measured_too(small_example):
+def test_averaging_ends_are_the_two_models(small_example):
     base, clip = create_model("example"), create_model("example")
     with torch.no_grad():
         for parameter in lora.trainable(clip, "text_blocks").values():

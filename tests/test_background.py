@@ -12,7 +12,7 @@ def running():
     return [thread for thread in threading.enumerate() if thread.name.startswith("batches")]
 
 
-def test_items_are_made_in_order_before_they_are_asked_for_and_not_many_more():
+def test_items_are_prefetched_in_order_and_bounded():
     made = []
     coming = prefetch((made.append(n) or n for n in range(100)), depth=2)
     assert next(coming) == 0

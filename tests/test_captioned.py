@@ -53,7 +53,7 @@ def mean_embedding(clip, texts) -> torch.Tensor:
     return F.normalize(clip.embed_texts(list(texts)).mean(0), dim=-1)
 
 
-def test_the_target_is_the_difference_of_the_mean_captions_at_the_start_and_no_picture_is_read(config, monkeypatch):
+def test_caption_targets_are_the_starts_and_read_no_image(config, monkeypatch):
     config = put(config, {"pairwise.target": "captions", "retain.texts": 0.0})
     data = load_dataset(config.data)
     unseen = dataclasses.replace(data, load=lambda row: pytest.fail("a picture was read"))

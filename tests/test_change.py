@@ -69,7 +69,7 @@ def test_texts_that_are_said_of_a_pair_are_none_of_its_negatives():
 
 
 @pytest.mark.parametrize("smoothing, several", [(0.0, 1), (0.1, 3)])
-def test_the_loss_of_a_sentence_is_the_mean_over_its_words_and_end(config, smoothing, several):
+def test_a_sentences_loss_is_the_mean_over_its_tokens(config, smoothing, several):
     """Of several sentences on a pair each is as if it were alone."""
     config.change.dropout, config.change.label_smoothing, config.change.sentences = 0.0, smoothing, several
     made = method(config)
@@ -110,7 +110,7 @@ def test_batches_have_both_images_and_one_of_the_pairs_own_sentences(config):
             assert sentence in pair_of[key].sentences
 
 
-def test_sentences_are_drawn_anew_each_epoch_and_the_same_for_a_run_that_is_continued(config):
+def test_sentences_are_redrawn_each_epoch_and_equal_after_resume(config):
     made = method(config)
     first, again, second = (list(made.loader(epoch)) for epoch in (0, 0, 1))
     assert all(torch.equal(a.tokens, b.tokens) and a.ids == b.ids and a.seed == b.seed for a, b in zip(first, again))
@@ -118,7 +118,7 @@ def test_sentences_are_drawn_anew_each_epoch_and_the_same_for_a_run_that_is_cont
     assert [(b.ids, b.seed) for b in made.loader(0, skip=2)] == [(b.ids, b.seed) for b in first[2:]]
 
 
-def test_several_sentences_of_a_pair_are_different_ones_and_no_more_than_there_are(config):
+def test_several_sentences_of_a_pair_are_distinct(config):
     data = pairs()
     few = tuple(dataclasses.replace(c, sentences=c.sentences[: 1 + n % 3]) for n, c in enumerate(data.changes))
     config.change.sentences = 2

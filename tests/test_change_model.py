@@ -59,7 +59,7 @@ def test_pairs_go_through_the_tower_as_the_paper_says(vit, pictures):
     torch.testing.assert_close(made.embed(x), z)
 
 
-def test_aligned_tokens_begin_as_the_paper_and_then_show_what_is_at_the_same_place(vit, pictures):
+def test_aligned_tokens_begin_at_zero_and_add_the_same_position(vit, pictures):
     plain, made = fresh(vit, None, seed=0).encoder, fresh(vit, None, seed=0, aligned_tokens=True).encoder
     assert torch.equal(plain(*pictures), made(*pictures))
     torch.nn.init.normal_(made.counterpart, generator=torch.Generator().manual_seed(1))

@@ -145,7 +145,7 @@ def test_a_set_is_read_as_it_is_published(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ONE_PICTURE)
-def test_an_absent_picture_is_an_error_or_its_changes_are_left_out_and_counted(tmp_path, name):
+def test_a_missing_picture_is_an_error_or_counted(tmp_path, name):
     TREES[name](tmp_path)
     file, images, changes, shown = ONE_PICTURE[name]
     before = open_dataset(name, tmp_path, "train").fingerprint
@@ -162,7 +162,7 @@ def test_an_absent_picture_is_an_error_or_its_changes_are_left_out_and_counted(t
     assert (len(kept.changes), len(kept)) == (changes, images) and kept.note.endswith("json are absent")
 
 
-def test_a_file_of_ones_own_may_lie_anywhere_and_name_pictures_by_whole_paths(tmp_path):
+def test_own_change_files_may_use_absolute_paths(tmp_path):
     places = [str(picture(tmp_path / "far" / f"{n}.png", n)) for n in (50, 90)]
     line = json.dumps({"before": places[0], "after": places[1], "sentence": "é\u2028x"}, ensure_ascii=False)
     (tmp_path / "mine.JSONL").write_bytes(b"\xef\xbb\xbf" + f"\r\n{line}\r\n\r\n".encode())
@@ -175,7 +175,7 @@ def test_a_file_of_ones_own_may_lie_anywhere_and_name_pictures_by_whole_paths(tm
         open_dataset("changes", tmp_path / "mine", "val")
 
 
-def test_what_is_there_twice_or_has_no_words_is_left_out_and_counted(tmp_path):
+def test_duplicates_and_empty_sentences_are_dropped_and_counted(tmp_path):
     spot_tree(tmp_path)
     wordless = {"img_id": "5", "sentences": [""]}
     write(tmp_path / "train.json", json.dumps([*SPOT, SPOT[1], wordless, {"img_id": 9, "sentences": ["a \ud83d"]}]))

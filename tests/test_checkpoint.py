@@ -25,7 +25,7 @@ def test_a_saved_model_comes_back_with_its_name_and_weights(example_clip, tmp_pa
 
 
 @pytest.mark.slow
-def test_open_clip_loads_our_checkpoint_itself_and_the_image_transform_comes_back_too(tmp_path):
+def test_open_clip_loads_our_checkpoint_and_transform(tmp_path):
     """Some pretrained tags have a transform of their own; a finetuned model must keep it."""
     transform, path = {"mean": (0.5,) * 3, "std": (0.5,) * 3}, tmp_path / "model.safetensors"
     clip = loading.complete(
@@ -85,7 +85,7 @@ def folder(tmp_path) -> Path:
     return made
 
 
-def test_weights_come_from_the_file_that_is_named_or_it_is_an_error(folder, example_clip, tmp_path):
+def test_weights_come_from_the_named_file_or_fail(folder, example_clip, tmp_path):
     state, name = example_clip.model.state_dict(), f"local-dir:{folder}"
     with pytest.raises(UserError, match="holds no weights under a name that is known"):
         create_model(name)

@@ -29,7 +29,7 @@ def context_of(path, monkeypatch) -> EvalContext:
     return EvalContext(clip, lambda: clip, data, EvaluateConfig(statements=[str(path)]))
 
 
-def test_the_nearest_caption_is_chosen_and_a_set_is_right_where_all_its_rows_are(tmp_path, monkeypatch):
+def test_a_set_is_correct_where_all_its_rows_are(tmp_path, monkeypatch):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     context = context_of(path, monkeypatch)

@@ -74,7 +74,7 @@ TRIMMED = [
 ]
 
 
-def test_a_usable_sentence_is_kept_and_all_that_stands_around_it_is_trimmed():
+def test_a_usable_sentence_is_kept_and_its_surroundings_trimmed():
     cases = {text: (text, "kept") for text in KEPT}
     cases |= {text.format(DOG_CAT): (DOG_CAT, "trimmed") for text in TRIMMED}
     assert not wrong(cases, clean)
@@ -253,7 +253,7 @@ def test_sentences_that_look_a_little_like_a_broken_rule_are_kept():
     assert not wrong({text: (text, "kept") for text in texts}, lambda text: check(text, SHOWN))
 
 
-def test_what_the_captions_say_may_be_said_in_the_words_of_an_example():
+def test_words_of_an_example_are_fine_if_the_captions_have_them():
     plate = (
         "The first image shows a close view of food on a plate, while the second image shows two giraffes at a table."
     )

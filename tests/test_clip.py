@@ -164,7 +164,7 @@ def test_texts_that_reach_the_context_length_are_counted_and_said(example_clip, 
         assert clip.fills_context(torch.tensor(list(rows))).tolist() == list(rows.values())
 
 
-def test_what_is_computed_again_in_parts_has_the_gradient_of_the_whole_batch(monkeypatch):
+def test_recompute_has_the_gradient_of_the_whole_batch(monkeypatch):
     monkeypatch.setattr(clip_module, "PART", 3)
     clip = create_model("example_vit")
     pixels = torch.rand(8, 3, 64, 64, generator=torch.Generator().manual_seed(0))

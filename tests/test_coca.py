@@ -68,7 +68,7 @@ def token_by_token(clip: Clip, image: torch.Tensor, tokens: list[int]) -> float:
 
 
 @torch.no_grad()
-def test_the_log_likelihood_is_that_of_its_tokens_one_by_one_whatever_is_padded(clip):
+def test_the_log_likelihood_sums_its_tokens_with_any_padding(clip):
     images, tokens = pixels(len(CAPTIONS)), clip.tokenize(CAPTIONS)
     actual = likelihood(clip, images, tokens)
     rows = [row[: row.index(49407) + 1] for row in tokens.tolist()]
@@ -141,7 +141,7 @@ def test_it_begins_at_log_2_and_learns_what_model_train_names(config, train, cro
     assert ("text_decoder" in changed) == (train != "text_blocks") and ("visual" in changed) == (train == "both")
 
 
-def test_without_captions_to_weigh_the_decoder_gets_no_adapters_and_without_images_they_are_not_weighed(config):
+def test_the_coca_decoder_is_adapted_only_where_it_is_used(config):
     config.data.embeddings = "some.safetensors"
     with pytest.raises(UserError, match="reads the images in each step; leave data.embeddings out"):
         finetune(config)

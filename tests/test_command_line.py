@@ -49,7 +49,7 @@ def test_help_and_mistakes_import_nothing_heavy(module, argv, code, message):
     assert actual.stderr.splitlines()[-1] == "[]"
 
 
-def test_help_of_run_shows_the_settings_of_the_mode_it_is_asked_about():
+def test_help_of_run_shows_the_modes_settings():
     short, mode, every = (
         call("run", *argv).stdout for argv in (["--help"], ["--mode", "caption", "--help"], ["--help-all"])
     )

@@ -44,7 +44,7 @@ def test_an_interval_over_images_is_as_wide_as_arithmetic_says():
     assert (a.low, a.high) == (pytest.approx(0.1 - half, abs=0.003), pytest.approx(0.1 + half, abs=0.003))
 
 
-def test_seeds_that_differ_widen_the_interval_and_the_model_as_it_was_has_none():
+def test_spread_over_seeds_widens_the_interval():
     """No noise of images: seeds of both lie 0.1 off their mean, so the standard error is sqrt(2 * 0.02 / 2).
 
     It is known from few seeds, so the interval is Student's.
@@ -88,7 +88,7 @@ def test_holm_stops_at_the_first_that_fails():
     assert holm(np.array([0.02])).tolist() == [True]
 
 
-def test_each_data_set_and_metric_is_compared_by_itself_and_what_has_no_items_is_left_out():
+def test_comparisons_are_by_data_set_and_metric():
     no, yes = np.zeros(40), np.ones(40)
     assert table_of(measured("random", no, no), measured("b", yes, None)).empty  # one of b's seeds has no numbers
     val = {"dataset": "x/val", "metric": "r5"}

@@ -34,7 +34,7 @@ def test_every_set_with_class_names_has_comparisons_of_classes_that_exist(small_
 
 
 @pytest.mark.parametrize("name", QUESTIONS)
-def test_each_pair_is_told_once_from_either_end_in_sentences_as_training_takes_them(name):
+def test_each_class_pair_is_compared_once_in_both_orders(name):
     """Of (b, a) the first half says what the second half says of (a, b): no fact is on the wrong side of one."""
     tokenizer = open_clip.SimpleTokenizer()
     for comparisons in QUESTIONS[name].values():

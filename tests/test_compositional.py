@@ -90,7 +90,7 @@ def test_families_have_names_of_their_own_and_aro_a_mean_over_relations():
     assert result.items["aro_relation"] == [1.5, 0.0]  # of 3 and 1 captions, 2 on average
 
 
-def test_kinds_whose_names_become_one_are_counted_together_and_none_takes_a_baselines_name():
+def test_colliding_kind_names_are_merged_and_never_a_baselines():
     statements = [said("red0", "red", "blue", "left of"), said("red0", "blue", "red", "Left-of")]
     statements += [said("red0", "red", "blue", "blind grey")]
     result = compositional.evaluate(about(statements, TEXTS))
@@ -121,7 +121,7 @@ def test_of_two_images_the_one_that_the_text_fits_is_preferred():
     assert result.metrics["compositional_blind_grey"] == result.metrics["compositional_blind_mean"] == 0.5
 
 
-def test_without_a_mode_what_the_file_allows_is_measured_and_the_other_is_said(caplog):
+def test_without_a_mode_the_file_decides(caplog):
     Path("pictures").mkdir()
     Image.new("RGB", (32, 32), "red").save("pictures/0.png")
     row = {"image": "0.png", "caption": "a red thing", "negative_caption": "a blue thing"}

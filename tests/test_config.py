@@ -80,7 +80,7 @@ def test_a_wrong_setting_is_one_line_that_names_it_and_the_nearest(words, messag
     assert "\n" not in str(error.value)
 
 
-def test_settings_of_training_are_none_of_an_evaluation_and_others_are_checked_there_too():
+def test_evaluation_refuses_training_settings_and_checks_its_own():
     for flag, message in (
         ("--model.start", r"no setting model\.start"),
         ("--model.lora_rank", r"no setting model\.lora_rank"),

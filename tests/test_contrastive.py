@@ -46,7 +46,7 @@ def test_images_are_similar_by_the_mean_of_their_captions(config, example_clip):
         assert torch.allclose(actual[row], mean / mean.norm(), atol=1e-5)
 
 
-def test_or_by_themselves_as_they_are_cached_or_by_a_tower_that_learns(config):
+def test_images_are_similar_by_cached_or_current_embeddings(config):
     clip = create_model(config.model.name)
     expected = torch.nn.functional.normalize(embed_images(clip, load_dataset(config.data)).z, dim=-1)
     assert torch.equal(make(config, clip).embeddings("image", True), expected)
@@ -61,7 +61,7 @@ def test_or_by_themselves_as_they_are_cached_or_by_a_tower_that_learns(config):
 # -- what is logged ------------------------------------------------------------------------------------
 
 
-def test_hardness_is_the_mean_cosine_of_wrong_pairs_and_the_share_of_likely_false_ones(config, example_clip):
+def test_hardness_is_the_negatives_cosine_and_false_negative_rate(config, example_clip):
     method, data = make(config, example_clip), load_dataset(config.data)
     batch = next(method.loader(0))
     with torch.no_grad():
@@ -83,9 +83,7 @@ def test_hardness_is_the_mean_cosine_of_wrong_pairs_and_the_share_of_likely_fals
 
 
 @pytest.mark.slow
-def test_online_looks_at_the_weights_when_all_steps_before_an_epoch_are_done_and_offline_at_those_of_the_start(
-    config, monkeypatch
-):
+def test_online_uses_the_epochs_weights_offline_the_starts(config, monkeypatch):
     """Batches are made ahead by a thread, but never beyond the epoch."""
     plans, steps, begun, original = {}, [], [], contrastive.Method.begin_epoch
 
@@ -129,7 +127,7 @@ def test_weights_from_scratch_are_drawn_by_the_seed(tiny):
 
 
 @pytest.mark.slow
-def test_a_model_from_scratch_learns_its_batch_statistics_and_a_finetuned_one_keeps_its_own(config, tiny_resnet):
+def test_batch_statistics_are_learnt_from_scratch_only(config, tiny_resnet):
     """And it has no model before it that baselines could be of."""
     config.model.name, config.model.train, config.sampler, config.train.epochs = tiny_resnet, "both", SamplerConfig(), 1
     name, run = "visual.bn1.running_mean", finetune(config)

@@ -264,7 +264,7 @@ def test_without_one_of_its_files_a_set_is_incomplete_and_says_which(tmp_path, m
                 open_dataset(name, root)
 
 
-def test_images_that_are_listed_but_absent_are_counted_and_the_first_is_named(tmp_path, monkeypatch):
+def test_missing_images_are_counted_and_the_first_is_named(tmp_path, monkeypatch):
     for name in ("cub", "flowers102", "food101"):
         path = tree(name, tmp_path, monkeypatch)
         path.unlink()
@@ -319,7 +319,7 @@ def test_awa2_joins_animals_and_predicates_by_name(tmp_path):
         assert (known("awa2", tmp_path / "one", "all") == before) == (file != "predicate-matrix-binary.txt")
 
 
-def test_cub_with_ten_captions_is_written_about_trained_on_and_split_by_class(tmp_path, tiny, small_runs, monkeypatch):
+def test_cub_captions_are_written_trained_on_and_split_by_class(tmp_path, tiny, small_runs, monkeypatch):
     """Reed's text_c10/CLASS/IMAGE.txt: the captions' images are the data set's, by name."""
     monkeypatch.chdir(tmp_path)
     cub_tree(Path("data/cub"))
@@ -443,7 +443,7 @@ def test_cifar_and_mnist_are_read_as_they_are_published(tmp_path, monkeypatch):
 # -- WebDatasets -----------------------------------------------------------------------------------------
 
 
-def test_a_webdataset_is_read_where_it_is_in_the_order_of_its_shards(tmp_path):
+def test_a_webdataset_is_read_in_shard_order(tmp_path):
     webdataset_tree(tmp_path)
     data = open_dataset("webdataset", tmp_path)
     (question,) = data.questions
@@ -496,7 +496,7 @@ def test_what_does_not_go_together_in_a_webdataset_is_an_error(tmp_path):
         open_dataset("webdataset", tmp_path, "val")
 
 
-def test_samples_of_a_webdataset_without_picture_or_text_are_left_out_when_that_is_asked_for(tmp_path):
+def test_incomplete_webdataset_samples_are_skipped_on_request(tmp_path):
     write(tmp_path / "dataset_type.txt", "retrieval")
     members = {"a.jpg": jpeg(1), "b.jpg": jpeg(2), "b.txt": "a dog", "c.txt": "a cat", "d.jpg": jpeg(3), "d.txt": " "}
     shard(tmp_path / "test" / "0.tar", members)
@@ -507,7 +507,7 @@ def test_samples_of_a_webdataset_without_picture_or_text_are_left_out_when_that_
     assert data.note.startswith("3 samples without a picture or a text are left out, first: ")
 
 
-def test_tar_files_in_the_root_are_embedded_and_images_passed_over_are_counted(tmp_path, caplog):
+def test_tars_in_the_root_are_embedded_and_skipped_images_counted(tmp_path, caplog):
     path = shard(tmp_path / "00000.tar", {"a.jpg": jpeg(1), "b.txt": "x", "c.left.jpg": jpeg(2)})
     assert find_tars(tmp_path, None) == (tmp_path.name, [path]) and open_tar(path).ids == ["00000/a.jpg"]
     assert "1 images are passed over, first c.left.jpg" in caplog.text
@@ -520,7 +520,7 @@ def test_tar_files_in_the_root_are_embedded_and_images_passed_over_are_counted(t
 # -- class names -----------------------------------------------------------------------------------------
 
 
-def test_every_class_has_one_name_that_people_say_and_prompts_name_it_once():
+def test_every_class_has_one_display_name():
     counts = {"cifar10": 10, "cifar100": 100, "mnist": 10, "eurosat": 10, "sun397": 397, "flowers102": 102,
               "food101": 101, "cub": 200, "awa2": 50}  # fmt: skip
     assert {path.stem: len(class_names(path.stem).display_names) for path in FOLDER.glob("*.yaml")} == counts

@@ -80,7 +80,7 @@ def coco(ids, annotations):
     return {"images": images, "annotations": [{"image_id": key, "caption": text} for key, text in annotations]}
 
 
-def test_coco_captions_come_by_image_whatever_form_its_id_has_and_all_are_counted(tmp_path):
+def test_coco_captions_are_joined_by_any_form_of_id(tmp_path):
     annotations = [(5, "A  dog.\n"), ("000000000005", "One dog"), (9.0, "A cat."), (9, " "), (7, "gone"), (5, "\ud83d")]
     path = write(tmp_path / "c.json", "\ufeff" + json.dumps(coco(["9", 5, 3], annotations)))
     captions = read_coco_captions(path)

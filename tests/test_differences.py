@@ -35,7 +35,7 @@ def test_what_is_written_is_read_back(tmp_path_factory, items):
     assert read(path) == items
 
 
-def test_blank_lines_further_keys_and_line_separators_within_a_sentence_are_no_matter(tmp_path):
+def test_blank_lines_extra_keys_and_line_separators_are_fine(tmp_path):
     items = [
         Difference("1", "2", f"The first image shows a dog,{mark}the second a cat.") for mark in "\u2028\u2029\x85"
     ]
@@ -44,7 +44,7 @@ def test_blank_lines_further_keys_and_line_separators_within_a_sentence_are_no_m
     assert read(path) == [("1", "2", "a"), ("1", "2", DOG_CAT)]
 
 
-def test_a_file_that_is_none_says_why_and_a_bad_line_its_number(tmp_path):
+def test_a_bad_file_says_why_and_a_bad_line_its_number(tmp_path):
     with pytest.raises(UserError, match=r"absent\.jsonl.*generate_diffs\.py"):
         read(tmp_path / "absent.jsonl")
     for content, message in [
@@ -68,7 +68,7 @@ def test_rows_are_places_among_the_ids():
     assert rows([], ["a"], "f").shape == (0, 2)
 
 
-def test_an_unknown_image_is_named_with_the_number_of_its_difference_and_some_known_ones():
+def test_an_unknown_image_is_named_with_its_line():
     with pytest.raises(UserError, match=r"difference 2 of f\.jsonl .*'zebra'.*4 images: a, b, c,"):
         rows([Difference("a", "b", "x"), Difference("a", "zebra", "y")], ["a", "b", "c", "d"], "f.jsonl")
 

@@ -120,7 +120,7 @@ def keep_first_gradients(config: FinetuneConfig, path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_step_of_two_processes_has_the_gradients_of_one_with_the_whole_batch(tiny):
+def test_two_processes_have_the_gradients_of_one(tiny):
     cases = gradient_cases(tiny)
 
     def work(rank: int, processes: int) -> None:

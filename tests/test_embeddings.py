@@ -66,7 +66,7 @@ def test_a_damaged_file_is_computed_again_and_a_named_one_stops(example_clip, tm
         assert torch.equal(embeddings.load_embeddings(path, example_clip).z, good)
 
 
-def test_a_file_of_another_model_or_of_other_images_under_its_name_is_computed_again(example_clip, tmp_path, caplog):
+def test_a_foreign_cache_file_is_recomputed(example_clip, tmp_path, caplog):
     data = example("val", 6)
     good = embeddings.embed_images(example_clip, data, cache=tmp_path / "a").z.clone()
     (folder,) = (tmp_path / "a").iterdir()
@@ -92,7 +92,7 @@ def test_a_named_file_of_another_tower_is_refused_with_both_names(example_clip, 
         embeddings.load_embeddings(tmp_path / "none.safetensors", example_clip)
 
 
-def test_a_file_that_claims_a_model_by_name_is_taken_for_its_unless_its_width_is_another(example_clip, tmp_path):
+def test_a_named_model_is_trusted_unless_the_width_differs(example_clip, tmp_path):
     path, made_by = tmp_path / "e.safetensors", {"image_tower": embeddings.claim("example", None)}
     embeddings.save_embeddings(path, embeddings.Embeddings(torch.ones(2, 128), ["a\udce9", ""]), made_by)
     assert embeddings.load_embeddings(path, example_clip).ids == ["a\udce9", ""]  # bytes of a name that are not UTF-8
@@ -101,7 +101,7 @@ def test_a_file_that_claims_a_model_by_name_is_taken_for_its_unless_its_width_is
         embeddings.load_embeddings(path, example_clip)
 
 
-def test_an_image_that_cannot_be_read_stops_with_its_path_and_leaves_no_file(example_clip, coco_folder):
+def test_an_unreadable_image_is_named_and_no_file_is_left(example_clip, coco_folder):
     broken = coco_folder / "val2017" / "000000000003.jpg"
     broken.write_bytes(broken.read_bytes()[:300])
     data = open_dataset("coco", coco_folder, "val2017")
@@ -112,7 +112,7 @@ def test_an_image_that_cannot_be_read_stops_with_its_path_and_leaves_no_file(exa
 
 
 @pytest.mark.slow
-def test_a_cache_that_cannot_be_written_is_a_warning_and_an_error_of_the_command(small_example, example_clip, caplog):
+def test_an_unwritable_cache_warns_and_the_command_fails(small_example, example_clip, caplog):
     Path("full").write_text("a file where the folder should be")
     data = example("val", 10)
     good = embeddings.embed_images(example_clip, data).z
@@ -132,7 +132,7 @@ def test_the_command_says_where_the_embeddings_are(small_example, capsys, caplog
 # -- files -----------------------------------------------------------------------------------------------
 
 
-def test_a_failed_write_leaves_the_old_file_and_what_a_killed_writer_left_goes_after_a_day(tmp_path, monkeypatch):
+def test_a_failed_write_keeps_the_old_file_and_stale_partials_expire(tmp_path, monkeypatch):
     path, left = tmp_path / "a.json", tmp_path / "b.json.xyz.partial"
     files.write_json(path, [1])
     left.mkdir()

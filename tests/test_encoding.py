@@ -90,7 +90,7 @@ def test_what_is_no_fault_of_the_image_stops_whatever_is_left_out(clip):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_images_are_encoded_without_dropout_and_the_model_comes_back_as_it_was(clip, training):
+def test_encoding_uses_eval_mode_and_restores_the_model(clip, training):
     clip.model.train(training)
     assert torch.equal(encode(clip, make_data(7), Options(batch_size=3)).z, truth(range(7)))
     for look in (lambda data: encode(clip, data, Options(3)), lambda data: list(pixels(clip, data, 3, 0))):
@@ -140,7 +140,7 @@ def test_batches_come_in_order_and_are_not_asked_for_long_before(workers):
     reader.close()
 
 
-def test_processes_stay_for_the_next_epoch_and_end_with_one_that_is_left_early():
+def test_workers_persist_between_epochs_and_end_on_early_exit():
     reader, plan, before = Reader(make_data(200), marked, 2), rows_of(64, 64, 64, 64, 64, 64, 64), children()
     used = [{mark[3] for batch in reader.batches(plan, n) for mark in batch.pixels.tolist()} for n in range(2)]
     assert used[0] == used[1] == children() - before and len(used[0]) == 2
@@ -156,7 +156,7 @@ def test_processes_stay_for_the_next_epoch_and_end_with_one_that_is_left_early()
     assert gone(children() - before)
 
 
-def test_a_process_that_dies_is_an_error_in_words_and_ctrl_c_does_not_end_it(monkeypatch):
+def test_a_dead_worker_is_a_user_error_and_workers_ignore_sigint(monkeypatch):
     waiting = torch.utils.data.dataloader._MultiProcessingDataLoaderIter._try_get_data
     monkeypatch.setattr(waiting, "__defaults__", (0.2,))  # seconds until it looks who is alive, in place of 5
     workers: set[int] = set()

@@ -135,7 +135,7 @@ def test_pair_accuracy_is_the_share_of_clear_pairs_in_order(values, seed):
         assert rank.pair_accuracy(score, attribute) == pytest.approx(expected)
 
 
-def test_attributes_are_ranked_and_a_folder_by_a_phrase_or_by_one_against_another():
+def test_attributes_and_folders_are_ranked():
     known = rank.evaluate(made_context(sentences([1, 0, 0]), Z, attributes=(SIZE,)))
     assert known.metrics["rank"] == known.metrics["spearman_size"] == known.metrics["rank_by_subtraction"] == 1.0
     assert known.pictures.keys() == {"size.png"}

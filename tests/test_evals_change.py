@@ -85,7 +85,7 @@ def truth(data: Dataset) -> dict[str, str]:
 
 
 @pytest.mark.slow
-def test_who_says_what_the_references_say_is_right_everywhere_and_above_those_who_never_look():
+def test_repeating_the_references_is_right_everywhere():
     data, train = (open_dataset("example_changes", split=split) for split in ("test", "train"))
     result = caption.evaluate(subject(FakeClip(truth(data)), data))
     kinds = {change.kind for change in data.changes}
@@ -151,7 +151,7 @@ def test_without_a_decoder_the_nearest_training_sentence_is_said():
     assert result.metrics["right"] < 1
 
 
-def test_without_a_training_split_a_decoder_is_measured_all_the_same_and_it_may_say_nothing(tmp_path, caplog):
+def test_a_decoder_is_evaluated_without_a_training_split(tmp_path, caplog):
     root = tmp_path / "own"
     root.mkdir()
     rows = [{"before": f"{n}.png", "after": "after.png", "sentence": s} for n, s in enumerate(("it left", "it came"))]
@@ -186,7 +186,7 @@ def test_every_kind_has_its_place_on_the_sheet():
 # -- retrieval -----------------------------------------------------------------------------------------------
 
 
-def test_two_images_that_are_listed_twice_are_no_wrong_answer_to_one_another():
+def test_duplicate_pairs_are_not_wrong_answers():
     """As in Spot-the-Diff, where several people wrote of the same pair: its embedding is the same each time."""
     changes = [
         Change("a", "b", ("x",)),

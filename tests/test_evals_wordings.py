@@ -64,7 +64,7 @@ def test_other_families_and_schemes_can_be_held_out():
             wordings.evaluate(context_of({}, wrong, attributes=(SIZE,)))
 
 
-def test_captions_are_compared_where_no_attribute_is_graded_and_each_sentence_finds_its_pair():
+def test_captions_are_compared_where_no_attribute_is_graded():
     captions = [("More.",) if n >= 4 else ("less",) for n in range(8)]
     data = {"captions": captions, "attributes": ()}
     same = texts_of(phrases=(("more", "less"), ("more", "more"), ("less", "less")))

@@ -54,7 +54,7 @@ def test_things_stay_inside_the_picture_and_apart(seed):
 
 @MANY
 @given(seeds)
-def test_a_thing_is_drawn_where_it_is_and_as_large_as_it_is(seed):
+def test_a_thing_is_drawn_at_its_position_and_size(seed):
     for thing in scene_of(seed).things:
         rows, columns = np.nonzero(ink(Scene((thing,), "grey", 125)))
         for actual, centre in ((columns, thing.x), (rows, thing.y)):

@@ -31,7 +31,7 @@ def by_shape(scene: scenes.Scene) -> dict[str, Thing]:
 
 
 @given(st.integers(0, 7999), st.sampled_from(["train", "val", "test"]), st.sampled_from(changes.KINDS))
-def test_what_is_told_of_a_pair_changed_and_nothing_else_but_the_light_and_the_camera(index, split, kind):
+def test_only_the_described_change_light_and_camera_differ(index, split, kind):
     pair = next(pair for pair in (changes.pair(split, index + n) for n in range(1000)) if pair.kind == kind)
     before, after, thing = by_shape(pair.before), by_shape(pair.after), pair.thing
     assert len(before) == 2 and (thing is None) == (kind == "none")
@@ -151,7 +151,7 @@ def test_each_part_of_a_sentence_is_judged_by_itself():
 # -- the data set --------------------------------------------------------------------------------------
 
 
-def test_a_data_set_has_two_images_a_pair_and_what_is_said_of_them():
+def test_a_change_data_set_has_two_images_and_sentences_a_pair():
     data = example_changes("val", 12)
     assert len(data) == 24 and len(data.changes) == 12
     for i, change in enumerate(data.changes):

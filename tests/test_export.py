@@ -106,7 +106,7 @@ def load_in_open_clip(name: str, pretrained: str | None = None):
 
 
 @pytest.mark.slow
-def test_the_embedded_model_exports_for_open_clip_and_says_why_not_for_transformers(example_clip, capsys):
+def test_the_example_exports_for_open_clip_only(example_clip, capsys):
     loading.save_model(Path("runs/mine/model.safetensors"), example_clip)
     export.main(["runs/mine", "--out", "exported"])
     assert "transformers: not written, its image tower is a ModifiedResNet" in capsys.readouterr().out
@@ -445,7 +445,7 @@ def test_a_model_of_the_hub_is_a_checkpoint(architecture, tmp_path):
 # -- and back ------------------------------------------------------------------------------------------
 
 
-def test_an_export_is_a_checkpoint_and_so_is_a_clip_model_of_transformers(architecture):
+def test_exports_and_transformers_folders_are_checkpoints(architecture):
     for quick, name in ((False, "tiny-vit"), (True, "tiny-vit-quickgelu")):
         transform = {"mean": (0.5,) * 3, "interpolation": "bilinear"}
         clip = random_clip(architecture(name, quick_gelu=quick), transform)

@@ -242,7 +242,7 @@ def test_other_towers_are_encoded_by_open_clip_and_the_log_says_why():
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 @pytest.mark.parametrize("fault", ["none", "attention", "failing", "values", "weights' gradients", "biases' gradients"])
-def test_where_it_would_be_wrong_or_fail_on_this_machine_it_is_not_taken(fault, precision, monkeypatch):
+def test_the_fast_path_is_not_taken_where_it_would_be_wrong(fault, precision, monkeypatch):
     attend, encode, backward = fast_text._attend, FastText._encode, fast_text._Linear._gradients
 
     def failing(*_):

@@ -212,7 +212,7 @@ def test_killed_at_twenty_moments_and_continued_each_time(config):
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_while_it_replaces_another_is_never_a_mixture(config):
+def test_a_kill_while_overwriting_never_mixes_runs(config):
     """--overwrite deletes a run of other settings. Nothing of that one must get into the new one."""
     config = put(config, {"train.steps": 6})
     assert Run(put(config, {"train.lr": 5e-3})).end() == "done"

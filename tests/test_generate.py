@@ -78,7 +78,7 @@ def test_interrupted_while_it_puts_the_files_into_place_it_continues(config, mon
         assert names("out") == ["some.jsonl", "some.meta.json", "some.rejected.jsonl"]
 
 
-def test_a_full_disk_is_the_end_of_the_run_and_of_no_sentence(config, monkeypatch, capsys):
+def test_a_full_disk_ends_the_run_and_loses_no_sentence(config, monkeypatch, capsys):
     class Full(io.FileIO):
         def write(self, content):
             if Path(self.name).read_bytes().count(b"\n") >= 20:
@@ -106,7 +106,7 @@ def test_a_stream_is_closed_when_what_reads_it_fails(config, monkeypatch):
 # -- answers that cannot be used -----------------------------------------------------------------------
 
 
-def test_when_nothing_can_be_used_the_error_shows_why_and_the_next_run_asks_again(config, monkeypatch):
+def test_all_rejected_is_an_error_and_the_next_run_retries(config, monkeypatch):
     with monkeypatch.context() as patch:
         answer(patch, lambda n, text: "I cannot see the first or second image.")
         for _ in range(2):
@@ -117,7 +117,7 @@ def test_when_nothing_can_be_used_the_error_shows_why_and_the_next_run_asks_agai
 
 
 @pytest.mark.parametrize("begun", [0, 10])
-def test_after_a_hundred_answers_that_cannot_be_used_no_more_are_asked_for(config, monkeypatch, begun):
+def test_a_hundred_unusable_answers_stop_the_run(config, monkeypatch, begun):
     config.both_orders = True  # 132 pairs
     interrupt(config, begun)
     asked = []
@@ -209,7 +209,7 @@ def test_overwrite_starts_again(config):
 # -- what comes out ------------------------------------------------------------------------------------
 
 
-def test_every_line_is_a_clean_sentence_and_the_file_beside_it_says_how_it_was_made(tmp_path, monkeypatch):
+def test_every_line_is_clean_and_the_metadata_complete(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", [str(tmp_path / "generate_diffs.py"), "--seed", "3"])
     path = generate.generate(
         GenerateConfig(name="val", split="val", n_images=40, n_pairs=120, seed=3, out="out", wording=PLAIN)

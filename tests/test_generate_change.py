@@ -106,7 +106,7 @@ def own_changes(root, rows):
     return {"dataset": "changes", "root": str(root)}
 
 
-def test_all_that_is_said_of_a_pair_that_is_listed_twice_may_be_told(config, tmp_path):
+def test_duplicate_pairs_pool_their_reference_sentences(config, tmp_path):
     rows = [(a, "i", text) for text in ("it left", "it is gone") for a in "abcdefgh"]
     config = dataclasses.replace(config, change=ChangeWriterConfig(references=True), **own_changes(tmp_path, rows))
     listed = differences.read(generate.generate(config))

@@ -40,7 +40,7 @@ def asks(name, target, classes, rows=None):
 # -- differences -------------------------------------------------------------------------------------------
 
 
-def test_alignment_of_attributes_is_the_mean_cosine_with_the_difference_of_the_images():
+def test_attribute_alignment_is_the_mean_cosine():
     half, third = np.deg2rad(60), np.deg2rad(120)
     vectors = [np.cos(half), np.sin(half)], [np.cos(third), np.sin(third)]
     metrics, _ = measure({"big": [1, 0], "small": [0, 1], **sentences(*vectors)}, ON_CIRCLE, attributes=(SIZE,))
@@ -49,7 +49,7 @@ def test_alignment_of_attributes_is_the_mean_cosine_with_the_difference_of_the_i
     assert metrics["difference_alignment_sentences_reversed"] == pytest.approx(-0.5, abs=1e-6)
 
 
-def test_alignment_of_attributes_is_the_mean_over_attributes_and_leaves_out_those_in_which_nothing_differs():
+def test_attribute_alignment_skips_constant_attributes():
     against = Attribute("age", np.array([1.0, 1.0, 0.0, 0.0, np.nan]), "more", "less", "big", "small")
     alike = Attribute("kind", np.ones(5), "more", "less", "big", "small")
     texts = {"big": [1, 0], "small": [-1, 0], **sentences([1, 0], [1, 0])}
@@ -151,7 +151,7 @@ def test_mean_cosine_is_over_pairs_of_different_rows():
 # -- all of it ---------------------------------------------------------------------------------------------
 
 
-def test_the_untrained_model_stands_beside_a_model_that_differs_from_it_and_only_then():
+def test_the_untrained_model_is_shown_beside_a_different_one_only():
     question, texts = asks("kind", [0, 0, 1, 1], "ab"), {"a": [-1, 0], "b": [1, 0]}
 
     def evaluated(texts, weights, base):

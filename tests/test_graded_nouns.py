@@ -37,7 +37,7 @@ def test_the_rules_writer_compares_the_share_that_was_asked_for():
         assert sentences == pytest.approx(share, abs=0.07)
 
 
-def test_images_with_captions_are_ranked_by_their_nouns_when_that_is_asked_for():
+def test_captioned_images_are_ranked_by_graded_nouns_on_request():
     captions = [("an elephant", "a big elephant"), ("a cat", "an animal"), ("a thing", "a cup", "some things")]
     data = Dataset("made", "test", ["a", "b", "c"], None, "f", captions=captions)
     assert not attributes.of(data, EvaluateConfig())

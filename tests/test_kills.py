@@ -64,7 +64,7 @@ def files(path):
 
 
 @pytest.mark.slow
-def test_killed_twenty_times_in_one_or_two_processes_nothing_is_lost_and_nothing_there_twice(monkeypatch):
+def test_twenty_kills_lose_and_duplicate_nothing(monkeypatch):
     monkeypatch.setattr(work, "make_writer", lambda config, task=None: Unordered())
     monkeypatch.setattr(environment, "commit", lambda: None)  # two processes of git a run
     config = on_captions([(f"A large café with {n} green tables", f"A room with {n} dogs") for n in range(N_IMAGES)])

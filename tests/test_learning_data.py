@@ -62,7 +62,7 @@ def folder(root, colours=(250, 240)):
 # -- mixing --------------------------------------------------------------------------------------------
 
 
-def test_images_of_another_set_come_after_the_own_ones_with_captions_that_tell_their_class():
+def test_mixed_in_images_follow_with_class_captions():
     config = tsv("main")
     mnist()
     config.mix = [MixConfig("mnist", 15, caption="A MNIST digit of {}")]
@@ -80,7 +80,7 @@ def test_images_of_another_set_come_after_the_own_ones_with_captions_that_tell_t
     assert captions["folder:hot_dog/1.png"] == ("a picture of a hot dog",)
 
 
-def test_what_is_mixed_in_is_drawn_by_seed_and_fewer_are_among_more():
+def test_mixed_in_images_are_seeded_and_nested():
     mnist()
 
     def drawn(n, seed):
@@ -97,7 +97,7 @@ def test_what_is_mixed_in_is_drawn_by_seed_and_fewer_are_among_more():
     assert len({drawn(n, seed)[1] for n, seed in ((0, 0), (10, 0), (10, 1), (20, 0))}) == 4
 
 
-def test_captions_of_their_own_are_kept_and_the_same_ids_do_not_collide(small_example):
+def test_mixed_in_captions_are_kept_and_ids_do_not_collide(small_example):
     config = DataConfig(mix=[MixConfig("example", 5, split="test"), MixConfig("example", 4, split="val")])
     data, val = load_dataset(config), open_dataset("example", split="val")
     own = dict(zip([f"example-2:{key}" for key in val.ids], val.captions))
@@ -203,7 +203,7 @@ def test_sentences_about_a_picture_that_is_left_out_are_dropped_and_counted(caps
     assert (results[0]["n"], results[0]["details"]["left_out"]) == (2, 3)
 
 
-def test_what_is_broken_is_looked_for_once_for_as_long_as_the_files_stay_as_they_are(monkeypatch):
+def test_broken_images_are_searched_once_per_file_state(monkeypatch):
     config = tsv("main")
     config.broken = "skip"
     harm("main/train/60.png")
@@ -260,7 +260,7 @@ def test_what_the_disk_does_not_give_is_never_left_out():
         load_dataset(config)
 
 
-def test_training_on_pixels_stops_at_a_broken_picture_or_goes_on_without_it(tmp_path, caplog, capsys, tiny):
+def test_a_broken_picture_stops_training_or_is_skipped(tmp_path, caplog, capsys, tiny):
     caplog.set_level(logging.INFO)
     config = tsv("main")
     harm("main/train/60.png")

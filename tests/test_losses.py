@@ -29,7 +29,7 @@ def test_info_nce_is_the_mean_of_both_cross_entropies(n, d, temperature, seed):
     assert actual.item() == pytest.approx((rows + columns) / 2, rel=1e-9)
 
 
-def test_at_temperature_one_the_loss_at_batch_512_moves_between_the_papers_bounds():
+def test_the_loss_bounds_at_temperature_one_are_the_papers():
     """log(512) = 6.24 for nothing learnt; 5.24 when every pair is at cosine 1 and all others at 0."""
     same, perfect = torch.ones(512, 4), torch.eye(512, dtype=torch.float64)
     assert losses.info_nce(same, same, 1.0).item() == pytest.approx(math.log(512), rel=1e-5)
@@ -118,7 +118,7 @@ def test_preference_losses_are_their_equations(pairs, beta, smoothing):
     assert losses.bradley_terry(*of, beta).item() == pytest.approx(rewards, rel=1e-9)
 
 
-def test_without_a_reference_the_odds_count_from_even_and_dpo_begins_at_log_2():
+def test_reference_free_dpo_begins_at_log_2():
     policy, even = torch.tensor([0.3, -1.2]), torch.zeros(2)
     assert losses.dpo(policy, None, 0.7, 0.1) == losses.dpo(policy, even, 0.7, 0.1)
     assert losses.ipo(policy, None, 0.7) == losses.ipo(policy, even, 0.7)

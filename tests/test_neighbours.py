@@ -31,14 +31,14 @@ def test_the_nearest_are_those_of_a_full_sort(n, m, columns, share, seed):
         assert near.tolist() == expected + [-1] * (m - len(expected))
 
 
-def test_copies_of_an_example_are_its_neighbours_and_it_is_not_its_own():
+def test_duplicates_are_neighbours_an_example_is_not_its_own():
     """All are equally similar: itself may be anywhere among them."""
     z = torch.nn.functional.normalize(torch.ones(50, 4), dim=-1)
     for row, near in zip(range(50), neighbours.nearest(z, np.arange(50), 49, np.ones(50, bool))):
         assert sorted(near.tolist()) == [n for n in range(50) if n != row]
 
 
-def test_most_of_what_an_approximate_index_finds_are_the_nearest_and_again_for_the_same_seed():
+def test_faiss_recall_is_high_and_seeded():
     """In 8 dimensions, of 3,000; all that it finds may be found."""
     pytest.importorskip("faiss")
     z, rows = embeddings(3000, d=8).float(), np.arange(40)

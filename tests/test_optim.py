@@ -39,7 +39,7 @@ def start():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("decoupled, decay", [(False, 0.0), (True, 0.1)])
-def test_at_the_papers_rate_float32_loses_a_tenth_and_more_and_this_a_thousandth_at_most(start, decoupled, decay):
+def test_compensated_adam_keeps_updates_that_float32_loses(start, decoupled, decay):
     """Displacement against float64 after 600 steps."""
     kind = torch.optim.AdamW if decoupled else torch.optim.Adam
     exact = run(lambda w: kind(w, lr=RATE, weight_decay=decay), start, 600, torch.float64)

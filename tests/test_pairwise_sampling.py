@@ -33,7 +33,7 @@ def told(config: FinetuneConfig) -> dict[str, str]:
     return {f"{d.first}|{d.second}": d.text for d in differences.read(config.data.differences)}
 
 
-def test_pairs_are_similar_by_their_sentences_or_by_the_differences_of_their_images(config, example_clip):
+def test_pairs_are_similar_by_sentence_or_image_difference(config, example_clip):
     method, data = make(config, example_clip), load_dataset(config.data)
     z = torch.nn.functional.normalize(embed_images(example_clip, data).z, dim=-1)
     text, image = method.embeddings("text", True), method.embeddings("image", True)

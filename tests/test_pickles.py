@@ -208,7 +208,7 @@ def test_the_attacks_would_work_on_pickle_itself():
         TRACE.unlink()
 
 
-def test_attributes_of_an_ordered_dict_are_left_out_and_a_large_memo_number_claims_nothing():
+def test_ordered_dict_attributes_are_dropped_and_large_memos_allocate_nothing():
     stream = named("collections", "OrderedDict") + b")R" + STATE + pickle.BUILD
     value = load(b"\x80\x04" + stream + b".")
     assert type(value) is collections.OrderedDict and not vars(value)

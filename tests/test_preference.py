@@ -180,7 +180,7 @@ def test_statements_without_their_image_are_left_out_and_counted(config, clip):
     assert method.images.ids == [there]
 
 
-def test_preferences_that_are_a_tie_to_the_model_are_left_out_and_counted(config, clip):
+def test_tied_preferences_are_dropped_and_counted(config, clip):
     """Texts that differ in capitals, or after the context's end; images of which one is a copy of the other.
 
     The images are given as a file of embeddings.

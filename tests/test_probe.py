@@ -55,7 +55,7 @@ def run(monkeypatch):
 TRAIN, TEST = [0, 1, 2] * 10, [0, 1, 2] * 8
 
 
-def test_classes_that_lie_apart_are_learnt_from_one_image_each_and_the_probe_does_not_see_the_prompts(run):
+def test_separable_classes_are_learnt_from_one_shot(run):
     """Sure and wrong prompts take the sum down with them; a model that is unsure of them leaves it to the probe."""
     right, wrong = (run(texts, split("train", TRAIN), split("test", TEST)) for texts in (RIGHT, WRONG))
     unsure = run(WRONG, split("train", TRAIN), split("test", TEST), scale=0.01)
@@ -94,7 +94,7 @@ def test_only_the_images_that_were_drawn_are_embedded(run):
     assert again.seen == 0  # all from the cache
 
 
-def test_a_class_with_too_few_images_uses_what_it_has_and_one_without_any_is_never_answered(run):
+def test_small_classes_use_all_images_empty_ones_are_never_predicted(run):
     actual = run(RIGHT, split("train", [0] * 9 + [1] * 2), split("test", TEST))
     assert actual.details["questions"]["q"]["classes_with_fewer"] == {"1shot": 1, "4shot": 2}
     for name in ("probe_1shot", "probe_4shot", "probe_4shot_with_text"):
@@ -110,7 +110,7 @@ def test_c_is_chosen_where_there_are_enough_images():
     assert probe.choose_c(z[:9], target[:9], 4, seed=0) == 10.0  # one class has a single image: no folds
 
 
-def test_it_wants_a_train_split_that_is_not_reported_on_with_the_same_classes(run):
+def test_the_probe_needs_another_split_with_the_same_classes(run):
     train, test = split("train", TRAIN), split("test", TEST)
     assert probe.applies(train, EvaluateConfig()) is not None
     for learnt, reported, settings, message in (

@@ -37,7 +37,7 @@ def made(captions, n=5):
     return Dataset("made", "all", [f"i{k}" for k in range(n)], lambda row: None, "0", captions=captions)
 
 
-def test_candidates_are_within_the_margin_of_the_best_and_the_own_image_is_one():
+def test_candidates_are_within_the_margin_and_include_the_own_image():
     cosines = (0.80, 0.90, 0.86, 0.84, 0.10)
     text, z = torch.tensor([[1.0, 0.0]]), torch.tensor([[c, (1 - c * c) ** 0.5] for c in cosines])
     cases = {  # own, margin, most: rows, the most similar first
@@ -76,7 +76,7 @@ def test_any_permutation_survives_writing(order, separator, around):
 
 
 @given(st.text("0123459 ,;>-.([])²x\n", max_size=60))
-def test_what_is_kept_of_any_text_is_a_permutation_of_its_own_numbers(text):
+def test_parsed_orders_are_permutations(text):
     if (order := parse_order(text, 3)) is not None:
         assert sorted(order) == [1, 2, 3] and re.findall("[0-9]+", text) == list(map(str, order))
 

@@ -54,7 +54,7 @@ def test_who_sees_is_right_and_who_does_not_has_half():
     assert result.details["above"]["majority"] == {"difference": 0.5, "low": 0.5, "high": 0.5}
 
 
-def test_a_scorer_that_never_looks_is_held_to_the_share_of_true_statements(caplog):
+def test_a_blind_scorer_gets_the_majority_rate(caplog):
     """Who always prefers what is written has 1 by that name alone; a tie is half right and never a win."""
     statements = [said(f"red{i}", f"t{i}", f"c{i}", true=i % 3 != 0) for i in range(30)]
     texts = {f"t{i}": [1.0, 1, 1] for i in range(30)} | {f"c{i}": [-1.0, -1, -1] for i in range(30)}
@@ -182,7 +182,7 @@ def rows(path: str, *labelled: tuple[str, str, int]) -> None:
 
 
 @pytest.mark.slow
-def test_results_of_two_files_are_kept_apart_and_an_edited_one_is_measured_again():
+def test_results_are_kept_by_file_content():
     Path("pictures").mkdir()
     for i in range(4):
         Image.new("RGB", (32, 32), "red" if i % 2 else "blue").save(f"pictures/{i}.png")

@@ -87,7 +87,7 @@ def test_the_authors_checkpoint_becomes_one_of_ours_that_run_py_takes(small_exam
 
 
 @pytest.mark.slow
-def test_the_papers_model_keeps_the_tag_of_the_weights_it_was_finetuned_from(tiny, monkeypatch, example_clip):
+def test_the_released_model_keeps_its_base_tag(tiny, monkeypatch, example_clip):
     monkeypatch.setattr(authors, "MODEL", tiny)  # ViT-L-14 itself has 428 million weights
     torch.save(create_model(tiny, load_weights=False).model.state_dict(), "theirs.pt")
     authors.main(["checkpoint", "--from", "theirs.pt", "--out", "out/model.safetensors"])
@@ -105,7 +105,7 @@ class Hostile:
         return os.system, ("touch run.by.pickle",)
 
 
-def test_a_hostile_file_in_place_of_any_of_the_three_is_refused_and_does_nothing(tiny):
+def test_hostile_release_files_are_refused(tiny):
     convert_embeddings(per_image(), tiny)  # differences want them
     for content in (Hostile(), per_image() | {"more": Hostile()}):
         torch.save(content, "hostile.pt")
@@ -158,7 +158,7 @@ def test_one_row_a_caption_keeps_the_first_of_each_image(tiny, capsys):
     assert "left out: 2 rows that repeat an image, 1 rows without a caption" in capsys.readouterr().out
 
 
-def test_a_file_cut_out_of_a_larger_one_keeps_the_larger_ones_numbers(tiny):
+def test_a_subset_file_keeps_the_original_row_numbers(tiny):
     """Then clip_embedding is what inds is, and the entries are in the rows' order; so the authors' loop reads it."""
     content = per_image()
     content["captions"] = [entry(9, "a dog", 70), entry(25, "cats", 71), entry(30, "a bus", 72)]
@@ -272,7 +272,7 @@ def test_what_is_there_is_not_replaced():
         assert Path(out).read_text() == "mine"
 
 
-def test_a_file_that_is_none_and_a_web_page_are_errors_of_the_user(tiny):
+def test_a_missing_file_and_a_web_page_are_user_errors(tiny):
     convert_embeddings(per_image(), tiny)
     Path("bad.pkl").write_bytes(b"hello")
     Path("page.pkl").write_text("\n<!DOCTYPE html><title>Google Drive - Quota exceeded</title>")

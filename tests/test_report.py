@@ -69,7 +69,7 @@ def test_how_figures_are_written():
     ]
 
 
-def test_an_interval_is_the_mean_of_the_seeds_own_and_empty_where_one_has_none():
+def test_intervals_are_averaged_over_seeds():
     put("a-seed0", metrics={"r1": 0.5, "r5": 0.5}, intervals={"r1": [0.4, 0.6], "r5": [0.4, 0.6]})
     put("a-seed1", metrics={"r1": 0.7, "r5": 0.5}, intervals={"r1": [0.6, 0.9]})
     rows = results.summarise(results.long_table(results.read([Path("results")])[0])).set_index("metric")
@@ -78,7 +78,7 @@ def test_an_interval_is_the_mean_of_the_seeds_own_and_empty_where_one_has_none()
     assert results.cells(rows, intervals=True)["r1"] == "60.0 ± 14.1 [50.0, 75.0]"
 
 
-def test_the_baseline_is_the_pretrained_model_or_the_one_named_and_names_are_in_the_order_people_count_in():
+def test_the_baseline_is_first_and_names_sort_naturally():
     for label in ("k16", "k2-seed9", "k2-seed10", "k4", "ViT-B-32-pretrained"):
         put(label)
     csv = page.write([Path("results")])[0].with_suffix(".csv")
@@ -99,7 +99,7 @@ def test_two_studies_that_use_one_label_are_kept_apart():
         page.write([Path("results")])
 
 
-def test_the_terminal_shows_a_block_an_evaluation_a_row_a_metric_and_a_column_a_model(capsys):
+def test_the_terminal_table_has_metrics_by_model(capsys):
     for label, value in (("base", 0.25), ("tuned", 0.5)):
         put(label, "retrieve-x", metrics={"t2i_r1": value, "cosine": -0.5}, intervals={"t2i_r1": [0.2, 0.6]})
     put("base", "difference-x", metrics={"sign": 0.5})
@@ -189,7 +189,7 @@ def test_the_page_holds_everything_itself_and_hostile_text_stays_text():
     assert base64.b64decode(png.split(",")[1]) == Path("results/base/a.png").read_bytes()
 
 
-def test_runs_alone_make_a_page_with_a_chart_a_figure_and_a_colour_a_variant():
+def test_a_page_of_runs_has_a_chart_per_figure():
     for label in ("a-seed0", "a-seed1", "b-seed0"):
         log_run(label, [{"step": s, "epoch": s / 9, "loss": 5 - s / 10, "lr": 0.1} for s in (0, 10, 20)])
     html = page.write([Path("runs")])[0].read_text()

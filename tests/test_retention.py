@@ -74,7 +74,7 @@ def test_each_caption_comes_with_an_image_that_it_was_written_for(tiny):
     torch.testing.assert_close(pixels, expected)
 
 
-def test_a_frozen_image_tower_lends_its_cached_embeddings_and_a_run_is_repeated_bit_for_bit(tiny):
+def test_retention_uses_cached_embeddings_and_repeats_bit_for_bit(tiny):
     settings = {"retain.similarities": 1.0, "retain.batch": 4, "preference.per_image": 2}
     config = put(tiny_runs.settings("preference", tiny), settings)
     once = tiny_runs.weights(finetune(config))

@@ -125,7 +125,7 @@ def test_a_model_that_tells_nothing_apart_gets_nothing_beyond_chance(each, seed)
 
 
 @given(st.integers(2, 12), st.integers(0, 99))
-def test_a_caption_that_is_close_to_everything_loses_that_where_it_is_centred(n, seed):
+def test_centring_removes_a_captions_mean_score(n, seed):
     rng = np.random.default_rng(seed)
     z, texts = rng.normal(size=(n, 5)), rng.normal(size=(2 * n, 5))
     scores = z @ texts.T
@@ -220,7 +220,7 @@ def test_figures_of_batches_are_what_counting_one_query_at_a_time_gives(case, si
     assert set(actual.intervals) == set(actual.items) == set(actual.metrics)
 
 
-def test_left_out_images_are_counted_and_a_batch_is_easier_than_the_whole():
+def test_batch_retrieval_counts_left_out_images_and_is_easier():
     rng = np.random.default_rng(0)
     z = rng.normal(size=(50, 6))
     texts = z + rng.normal(size=(50, 6))

@@ -31,7 +31,7 @@ def sentences() -> list[Difference]:
     return made
 
 
-def test_by_rule_the_names_change_and_the_facts_stay_and_what_names_no_image_is_counted(sentences):
+def test_rewording_by_rule_keeps_the_facts(sentences):
     path = generate.generate(dataclasses.replace(CONFIG, wording=WordingConfig(schemes=["letters"])))
     written = read(path)
     assert meta(path)["counts"] == {"kept": 15, "no_roles": 1}
@@ -42,7 +42,7 @@ def test_by_rule_the_names_change_and_the_facts_stay_and_what_names_no_image_is_
     assert len({each.text for each in written}) == 15
 
 
-def test_of_a_language_model_only_what_leaves_the_facts_with_their_images_is_kept(sentences, monkeypatch):
+def test_rewording_by_a_model_must_keep_facts_with_their_images(sentences, monkeypatch):
     class Model(Writer):
         def stream(self, jobs):
             for n, job in enumerate(jobs):

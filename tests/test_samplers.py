@@ -64,7 +64,7 @@ def test_an_epoch_can_be_cut_short(kind):
     assert make(kind=kind, max_steps_per_epoch=99).steps_per_epoch == 4
 
 
-def test_the_share_is_in_clusters_of_similar_examples_and_the_rest_at_random():
+def test_the_given_fraction_is_in_clusters_the_rest_random():
     batches = epoch(make(share=0.5), 0)
     assert set(groups_in(batches[:, :12].reshape(-1, 4))) == {1}
     assert np.mean(groups_in(batches[:, 12:].reshape(-1, 4))) > 2.5
@@ -85,7 +85,7 @@ def test_clusters_grow_in_number_with_the_share():
     ("online", "learns", "expected"),
     [(True, True, [True] * 3), (False, True, [False]), (True, False, [False])],  # the last: why look again
 )
-def test_online_looks_at_the_model_at_each_epochs_beginning_and_offline_before_training(online, learns, expected):
+def test_online_embeds_each_epoch_offline_once_before_training(online, learns, expected):
     examples = Grouped(learns)
     sampler = make(examples, online=online)
     assert examples.asked == [("text", False)] * (not expected[0])
@@ -108,7 +108,7 @@ def test_an_epoch_is_part_of_the_state_and_is_not_made_again():
     assert examples.asked
 
 
-def test_examples_that_are_alike_are_not_each_others_negatives_and_all_of_them_come():
+def test_identical_examples_are_never_negatives_and_all_appear():
     """Two of each eight are told by the same words: a batch of 24 has at most one of the two."""
     alike = np.arange(N)
     alike[1::EACH] = alike[::EACH]

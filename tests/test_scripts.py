@@ -29,7 +29,7 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", 
 
 
 @pytest.mark.slow
-def test_with_no_argument_each_runs_in_any_order_and_says_what_it_made(small_example, monkeypatch, capsys, caplog):
+def test_each_script_runs_without_arguments_in_any_order(small_example, monkeypatch, capsys, caplog):
     caplog.set_level("INFO")
     small = GenerateConfig(name="example", split="train", n_images=100, n_pairs=200)
     monkeypatch.setattr(generate, "of_example", lambda name: small)

@@ -61,7 +61,7 @@ def dead_url():
         return gone.url
 
 
-def test_a_chat_model_is_asked_with_a_system_prompt_and_the_jobs_own_seed(server):
+def test_chat_requests_have_a_system_prompt_and_the_jobs_seed(server):
     options = {"max_tokens": 33, "temperature": 0.5, "top_p": 0.9, "stop": ["END"]}
     rename = ["max_tokens=max_completion_tokens", "top_p="]
     model = writer(server, **options, rename=rename, extra='{"top_k": 5}')
@@ -178,7 +178,7 @@ class Counted(Sequence):
 
 
 @pytest.mark.parametrize("interrupted", [False, True])
-def test_jobs_are_begun_no_faster_than_they_are_read_and_cancelled_with_the_reader(server, interrupted):
+def test_requests_follow_the_reader_and_are_cancelled_with_it(server, interrupted):
     jobs = Counted()
     server.instead = lambda path, headers, body: time.sleep(30) if body["seed"] >= 20 else None
     stream = writer(server, concurrency=4).stream(jobs)
@@ -204,7 +204,7 @@ BROKEN = {"500": as_json({}, 500), "reset": RESET, "half": HALF, "429": as_json(
 
 
 @pytest.mark.parametrize("fault", BROKEN | GARBAGE)
-def test_a_fault_costs_another_try_and_a_job_that_fails_for_good_is_left_out_and_counted(server, fault):
+def test_faults_are_retried_and_permanent_failures_counted(server, fault):
     failed = set()
 
     def once(path, headers, body):
@@ -235,7 +235,7 @@ def test_a_server_that_answers_nothing_ends_it_early_with_what_to_do(server):
         list(writer(dead_url()).stream(JOBS))
 
 
-def test_what_is_missing_is_named_and_asked_again_or_left_out_and_counted(server):
+def test_missing_sentences_are_retried_or_counted(server):
     out_of_memory = as_json({"error": {"message": "out of memory"}}, 500)
     server.instead = lambda *_: out_of_memory if len(server.seen) > 25 else None
     settings = ServerConfig(url=[server.url], model="small", retries=0, concurrency=1)

@@ -67,7 +67,7 @@ def test_a_sentence_that_came_twice_is_taken_once(config):
     assert len(generate.generate(config).read_text(encoding="utf-8").splitlines()) == N_PAIRS
 
 
-def test_what_is_no_sentence_is_an_error_with_file_and_line_and_is_left_alone(config):
+def test_a_bad_progress_line_is_an_error_with_file_and_line(config):
     path = interrupt(config, 10)
     lines = path.read_bytes().splitlines(keepends=True)
     row = json.loads(lines[1])

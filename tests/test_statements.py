@@ -177,7 +177,7 @@ def test_the_published_files():
 VALSE = {"image_file": "COCO_val2014_000000000139.jpg", "caption": "a dog", "foil": "a cat", "mturk": {"caption": 2}}
 
 
-def test_rows_of_valse_that_its_annotators_did_not_confirm_are_left_out_and_counted(tmp_path, caplog):
+def test_unconfirmed_valse_rows_are_dropped_and_counted(tmp_path, caplog):
     rows = {"a": VALSE, "b": {**VALSE, "mturk": {"caption": 1, "foil": 2}}}
     path = tmp_path / "plurals.json"
     path.write_text(json.dumps(rows))

@@ -33,7 +33,7 @@ def read(**content) -> Study:
 # -- the file ------------------------------------------------------------------------------------------
 
 
-def test_a_grid_is_every_combination_after_the_variants_the_last_value_changing_fastest():
+def test_a_grid_is_every_combination_after_the_variants():
     grids = read(variants={"base": None, "random": ["--config", "x.yaml"]})
     assert list(grids.variants) == ["base", "random", "text-k2", "text-k0.5", "image-k2", "image-k0.5"]
     assert grids.variants["image-k0.5"] == ["--config", "x.yaml", "--k=0.5", "--n", "3", '{"a": 1}']
@@ -63,7 +63,7 @@ def test_what_is_wrong_is_said():
         Study.read(Path("absent.yaml"))
 
 
-def test_every_command_of_every_study_of_the_project_is_one_that_the_scripts_take():
+def test_every_study_command_is_valid():
     for path in sorted((ROOT / "configs" / "studies").glob("*.yaml")):
         shipped = Study.read(path)
         for arguments in filter(None, shipped.variants.values()):
@@ -103,7 +103,7 @@ def calls(monkeypatch):
     return commands
 
 
-def test_each_variant_is_trained_once_a_seed_before_its_evaluations_and_what_it_begins_with_before_it(calls):
+def test_variants_are_trained_once_in_order_of_dependence(calls):
     variants = {"base": None, "text-1e-06": ["--x", 1], "then": ["--start", "{text-1e-06}"], "last": ["--s={then}"]}
     chain = Study("chain", [["--mode", "zeroshot"], ["--mode", "rank"]], ["zeroshot"], variants)
     conduct(chain, [0, 1], workers=4)
@@ -120,7 +120,7 @@ def test_each_variant_is_trained_once_a_seed_before_its_evaluations_and_what_it_
     assert sum(c[0] == "run.py" for c in calls) == 2 * 7 and len(trained) == 6
 
 
-def test_a_command_that_fails_stops_the_study_with_its_last_lines_and_its_log():
+def test_a_failing_command_stops_the_study_with_its_log():
     Path("broken.py").write_text("import sys; print('error: the cat is out'); sys.exit(2)")
     broken = Study("small", [], ["zeroshot"], {"a": []}, prepare=[["broken.py", "--a", "b c"]])
     message = r"python broken\.py --a 'b c' failed with 2: .*the cat is out.*results/small/logs/prepare\.log"
@@ -180,7 +180,7 @@ def test_a_dry_run_prints_each_command_and_runs_none(main, calls, capsys):
     assert sum(line.startswith("python run.py") for line in lines) == 5 and len(lines) == 9
 
 
-def test_a_figure_that_stands_twice_or_nowhere_and_a_broken_result_are_errors():
+def test_ambiguous_missing_or_broken_results_are_errors():
     small = Study("small", [], ["r1"], {"base": None})
     with pytest.raises(UserError, match="no such file or folder: results/small/base"):
         results_of(small, [0])
@@ -219,7 +219,7 @@ def test_the_choice_is_made_on_validation_among_those_that_compete():
     assert "30.0" in render(small, table[table.dataset == "x/val"], None)  # where there is no other data set
 
 
-def test_without_a_choice_each_data_set_has_a_table_and_a_choice_that_cannot_be_made_says_why():
+def test_selection_is_optional_and_an_impossible_one_says_why():
     test, val = sorted(
         render(*choosing(chosen_on=[], choose_by=[]), None).split("x/val"), key=lambda text: "30.0" in text
     )

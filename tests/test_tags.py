@@ -36,7 +36,7 @@ def test_no_architecture_of_which_all_tags_agree_gets_another_transform(caplog):
     assert not wrong
 
 
-def test_where_tags_do_not_agree_a_warning_names_them_and_a_tag_settles_it(caplog):
+def test_ambiguous_tags_warn_and_a_given_tag_decides(caplog):
     usual = tags.transform_of_file("ViT-L-14", None, "weights.pt")
     assert usual["mean"][0] == pytest.approx(0.481, abs=1e-3)
     assert "image transform: as of most tags of ViT-L-14, but not of laion2b_s32b_b82k" in caplog.text
@@ -58,7 +58,7 @@ def test_another_activation_than_that_of_the_tag_is_refused():
 
 
 @pytest.mark.usefixtures("small_runs")
-def test_a_run_is_compared_with_what_it_began_with_and_with_nothing_else(tiny, caplog):
+def test_a_run_is_compared_with_its_own_start(tiny, caplog):
     config = tiny_runs.settings("pairwise", tiny, steps=2, lr=1e-2)
     first = finetune(config)
     config.model.start, config.name = str(first), "second"

@@ -163,7 +163,7 @@ def test_every_ablation_learns(config, option, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_run_that_is_interrupted_and_continued_ends_the_same_bit_for_bit(config, monkeypatch):
+def test_an_interrupted_run_resumes_bit_for_bit(config, monkeypatch):
     """Between two saves, by Ctrl-C, which ends the step and saves it, and between two saves again."""
     config.name = "b"
     tiny_runs.interrupt(config, 6)
@@ -220,7 +220,7 @@ def test_a_run_continued_within_an_epoch_and_between_two_ends_the_same(name, tin
 # -- no numbers ----------------------------------------------------------------------------------------
 
 
-def test_a_loss_that_is_no_number_stops_with_step_and_ids_and_keeps_the_last_good_state(config, monkeypatch):
+def test_a_nan_loss_stops_with_step_and_ids_and_keeps_the_state(config, monkeypatch):
     original, batches = pairwise.Method.forward, []
 
     def broken(self, batch):
@@ -257,7 +257,7 @@ def test_weights_that_are_no_numbers_are_never_saved(config, monkeypatch):
 # -- pairwise --------------------------------------------------------------------------------------------
 
 
-def test_mirror_pairs_put_both_orders_in_the_batch_with_first_and_second_exchanged(config):
+def test_mirror_pairs_are_in_the_batch_with_exchanged_names(config):
     method = make(config)
     batch = next(method.loader(0))
     half = len(batch.first) // 2

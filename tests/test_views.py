@@ -68,7 +68,7 @@ def test_an_image_is_found_by_id_without_ending_and_by_cocos_number():
         assert (actual.rows.tolist(), actual.absent) == (([row, 1], 0) if row is not None else ([1], 1)), name
 
 
-def test_two_images_of_one_name_are_an_error_only_for_who_asks_for_it():
+def test_an_ambiguous_image_name_is_an_error_only_if_used():
     data = made("x/1.jpg", "y/1.jpg", "y/2.jpg", "07.jpg", "7.jpg")
     assert located(about("2", "x/1.jpg", "7.jpg"), data).data.ids == ["x/1.jpg", "y/2.jpg", "7.jpg"]
     for name, one, other in (("1.png", "x/1.jpg", "y/1.jpg"), ("7", "07.jpg", "7.jpg")):

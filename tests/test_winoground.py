@@ -52,7 +52,7 @@ def test_random_embeddings_score_at_chance(context):
         assert share == pytest.approx(winoground.CHANCE[name], abs=0.01)
 
 
-def test_other_modes_leave_such_files_alone_and_rows_of_another_form_are_refused(context, tmp_path):
+def test_other_modes_ignore_such_files_and_bad_rows_are_refused(context, tmp_path):
     assert winoground.applies(context.data, context.config) is None
     for mode in (compositional, paraphrases):
         assert mode.applies(context.data, context.config)

@@ -167,7 +167,7 @@ def test_drawn_answers_repeat_themselves_whatever_the_batch_and_the_global_gener
     assert first != writer(folders["chat"]).write(JOBS)
 
 
-def test_a_chat_template_is_used_where_there_is_one_and_else_worked_examples(folders):
+def test_a_chat_template_is_used_if_present(folders):
     chat, base = (writer(folders[kind]).prompt(Job(" A dog.\n", "A cat.", 0)) for kind in ("chat", "base"))
     assert chat.startswith(f"<system>{PAIRS.system}\n<user>Picture 1: A dog.\nPicture 2: A cat.\n")
     assert chat.endswith("\n<reply>") and not any(example["answer"] in chat for example in PAIRS.examples)
