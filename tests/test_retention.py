@@ -48,7 +48,7 @@ def test_nothing_is_lost_at_the_start_and_each_term_is_weighed(method, tiny):
     made = retaining(method, tiny, ALL | stage)
     batch = next(made.loader(0))
     with torch.no_grad():
-        alone, (total, logs) = made.loss(batch.learnt)[0], made(batch)
+        alone, (total, logs) = made.loss(batch.method_batch)[0], made(batch)
     for name in ("texts", "images", "similarities"):
         assert logs[f"retain_{name}"].item() == pytest.approx(0, abs=1e-5)
     assert total.item() == pytest.approx(alone.item() + 7 * logs["retain_contrastive"].item(), abs=1e-3)
@@ -58,7 +58,7 @@ def test_nothing_is_lost_at_the_start_and_each_term_is_weighed(method, tiny):
         total, logs = made(batch)
         terms = [ALL[f"retain.{name}"] * logs[f"retain_{name}"] for name in made.retention.weights]
         assert min(terms[:3]) > 1e-4
-        torch.testing.assert_close(total, made.loss(batch.learnt)[0] + sum(terms))
+        torch.testing.assert_close(total, made.loss(batch.method_batch)[0] + sum(terms))
 
 
 def test_each_caption_comes_with_an_image_that_it_was_written_for(tiny):
@@ -92,8 +92,8 @@ def test_what_a_frozen_tower_makes_stays_and_that_is_noted(tiny):
 
 def test_weights_rise_over_a_share_of_the_steps(tiny):
     made = retaining("preference", tiny, {"retain.texts": 1.0, "retain.ramp": 0.5, "train.steps": 8})
-    assert [batch.kept.ramp for batch in made.loader(0)][:8] == [0, 0.25, 0.5, 0.75, 1, 1, 1, 1]
-    assert next(made.loader(0, 3)).kept.ramp == 0.75
+    assert [batch.ordinary.ramp for batch in made.loader(0)][:8] == [0, 0.25, 0.5, 0.75, 1, 1, 1, 1]
+    assert next(made.loader(0, 3)).ordinary.ramp == 0.75
 
 
 REFUSED = [

@@ -1,9 +1,9 @@
 """Regularisation towards the start, for any method, on ordinary captions and images.
 
-A model that is taught one thing forgets others. Beside each batch of a method come A ordinary captions with their
-images, and `retain.NAME` weighs what has changed of them: `texts` and `images` their embeddings, `similarities` which
-caption goes with which image (distillation from the start), `contrastive` how well CLIP's own loss still does on them.
-What the start made of them is computed once.
+Each step has A ordinary captions with their images in addition to the method's batch. `retain.NAME` weighs the
+terms: `texts` and `images`, 1 - cos between their embeddings and the start's; `similarities`, the KL divergence from
+the start's softmax of captions over images and back (distillation); `contrastive`, CLIP's own loss. The start's
+embeddings are computed once.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ from pc_clip.train.methods.base import CUT, BaseMethod, Images, Texts, embed_row
 EXAMPLES = ("example_relations", "example_changes")  # without captions of their own; the example's are of such scenes
 
 
-class Kept(NamedTuple):
-    """A captions, each with an image that it was written for; images are empty where no term looks at them."""
+class OrdinaryBatch(NamedTuple):
+    """A captions, each with an image it describes; `images` is empty where no term needs them."""
 
     tokens: Tensor  # [A, L] int64
     images: Tensor  # [A, D] embeddings, or [A, 3, H, W] pixels when the image tower learns
-    ramp: float  # what all weights are multiplied by in this step
+    ramp: float  # factor of all weights in this step
     text_start: Tensor  # [A, D] float32, unit length
     image_start: Tensor  # [A, D] float32, unit length
 
 
 class Retained(NamedTuple):
-    """A method's batch, and what is retained beside it."""
+    """A batch of the method, with a batch of ordinary captions."""
 
     ids: list[str]
-    learnt: Any
-    kept: Kept
+    method_batch: Any
+    ordinary: OrdinaryBatch
 
 
 class Retention:
-    """What is retained of the start of a method's model."""
+    """The retention terms of a run: ordinary captions, their images, and the start's embeddings of both."""
 
     def __init__(self, method: BaseMethod, data: Dataset) -> None:
         self.clip, config, options = method.clip, method.config, method.config.retain
@@ -79,7 +79,7 @@ class Retention:
         self.size, self.share = options.batch, process_slice("retain.batch", options.batch)
 
     def _look(self, data: Dataset, config: Any, rows: list[int]) -> None:
-        """The images that the captions were written for, by row of `images`."""
+        """Open the images of the captions, and embed them by the start."""
         self.images = Images(self.clip, data, config)
         row = {key: n for n, key in enumerate(self.images.ids)}
         if absent := [data.ids[n] for n in rows if data.ids[n] not in row]:
@@ -93,7 +93,7 @@ class Retention:
         return rng.integers(len(self.texts.distinct), size=self.size)[self.share]
 
     def read(self, drawn: Iterable[np.ndarray], epoch: int) -> Iterator[Tensor]:
-        """The images of each step's captions; nothing of them where no term looks at them."""
+        """The images of each step's captions; empty where no term needs them."""
         if self.images is None:
             return (torch.empty(0) for _ in drawn)
         return self.images.batches((self.image_rows[rows] for rows in drawn), epoch)
@@ -104,34 +104,34 @@ class Retention:
         chosen = torch.from_numpy(rows)
         image_start = torch.empty(0) if self.images is None else self.image_start[chosen]
         return Retained(
-            batch.ids, batch, Kept(self.texts.batch(rows), images, ramp, self.text_start[chosen], image_start)
+            batch.ids, batch, OrdinaryBatch(self.texts.batch(rows), images, ramp, self.text_start[chosen], image_start)
         )
 
-    def loss(self, kept: Kept) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, ordinary: OrdinaryBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum of the terms, and each term for the log."""
         text = image = None
         if set(self.weights) != {"images"}:
-            text = self.clip.encode_text(kept.tokens).float()
+            text = self.clip.encode_text(ordinary.tokens).float()
         if self.images is not None:
-            image = self.images.encode(kept.images).float()
+            image = self.images.encode(ordinary.images).float()
         terms: dict[str, Tensor] = {}
         for name in self.weights:
             if name == "texts":
-                terms[name] = losses.anchor(text, kept.text_start)
+                terms[name] = losses.anchor(text, ordinary.text_start)
             elif name == "images":
-                terms[name] = losses.anchor(image, kept.image_start)
+                terms[name] = losses.anchor(image, ordinary.image_start)
             elif name == "similarities":
-                start = kept.text_start, kept.image_start
+                start = ordinary.text_start, ordinary.image_start
                 terms[name] = losses.over_all(losses.similarity_divergence, text, image, *start, self.temperature)
             else:
                 scale = self.clip.model.logit_scale.exp()
                 terms[name] = losses.over_all(losses.info_nce, text, image, 1 / scale)
         total = sum(self.weights[name] * term for name, term in terms.items())
-        return kept.ramp * total, {f"retain_{name}": term.detach() for name, term in terms.items()}
+        return ordinary.ramp * total, {f"retain_{name}": term.detach() for name, term in terms.items()}
 
 
 def _check(method: BaseMethod) -> dict[str, float]:
-    """The weights of what can change. Raises UserError for others than weights, and where nothing can."""
+    """The weights of terms that can change. Raises UserError for invalid settings, and where no term can change."""
     options, learn = method.config.retain, method.trainable()
     for name, weight in options.weights.items():
         if not 0 < weight < float("inf"):

@@ -97,9 +97,9 @@ class BaseMethod(nn.Module):
         """The loss of a batch, with the terms of retention, and numbers for the log."""
         if self.retention is None:
             return self.loss(batch)
-        loss, logs = self.loss(batch.learnt)
-        kept, more = self.retention.loss(batch.kept)
-        return loss + kept, logs | more
+        loss, logs = self.loss(batch.method_batch)
+        retention, more = self.retention.loss(batch.ordinary)
+        return loss + retention, logs | more
 
     # -- the loader ------------------------------------------------------------------------------------
 
