@@ -461,6 +461,8 @@ def test_a_webdataset_for_retrieval_has_captions(tmp_path):
     write(tmp_path / "dataset_type.txt", "retrieval")
     shard(tmp_path / "test" / "0.tar", {"a.jpg": jpeg(9), "a.txt": "A  cat\n\nOne cat\n"})
     assert open_dataset("webdataset", tmp_path).captions == [("A cat", "One cat")]
+    (tmp_path / "dataset_type.txt").unlink()  # img2dataset writes none, and no classnames.txt
+    assert open_dataset("webdataset", tmp_path).captions == [("A cat", "One cat")]
     shard(tmp_path / "test" / "0.tar", {"a.jpg": jpeg(9), "a.txt": "a café".encode("latin-1")})
     with pytest.raises(UserError, match=r"0\.tar.a\.txt is not UTF-8 text"):
         open_dataset("webdataset", tmp_path)

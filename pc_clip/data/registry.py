@@ -30,6 +30,7 @@ from pc_clip.data.classification import KINDS, download_classified, open_awa2, o
 from pc_clip.data.dataset import Dataset
 from pc_clip.data.example_sets import example, example_changes, example_relations
 from pc_clip.data.folder import open_folder
+from pc_clip.data.huggingface import open_huggingface
 from pc_clip.data.picture_files import is_list
 from pc_clip.data.upright import upright as turned_upright
 from pc_clip.data.webdataset import open_webdataset
@@ -95,6 +96,7 @@ READERS: dict[str, Reader] = {
     "coco": _reader("coco", open_coco, any_split=True, may_miss=True),
     "tsv": _reader("tsv", open_tsv, any_split=True, may_miss=True, is_table=partial(is_list, endings=TABLES)),
     "folder": _reader("folder", open_folder),
+    "huggingface": _reader("huggingface", open_huggingface, any_split=True),
     "webdataset": _reader("webdataset", open_webdataset, any_split=True, may_miss=True),
     **{name: _reader(name, partial(open_classified, name)) for name in KINDS},
     "cub": _reader("cub", open_cub, any_split=True),  # by class as well

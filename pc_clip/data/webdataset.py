@@ -2,10 +2,11 @@
 
 ROOT/classnames.txt                             a line a class, by label
 ROOT/zeroshot_classification_templates.txt      a line a prompt, with {c} for the class (may be absent)
-ROOT/dataset_type.txt                           classification (or absent), or retrieval
+ROOT/dataset_type.txt                           classification or retrieval (absent: retrieval without classnames)
 ROOT/SPLIT/0.tar, 1.tar, ...                    members KEY.jpg, .jpeg, .png or .webp, and KEY.cls or KEY.txt
 ROOT/SPLIT/nshards.txt                          how many shards there are (may be absent: then all of them)
 
+The folder of img2dataset's tars is a split: --root ITS_PARENT --split ITS_NAME.
 To be embedded (`python -m pc_clip embeddings`) images alone will do, and tar files that lie in ROOT itself. The package
 webdataset reads tar files from front to back; an index of offsets lets images be read in any order.
 """
@@ -198,9 +199,12 @@ def _question(root: Path, samples: list[Sample]) -> Question:
 
 
 def has_captions(root: Path) -> bool:
-    """Whether a WebDataset says that captions stand beside its images. Raises UserError for a kind it cannot be."""
-    path = root / "dataset_type.txt"
-    kind = read_text(path).strip().lower() if path.is_file() else "classification"
+    """Whether images have captions: as dataset_type.txt says, or without it, where no classnames.txt names classes.
+
+    Raises UserError for a kind it cannot be.
+    """
+    path, usual = root / "dataset_type.txt", "classification" if (root / "classnames.txt").is_file() else "retrieval"
+    kind = read_text(path).strip().lower() if path.is_file() else usual
     check_choice(str(path), kind, ("classification", "retrieval"))
     return kind == "retrieval"
 
