@@ -71,12 +71,16 @@ class Pick(NamedTuple):
 
 
 class Relative(NamedTuple):
-    """What has to be changed in the image `reference` to have `target`. kind: its file."""
+    """What has to be changed in the image `reference` to have `target`. kind: its file.
+
+    members: CIRR's six similar images, reference and target among them; empty for others.
+    """
 
     reference: str
     target: str
     caption: str
     kind: str
+    members: tuple[str, ...] = ()
 
 
 def form_of(paths: Sequence[str | Path]) -> type[NamedTuple] | None:
@@ -171,4 +175,8 @@ def _relative(where: str, columns: dict[str, Any], file: Path) -> Relative:
     if not isinstance(texts, list) or not texts:
         raise row.wrong(f"captions must be a list of texts, found {str(texts)[:60]!r}")
     caption = " and ".join(words(text, where, wanted[2]) for text in texts)
-    return Relative(row.image(wanted[0]), row.image(wanted[1]), caption, file.stem)
+    reference, target = row.image(wanted[0]), row.image(wanted[1])
+    members = tuple((columns.get("img_set") or {}).get("members", ()))
+    if members and not {reference, target} <= set(members):
+        raise row.wrong("img_set.members must hold the reference and the target")
+    return Relative(reference, target, caption, file.stem, members)

@@ -17,10 +17,12 @@ from pc_clip.core.errors import UserError
 from pc_clip.core.random import stream
 from pc_clip.data.dataset import Dataset
 from pc_clip.data.groups import Relative, form_of, with_images
+from pc_clip.data.views import ImageIds
 from pc_clip.evals import EvalContext, Result
 from pc_clip.metrics import intervals
 
 KS = (1, 5, 10, 50)
+SUBSET_KS = (1, 2, 3)  # of CIRR's six images
 
 
 def applies(data: Dataset, config: EvaluateConfig) -> str | None:
@@ -32,7 +34,8 @@ def applies(data: Dataset, config: EvaluateConfig) -> str | None:
 def evaluate(context: EvalContext) -> Result:
     """R@k of the sum, of the caption alone (caption_r) and of the reference alone (reference_r), with intervals.
 
-    A k that is not smaller than the number of candidates is left out. A target gets the middle of tied ranks.
+    A k not below the number of candidates is left out. A target gets the middle of tied ranks. subset_rK:
+    among CIRR's five other images of the reference's set, where all of them are there; alpha as for the whole.
     Raises UserError where of no query both images are there, and for fewer than two reference images.
     """
     queries, rows = with_images(context.statements, ("reference", "target"), context.data)
@@ -49,6 +52,8 @@ def evaluate(context: EvalContext) -> Result:
     ways = {"": rank, "caption_": _ranks(context.z, texts, reference, target), "reference_": ranks[0.0]}
     known_ks = [k for k in KS if k < len(context.data) - 1]
     shares = {f"{way}r{k}": (of_way <= k).astype(float) for way, of_way in ways.items() for k in known_ks}
+    alpha = np.where(first_half, chosen[True], chosen[False])
+    shares |= _subset_recall(context, queries, texts, torch.from_numpy(alpha), reference, target)
     metrics, known = intervals.of_columns(shares, np.unique(reference, return_inverse=True)[1], context.config.seed)
     details = {
         "queries": len(queries),
@@ -58,6 +63,31 @@ def evaluate(context: EvalContext) -> Result:
     details["alpha"] = {"chosen on the second half": chosen[True], "chosen on the first half": chosen[False]}
     details["median_rank"] = float(np.median(rank))
     return Result(metrics, len(queries), details, intervals=known)
+
+
+def _subset_recall(
+    context: EvalContext,
+    queries: list[Relative],
+    texts: Tensor,
+    alpha: Tensor,
+    reference: np.ndarray,
+    target: np.ndarray,
+) -> dict[str, np.ndarray]:
+    """Hits among the images of CIRR's sets, of the sum and of the caption alone; NaN without a complete set."""
+    ids = ImageIds(context.data.ids, context.data.label)
+    rows = [[ids.find(name) for name in query.members] for query in queries]
+    complete = np.array([bool(each) and None not in each for each in rows])
+    if not complete.any():
+        return {}
+    among = torch.zeros(len(queries), len(context.data), dtype=torch.bool)
+    for n in np.flatnonzero(complete):
+        among[n, rows[n]] = True
+    sums = context.z[reference] + alpha[:, None].to(texts) * texts
+    ways = {
+        "": _ranks(context.z, sums, reference, target, among),
+        "caption_": _ranks(context.z, texts, reference, target, among),
+    }
+    return {f"{way}subset_r{k}": np.where(complete, rank <= k, np.nan) for way, rank in ways.items() for k in SUBSET_KS}
 
 
 def _halves(reference: np.ndarray, seed: int) -> np.ndarray:
@@ -72,12 +102,19 @@ def _recall(ranks: np.ndarray) -> list[float]:
     return [float((ranks <= k).mean()) for k in KS]
 
 
-def _ranks(z: Tensor, queries: Tensor, reference: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """The rank of each target among all images but the query's reference, from 1.  -> [M] float64"""
+def _ranks(
+    z: Tensor, queries: Tensor, reference: np.ndarray, target: np.ndarray, among: Tensor | None = None
+) -> np.ndarray:
+    """The rank of each target among all images but the query's reference, from 1.  -> [M] float64
+
+    among: [M, N] bool, the candidates of each query; all images when not given.
+    """
     queries, ranks = F.normalize(queries, dim=-1), []
     for rows in torch.arange(len(queries)).split(1024):
         cosines = queries[rows] @ z.T  # [B, N]
         own = cosines.gather(1, torch.from_numpy(target)[rows, None])
+        if among is not None:
+            cosines.masked_fill_(~among[rows], -torch.inf)
         cosines.scatter_(1, torch.from_numpy(reference)[rows, None], -torch.inf)
         ranks.append(1 + (cosines > own).sum(1) + ((cosines == own).sum(1) - 1).clamp(min=0) / 2)
     return torch.cat(ranks).double().numpy()
