@@ -44,7 +44,7 @@ def test_real_references_score_as_pycocoevalcaps_own_classes_say():
     for name, scorer in (("rouge_l", Rouge()), ("cider", Cider())):
         corpus, each = scorer.compute_score(*theirs)
         assert ours.corpus[name] == corpus and ours.items[name].tolist() == list(each)
-    assert ours.corpus["cider"] == validation_cider(first[1:] + first[:1], list(references.values()))
+    assert ours.corpus["cider"] == validation_cider(first[1:] + first[:1], list(by_image.values()))
     for name, (low, high) in ours.intervals.items():
         assert low <= ours.corpus[name] <= high
 

@@ -95,7 +95,7 @@ def test_a_file_that_holds_no_captions_says_why_in_a_line(tmp_path):
     for name, content, message in [
         ("c.json", "[", r"is not JSON"),
         ("c.json", [1], "must hold an object"),
-        ("c.json", {}, "no COCO captions file: it must be an object with images, annotations"),
+        ("c.json", {}, "not a COCO captions file: it must be an object with images, annotations"),
         ("c.json", coco([1, 1.0], []), "entry 1 of images needs an id that no other image has, found 1.0"),
         ("c.json", coco([1], [(1, None)]), "entry 0 of annotations: caption must be a text"),
         ("c.json", coco([1], [(None, "a")]), "entry 0 of annotations needs an image_id"),

@@ -178,8 +178,8 @@ def test_damaged_or_foreign_shards_are_recomputed(monkeypatch, caplog):
         (second, whole[:-1] + bytes([whole[-1] ^ 1]), f"{second} is damaged"),
         (first, (other_images.parent / first).read_bytes(), f"{first} is another one than"),
         (second, (other_tower.parent / second).read_bytes(), f"{second} is another one than"),
-        (INDEX, made.read_bytes()[:50], "is not a whole index"),
-        (INDEX, b"", "is not a whole index"),
+        (INDEX, made.read_bytes()[:50], "is not a whole embedding index"),
+        (INDEX, b"", "is not a whole embedding index"),
     ]:
         (made.parent / name).write_bytes(content)
         caplog.clear()

@@ -78,7 +78,7 @@ def test_broken_images_are_left_out_and_named(clip):
 
 def test_what_is_no_fault_of_the_image_stops_whatever_is_left_out(clip):
     for fault, message in [
-        (OSError(errno.EIO, "Input/output error"), "image 2 of some/train .*Input/output error.*mend that"),
+        (OSError(errno.EIO, "Input/output error"), "image 2 of some/train .*Input/output error.*fix that"),
         (MemoryError(), "image 2 of some/train cannot be read .*MemoryError"),
         (UserError("no file at 0.tar"), "no file at 0.tar"),
     ]:

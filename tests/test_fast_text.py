@@ -214,7 +214,7 @@ def test_a_tower_it_does_not_know_is_refused_with_the_reason():
         assert isinstance(FastText.of(model), FastText)
         spoil(model)
         assert reason in str(FastText.of(model)), name
-    assert "no plain causal transformer" in FastText.of(None)
+    assert "not a plain causal transformer" in FastText.of(None)
 
 
 def test_no_texts_give_no_embeddings():
