@@ -83,7 +83,7 @@ def configure(
 
 
 def given(argv: Sequence[str], default: Path | None = None) -> dict[str, Any]:
-    """What a command line sets, by dotted name: first the files of --config (or the default one), then its flags.
+    """Settings of a command line by dotted name: the files of --config (or the default one), then its flags.
 
     A flag without a value means true.
     """
@@ -174,7 +174,7 @@ def _check_effect(config: Any, flags: Iterable[str]) -> None:
 
 
 def _check_shared(config: Any) -> None:
-    """What settings of the same name mean everywhere."""
+    """Check the settings that all scripts share."""
     if hasattr(config, "device"):
         check_choice("device", config.device or "cpu", ("cpu", "cuda"))
     for name, least in (("batch_size", 1), ("seed", 0)):

@@ -51,7 +51,7 @@ def mean_over_all(total: Tensor, count: Tensor) -> Tensor:
 
 
 def parts(x: Tensor) -> list[Tensor]:
-    """What each process has, without gradients."""
+    """Each process's tensor, without gradients."""
     parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, x.contiguous())
     return parts
@@ -75,7 +75,7 @@ class Processes:
 
     @classmethod
     def here(cls) -> Processes:
-        """Those that `accelerate launch` or torchrun started. No GPU is touched: they only ever wait for each other."""
+        """The processes that `accelerate launch` or torchrun started. No GPU is used: they only synchronise."""
         if int(os.environ.get("WORLD_SIZE") or 1) < 2:
             return cls()  # without accelerate, whose state would keep whatever device it was first asked for
         state = PartialState(cpu=True, timeout=timedelta(days=30))  # the fastest waits for the slowest

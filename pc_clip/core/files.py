@@ -77,7 +77,7 @@ def exclusive_lock(path: Path, busy: str) -> Iterator[None]:
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)  # while it is held: who opened it meanwhile finds that it is gone
+        path.unlink(missing_ok=True)  # while locked: a process that opened it meanwhile sees that it is gone
         lock.release()
         with suppress(OSError):  # a folder that is not empty stays
             for folder in made:  # the innermost comes first

@@ -86,7 +86,7 @@ def read(path: Path, data: Dataset) -> list[Attribute]:
 
 
 def _by_class(about: dict[str, Any], question: Question, where: str) -> np.ndarray:
-    """What is known of each class.  -> [classes], NaN where nothing is"""
+    """An attribute's value for each class.  -> [classes], NaN where it is unknown"""
     if "graded" in about:
         value = _graded(about["graded"], question, where)
         return value - _graded(about["minus"], question, where) if "minus" in about else value

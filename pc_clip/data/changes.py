@@ -70,7 +70,7 @@ def open_image_editing_request(root: Path, split: str, missing: str = "error") -
 
 
 def open_clevr_change(folder: Path, split: str, missing: str = "error") -> Dataset:
-    """Of every scene of a split two changes: to the picture with the change, and to the one without, of kind "none"."""
+    """Two pairs a scene: with its changed picture, and with its unchanged one, of kind "none"."""
     path, types = folder / "splits.json", read_json(folder / "type_mapping.json", dict)
     kinds = {Path(name).stem: kind for kind, names in types.items() for name in names}
     if len(kinds) < sum(map(len, types.values())):

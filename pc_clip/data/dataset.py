@@ -235,7 +235,7 @@ def _in_8_bits(image: Image.Image) -> Image.Image:
 
 
 def unreadable(path: str | Path, error: OSError) -> UserError:
-    """What to say where the system does not let a file or folder be read: nothing is known of its content."""
+    """The error for a file or folder that the system does not let us read."""
     return UserError(f"{path} cannot be read ({error.strerror or error}); fix that and run the same command again")
 
 

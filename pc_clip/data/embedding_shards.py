@@ -108,7 +108,7 @@ def _entry(shard: Shard) -> dict[str, Any]:
 
 
 def read(path: Path) -> tuple[dict[str, str], list[Shard]]:
-    """What made a file or the shards of an index, and the shards. Raises CorruptFileError, with the shard at fault."""
+    """The metadata of a file or index, and its shards. Raises CorruptFileError, with the shard at fault."""
     if path.suffix != ".json":
         shard = read_shard(path)
         return shard.made_by, [shard]

@@ -53,7 +53,7 @@ CACHE = Path("data/cache/embeddings")
 
 
 def claim(name: str, pretrained: str | None) -> str:
-    """What stands for the image tower's hash in a file whose maker only told the model's name."""
+    """The identity of a file that names its model but not the image tower's hash."""
     return f"claimed:{name}/{pretrained}" if pretrained else f"claimed:{name}"
 
 
@@ -94,7 +94,7 @@ class Options:
 
     @property
     def suffix(self) -> str:
-        """What sets the files of rounded embeddings apart, so that nothing reads them for exact ones."""
+        """File-name suffix of rounded embeddings, so that they are not read as exact ones."""
         return "-bf16" * (self.precision == "bf16") + "-float16" * (self.dtype == "float16")
 
 

@@ -71,7 +71,7 @@ class Pick(NamedTuple):
 
 
 class Relative(NamedTuple):
-    """What has to be changed in the image `reference` to have `target`. kind: its file.
+    """A relative caption: the change from the image `reference` to `target`. kind: its file.
 
     members: CIRR's six similar images, reference and target among them; empty for others.
     """
@@ -84,7 +84,7 @@ class Relative(NamedTuple):
 
 
 def form_of(paths: Sequence[str | Path]) -> type[NamedTuple] | None:
-    """What the first row of some files is; None for statements."""
+    """The form of the first row of some files; None for statements."""
     file = files_of(Path(paths[0]))[0]
     columns = next(iter(READERS[file.suffix.lower()](file)), ("", {}))[1]
     if columns and all(str(key).isdecimal() for key in columns):

@@ -164,7 +164,7 @@ def _plain(preprocess: Callable[[Image.Image], Tensor], image: Image.Image, row:
 
 
 def once(data: Dataset, transform: Transform, workers: int, batch_size: int) -> Iterator[Batch]:
-    """All images of a data set in order, by processes that then end. Who leaves before the end should close it."""
+    """All images of a data set in order, by worker processes that then end. Close it when leaving early."""
     starts = range(0, len(data), batch_size)
     with closing(Reader(data, transform, workers)) as reader:
         yield from reader.batches(range(start, min(start + batch_size, len(data))) for start in starts)

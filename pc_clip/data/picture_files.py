@@ -55,7 +55,7 @@ class Pictures:
         return sum(file is None for file in self.files.values())
 
     def load(self, ids: Sequence[str]) -> Callable[[int], Image.Image]:
-        """What reads the images of some ids. An absent one is an error that names where it was looked for first."""
+        """A loader of images by row. An absent one is an error that names its first expected path."""
         return partial(read_file, [file.path if (file := self.files[key]) else self.places(key)[0] for key in ids])
 
     def stamps(self, ids: Sequence[str]) -> list[tuple]:

@@ -107,7 +107,7 @@ def _replaced(text: str, match: re.Match[str], relation: str, opposite: str) -> 
 
 
 def _cased(text: str, like: str) -> str:
-    """In capitals where what stood there was, or with a capital at the beginning."""
+    """The replacement in the case of the replaced text: upper case, capitalised or as it is."""
     if like.isupper() and len(like) > 1:
         return text.upper()
     return text[0].upper() + text[1:] if like[0].isupper() else text

@@ -149,7 +149,7 @@ class Row:
 
 
 def _statement(row: Row, stem: str, seed: int) -> Statement:
-    """What a row says; reported under the file's name `stem` where it says nothing else."""
+    """The statement of a row; its kind is the file's name `stem` by default."""
     columns, kind, category, true, other = row.columns.keys(), stem, "", True, ""
     texts = next((pair for pair in PAIRS if columns >= {*pair}), None)
     ranks = columns >= {"caption", "preferred_image", "rejected_image"} and texts != PAIRS[0]

@@ -76,7 +76,7 @@ def _data_set(label: str, samples: list[Sample], known_by: str) -> Dataset:
 
 
 def fingerprint(root: Path, shards: list[Path]) -> str:
-    """Of a split: its kind, and the names, sizes and times of its tar files."""
+    """Digest of a split: its kind, and the names, sizes and times of its tar files."""
     return digest("retrieval" if has_captions(root) else "classification", [stamp(shard) for shard in shards])
 
 
@@ -106,7 +106,7 @@ def open_tar(shard: Path) -> Dataset:
 
 
 def unopened(root: Path, split: str | None) -> Dataset:
-    """A WebDataset of which no tar file is opened, for those who have its embeddings already: it has no images.
+    """A WebDataset without images, of which no tar file is opened, for use with precomputed embeddings.
 
     The files are listed, and their sizes and times looked at. Raises UserError as `find_tars` does.
     """

@@ -59,7 +59,7 @@ def build(desk: Desk) -> Any:
     names, folder = list(desk.models), tempfile.mkdtemp(prefix="pc_clip_demo_")
 
     def asked(function: Callable[..., Any]) -> Callable[..., Any]:
-        """What a visitor did wrong becomes a sentence on the page."""
+        """Show a UserError as a sentence on the page."""
 
         def answer(*values: Any, progress: Any = gradio.Progress()) -> Any:  # noqa: B008  (gradio finds it so)
             try:

@@ -39,13 +39,13 @@ class Pictures:
 
     @classmethod
     def of(cls, folder: str | None) -> Pictures:
-        """Those of a folder, or scenes of the embedded example. Raises UserError for a folder without pictures."""
+        """Pictures of a folder, or scenes of the embedded example. Raises UserError for a folder without pictures."""
         data = open_dataset("folder", folder) if folder else open_dataset("example", None, "test")
         return cls(list(data.ids[: None if folder else EXAMPLES]), data.load)
 
     @classmethod
     def dropped(cls, files: Sequence[str]) -> Pictures:
-        """Those that a visitor dropped, by the paths where they lie now. Raises UserError for too many."""
+        """Uploaded pictures, by their temporary paths. Raises UserError for too many."""
         if len(files) > UPLOADS:
             raise UserError(
                 f"{len(files)} pictures were dropped; at most {UPLOADS} at a time, or name a folder: --images"
@@ -161,7 +161,7 @@ def _ends(pictures: Pictures, score: Tensor, count: int = 12) -> list[tuple[Imag
 
 
 def _agreement(scores: dict[str, Tensor]) -> str:
-    """Of all pairs of pictures, the share that two models put in the same order."""
+    """Fraction of picture pairs that two models order alike."""
     if len(scores) < 2 or len(next(iter(scores.values()))) < 2:
         return ""
     a, b = ((score[:, None] - score).sign() for score in scores.values())

@@ -129,7 +129,7 @@ class EvalContext:
 
     @cached_property
     def statements(self) -> list[Any]:
-        """Those of the files that were named, else the data set's own; or groups (data/groups.py)."""
+        """Statements of the named files, else the data set's own; or groups (data/groups.py)."""
         files, config = self.config.statements, self.config
         if not files:
             return list(self.data.statements)

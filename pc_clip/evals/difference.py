@@ -45,7 +45,7 @@ def applies(data: Dataset, config: EvaluateConfig) -> str | None:
 
 
 def evaluate(context: EvalContext) -> Result:
-    """With --difference.sentences that file's, about images or about classes; else the attributes' own."""
+    """Evaluate the sentences of --difference.sentences, or those of the data set's attributes."""
     check_at_least("difference.n_pairs", context.config.difference.n_pairs, 1)
     check_at_least("difference.draws", context.config.difference.draws, 1)
     return _about_sentences(context) if context.config.difference.sentences else about_attributes(context)
@@ -164,7 +164,7 @@ def answer(context: EvalContext, claims: Claims, companions: bool) -> Answers:
 
 
 def by_task(attributes: Sequence[Attribute], values: Sequence[Any]) -> dict[str, list[Any]]:
-    """What there is for each attribute, grouped by task; an attribute without a task is a group of its own."""
+    """Group values by the attributes' tasks; an attribute without a task is its own group."""
     groups: dict[str, list[Any]] = {}
     for attribute, value in zip(attributes, values):
         groups.setdefault(attribute.task or attribute.name, []).append(value)
@@ -184,7 +184,7 @@ def _add(result: Result, groups: Sequence[Sequence[Answers]], suffix: str = "") 
 
 
 def interval_of(groups: Sequence[Sequence[Answers]]) -> list[tuple[float, float]]:
-    """Of each figure's mean, in which each group counts alike, and within it each attribute."""
+    """Intervals of the figures' means; groups count equally, and attributes within a group."""
     answers = [(each, 1 / len(group) / len(each.pairs)) for group in groups for each in group]
     weight = np.concatenate([np.full(len(each.pairs), share) for each, share in answers])
     right, pairs = (np.concatenate([getattr(each, name) for each, _ in answers]) for name in ("right", "pairs"))
@@ -269,7 +269,7 @@ def recall_at_1(text: Tensor, gaps: Tensor, candidates: int = CANDIDATES) -> flo
 
 
 def cosines(clip: Clip, texts: Sequence[str], gaps: Tensor) -> Tensor:
-    """Of each pair's sentence with the difference of its images. gaps: [P, D] unit differences.  -> [P]"""
+    """Cosines of each pair's sentence with its image difference. gaps: [P, D] unit differences.  -> [P]"""
     return (clip.embed_texts(texts) * gaps).sum(-1)
 
 

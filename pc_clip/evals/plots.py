@@ -38,7 +38,7 @@ def contact_sheet(images: Sequence[Image.Image], title: str, labels: Sequence[st
 
 
 def change_sheet(data: Dataset, shown: Sequence[tuple[Change, Caption, bool | None]], title: str) -> Picture:
-    """Of each pair before, after, and where the decoder's last layer looked in both as it wrote two of the words.
+    """A sheet of pairs: before, after, and the decoder's last-layer attention in both for two of the words.
 
     shown: of (change, what the model says, whether that was judged right, None for not judged). What the model says is
     green where it was judged right, red where wrong, else black; below it is what people say.

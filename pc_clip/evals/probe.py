@@ -119,7 +119,7 @@ def draw_shots(question: Question, k: int, draws: int, seed: int) -> list[list[n
 
 
 def _log_probabilities_of_text(context: EvalContext, question: Question) -> np.ndarray:
-    """Of zero-shot classification at the model's own temperature.  -> [M, classes]"""
+    """Zero-shot log-probabilities at the model's temperature.  -> [M, classes]"""
     z = context.z[torch.from_numpy(question.rows)]
     prompts = class_embeddings(context.clip, question, templates_of(question, context.config))
     scale = context.clip.model.logit_scale.detach().exp().cpu()

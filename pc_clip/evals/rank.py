@@ -104,7 +104,7 @@ def _sample(scores: dict[str, np.ndarray], attribute: Attribute, seed: int) -> A
 
 
 def pair_accuracy(score: np.ndarray, attribute: Attribute) -> float:
-    """Of all pairs that clearly differ, the share that the scores put in the right order; ties count half."""
+    """Fraction of clearly different pairs that the scores order correctly; ties count half."""
     known = ~np.isnan(attribute.value)
     score, value = score[known], attribute.value[known]
     right = total = 0.0

@@ -106,7 +106,7 @@ def macro(confusion: np.ndarray) -> np.ndarray:
 def _by_name(
     names: Sequence[str], answers: dict[str, np.ndarray], true: np.ndarray, photograph: np.ndarray, seed: int
 ) -> dict[str, Any]:
-    """For the statements of each name: how many, the share that is true, and the answers' shares that are right.
+    """By name: number of statements, fraction true, and fraction of correct answers.
 
     interval: of accuracy; majority: of the name's own statements.
     """

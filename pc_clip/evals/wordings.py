@@ -127,7 +127,7 @@ def _judged_alike(two_way: dict[tuple[str, str], Tensor], cells: list[tuple[str,
 
 
 def _share_right(two_way: dict[tuple[str, str], Tensor], cells: list[tuple[str, str]]) -> Tensor:
-    """In how many of some wordings each pair is judged right.  -> [P] float64"""
+    """Fraction of wordings in which each pair is judged correctly.  -> [P] float64"""
     return torch.stack([two_way[cell].double().mean(0) for cell in cells]).mean(0)
 
 

@@ -20,7 +20,7 @@ PLACES = {
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
-    """One caption with a random subset of what could be said. Whatever is said is true of the scene.
+    """One caption with a random subset of the scene's facts, all of them true.
 
     When things differ, each is named: a caption that named one of two would make "one" a false word.
     """
@@ -84,7 +84,7 @@ _BETWEEN = re.compile(r", | and | left of | right of | above | below ")
 
 
 def parse(text: str) -> dict[str, str | int]:
-    """What a caption of this grammar says for certain; empty for any other text.
+    """The facts of a caption of this grammar; empty for any other text.
 
     Keys among size, texture, colour, shape, count, background, position. Looks are given only when the
     caption is about one kind of thing; the count always, because every thing is named.

@@ -51,7 +51,7 @@ FEW = 500  # pairs, which are as soon found as read
 
 @dataclass(frozen=True)
 class Pair:
-    """What is seen before and after, and the truth about it.
+    """Two scenes before and after a change, and the change.
 
     thing: the one that changed, as it was before (after, if it was added); None where nothing changed. value: its new
     colour or texture, or the direction it went (left, right, up, down); empty for the other kinds.
@@ -217,7 +217,7 @@ def _sentence(about: Pair, rng: np.random.Generator) -> str:
 
 
 class Meaning(NamedTuple):
-    """What a sentence says. facts: the thing as it names it, keys among size, texture, colour, shape. value: the new
+    """The meaning of a sentence. facts: the thing it names, keys among size, texture, colour, shape. value: the new
     colour or texture, or the direction; empty for the other kinds."""
 
     kind: str
@@ -226,7 +226,7 @@ class Meaning(NamedTuple):
 
 
 def parse(sentence: str) -> Meaning | None:
-    """What a sentence of the templates says; None for any other, and for one that contradicts itself.
+    """The meaning of a sentence of the templates; None for any other, or a contradictory one.
 
     The shape of a thing has to be there; its size, its texture and its colour may be, in this order. So a sentence may
     be understood that no template makes ("the striped star turned dotted"), if it says as clearly what changed.
@@ -242,7 +242,7 @@ def parse(sentence: str) -> Meaning | None:
 
 
 def judge(truth: Pair, sentence: str) -> dict[str, bool]:
-    """What is right in a sentence about a pair: "type", "object", "value"; all of it where the sentence is.
+    """Which parts of a sentence about a pair are right: "type", "object", "value".
 
     type: the kind of the change. object: colour and shape are named, and all that is named is true of the thing that
     changed; where nothing changed, the type decides. value: the type, and the new colour, texture or direction if it

@@ -57,9 +57,9 @@ class SceneStatement(NamedTuple):
 
 
 def statements(split: str, index: int) -> list[SceneStatement]:
-    """What is said of a scene: where a thing is, where one is as seen from the other, which one is larger.
+    """Statements on a scene: where a thing is, where one is relative to the other, which one is larger.
 
-    What is said of one thing alone is easier, and without it a small model does not get to what is said of two.
+    Statements on one thing are easier; without them a small model does not learn those on two.
     """
     things = scene(split, index).things
     rng = np.random.default_rng([SEEDS[split], index, 1])

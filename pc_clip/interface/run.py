@@ -71,7 +71,7 @@ def results(config: EvaluateConfig) -> list[dict[str, Any]]:
 
 
 def _example_checkpoints() -> list[str | None]:
-    """What is evaluated without any flag: the embedded model, and the example's run if it is finished."""
+    """Checkpoints evaluated by default: the embedded model, and the example's run if it is finished."""
     try:
         checkpoint_file(EXAMPLE_RUN)
     except UserError:

@@ -62,7 +62,7 @@ def of_ratios(hits: dict[str, np.ndarray], queries: dict[str, np.ndarray], seed:
 
 
 def standard_errors(by_draw: np.ndarray) -> list[float | None]:
-    """Of the means of figures over draws. [draws, K] -> K, None for a single draw, which says nothing of it."""
+    """Standard errors of means over draws. [draws, K] -> K, None for a single draw."""
     if len(by_draw) < 2:
         return [None] * by_draw.shape[1]
     return (by_draw.std(axis=0, ddof=1) / np.sqrt(len(by_draw))).tolist()

@@ -72,7 +72,7 @@ class Decoder(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def set_dropout(self, share: float) -> None:
-        """For a decoder that was loaded, and so made without dropout."""
+        """Set the dropout of a loaded decoder."""
         for module in self.modules():
             if isinstance(module, nn.Dropout):
                 module.p = share
@@ -80,7 +80,7 @@ class Decoder(nn.Module):
                 module.dropout = share
 
     def memory(self, seen: Tensor) -> Tensor:
-        """What the layers look at. [B, S, V] tokens of the encoder, before and after -> [B, S, W]"""
+        """The decoder's memory. [B, S, V] tokens of the encoder, before and after -> [B, S, W]"""
         return self.look_norm(self.look(seen)) + (self.which[:, None] + self.place).flatten(0, 1)
 
     def forward(self, tokens: Tensor, seen: Tensor) -> Tensor:

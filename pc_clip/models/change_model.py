@@ -66,7 +66,7 @@ class ChangeModel(nn.Module):
 
     @classmethod
     def build(cls, clip: Clip, about: Mapping[str, Any]) -> ChangeModel:
-        """One of the sizes that `describe` gave; its weights are still to be loaded."""
+        """A model of the sizes that `describe` gave; its weights are still to be loaded."""
         made = cls(clip, about["intra_layers"], about["aligned_tokens"])
         if "decoder" in about:
             made.add_decoder(Vocabulary(clip.tokenizer, about["pieces"]), Shape(**about["decoder"]))

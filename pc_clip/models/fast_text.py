@@ -54,7 +54,7 @@ class FastText:
         """The fast way through a tower, or why there is none. tower: a plain causal one, see Clip._causal_tower.
 
         Strict about types: a replaced layer (a quantised one) would be bypassed. Adapters of
-        pc_clip.models.lora are not: who reads a weight reads their sum.
+        pc_clip.models.lora are fine: reading a weight gives the sum.
         """
         if tower is None:
             return "it is not a plain causal transformer of open_clip's"
@@ -153,7 +153,7 @@ def _block(block: nn.Module, x: Tensor, packed: Packed, dtype: torch.dtype) -> T
 
 
 def _last_block(block: nn.Module, x: Tensor, packed: Packed, dtype: torch.dtype) -> Tensor:
-    """What the last block makes of the end-of-text tokens. [T, W] -> [N, W], in the dtype of the weights"""
+    """The last block's output for the end-of-text tokens. [T, W] -> [N, W], in the dtype of the weights"""
     heads, attn, width = block.attn.num_heads, block.attn, x.shape[1]
     weight, bias = attn.in_proj_weight, attn.in_proj_bias
     q = _norm_linear(block.ln_1, weight[:width], bias[:width], x[packed.last], dtype)  # [N, W]
@@ -183,7 +183,7 @@ def _attend(qkv: Tensor, packed: Packed, heads: int) -> Tensor:
 
 
 def _attend_from_last(q: Tensor, kv: Tensor, packed: Packed, heads: int) -> Tensor:
-    """What one query a text reads from all its text. [N, W], [T, 2 W] -> [N, W]"""
+    """Attention of one query a text over all its tokens. [N, W], [T, 2 W] -> [N, W]"""
     if not packed.groups:
         k, v = kv.view(len(kv), 2, heads, -1).unbind(1)
         each = torch.arange(len(q) + 1, dtype=torch.int32, device=q.device)

@@ -29,7 +29,7 @@ _MATRICES = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"
 
 
 class Adapter(nn.Module):
-    """What is added to one weight of shape [M, ...], seen as a matrix [M, N]. At the start it is zero."""
+    """The low-rank update of one weight of shape [M, ...], seen as a matrix [M, N]. Initially zero."""
 
     def __init__(self, weight: Tensor, rank: int, alpha: float) -> None:
         """A is drawn from torch's default generator, on the CPU."""

@@ -15,7 +15,7 @@ from open_clip.transformer import ResidualAttentionBlock, VisionTransformer  # i
 
 
 class PairEncoder(nn.Module):
-    """What CLIP4IDC adds to an image tower, which it calls and does not own.
+    """CLIP4IDC's pair encoder around an image tower, which it calls and does not own.
 
     The first `intra_layers` blocks see each image alone. Then the tokens of both, with an embedding that says which
     image they are of, are put one after the other, with a positional embedding of their own and a norm, and the other

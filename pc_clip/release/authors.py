@@ -240,7 +240,7 @@ def convert_differences(source: str | None, out: Path, indices: Path) -> None:
 
 
 def _read_indices(path: Path) -> tuple[dict[int, str], Path]:
-    """What `convert_embeddings` wrote: index -> image id, and the embeddings it belongs to."""
+    """The indices that `convert_embeddings` wrote: index -> image id, and the embeddings they belong to."""
     command = "python -m pc_clip release embeddings"
     if not path.is_file():
         raise UserError(f"no {path}, which says what images the differences are about. Run first: {command}")

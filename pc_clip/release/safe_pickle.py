@@ -29,7 +29,7 @@ _NDARRAY = object()  # stands for numpy.ndarray, which only _reconstruct is give
 
 
 class _Refused(Exception):
-    """What the pickle asks for and will not get, as the end of a sentence that begins with the file's name."""
+    """A forbidden request of a pickle, as the end of a sentence that begins with the file's name."""
 
 
 def load(path: Path) -> Any:
@@ -136,7 +136,7 @@ def _array(data: Any, dtype: Any, shape: Any) -> np.ndarray:
 
 
 def _storage(data: bytes) -> Tensor:
-    """In place of torch.storage._load_from_bytes, a torch.load without any check.  -> flat tensor"""
+    """Replaces torch.storage._load_from_bytes, an unchecked torch.load.  -> flat tensor"""
     storage = _load_torch(io.BytesIO(data))
     _check(isinstance(storage, torch.storage.TypedStorage), f"a {type(storage).__name__} where numbers should be")
     flat = torch.empty(0, dtype=storage.dtype).set_(storage)

@@ -46,7 +46,7 @@ def dots(rows: pd.DataFrame, metrics: Sequence[str], baselines: Sequence[str] = 
 
 
 def tradeoff(runs: pd.DataFrame, baselines: Sequence[str] = ()) -> Figure:
-    """What is gained over what is kept: a point a run, a colour a variant, and the frontier that no run is beyond.
+    """Two metrics against each other: a point a run, a colour a variant, and the Pareto frontier.
 
     runs: a row a run, by its label; two columns, of what is kept and of what is gained, as shares.
     """

@@ -67,7 +67,7 @@ def write(paths: Sequence[Path], out: Path | None = None, baseline: str | None =
 
 
 def _runs(paths: Sequence[Path], left_out: list[str]) -> dict[str, pd.DataFrame]:
-    """What each run logged, by its name, with `step` for index; lines that are cut short are left out and counted."""
+    """The log of each run by name, indexed by `step`; truncated lines are dropped and counted."""
     files = [file for path in paths for file in sorted(path.rglob(LOG), key=natural)]
     runs = {}
     for file, name in zip(files, _apart([(file.parent.parent, file.parent.name) for file in files])):
@@ -160,7 +160,7 @@ def _section(
 
 
 def _table(table: pd.DataFrame, caption: str = "") -> Markup:
-    """As HTML. Whatever stands in it stays text."""
+    """The table as HTML, escaped."""
     with pd.option_context("display.max_colwidth", None):
         return Markup(table.rename_axis(columns=caption or None).to_html(border=0))
 

@@ -40,7 +40,7 @@ _NAME = re.compile(r"\{([\w.+-]+)\}")  # the run of a variant, or a placeholder 
 
 @dataclass
 class Study:
-    """What a study's YAML says.
+    """A study's settings, from its YAML.
 
     variants: name -> arguments of finetune.py, or null for the model as it was. {NAME} among these stands for the run
     of the variant NAME with the same seed, which is then trained first; it must come earlier. grid: more variants, one
@@ -146,7 +146,7 @@ class Study:
 
 
 def label(variant: str, seed: int | None) -> str:
-    """What a variant's run and results are called."""
+    """The name of a variant's run and results."""
     return variant if seed is None else f"{variant}-seed{seed}"
 
 

@@ -96,7 +96,7 @@ def plan(
             outside = rng.choice(np.flatnonzero(free), lacking, replace=False)
             free[outside] = False
         else:
-            if np.count_nonzero(free[waiting]) < lacking:  # another order begins; who still waits comes first
+            if np.count_nonzero(free[waiting]) < lacking:  # another order begins; waiting examples come first
                 again = rng.permutation(n)
                 waiting = np.concatenate([waiting, again[~np.isin(again, waiting)]])
             places = np.flatnonzero(free[waiting])[:lacking]

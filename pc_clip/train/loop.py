@@ -212,7 +212,7 @@ def _loop(accelerator: Accelerator, method: nn.Module, config: FinetuneConfig, r
 
 
 def _agree(accelerator: Accelerator, *wishes: bool) -> list[bool]:
-    """What any process wants, all take: one that left by itself would leave the others waiting for it."""
+    """Whether any process wants to stop: all stop together, or the others would wait for ever."""
     if accelerator.num_processes == 1:
         return list(wishes)
     return (accelerator.reduce(torch.tensor(wishes, device=accelerator.device).float(), "sum") > 0).tolist()

@@ -25,14 +25,14 @@ PROBES = 64  # lists that a search reads: of a million examples 16,000
 
 
 class Index(Protocol):
-    """What finds neighbours among z, [N, D] unit embeddings. Made by `build`, or by anybody who has a better one."""
+    """A neighbour search over z, [N, D] unit embeddings, made by `build`."""
 
     z: Tensor
 
     def near(self, rows: np.ndarray, m: int, allowed: np.ndarray) -> np.ndarray:
         """Up to m examples similar to each of some, most similar first, themselves left out.  -> [R, m] int64
 
-        rows: [R]; allowed: [N] bool, who may be found. None comes twice in a row; what is not found is -1, at the end.
+        rows: [R]; allowed: [N] bool, the candidates. No duplicates within a row; missing neighbours are -1, at the end.
         """
 
 
@@ -51,7 +51,7 @@ def build(kind: str, z: Tensor, seed: int = 0) -> Index:
 def nearest(z: Tensor, rows: np.ndarray, m: int, allowed: np.ndarray) -> np.ndarray:
     """The m examples most similar to each of some, nearest first, themselves left out.  -> [R, m] int64
 
-    z: [N, D] unit embeddings; rows: [R] of it; allowed: [N] bool, who may be found. Where fewer than m may, the rest of
+    z: [N, D] unit embeddings; rows: [R] of it; allowed: [N] bool, the candidates. With fewer than m of them the rest of
     a row is -1. Memory: R x COLUMNS similarities at a time, and as many embeddings where few are allowed.
     """
     own = torch.from_numpy(rows).to(z.device)[:, None]

@@ -88,11 +88,11 @@ def learning_rate(train: TrainConfig, step: int, steps_per_epoch: int, total: in
 
 
 def resolve_precision(asked: str, device: torch.device) -> str:
-    """What to multiply in, "no" (float32), "bf16" or "fp16". asked: train.precision.
+    """Resolve train.precision to "no" (float32), "bf16" or "fp16".
 
     Raises UserError for fp16 on a CPU, which torch has no scaled gradients for.
-    A CPU that must take bf16 apart needs several times as long as in float32 (nine times, on a training step of the
-    example's captioner on AVX2); where it was asked for by name, that is said and done.
+    A CPU that emulates bf16 is several times slower than in float32 (nine times, on a training step of the example's
+    captioner on AVX2): `auto` takes float32 there, and bf16 by name logs a warning.
     """
     if asked == "fp16" and device.type != "cuda":
         raise UserError(f"train.precision fp16 is for GPUs, and this is a {device.type}; take bf16, auto or no")

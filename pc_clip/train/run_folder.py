@@ -89,7 +89,7 @@ def _changes(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list
 
 
 def hashes(data: Dataset, config: FinetuneConfig) -> dict[str, str]:
-    """What a run learns from, by content."""
+    """Content hashes of a run's data."""
     digests = {"images": data.fingerprint, "captions": hashlib.sha256(repr(data.captions).encode()).hexdigest()[:16]}
     files = {}
     if config.model.start:

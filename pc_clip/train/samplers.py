@@ -19,16 +19,16 @@ from pc_clip.train import clusters, neighbours
 
 
 class Examples(Protocol):
-    """What a sampler asks of a method about its N examples. similarity: text or image."""
+    """A method's N examples, as a sampler needs them. similarity: text or image."""
 
     def embeddings(self, similarity: str, now: bool) -> Tensor:
-        """[N, D] unit embeddings, by the model as it is now or as it was before training."""
+        """[N, D] unit embeddings, by the current model or the start."""
 
     def learns(self, similarity: str) -> bool:
-        """Whether these change in training."""
+        """Whether these embeddings change in training."""
 
     def alike(self, similarity: str) -> np.ndarray:
-        """[N] int64: a number for each example, the same for those that no embedding could tell apart."""
+        """[N] int64: a group number for each example, shared by identical texts (or images)."""
 
 
 def make(config: FinetuneConfig, n: int, batch_size: int, examples: Examples, what: str = "examples") -> Sampler:
@@ -59,7 +59,7 @@ class Sampler:
         self.notes: list[str] = []  # lines for the log
 
     def begin(self, epoch: int) -> None:
-        """Called before each epoch, by all processes, when the weights are as they then are."""
+        """Called before each epoch, by all processes."""
 
     def batches(self, epoch: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
         """The examples of the epoch's batches, over all processes: [B] int64 each."""
@@ -68,11 +68,11 @@ class Sampler:
             yield order[step * self.batch_size : (step + 1) * self.batch_size]
 
     def state(self) -> dict[str, Tensor]:
-        """What a run that is continued within an epoch needs of that epoch."""
+        """The state to resume within an epoch."""
         return {}
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Put back what `state` gave."""
+        """Restore `state`."""
 
 
 class Clusters(Sampler):
@@ -110,7 +110,7 @@ class Clusters(Sampler):
         )
 
     def _index(self, now: bool) -> neighbours.Index | None:
-        """Of one example a group: in the main process, on its GPU if it has one. Nothing in the others."""
+        """The index of one example a group: in the main process, on its GPU if it has one. None in the others."""
         z = self.examples.embeddings(self.options.similarity, now)  # by all processes together
         if not PartialState().is_main_process:
             return None
@@ -119,7 +119,7 @@ class Clusters(Sampler):
         return neighbours.build(self.options.index, z, self.seed % 2**31)
 
     def begin(self, epoch: int) -> None:
-        """Settle the epoch's batches: in one process, for all of them, since rounding must not tell them apart."""
+        """Draw the epoch's batches in one process for all, since rounding differs between processes."""
         if epoch == self.epoch:
             return
         state, plan = PartialState(), np.empty((self.steps_per_epoch, self.batch_size), dtype=np.int64)

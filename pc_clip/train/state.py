@@ -24,7 +24,7 @@ from pc_clip.core.paths import STATE_FILE
 
 
 class State(NamedTuple):
-    """What was put back: the number of steps done, and what the method keeps besides its weights."""
+    """Restored training state: step and method state."""
 
     step: int
     memory: dict[str, Tensor]

@@ -128,7 +128,7 @@ def _sha256(path: Path) -> str:
 
 
 def _rules(each: pd.DataFrame, captions: dict[str, tuple[str, ...]], meta: dict[str, Any]) -> Figures:
-    """What the rules of cleaning.py say of the sentences as they are; each["reason"] by sentence.
+    """Apply the rules of cleaning.py to the sentences; each["reason"] by sentence.
 
     names_both: share that names both images. copies_example: a worked example of the prompt, None where none was shown.
     rejected_now: by the rules of today.

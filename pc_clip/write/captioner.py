@@ -137,7 +137,7 @@ class ChangeWriter(Writer):
 
     @torch.no_grad()
     def stream(self, jobs: Sequence[Job]) -> Iterator[tuple[int, str]]:
-        """As Writer says, a batch at a time. Raises UserError for an image that cannot be read."""
+        """See Writer; a batch at a time. Raises UserError for an image that cannot be read."""
         change, device, size = self.clip.change, self.clip.device, self.config.batch_size
         rows = np.array([(self.row[job.second], self.row[job.first]) for job in jobs], dtype=np.int64).reshape(-1, 2)
         starts = range(0, len(rows), size)

@@ -56,7 +56,7 @@ def _judge_rule(raw: str, job: Job) -> Checked:
 
 
 def _judge_model(raw: str, job: Job, min_characters: int) -> Checked:
-    """As any sentence, and each image still has what was said of it."""
+    """Clean a reworded sentence, and check that each image keeps its content words."""
     checked = check(raw, Given(min_characters, (job.first,)))
     if checked.text is None:
         return checked

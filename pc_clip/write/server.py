@@ -101,7 +101,7 @@ class ServerWriter(Writer):
         self.model, self.rename = config.model or self._only_model(), config.rename
 
     def stream(self, jobs: Sequence[Job]) -> Iterator[tuple[int, Answer]]:
-        """As of every writer. Closing the iterator cancels the requests under way.
+        """See Writer. Closing the iterator cancels pending requests.
 
         Raises UserError after FAILURES_IN_A_ROW.
         """
@@ -203,7 +203,7 @@ class ServerWriter(Writer):
             raise self._failure(server.url, ValueError(f"no answer of a language model: {reply!r}")) from None
 
     def _failure(self, url: str, error: Exception) -> _Failure:
-        """What was said, on a line, short and without the key."""
+        """The error on one line, shortened, without the key."""
         text = str(error)
         if isinstance(error, openai.APIStatusError):
             text = f"status {error.status_code}, {error.response.text}"
@@ -229,7 +229,7 @@ class ServerWriter(Writer):
         return Answer(text, cut)
 
     def _body(self, job: Job) -> dict[str, Any]:
-        """What is sent for a job."""
+        """The request body of a job."""
         body: dict[str, Any] = {
             "model": self.model,
             "max_tokens": self.config.max_tokens,
@@ -271,7 +271,7 @@ class ServerWriter(Writer):
         return names[0]
 
     def _hide(self, text: str) -> str:
-        """Without the key, should a server send it back. One of fewer than 8 characters is a dummy such as EMPTY."""
+        """Remove the API key, should a server return it. Keys under 8 characters are dummies such as EMPTY."""
         pattern = "".join(rf"\\*{re.escape(sign)}" for sign in self._key)  # however it is escaped
         return re.sub(pattern, "[key]", text) if len(self._key) >= 8 else text
 

@@ -36,7 +36,7 @@ FIRST_ANSWERS = 100  # a language model of which so many cannot be used is not a
 
 @dataclass(frozen=True)
 class Task:
-    """What to write about.
+    """A writing task.
 
     items: pairs of keys. job: of two keys and the item's number. columns: names in the file, and what of a finished
     row they are (first and second: the keys). made_from: what the sentences depend on beside the settings. make_writer

@@ -10,7 +10,7 @@ from pc_clip.core.errors import UserError
 
 
 class Job(NamedTuple):
-    """One sentence to write: what is known of the first and the second image or class, and a seed of its own.
+    """One sentence to write: the texts of the first and second image or class, and a seed.
 
     second is empty where one image or class alone is written about. picture: id of an image for vision-language
     writers (ServerWriter.look).
@@ -54,7 +54,7 @@ class Writer(ABC):
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """What made the sentences, for the file beside them."""
+        """The writer's identity and settings, for the metadata file."""
 
     def write(self, jobs: Sequence[Job]) -> list[str]:
         """Raw sentences in the order of the jobs. Raises UserError when one is missing."""

@@ -37,7 +37,7 @@ class RankConfig:
 
 @settings
 class ComparativeConfig:
-    """What is known of how two classes differ, put into their prompts."""
+    """Comparative prompting: differences between classes in their prompts."""
 
     alphas: list[float] = setting(list(ALPHAS), "Candidate weights alpha of the plain prompt.")
     pairs: str = setting("file", "Which classes are compared: file for the data set's own, auto for the most confused.")

@@ -60,7 +60,7 @@ class ChangeWriterConfig(LoaderConfig):
 
 @settings
 class WordingConfig:
-    """In which wordings the writer rules puts a difference; data/wordings.yaml has them all."""
+    """Wordings of the writer rules; data/wordings.yaml lists them."""
 
     families: list[str] = setting([], "Families of templates; empty for all that are not held out for evaluations.")
     schemes: list[str] = setting([], "Naming schemes of the two images; empty for all not held out.")

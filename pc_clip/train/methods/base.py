@@ -78,7 +78,7 @@ class BaseMethod(nn.Module):
         return similarity == "text" or self.images.learns
 
     def rate(self, name: str) -> float:
-        """What train.lr is multiplied by for a parameter of `trainable`."""
+        """Learning-rate multiplier of a parameter of `trainable`."""
         return 1.0
 
     def after_step(self) -> None:
@@ -242,7 +242,7 @@ class CaptionedImages(Images):
 
 
 def embed_captions(clip: Clip, captions: Sequence[Sequence[str]]) -> Tensor:
-    """Of each image the unit mean of its captions' unit embeddings, kept in the cache.  -> [N, D] float32"""
+    """The unit mean of each image's caption embeddings, cached.  -> [N, D] float32"""
     row = {text: n for n, text in enumerate(dict.fromkeys(text for texts in captions for text in texts))}
     key = {"texts": tokens.digest_of(list(row)), "weights": clip.weights_hash(), "device": clip.device.type}
     key["tokenizer"] = tokens.identity(clip.tokenizer) or ""

@@ -56,7 +56,7 @@ class Batch(NamedTuple):
 
 
 class Part(NamedTuple):
-    """What is drawn for a batch. pairs: [B]; drawn: [B, N], which of its sentences each has, -1 for no more."""
+    """The random draw of a batch. pairs: [B]; drawn: [B, N], which of its sentences each has, -1 for no more."""
 
     pairs: np.ndarray
     drawn: np.ndarray
@@ -158,7 +158,7 @@ class Method(BaseMethod):
         return pairs
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """What learns by this stage, and nothing that no loss of it reaches."""
+        """The parameters that this stage trains."""
         new = {f"{PREFIX}{name}": p for name, p in self.change.named_parameters()}
         if self.options.freeze:
             return {name: p for name, p in new.items() if name.startswith(f"{PREFIX}decoder.")}
@@ -257,7 +257,7 @@ class Method(BaseMethod):
 
 
 def _rows(lists: list[list[int]]) -> np.ndarray:
-    """As a table, filled up with -1.  -> [N, longest] int64"""
+    """Pad lists with -1 to a table.  -> [N, longest] int64"""
     table = np.full((len(lists), max(map(len, lists))), -1)
     for row, values in zip(table, lists):
         row[: len(values)] = values
@@ -265,7 +265,7 @@ def _rows(lists: list[list[int]]) -> np.ndarray:
 
 
 def _check(config: FinetuneConfig, data: Dataset) -> None:
-    """What can be said before anything is computed."""
+    """Check the settings before anything is computed."""
     options = config.change
     check_choice("change.stage", options.stage, STAGES)
     if not data.changes:

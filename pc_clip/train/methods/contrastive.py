@@ -31,7 +31,7 @@ class Batch(NamedTuple):
 
 
 class Part(NamedTuple):
-    """What is drawn for a batch. examples: [B]; captions: [B], which of its captions each comes with."""
+    """The random draw of a batch. examples: [B]; captions: [B], which of its captions each comes with."""
 
     examples: np.ndarray
     captions: np.ndarray
@@ -77,7 +77,7 @@ class Method(BaseMethod):
         return [by_id[ids[row]] for row in rows], np.array(rows)
 
     def embeddings(self, similarity: str, now: bool) -> Tensor:
-        """What makes images similar: themselves, or the mean over their captions.  -> [N, D] float32, unit length"""
+        """Embeddings for similarity: of the images, or the mean of their captions'.  -> [N, D] float32, unit length"""
         if similarity == "image":
             return embed_rows_of_images(self.images, self.rows, now, self.config)
         z = embed_rows_of_texts(self.texts, self.caption_rows)  # [captions, D]

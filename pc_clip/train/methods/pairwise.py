@@ -51,7 +51,7 @@ class Batch(NamedTuple):
 
 
 class Part(NamedTuple):
-    """What is drawn for a batch. pairs: [B, 2] rows of images; text: [B] rows of texts."""
+    """The random draw of a batch. pairs: [B, 2] rows of images; text: [B] rows of texts."""
 
     pairs: np.ndarray
     text: np.ndarray
@@ -154,7 +154,7 @@ class Method(BaseMethod):
         return torch.cat([compute(z[some[:, 0]], z[some[:, 1]]) for some in blocks])
 
     def embeddings(self, similarity: str, now: bool) -> Tensor:
-        """What makes pairs similar: their sentences, or their images' differences.  -> [N, D] float32, unit length"""
+        """Embeddings for similarity: of the sentences, or image differences.  -> [N, D] float32, unit length"""
         if similarity == "text":
             return embed_rows_of_texts(self.texts, self.text_rows[:, 0])
         return self._of_both_images(losses.unit_differences, now)

@@ -43,7 +43,7 @@ class Batch(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """What a model thinks of a batch."""
+    """A model's scores of a batch."""
 
     text: Tensor  # [V, D] float32
     image: Tensor  # [U, D] float32
@@ -52,7 +52,7 @@ class Scores(NamedTuple):
 
 
 class Method(BaseMethod):
-    """One step on a batch of preferences; each comes once an epoch. What the start thought of them is found once."""
+    """One step on a batch of preferences; each comes once an epoch. Reference scores are computed once."""
 
     def __init__(self, clip: Clip, data: Dataset, config: FinetuneConfig) -> None:
         super().__init__(clip, config)
@@ -153,7 +153,7 @@ class Method(BaseMethod):
     # -- for the sampler -------------------------------------------------------------------------------
 
     def embeddings(self, similarity: str, now: bool) -> Tensor:
-        """What makes preferences similar: the preferred text, or the image.  -> [N, D] float32, unit length"""
+        """Embeddings for similarity: of the preferred text, or the image.  -> [N, D] float32, unit length"""
         lead = self.groups[:, 0]
         if similarity == "text":
             return embed_rows_of_texts(self.texts, self.text[lead, 0])
@@ -187,7 +187,7 @@ class Method(BaseMethod):
     # -- the step --------------------------------------------------------------------------------------
 
     def score(self, clip: Clip, batch: Batch) -> Scores:
-        """What a model thinks of a batch, this one or the copy of the start. A text or an image is encoded once."""
+        """Score a batch with this model or the reference. Each text and image is encoded once."""
         if self.options.captioning:
             text, vectors = coca.encode_text(clip.model, batch.tokens)
             image, seen = coca.encode_image(clip.model, batch.images)
