@@ -274,6 +274,13 @@ def test_folders_that_would_be_read_wrongly_are_refused(tmp_path):
     assert (data.ids, data.part, data.questions[0].classes) == (["cat/a.png", "dog/b.png"], "Train", ("cat", "dog"))
 
 
+def test_cocos_annotations_are_not_a_class_of_its_folder(tmp_path):
+    for name in ("train2017/1.png", "val2017/2.png"):
+        picture(tmp_path / name)
+    write(tmp_path / "annotations/captions_val2017.json", "{}")
+    assert open_dataset("folder", tmp_path).ids == ["train2017/1.png", "val2017/2.png"]
+
+
 def test_pictures_of_more_than_8_bits_are_scaled_and_not_cut_off(tmp_path):
     ramp = np.linspace(0, 1, 64, dtype=np.float32)[None].repeat(2, axis=0)
     kinds = {

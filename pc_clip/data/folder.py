@@ -16,7 +16,7 @@ from pc_clip.data.dataset import IMAGE_SUFFIXES, Dataset, Question, digest, unre
 from pc_clip.data.picture_files import read_file
 
 SPLITS = {"train", "test", "val", "valid", "validation"}
-IGNORED = {"lost+found", "__MACOSX"}  # what systems put into folders, beside what is hidden
+IGNORED = {"lost+found", "__MACOSX", "annotations"}  # folders of systems, and COCO's captions beside its images
 
 
 def open_folder(root: Path, split: str) -> Dataset:

@@ -17,6 +17,7 @@ pc_clip.models.clip calls the tower itself. tests/test_fast_text.py holds values
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -24,7 +25,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.attention.varlen import varlen_attn
 from torch.nn.utils.parametrize import type_before_parametrizations as _type
 from torch.utils.checkpoint import checkpoint
 
@@ -33,6 +33,11 @@ from pc_clip.models.lora import is_plain
 from pc_clip.models.packing import Group, Packed, pack, pack_shared
 
 from open_clip.transformer import LayerNorm, LayerNormFp32, QuickGELU, ResidualAttentionBlock  # isort: skip
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # an older torch: texts of like lengths are padded to groups, as on a CPU
+    varlen_attn = None
 
 PART = 2048  # tokens computed again at a time
 
@@ -196,7 +201,9 @@ def _attend_from_last(q: Tensor, kv: Tensor, packed: Packed, heads: int) -> Tens
 
 def _has_kernel(tower: nn.Module, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether FlashAttention over texts of any length is there: half precision, on an Ampere GPU or newer."""
-    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or varlen_attn is None:
+        return False
+    if "window_size" not in inspect.signature(varlen_attn).parameters:  # its first version
         return False
     width = tower.transformer.resblocks[0].attn.head_dim
     return width % 8 == 0 and width <= 256 and torch.cuda.get_device_capability(device) >= (8, 0)
