@@ -41,7 +41,8 @@ def check_at_least(setting: str, value: int, least: int) -> None:
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script's `main`: 0 when done, 2 with one line for a user's error, 130 when interrupted.
+    """Run a script's `main`: 0 when done, 2 with one line for a user's error, 130 when interrupted,
+    141 when its output is no longer read.
 
     Anything else is a fault of ours and keeps its traceback.
     """
@@ -53,11 +54,14 @@ def run_script(main: Callable[[], None]) -> None:
         message = "interrupted; what is done is kept. The same command continues (finetune.py with --resume true)."
         print(f"\n{message}", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to flush at exit
+        sys.exit(141)
     except OSError as error:
         if error.errno not in USER_ERRORS:
             raise
         reason = f"{error.filename or 'a file'}: {os.strerror(error.errno).lower()}"
-        _stop(f"cannot write or read {reason}. Mend that, or choose another folder.")
+        _stop(f"cannot write or read {reason}. Fix that, or choose another folder.")
     except Exception as error:
         if "No space left on device" in str(error):  # safetensors reports it in a class of its own
             _stop(f"no space is left on the disk ({error}). Free some space; the same command continues.")
