@@ -87,7 +87,8 @@ def test_a_flag_that_another_setting_leaves_without_effect_is_refused():
 
 def test_output_that_is_no_longer_read_ends_without_a_traceback():
     code = "from pc_clip.core.errors import run_script; run_script(lambda: print('x\\n' * 10**6))"
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, **pipes)
     process.stdout.readline()
     process.stdout.close()
     assert process.stderr.read() == "" and process.wait() == 141
