@@ -46,7 +46,7 @@ def test_pictures_captions_and_classes_are_read(table, tmp_path, monkeypatch, la
     (question,) = data.questions
     assert question.classes == ("blue", "green", "red") and question.rows.tolist() == [0, 1, 2]
     assert question.target.tolist() == [2, 0, 1]
-    assert data.note == "columns that are not read: url; 1 images have no caption"
+    assert data.note == "columns that are not read: url; 1 images have no caption; 1 images have no class"
 
 
 @pytest.mark.slow
@@ -65,7 +65,11 @@ def test_other_folders_and_columns_are_user_errors(table, tmp_path, monkeypatch)
     table.select_columns(["picture", "url"]).save_to_disk("mute")
     table.save_to_disk("broken")
     (tmp_path / "broken/data-00000-of-00001.arrow").write_bytes(b"x")
-    (tmp_path / "empty").mkdir()
+    for name in ("empty", "parts", "torn"):
+        (tmp_path / name).mkdir()
+    for split in ("train", "test"):
+        table.to_parquet(tmp_path / f"parts/{split}-00000-of-00001.parquet")
+    (tmp_path / "torn/train.parquet").write_bytes(b"x")
     wrong = []
     for root, split, message in [
         ("dict", "val", "has no split 'val'; it has train"),
@@ -73,7 +77,10 @@ def test_other_folders_and_columns_are_user_errors(table, tmp_path, monkeypatch)
         ("blind", "", "needs one column of images"),
         ("mute", "train", "is one split; leave --split"),
         ("broken", "", "is not a complete folder of save_to_disk"),
-        ("empty", "train", "has no Parquet file train"),
+        ("empty", "train", "has no Parquet files"),
+        ("parts", "", "has no split ''; it has test, train"),
+        ("parts", "tes", "has no split 'tes'; it has test, train"),
+        ("torn", "", "is not complete Parquet"),
         ("nowhere", "", "huggingface is not at nowhere"),
     ]:
         with pytest.raises(UserError) as error:

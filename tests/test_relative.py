@@ -51,7 +51,8 @@ def test_a_subset_is_ranked_among_its_own_images_where_all_are_there(tmp_path):
         members = [f"im{(n + k) % N}" for k in (0, 1, 3, 5, 7, 9)]  # no other neighbour of the reference
         rows.append(cirr(n) | {"img_set": {"members": members if n else [*members[:5], "gone"]}})
     result = relative.evaluate(context_of(tmp_path, rows, alphas=[1.0]))
-    assert result.metrics["subset_r1"] == 1.0 and result.metrics["caption_subset_r3"] <= 1.0
+    assert result.details["subset_queries"] == N - 1 and result.metrics["subset_r1"] == 1.0
+    assert result.metrics["caption_subset_r3"] <= 1.0
     assert "subset_r1" not in relative.evaluate(context_of(tmp_path, [cirr(n) for n in range(N)])).metrics
     with pytest.raises(UserError, match="members must hold the reference and the target"):
         relative.evaluate(context_of(tmp_path, [cirr(0) | {"img_set": {"members": ["im5"]}}]))

@@ -54,9 +54,13 @@ def run_script(main: Callable[[], None]) -> None:
         message = "interrupted; what is done is kept. The same command continues (finetune.py with --resume true)."
         print(f"\n{message}", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # `| head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to flush at exit
-        sys.exit(141)
+    except BrokenPipeError:
+        try:
+            print(flush=True)
+        except BrokenPipeError:  # it is the terminal's pipe: `| head` has read enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to flush at exit
+            sys.exit(141)
+        raise
     except OSError as error:
         if error.errno not in USER_ERRORS:
             raise

@@ -58,15 +58,15 @@ def read_captions(path: str | Path) -> Captions:
     """Captions by image id from any of the formats, told apart by the file's ending. What is left out is logged."""
     path = Path(path)
     if path.is_dir():
-        return _told(read_text_folder(path))
+        return _with_note_logged(read_text_folder(path))
     if not path.is_file():
         raise UserError(f"no captions file at {path}. COCO's are in annotations_trainval2017.zip of cocodataset.org.")
     table = path.suffix.lower() in TABLES
     read = read_rewritten if path.suffix == ".jsonl" else read_table if table else read_coco_captions
-    return _told(read(path))
+    return _with_note_logged(read(path))
 
 
-def _told(captions: Captions) -> Captions:
+def _with_note_logged(captions: Captions) -> Captions:
     if not any(texts for _, texts in captions.values()):
         raise UserError("the file holds classes and no captions; open it as a data set, tsv, to classify its images")
     if captions.note:

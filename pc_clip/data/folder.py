@@ -16,7 +16,7 @@ from pc_clip.data.dataset import IMAGE_SUFFIXES, Dataset, Question, digest, unre
 from pc_clip.data.picture_files import read_file
 
 SPLITS = {"train", "test", "val", "valid", "validation"}
-IGNORED = {"lost+found", "__MACOSX", "annotations"}  # folders of systems, and COCO's captions beside its images
+IGNORED = {"lost+found", "__MACOSX"}  # folders that systems make, besides hidden ones
 
 
 def open_folder(root: Path, split: str) -> Dataset:
@@ -49,6 +49,7 @@ def open_folder(root: Path, split: str) -> Dataset:
         what = f"and beside them ({ids[classes.index(None)]})" if None in classes else f"of {folders[0]} alone"
         notes.insert(0, f"{root} has images in folders {what}, so no classes; to have them, put each into a folder")
     elif any(classes):
+        folders = [name for name in folders if name in classes or name != "annotations"]  # COCO's, beside its images
         if empty := sorted(set(folders) - set(classes)):
             raise UserError(f"{root} has no images in the class folders {', '.join(empty)}; fill or remove them")
         names = [name.replace("_", " ") for name in folders]

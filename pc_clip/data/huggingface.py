@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,21 +15,23 @@ from pc_clip.data.captions import CAPTION_COLUMN, LABEL_COLUMNS
 from pc_clip.data.dataset import Dataset, NoSplit, Question, decode_image, digest
 
 SAVED = ("dataset_dict.json", "dataset_info.json", "state.json")
+PART = re.compile(r"(-\d+-of-\d+.*)?\.parquet$")  # what follows the split in a Parquet file's name
 
 
 def open_huggingface(root: Path, split: str) -> Dataset:
     """One split of a data set on disk. Ids are row numbers.
 
     Its only column of images is read; captions are the columns caption, caption1, ..., title and text, of strings or
-    lists of them; classes the column label, class or category. Other columns are not read, which the note says.
-    split: of a saved DatasetDict, or the beginning of Parquet files' names; empty where there is one.
-    Raises UserError for other folders, a missing split, and rows without captions and class.
+    lists of them; classes the column label, class or category. The note says which columns are not read, and counts
+    images without caption or class. split: of a saved DatasetDict, or of Parquet files (SPLIT-00000-of-00001.parquet);
+    empty where there is one. Raises UserError for other folders, a split that is absent or not named, and where
+    nothing has a caption or class.
     """
     table = _saved(root, split) if any((root / name).is_file() for name in SAVED) else _parquet(root, split)
     columns = {name: type(feature).__name__ for name, feature in table.features.items()}
     pictures = [name for name, kind in columns.items() if kind == "Image"]
-    texts = [name for name in columns if CAPTION_COLUMN.fullmatch(name)]
-    label = next((name for name in LABEL_COLUMNS if name in columns), None)
+    texts = [name for name, f in table.features.items() if CAPTION_COLUMN.fullmatch(name) and _is_text(f)]
+    label = next((name for name in LABEL_COLUMNS if columns.get(name) in ("ClassLabel", "Value")), None)
     if len(pictures) != 1 or not (texts or label):
         raise UserError(
             f"{root} needs one column of images, and columns of captions (caption, caption1, ..., title, text) or one "
@@ -41,7 +44,12 @@ def open_huggingface(root: Path, split: str) -> Dataset:
         notes.append(f"{empty} images have no caption")
         if empty == len(captions):
             raise UserError(f"{root} has no caption in its columns {', '.join(texts)}")
-    files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(root.rglob("*.*")) if f.is_file()]
+    questions = _question(table, label) if label else ()
+    if questions and (unlabelled := len(table) - len(questions[0].rows)):
+        notes.append(f"{unlabelled} images have no class")
+    files = [
+        (str(f.relative_to(root)), *_stamp(f)) for f in sorted(root.rglob("*")) if f.suffix in (".arrow", ".parquet")
+    ]
     return Dataset(
         name="huggingface",
         split=f"{root.resolve().name}-{split}" if split else root.resolve().name,
@@ -50,9 +58,19 @@ def open_huggingface(root: Path, split: str) -> Dataset:
         load=partial(_load, table.select_columns(pictures), pictures[0], root),
         fingerprint=digest(files, split),
         captions=captions,
-        questions=_question(table, label) if label else (),
+        questions=questions,
         note="; ".join(notes),
     )
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def _is_text(feature: Any) -> bool:
+    """Strings, or lists of them."""
+    return getattr(getattr(feature, "feature", feature), "dtype", "") in ("string", "large_string")
 
 
 def _library() -> Any:
@@ -87,10 +105,18 @@ def _saved(root: Path, split: str) -> Any:
 
 
 def _parquet(root: Path, split: str) -> Any:
-    files = [str(path) for path in sorted(root.rglob("*.parquet")) if path.name.startswith(split)]
-    if not files:
-        raise NoSplit(f"{root} has no Parquet file {split}*.parquet, and is not a folder of save_to_disk")
-    return _undecoded(_library().Dataset.from_parquet(files, cache_dir="data/cache/huggingface"))
+    splits: dict[str, list[str]] = {}
+    for path in sorted(root.rglob("*.parquet")):
+        splits.setdefault(PART.sub("", path.name), []).append(str(path))
+    if not splits:
+        raise NoSplit(f"{root} has no Parquet files, and is not a folder of save_to_disk")
+    if split not in splits and (split or len(splits) > 1):
+        raise NoSplit(f"{root} has no split {split!r}; it has {', '.join(splits)}")
+    library, files = _library(), splits.get(split) or next(iter(splits.values()))
+    try:
+        return _undecoded(library.Dataset.from_parquet(files, cache_dir="data/cache/huggingface"))
+    except (OSError, ValueError, library.exceptions.DatasetsError) as error:
+        raise UserError(f"{files[0]} or another file of its split is not complete Parquet ({error})") from error
 
 
 def _texts(row: dict[str, Any]) -> tuple[str, ...]:
@@ -105,7 +131,7 @@ def _question(table: Any, label: str) -> tuple[Question, ...]:
     number = {name: n for n, name in enumerate(classes)}
     target = [value if names else number.get(str(value), -1) for value in values]
     rows = np.array([row for row, n in enumerate(target) if n is not None and n >= 0], dtype=np.int64)
-    if len(classes) < 2:
+    if len(classes) < 2 or not len(rows):
         return ()
     shown = tuple(name.replace("_", " ") for name in classes)
     return (Question("class", shown, rows, np.array([target[row] for row in rows], dtype=np.int64)),)
@@ -113,12 +139,6 @@ def _question(table: Any, label: str) -> tuple[Question, ...]:
 
 def _load(table: Any, column: str, root: Path, row: int) -> Image.Image:
     picture = table[row][column]
-    if picture is None:
-        raise UserError(f"row {row} of {root} has no image")
-    content = picture["bytes"]
-    if content is None:
-        path = Path(picture["path"])
-        if not path.is_file():
-            raise UserError(f"row {row} of {root} is at {path}, which is absent")
-        content = path.read_bytes()
-    return decode_image(content, f"row {row} of {root}")
+    if picture is None or picture["bytes"] is None:
+        raise UserError(f"row {row} of {root} has no image bytes; save the data set with its images in it")
+    return decode_image(picture["bytes"], f"row {row} of {root}")

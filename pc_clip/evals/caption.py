@@ -143,7 +143,7 @@ def judge(data: Dataset, sentences: Sequence[str]) -> np.ndarray:
     return np.array([[each[part] for part in PARTS] for each in judged])
 
 
-def kinds_told(data: Dataset, sentences: Sequence[str]) -> np.ndarray:
+def kinds_described(data: Dataset, sentences: Sequence[str]) -> np.ndarray:
     """The kind of change each sentence tells of: of which one pair of that kind it has the type right; else "".  [N]"""
     first = {change.kind: row for row, change in reversed(list(enumerate(data.changes)))}
     kinds = {
@@ -158,7 +158,7 @@ def _figures(data: Dataset, sentences: Sequence[str], scores: Scores, seed: int)
     n, by_kind, kinds = len(sentences), rows_by_kind(data.changes), np.array([change.kind for change in data.changes])
     result, means = Result({}, n), {"cider": scores.items["cider"]}  # name -> [N], NaN where it is not counted
     if data.judge:
-        parts, kinds_written, changed = judge(data, sentences), kinds_told(data, sentences), kinds != UNCHANGED
+        parts, kinds_written, changed = judge(data, sentences), kinds_described(data, sentences), kinds != UNCHANGED
         means = {"right": parts.all(axis=1), **means}
         result.metrics["right"] = float(means["right"].mean())
         if changed.any():

@@ -53,7 +53,8 @@ def evaluate(context: EvalContext) -> Result:
     known_ks = [k for k in KS if k < len(context.data) - 1]
     shares = {f"{way}r{k}": (of_way <= k).astype(float) for way, of_way in ways.items() for k in known_ks}
     alpha = np.where(first_half, chosen[True], chosen[False])
-    shares |= _subset_recall(context, queries, texts, torch.from_numpy(alpha), reference, target)
+    subset = _subset_recall(context, queries, texts, torch.from_numpy(alpha), reference, target)
+    shares |= subset
     metrics, known = intervals.of_columns(shares, np.unique(reference, return_inverse=True)[1], context.config.seed)
     details = {
         "queries": len(queries),
@@ -61,6 +62,8 @@ def evaluate(context: EvalContext) -> Result:
         "candidates": len(context.data) - 1,
     }
     details["alpha"] = {"chosen on the second half": chosen[True], "chosen on the first half": chosen[False]}
+    if subset:
+        details["subset_queries"] = int(np.isfinite(subset["subset_r1"]).sum())  # whose set is complete
     details["median_rank"] = float(np.median(rank))
     return Result(metrics, len(queries), details, intervals=known)
 
