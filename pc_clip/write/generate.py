@@ -179,12 +179,12 @@ def _describe(config: GenerateConfig) -> Task:
 def _captions(config: GenerateConfig) -> dict[str, tuple[str, ...]]:
     """Captions by image: of a file, of a data set, or of those of its images that the file has captions of."""
     if config.captions and config.dataset == GenerateConfig.dataset:
-        return {key: captions for key, (_, captions) in read_captions(config.captions).items()}
+        return {key: captions for key, (_, captions) in read_captions(config.captions).items() if captions}
     what = {"dataset": config.dataset, "root": config.root, "split": config.split, "captions": config.captions}
     data = load_dataset(DataConfig(**what, missing="keep"))  # pictures are not read
     if not data.captions:
         raise UserError(f"{data.label} has no captions to write from; name a file of them with --captions")
-    return dict(zip(data.ids, data.captions))
+    return {key: texts for key, texts in zip(data.ids, data.captions) if texts}  # the others are in the data set's note
 
 
 def _classes(config: GenerateConfig) -> tuple[Dataset, Question]:

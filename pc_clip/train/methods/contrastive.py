@@ -66,7 +66,8 @@ class Method(BaseMethod):
 
     def _match(self, data: Dataset) -> tuple[list[tuple[str, ...]], np.ndarray]:
         """Captions of those images that have some, and these images' rows, [N]. The others are counted in the notes."""
-        by_id, ids = dict(zip(data.ids, data.captions)), list(self.images.ids)
+        by_id = {key: texts for key, texts in zip(data.ids, data.captions) if texts}
+        ids = list(self.images.ids)
         rows = [row for row, key in enumerate(ids) if key in by_id]
         images, captions = self.config.data.embeddings or data.label, self.config.data.captions or data.label
         if not rows:
