@@ -51,13 +51,14 @@ def test_pictures_captions_and_classes_are_read(table, tmp_path, monkeypatch, la
 
 
 @pytest.mark.slow
-def test_a_run_learns_from_one_and_sentences_are_written_about_it(table, tmp_path, monkeypatch, capsys):
+def test_a_run_learns_from_one_and_sentences_are_written_about_it(table, tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
     monkeypatch.chdir(tmp_path)
     table.save_to_disk("mine")
     flags = "--method contrastive --data.dataset huggingface --data.root mine --data.split null --data.workers 0"
     finetune.main([*flags.split(), "--train.steps", "2", "--train.batch_size", "2"])
     assert (tmp_path / "runs/example-captions/model.safetensors").is_file()
-    assert "1 images of huggingface/mine have no caption and are left out" in capsys.readouterr().out
+    assert "1 images of huggingface/mine have no caption and are left out" in caplog.text
     written = generate_diffs.main(["--dataset", "huggingface", "--root", "mine", "--split", "null", "--name", "mine"])
     named = {row.first for row in differences.read(written)} | {row.second for row in differences.read(written)}
     assert named == {"0", "1", "2"}  # of the image without a caption there is nothing to write
