@@ -59,7 +59,9 @@ def test_a_run_learns_from_one_and_sentences_are_written_about_it(table, tmp_pat
     finetune.main([*flags.split(), "--train.steps", "2", "--train.batch_size", "2"])
     assert (tmp_path / "runs/example-captions/model.safetensors").is_file()
     assert "1 images of huggingface/mine have no caption and are left out" in caplog.text
-    written = generate_diffs.main(["--dataset", "huggingface", "--root", "mine", "--split", "null", "--name", "mine"])
+    written = generate_diffs.main(
+        ["--dataset", "huggingface", "--root", "mine", "--split", "null", "--n_images", "3", "--n_pairs", "3"]
+    )
     named = {row.first for row in differences.read(written)} | {row.second for row in differences.read(written)}
     assert named == {"0", "1", "2"}  # of the image without a caption there is nothing to write
 
