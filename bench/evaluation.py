@@ -41,7 +41,7 @@ from torch.utils.data import TensorDataset
 from pc_clip.core.config.evaluate import EvaluateConfig
 from pc_clip.core.errors import run_script
 from pc_clip.data import differences
-from pc_clip.data.class_text import class_names
+from pc_clip.data.class_names import class_names
 from pc_clip.data.dataset import Dataset
 from pc_clip.data.differences import Difference, to_line
 from pc_clip.data.embeddings import CACHE

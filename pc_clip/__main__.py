@@ -10,7 +10,7 @@ from pc_clip.core.errors import UserError, nearest, run_script
 
 TOOLS = {  # name -> (module with a main(argv), what it does)
     "datasets": ("pc_clip.data.registry", "the data sets: found or not, what to fetch; --download NAME"),
-    "embeddings": ("pc_clip.data.embeddings", "embed the images of a data set once, on many processes"),
+    "embeddings": ("pc_clip.data.embed", "embed the images of a data set once, on many processes"),
     "audit": ("pc_clip.write.audit", "what sentences are like: lengths, duplicates, words from nowhere"),
     "blind": ("pc_clip.evals.blind_baselines", "what statements give away without an image"),
     "report": ("pc_clip.report.page", "results and runs as one page, Markdown and CSV"),

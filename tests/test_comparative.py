@@ -51,7 +51,7 @@ def test_alpha_is_chosen_on_validation_and_reported_on_test(monkeypatch, tmp_pat
     z = [[1, 0.2], [0.2, 1]]
     test, held_out = made_context(texts, z, questions=(question,)), made_context(texts, z, questions=(flipped,))
     monkeypatch.setattr(EvalContext, "validation", lambda self: held_out)
-    monkeypatch.setattr(comparative, "FOLDER", tmp_path)
+    monkeypatch.setattr(comparative, "COMPARISONS", tmp_path)
     comparisons = {
         "q": [{"class_a": "b", "class_b": "a", "text": "worse"}, {"class_a": "a", "class_b": "b", "text": "more"}]
     }

@@ -5,14 +5,15 @@ import re
 import pytest
 import yaml
 
-from pc_clip.data.class_text import class_names
+from pc_clip import evals
+from pc_clip.data.class_names import class_names
 from pc_clip.data.registry import READERS, open_dataset
 from pc_clip.data.wordings import swap_roles
 from pc_clip.evals import comparative
 from pc_clip.models.clip import open_clip
 from pc_clip.write.cleaning import clean
 
-QUESTIONS = {path.stem: yaml.safe_load(path.read_text("utf-8")) for path in comparative.FOLDER.glob("*.yaml")}
+QUESTIONS = {path.stem: yaml.safe_load(path.read_text("utf-8")) for path in evals.COMPARISONS.glob("*.yaml")}
 CONTEXT = 77  # tokens of CLIP's text tower, with the start and the end
 FORM = re.compile(r"The first image shows (.+), while the second shows (.+)\.")
 
@@ -29,7 +30,7 @@ def test_every_set_with_class_names_has_comparisons_of_classes_that_exist(small_
             for each in named:  # no sentence says the name, or its plural
                 plural = rf"(?<!\w){re.escape(each)}(?:e?s)?(?!\w)"
                 assert not re.search(plural, comparison["text"], re.IGNORECASE), comparison
-    path = comparative.FOLDER / "example.yaml"
+    path = evals.COMPARISONS / "example.yaml"
     assert comparative.read_comparisons(path, open_dataset("example", split="val")) == QUESTIONS["example"]
 
 

@@ -20,7 +20,7 @@ from scipy.io import savemat
 from pc_clip.core.errors import UserError
 from pc_clip.core.paths import configs_folder
 from pc_clip.data.captions import read_captions
-from pc_clip.data.class_text import FOLDER, class_names
+from pc_clip.data.class_names import FOLDER, class_names
 from pc_clip.data.classification import SPLIT_BY_US, split_rows
 from pc_clip.data.registry import READERS, open_dataset, selection_split
 from pc_clip.data.webdataset import find_tars, open_tar

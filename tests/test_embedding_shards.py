@@ -23,7 +23,7 @@ from tqdm import tqdm
 from pc_clip.core.config.settings import EmbedConfig
 from pc_clip.core.distributed import Processes
 from pc_clip.core.errors import UserError
-from pc_clip.data import embeddings
+from pc_clip.data import embed, embeddings
 from pc_clip.data.dataset import BrokenImage, Dataset
 from pc_clip.data.embedding_shards import INDEX, Rows, tars
 from pc_clip.data.registry import open_dataset
@@ -94,10 +94,10 @@ def write_tar(path, rows):
 
 def run(data, monkeypatch, clip=None, processes=None, **settings):
     """`python -m pc_clip embeddings` in blocks of 10 images."""
-    monkeypatch.setattr(embeddings, "load_dataset", lambda config: data)
-    monkeypatch.setattr(embeddings, "create_model", lambda *_, **__: clip or make_clip())
+    monkeypatch.setattr(embed, "load_dataset", lambda config: data)
+    monkeypatch.setattr(embed, "create_model", lambda *_, **__: clip or make_clip())
     config = EmbedConfig(device="cpu", shard_size=10, batch_size=5, cache="cache", **settings)
-    return embeddings.embed(config, processes)
+    return embed.embed(config, processes)
 
 
 def load(made):
@@ -218,12 +218,12 @@ def test_a_webdataset_is_embedded_by_tar_one_gpu_a_process(tmp_path, monkeypatch
         write_tar(tmp_path / "pets" / "test" / f"{n}.tar", range(4 * n, 4 * n + 4))
     assert list(tars(tmp_path / "pets", "test").units) == ["0", "1", "2"]
     devices = []
-    monkeypatch.setattr(embeddings, "resolve_device", lambda device: device)
-    monkeypatch.setattr(embeddings, "create_model", lambda *_, device: devices.append(device) or make_clip())
+    monkeypatch.setattr(embed, "resolve_device", lambda device: device)
+    monkeypatch.setattr(embed, "create_model", lambda *_, device: devices.append(device) or make_clip())
     config = EmbedConfig(device="cuda")
     config.data.dataset, config.data.root, config.data.split = "webdataset", str(tmp_path / "pets"), "test"
-    embeddings.embed(config)
-    embeddings.embed(config, Processes(5, 8, 1))
+    embed.embed(config)
+    embed.embed(config, Processes(5, 8, 1))
     assert devices == ["cuda", "cuda:1"]
     no_encoding(monkeypatch)
     data = open_dataset("webdataset", tmp_path / "pets", "test")
@@ -248,7 +248,7 @@ def test_a_row_that_is_not_there_is_an_error():
 
 
 def test_settings_that_mean_nothing_are_refused(monkeypatch):
-    monkeypatch.setattr(embeddings, "load_dataset", lambda config: make_data(3))
+    monkeypatch.setattr(embed, "load_dataset", lambda config: make_data(3))
     for settings, message in [
         ({"shard_size": 0}, "shard_size is 0"),
         ({"precision": "fp8"}, "precision is"),
@@ -257,4 +257,4 @@ def test_settings_that_mean_nothing_are_refused(monkeypatch):
         ({"batch_size": 0}, "batch_size is 0"),
     ]:
         with pytest.raises(UserError, match=message):
-            embeddings.embed(dataclasses.replace(EmbedConfig(device="cpu"), **settings))
+            embed.embed(dataclasses.replace(EmbedConfig(device="cpu"), **settings))

@@ -11,7 +11,7 @@ import torch
 
 from pc_clip.core import files
 from pc_clip.core.errors import UserError
-from pc_clip.data import embeddings
+from pc_clip.data import embed, embeddings
 from pc_clip.data.example_sets import example
 from pc_clip.data.registry import open_dataset
 from pc_clip.models.clip import Clip
@@ -119,12 +119,12 @@ def test_an_unwritable_cache_warns_and_the_command_fails(small_example, example_
     assert torch.equal(embeddings.embed_images(example_clip, data, cache=Path("full")).z, good)
     assert "the next run computes them again" in caplog.text
     with pytest.raises(OSError):
-        embeddings.main(["--device", "cpu", "--data.split", "val", "--cache", "full"])
+        embed.main(["--device", "cpu", "--data.split", "val", "--cache", "full"])
 
 
 def test_the_command_says_where_the_embeddings_are(small_example, capsys, caplog):
     caplog.set_level("INFO")
-    embeddings.main(["--device", "cpu", "--data.split", "val"])
+    embed.main(["--device", "cpu", "--data.split", "val"])
     assert "--data.embeddings data/cache/embeddings/example-val-" in capsys.readouterr().out
     assert "60 images, 128 numbers each" in caplog.text
 

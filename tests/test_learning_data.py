@@ -17,7 +17,7 @@ from test_dataset_layouts import write_idx
 from pc_clip.core.config.settings import DataConfig, EmbedConfig, MixConfig
 from pc_clip.core.errors import UserError
 from pc_clip.data import example_sets, training_data
-from pc_clip.data.embeddings import embed
+from pc_clip.data.embed import embed
 from pc_clip.data.registry import open_dataset
 from pc_clip.data.training_data import load_dataset
 from pc_clip.interface import finetune, run

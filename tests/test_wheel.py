@@ -18,13 +18,13 @@ assert Path(pc_clip.__file__).is_relative_to(Path("installed").resolve()), pc_cl
 from pc_clip.__main__ import main
 from pc_clip.core.errors import UserError
 from pc_clip.core.paths import configs_folder
+from pc_clip import evals
 from pc_clip.data import attributes, example_sets
-from pc_clip.evals import comparative
 from pc_clip.interface import finetune, generate_diffs, run
 from pc_clip.write import prompts
 assert attributes.tasks_of("cifar100") == ["cifar100_size"]
 assert prompts.read(prompts.FOLDER / "pairs.yaml").instruction
-assert (comparative.FOLDER / "cifar10.yaml").is_file()
+assert (evals.COMPARISONS / "cifar10.yaml").is_file()
 assert (configs_folder() / "studies" / "quickstart.yaml").is_file()
 assert len(example_sets.example_changes("val", 2).changes) == 2
 assert pc_clip.load("example").embed_texts(["a red circle"]).shape == (1, 128)

@@ -1,61 +1,22 @@
-"""Names of classes, and phrases about them that writers compare and describe.
+"""Phrases about classes, which writers compare and describe.
 
-`classnames/NAME.yaml` has the names people say for the classes of a data set, and its own list of prompts. The rules
-writer needs more to say anything: grades of the classes in the data set's files (awa2, cub), or captions of their
-images (the example).
+The rules writer needs more than names to say anything: grades of the classes in the data set's files (awa2, cub), or
+captions of their images (the example).
 """
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
-import yaml
-
 from pc_clip.core.errors import UserError, nearest
-from pc_clip.core.paths import package_data
 from pc_clip.core.random import stream
 from pc_clip.data import attributes
 from pc_clip.data.dataset import Dataset, Question
 from pc_clip.data.text_files import json_lines, words
 
-FOLDER = package_data(Path(__file__).with_name("classnames"))
 _OPENING = re.compile(r"^this is an? (?:photo|picture|image) of ", re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class ClassNames:
-    """source: where the names come from and what we changed. several: prompts with {} for the class.
-
-    said: the set's own name (a folder or a label) -> the name people say.
-    """
-
-    path: Path
-    source: str
-    several: tuple[str, ...]
-    display_names: dict[str, str]
-
-    def say(self, own: Iterable[str]) -> tuple[str, ...]:
-        """The names people say, in the order of the set's own. Raises UserError for one the file lacks."""
-        own = list(own)
-        if unknown := [name for name in own if name not in self.display_names]:
-            raise UserError(
-                f"{self.path} has no name for {unknown[0]!r} ({len(unknown)} of {len(own)} classes). "
-                "Is this the right data set? If so, add a line for each."
-            )
-        return tuple(self.display_names[name] for name in own)
-
-
-@cache
-def class_names(name: str) -> ClassNames:
-    """The class names of a data set."""
-    path = FOLDER / f"{name}.yaml"
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    return ClassNames(path, content["source"], tuple(content["templates"]), content["classes"])
 
 
 def phrase(question: Question, name: str) -> str:

@@ -22,7 +22,7 @@ import pandas
 from PIL import Image
 
 from pc_clip.core.errors import UserError, nearest
-from pc_clip.data.class_text import class_names
+from pc_clip.data.class_names import class_names
 from pc_clip.data.dataset import IMAGE_SUFFIXES, Dataset, NoSplit, Question, digest
 from pc_clip.data.picture_files import find_pictures
 from pc_clip.data.text_files import read_text

@@ -19,6 +19,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ from torch import Tensor
 
 from pc_clip.core.config.evaluate import EVALUATIONS, EvaluateConfig
 from pc_clip.core.errors import UserError, check_choice
+from pc_clip.core.paths import package_data
 from pc_clip.core.random import stream
 from pc_clip.data import attributes
 from pc_clip.data.dataset import Attribute, Dataset, subset
@@ -41,6 +43,7 @@ from pc_clip.models.loading import create_model, load_model
 
 log = logging.getLogger(__name__)
 
+COMPARISONS = package_data(Path(__file__).with_name("comparisons"))  # of classes, a file a data set
 VALIDATION_IMAGES = 10_000  # used for choosing settings, at most; drawn by seed
 
 

@@ -33,25 +33,23 @@ from torch import Tensor
 
 from pc_clip.core.config.evaluate import EvaluateConfig
 from pc_clip.core.errors import UserError, check_at_least, check_choice
-from pc_clip.core.paths import package_data
 from pc_clip.data.dataset import Dataset, Question
 from pc_clip.data.registry import selection_split
-from pc_clip.evals import Curve, EvalContext, Result
-from pc_clip.evals.zeroshot import class_embeddings, templates_of
+from pc_clip.evals import COMPARISONS, Curve, EvalContext, Result
+from pc_clip.evals.prompting import class_embeddings, templates_of
 from pc_clip.metrics import intervals
 from pc_clip.models.clip import Clip
 from pc_clip.write.generate import compare_classes
 from pc_clip.write.work import make_writer
 from pc_clip.write.writers import Writer
 
-FOLDER = package_data(Path(__file__).with_name("comparisons"))
 CALIBRATIONS = ("none", "norm", "offset", "centred", "shuffled")
 Comparisons = list[dict[str, str]]  # of {class_a, class_b, text}
 Scored = tuple[Tensor, np.ndarray]  # images [M, D] with their classes [M]
 
 
 def applies(data: Dataset, config: EvaluateConfig) -> str | None:
-    known = config.comparative.pairs == "auto" or (FOLDER / f"{data.name}.yaml").is_file()
+    known = config.comparative.pairs == "auto" or (COMPARISONS / f"{data.name}.yaml").is_file()
     if data.questions and known and selection_split(data) is not None:
         return None
     return (
@@ -77,7 +75,7 @@ def evaluate(context: EvalContext) -> Result:
     chosen_on = {question.name: question for question in validation.data.questions}
     writer = functools.cache(lambda: make_writer(config.comparative, "compare"))  # an LLM is loaded once, if at all
     auto = config.comparative.pairs == "auto"
-    written = {} if auto else read_comparisons(FOLDER / f"{data.name}.yaml", data)
+    written = {} if auto else read_comparisons(COMPARISONS / f"{data.name}.yaml", data)
     result, gains = Result({}, 0), {name: np.zeros(len(data)) for name in config.comparative.calibrate}  # by image
     asked = np.zeros(len(data), dtype=bool)
     for question in data.questions:

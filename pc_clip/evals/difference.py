@@ -28,7 +28,7 @@ from pc_clip.data import attributes, differences
 from pc_clip.data.dataset import Attribute, Dataset, Question
 from pc_clip.data.wordings import contrast, swap_roles
 from pc_clip.evals import EvalContext, Result
-from pc_clip.evals.zeroshot import class_embeddings, templates_of
+from pc_clip.evals.prompting import class_embeddings, templates_of
 from pc_clip.metrics import intervals
 from pc_clip.models.clip import Clip
 

@@ -27,8 +27,7 @@ from pc_clip.data.dataset import Dataset
 from pc_clip.data.registry import download, open_dataset
 from pc_clip.data.statements import label_of
 from pc_clip.data.wordings import FAMILIES, SCHEMES
-from pc_clip.evals import EvalContext
-from pc_clip.evals.comparative import FOLDER as COMPARISONS
+from pc_clip.evals import COMPARISONS, EvalContext
 from pc_clip.models.clip import Clip
 from pc_clip.models.loading import create_model, describe_checkpoint, load_model
 from pc_clip.write import prompts

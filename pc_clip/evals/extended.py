@@ -17,7 +17,8 @@ from pc_clip.core.errors import UserError, nearest
 from pc_clip.data.class_text import read_descriptions
 from pc_clip.data.dataset import Dataset, Question
 from pc_clip.evals import EvalContext, Result
-from pc_clip.evals.zeroshot import score, templates_of
+from pc_clip.evals.prompting import templates_of
+from pc_clip.evals.zeroshot import score
 from pc_clip.metrics import intervals
 from pc_clip.models.clip import Clip
 

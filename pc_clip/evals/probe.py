@@ -28,7 +28,7 @@ from pc_clip.core.random import stream
 from pc_clip.data.dataset import Dataset, Question, subset
 from pc_clip.data.registry import READERS
 from pc_clip.evals import Curve, EvalContext, Result
-from pc_clip.evals.zeroshot import class_embeddings, templates_of
+from pc_clip.evals.prompting import class_embeddings, templates_of
 from pc_clip.metrics import intervals
 
 log = logging.getLogger(__name__)

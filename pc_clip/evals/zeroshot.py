@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pc_clip.core.config.evaluate import EvaluateConfig
-from pc_clip.core.errors import UserError, check_choice
 from pc_clip.data.dataset import Dataset, Question
 from pc_clip.evals import EvalContext, Result
+from pc_clip.evals.prompting import class_embeddings, templates_of
 from pc_clip.metrics import intervals
-from pc_clip.models.clip import Clip
 
 LARGEST_CONFUSION = 120  # classes of a confusion table that is still of use
 
@@ -52,27 +49,6 @@ def answer(context: EvalContext) -> tuple[dict[str, dict[str, Any]], dict[str, n
 def accuracy(details: dict[str, dict[str, Any]]) -> float:
     """The mean over the questions."""
     return float(np.mean([figures["top1"] for figures in details.values()]))
-
-
-def templates_of(question: Question, config: EvaluateConfig) -> tuple[str, ...]:
-    """The prompts of a question: the user's own, the data set's list with --prompts several, else the one default.
-
-    Raises UserError for a prompt without a place for the class.
-    """
-    check_choice("prompts", config.prompts, ("paper", "several"))
-    templates = tuple(config.templates) or (config.prompts == "several" and question.several) or question.templates
-    for template in templates:
-        if "{}" not in template:
-            raise UserError(f"the prompt {template!r} has no {{}} where the class belongs")
-    return templates
-
-
-def class_embeddings(clip: Clip, question: Question, templates: Sequence[str] = ()) -> Tensor:
-    """One unit vector a class: the mean over the templates of the unit embeddings of its prompts.  -> [classes, D]"""
-    templates = tuple(templates) or question.templates
-    prompts = [template.replace("{}", name) for name in question.classes for template in templates]
-    z = clip.embed_texts(prompts).view(len(question.classes), len(templates), -1)
-    return F.normalize(z.mean(1), dim=-1)
 
 
 def score(scores: Tensor, question: Question) -> dict[str, Any]:

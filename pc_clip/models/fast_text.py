@@ -29,7 +29,7 @@ from torch.nn.utils.parametrize import type_before_parametrizations as _type
 from torch.utils.checkpoint import checkpoint
 
 from pc_clip.models import torchvision_compat  # noqa: F401  (before open_clip)
-from pc_clip.models.lora import is_plain
+from pc_clip.models.adapter import is_plain
 from pc_clip.models.packing import Group, Packed, pack, pack_shared
 
 from open_clip.transformer import LayerNorm, LayerNormFp32, QuickGELU, ResidualAttentionBlock  # isort: skip
@@ -59,7 +59,7 @@ class FastText:
         """The fast way through a tower, or why there is none. tower: a plain causal one, see Clip._causal_tower.
 
         Strict about types: a replaced layer (a quantised one) would be bypassed. Adapters of
-        pc_clip.models.lora are fine: reading a weight gives the sum.
+        pc_clip.models.adapter are fine: reading a weight gives the sum.
         """
         if tower is None:
             return "it is not a plain causal transformer of open_clip's"

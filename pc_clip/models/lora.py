@@ -11,45 +11,19 @@ At the end `merge` leaves the sums under the weights' own names.
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
 from pc_clip.core.errors import UserError, check_at_least, check_choice
 from pc_clip.core.random import seed_of
-from pc_clip.models import torchvision_compat  # noqa: F401  (before peft, which imports transformers)
+from pc_clip.models.adapter import Adapter, adapters_of, import_peft
 from pc_clip.models.parameters import TRAINABLE, parameters_of
 
-_NAME = "default"  # peft's for an adapter that is the only one
 _MATRICES = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "text_projection", "proj")
-
-
-class Adapter(nn.Module):
-    """The low-rank update of one weight of shape [M, ...], seen as a matrix [M, N]. Initially zero."""
-
-    def __init__(self, weight: Tensor, rank: int, alpha: float) -> None:
-        """A is drawn from torch's default generator, on the CPU."""
-        super().__init__()
-        peft = _peft()
-        rows, columns = len(weight), weight[0].numel()
-        host = nn.utils.skip_init(nn.Linear, columns, rows, bias=False)  # peft asks it for its size and its device
-        config = peft.LoraConfig(r=rank, lora_alpha=alpha)
-        self.layer = peft.tuners.lora.Linear(host, _NAME, config=config, r=rank, lora_alpha=alpha)
-        del self.layer.base_layer
-        self.to(weight.device, weight.dtype)
-
-    def forward(self, weight: Tensor) -> Tensor:
-        with torch.autocast(weight.device.type, enabled=False):  # bf16 would round small steps away
-            return weight + self.layer.get_delta_weight(_NAME).view_as(weight)
-
-    @property
-    def matrices(self) -> dict[str, nn.Parameter]:
-        """lora_A, [r, N], and lora_B, [M, r]"""
-        return {"lora_A": self.layer.lora_A[_NAME].weight, "lora_B": self.layer.lora_B[_NAME].weight}
 
 
 def check(rank: int, alpha: float | None) -> None:
@@ -60,7 +34,7 @@ def check(rank: int, alpha: float | None) -> None:
     if alpha is not None and not 0 < alpha < float("inf"):
         raise UserError(f"model.lora_alpha is {alpha:g}; it must be above 0, or null for a scale of 1")
     if rank:
-        _peft()
+        import_peft()
 
 
 def weights_to_adapt(model: nn.Module, train: str, name: str) -> list[str]:
@@ -98,7 +72,7 @@ def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {
         f"{path}.{short}.{which}".removeprefix("."): matrix
         for path, owner in model.named_modules()
-        for short, adapter in _adapters(owner).items()
+        for short, adapter in adapters_of(owner).items()
         for which, matrix in adapter.matrices.items()
     }
 
@@ -115,19 +89,8 @@ def trainable(clip: Any, which: str) -> dict[str, nn.Parameter]:
 def merge(model: nn.Module) -> None:
     """Add all adapters to their weights and remove them, in place: an ordinary model again, under ordinary names."""
     for owner in list(model.modules()):
-        for short in _adapters(owner):
+        for short in adapters_of(owner):
             parametrize.remove_parametrizations(owner, short, leave_parametrized=True)
-
-
-def is_plain(module: nn.Module) -> bool:
-    """Whether reading a module's weights gives what it computes with: it has no parametrizations but adapters."""
-    return not hasattr(module, "parametrizations") or len(_adapters(module)) == len(module.parametrizations)
-
-
-def _adapters(owner: nn.Module) -> dict[str, Adapter]:
-    """The adapters of a module's own weights, by the weight's name."""
-    lists = getattr(owner, "parametrizations", {})
-    return {short: some[0] for short, some in lists.items() if len(some) == 1 and isinstance(some[0], Adapter)}
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
@@ -139,14 +102,3 @@ def _fits(owner: nn.Module, short: str, weight: nn.Parameter) -> bool:
     if isinstance(owner, _ConvNd):
         return short == "weight" and owner.groups == 1
     return weight.ndim == 2 and (short in _MATRICES or (short == "weight" and isinstance(owner, nn.Linear)))
-
-
-def _peft() -> ModuleType:
-    try:
-        import peft
-    except ImportError as error:
-        raise UserError(
-            f"model.lora_rank needs the package peft, which cannot be imported ({error}): "
-            "`pip install peft`, or set model.lora_rank 0"
-        ) from error
-    return peft
