@@ -248,13 +248,22 @@ def test_batches_are_measured_where_they_are_asked_for_by_name_alone(coco_folder
 # -- what cannot be measured ---------------------------------------------------------------------------------
 
 
-def test_too_few_images_or_one_without_a_caption_are_refused():
+def test_images_without_a_caption_are_left_out_and_counted(caplog):
+    texts = {"a": [1.0, 0.0, 0.0], "b": [0.1, 1.0, 0.0]}
+    z = np.eye(3)
+    with_one = measure(z, texts, [("a",), (), ("b",)])
+    assert "1 of 3 images are left out: they have no caption" in caplog.text
+    alone = measure(z[[0, 2]], texts, [("a",), ("b",)])
+    assert with_one.metrics == alone.metrics and with_one.n == alone.n == 2
+    assert in_batches(np.eye(4), np.eye(3, 4), [1, 1, 0, 1], 3).details["left_out"] == 1
+
+
+def test_too_few_images_with_captions_are_refused():
     for evaluate, message in (
-        (lambda: made(np.eye(1), np.eye(1), [1]), "made/test has 1 images"),
-        (lambda: measure(np.eye(2), {"a": [1.0, 0.0]}, [("a",), ()]), "i1 has no caption"),
+        (lambda: made(np.eye(1), np.eye(1), [1]), "made/test has 1 images with a caption"),
+        (lambda: measure(np.eye(2), {"a": [1.0, 0.0]}, [("a",), ()]), "made/test has 1 images with a caption"),
         (lambda: in_batches(np.eye(4), np.eye(4), [1] * 4, 1), "batches.size is 1; it must be at least 2"),
-        (lambda: in_batches(np.eye(4), np.eye(4), [1] * 4, 5), "has 4 images, too few for one batch; --batches.size"),
-        (lambda: in_batches(np.eye(4), np.eye(3, 4), [1, 1, 0, 1], 2), r"an image without a caption \(i2\)"),
+        (lambda: in_batches(np.eye(4), np.eye(4), [1] * 4, 5), "has 4 images with a caption, too few for one batch"),
     ):
         with pytest.raises(UserError, match=message):
             evaluate()

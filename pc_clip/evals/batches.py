@@ -10,6 +10,7 @@ middle of their ranks, as in evals/retrieve.py. It runs only when --mode names i
 from __future__ import annotations
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from pc_clip.core.config.evaluate import EvaluateConfig
@@ -17,6 +18,7 @@ from pc_clip.core.errors import UserError, check_at_least
 from pc_clip.core.random import stream
 from pc_clip.data.dataset import Dataset
 from pc_clip.evals import EvalContext, Result
+from pc_clip.evals.retrieve import captioned
 from pc_clip.metrics import intervals
 from pc_clip.metrics.retrieval import ranks, relation
 
@@ -30,21 +32,19 @@ def applies(data: Dataset, config: EvaluateConfig) -> str | None:
 def evaluate(context: EvalContext) -> Result:
     """R@1 and MRR both ways, with intervals over images; the batches stay as they are.
 
-    Raises UserError for a batch smaller than 2, fewer images than one batch, and an image without a caption.
+    Raises UserError for a batch smaller than 2, and fewer images with a caption than one batch.
     """
     data, size, seed = context.data, context.config.batches.size, context.config.seed
-    turns = min(map(len, data.captions))
     check_at_least("batches.size", size, 2)
-    if len(data) < size:
-        raise UserError(f"{data.label} has {len(data)} images, too few for one batch; --batches.size is {size}")
-    if not turns:
-        lacking = data.ids[[len(texts) for texts in data.captions].index(0)]
-        raise UserError(f"{data.label} has an image without a caption ({lacking}); batches need one of each")
-    order = stream(seed, "retrieval batches").permutation(len(data))
-    batches = order[: len(data) - len(data) % size].reshape(-1, size)
+    rows = captioned(data)
+    if (n := len(rows)) < size:
+        raise UserError(f"{data.label} has {n} images with a caption, too few for one batch; --batches.size is {size}")
+    turns = min(len(data.captions[row]) for row in rows)
+    order = stream(seed, "retrieval batches").permutation(n)
+    batches = order[: n - n % size].reshape(-1, size)
     used = np.sort(batches.ravel())
-    texts = context.clip.embed_texts([data.captions[row][turn] for turn in range(turns) for row in range(len(data))])
-    by_image = per_image(context.z, texts.reshape(turns, len(data), -1), batches)
+    texts = context.clip.embed_texts([data.captions[row][turn] for turn in range(turns) for row in rows])
+    by_image = per_image(context.z[torch.from_numpy(rows)], texts.reshape(turns, n, -1), batches)
     left_out = len(data) - len(used)
     details = {"batch": size, "batches": len(batches), "images": len(used), "left_out": left_out}
     result = Result({}, len(used), details | {"captions_in_turn": turns})

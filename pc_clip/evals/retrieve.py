@@ -9,7 +9,10 @@ caption is close to everything; it looks at all images at once and does not repl
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
+import torch
 
 from pc_clip.core.config.evaluate import EvaluateConfig
 from pc_clip.core.errors import UserError
@@ -18,6 +21,8 @@ from pc_clip.evals import EvalContext, Result
 from pc_clip.metrics import intervals
 from pc_clip.metrics.retrieval import KS, families, per_image
 
+log = logging.getLogger(__name__)
+
 COMPARED = ("t2i_r1", "i2t_r1", "paired_t2i_r1", "paired_i2t_r1")  # kept image by image, to compare models by
 
 
@@ -25,20 +30,28 @@ def applies(data: Dataset, config: EvaluateConfig) -> str | None:
     return None if data.captions else "a data set with captions (example, coco, a webdataset for retrieval)"
 
 
+def captioned(data: Dataset) -> np.ndarray:
+    """The rows of the images that have a caption, [N]; a warning counts the others."""
+    rows = np.flatnonzero([len(texts) > 0 for texts in data.captions])
+    if len(rows) < len(data):
+        log.warning("%d of %d images are left out: they have no caption", len(data) - len(rows), len(data))
+    return rows
+
+
 def evaluate(context: EvalContext) -> Result:
     """R@k of both definitions, with intervals over images; median ranks, from 1, are in the details.
 
     A tie gets the middle of its ranks (metrics/retrieval.py). Intervals draw images again, each with all its captions,
     which are not independent. The pool stays as it is.
-    Raises UserError for fewer than two images, and one without a caption.
+    Images without a caption are left out and counted. Raises UserError where fewer than two have one.
     """
-    data, captions = context.data, context.data.captions
+    rows = captioned(context.data)
+    captions = [context.data.captions[row] for row in rows]
     counts = np.array([len(texts) for texts in captions])
-    if len(counts) < 2 or not counts.all():
-        lacking = f"; {data.ids[int(counts.argmin())]} has no caption" if not counts.all() else ""
-        raise UserError(f"{data.label} has {len(counts)} images{lacking}; retrieval needs two, and a caption of each")
+    if len(rows) < 2:
+        raise UserError(f"{context.data.label} has {len(rows)} images with a caption; retrieval needs two")
     texts = context.clip.embed_texts([caption for texts in captions for caption in texts])
-    by_name = families(context.z, texts, counts)
+    by_name = families(context.z[torch.from_numpy(rows)], texts, counts)
     hits, queries = per_image(by_name, len(counts))
     details = {f"{name}_median_rank": float(np.median(family.ranks.middle)) for name, family in by_name.items()}
     details |= {"images": len(counts), "captions": int(counts.sum()), "captions_in_turn": int(counts.min())}
