@@ -1,7 +1,7 @@
 """pc_clip beside what one would use instead: clip-benchmark's command, and open_clip_train.
 
-    python bench/peers.py                    # about half an hour on two cores
-    python bench/peers.py --images 200       # a look
+    python bench/peers.py                    # about forty minutes on two cores
+    python bench/peers.py --images 200       # a look; --only zeroshot, ... for a part
 
 ViT-B-32 with random weights (their values do not change the time), the same pictures, captions and threads; whole
 commands take turns, start included. Results are compared: each image's class in zero-shot, every R@k in retrieval, and
@@ -44,6 +44,7 @@ from pc_clip.models.clip import model_folder
 import open_clip  # isort: skip
 
 ROOT = Path(__file__).parents[1]
+PARTS = ("zeroshot", "retrieval", "training", "loss")
 CLASSES, BATCH, CAPTIONS = 100, 64, 5
 EXAMPLE = f"local-dir:{model_folder('example')}"
 
@@ -81,19 +82,20 @@ class Command(NamedTuple):
     output: str
 
 
-def figures(threads: int = 1, images: int = 2000) -> list[Figure]:
+def figures(threads: int = 1, images: int = 2000, only: Sequence[str] = PARTS) -> list[Figure]:
     """All ratios, theirs : ours. Raises RuntimeError where the two do not give the same results."""
     with temporary_folder():
         here = Path.cwd()
         write_models(here)
         write_scenes(here, images)
         about = f"ViT-B-32, float32, batch {BATCH}, {threads} thread(s)"
-        return [
-            *zeroshot(threads, f"{images:,} images, {CLASSES} classes, {about}"),
-            *retrieval(threads, f"{images // 2:,} images with {CAPTIONS} captions, {about}"),
-            *training(threads),
-            same_loss(threads),
-        ]
+        parts = {
+            "zeroshot": lambda: zeroshot(threads, f"{images:,} images, {CLASSES} classes, {about}"),
+            "retrieval": lambda: retrieval(threads, f"{images // 2:,} images with {CAPTIONS} captions, {about}"),
+            "training": lambda: training(threads),
+            "loss": lambda: [same_loss(threads)],
+        }
+        return [figure for name in only for figure in parts[name]()]
 
 
 # -- what both work on -----------------------------------------------------------------------------------------
@@ -307,8 +309,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--images", type=int, default=2000)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     arguments = parser.parse_args()
-    exit_if_missed(record(figures(arguments.threads, arguments.images)))
+    exit_if_missed(record(figures(arguments.threads, arguments.images, arguments.only)))
 
 
 if __name__ == "__main__":

@@ -5,9 +5,8 @@
     python bench/run.py --threads 8
 
 Ratios are against bench/reference.py, the published loop restated; both take turns in one process. On a machine with
-a GPU `gpu` is measured too. bench/writers.py, which needs a language model, and bench/peers.py, half an hour of other
-software's time, stand by themselves. Limits that were missed
-are named at the end, and the exit code is then 1.
+a GPU `gpu` is measured too. bench/writers.py, which needs a language model, and bench/peers.py, forty minutes of other
+software's time, stand by themselves. Limits that were missed are named at the end, and the exit code is then 1.
 """
 
 from __future__ import annotations
