@@ -92,7 +92,7 @@ def figures(threads: int = 1, images: int = 2000, only: Sequence[str] = PARTS) -
         parts = {
             "zeroshot": lambda: zeroshot(threads, f"{images:,} images, {CLASSES} classes, {about}"),
             "retrieval": lambda: retrieval(threads, f"{images // 2:,} images with {CAPTIONS} captions, {about}"),
-            "training": lambda: training(threads),
+            "training": lambda: training(threads, images),
             "loss": lambda: [same_loss(threads)],
         }
         return [figure for name in only for figure in parts[name]()]
@@ -227,7 +227,7 @@ def result(model: str, mode: str) -> dict:
 # -- training ----------------------------------------------------------------------------------------------------
 
 
-def training(threads: int) -> list[Figure]:
+def training(threads: int, images: int) -> list[Figure]:
     """The text tower on captions, the image tower locked; pairs a second, without the start."""
     rows, model = [], f"local-dir:{Path.cwd() / 'start'}"
     for precision, name in (("fp32", "no"), ("amp_bf16", "bf16")):
@@ -242,7 +242,7 @@ def training(threads: int) -> list[Figure]:
             Figure(f"training on captions, {precision}, ours : open_clip_train", ours[1:].median() / theirs, 10.0, "x",
                    f"ViT-B-32, image tower locked, batch {BATCH}, {threads} thread(s); {ours[1:].median():.1f} against "
                    f"{theirs:.1f} pairs/s; before the first step {start:.0f} s, for which "
-                   f"{'the images are embedded' if name == 'no' else 'they are in the cache'}")
+                   f"{'the images are embedded' if name == 'no' else 'they are in the cache'} ({images} images)")
         )  # fmt: skip
     return rows
 
@@ -261,7 +261,7 @@ def same_loss(threads: int) -> Figure:
     theirs = [float(value) for value in re.findall(r" Loss: ([\d.]+)", log)]
     finetune("same-loss", EXAMPLE, "one_batch.csv", 50, threads, "--train.lr", "1e-4")
     mine = pd.read_json(Path("runs", "same-loss", "metrics.jsonl"), lines=True).loss
-    return Figure("loss of step 50, ours - open_clip_train", abs(mine.iloc[-1] - theirs[-1]), nan, "",
+    return Figure("loss of step 50, ours - open_clip_train", abs(mine.iloc[-1] - theirs[-1]), nan, "nats",
                   f"example's model, float32, {BATCH} pairs a batch, {theirs[0]:.4f} in step 1, {theirs[-1]:.5f} in "
                   "step 50; its log has five digits", most=1e-4)  # fmt: skip
 
