@@ -218,7 +218,7 @@ def write_differences(captions: str | Path | Mapping[str, Sequence[str]], **sett
 
     >>> written = pc_clip.write_differences({"a.jpg": ["a dog on a sofa"], "b.jpg": ["two cats"]}, name="pets")
     >>> written.text[0]
-    'Photo number one shows a dog on a sofa and not two cats; photo number two shows two cats and not a dog on a sofa.'
+    'Picture seven shows a dog on a sofa and not two cats; picture eight shows two cats and not a dog on a sofa.'
     """
     if isinstance(captions, Mapping):
         captions = _written(captions, Path(settings.get("out", "llm_diffs")) / f"{settings.get('name', 'mine')}.json")
