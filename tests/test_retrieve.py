@@ -255,6 +255,7 @@ def test_images_without_a_caption_are_left_out_and_counted(caplog):
     assert "1 of 3 images are left out: they have no caption" in caplog.text
     alone = measure(z[[0, 2]], texts, [("a",), ("b",)])
     assert with_one.metrics == alone.metrics and with_one.n == alone.n == 2
+    assert (with_one.details["without_caption"], alone.details["without_caption"]) == (1, 0)
     assert in_batches(np.eye(4), np.eye(3, 4), [1, 1, 0, 1], 3).details["left_out"] == 1
 
 

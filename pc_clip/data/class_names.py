@@ -19,7 +19,7 @@ FOLDER = package_data(Path(__file__).with_name("classnames"))
 class ClassNames:
     """source: where the names come from and what we changed. several: prompts with {} for the class.
 
-    said: the set's own name (a folder or a label) -> the name people say.
+    display_names: the set's own name (a folder or a label) -> the name people say.
     """
 
     path: Path

@@ -55,6 +55,7 @@ def evaluate(context: EvalContext) -> Result:
     hits, queries = per_image(by_name, len(counts))
     details = {f"{name}_median_rank": float(np.median(family.ranks.middle)) for name, family in by_name.items()}
     details |= {"images": len(counts), "captions": int(counts.sum()), "captions_in_turn": int(counts.min())}
+    details["without_caption"] = len(context.data) - len(rows)
     details["tied"] = {name: family.ranks.tied for name, family in by_name.items()}
     details["left_out"] = {
         f"{name}_r{k}": f"k is not smaller than the number of candidates, {family.candidates}"
