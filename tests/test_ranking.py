@@ -22,7 +22,8 @@ from pc_clip.core.errors import UserError
 from pc_clip.data.dataset import Dataset
 from pc_clip.data.statements import read_statements
 from pc_clip.write import generate, rank
-from pc_clip.write.rank import draw_queries, overlap, parse_order, retrieve
+from pc_clip.write.candidates import draw_queries, retrieve
+from pc_clip.write.rank import overlap, parse_order
 from pc_clip.write.rules import RulesWriter
 
 
