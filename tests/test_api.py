@@ -11,6 +11,7 @@ import pc_clip
 from pc_clip.core.config.write import GenerateConfig
 from pc_clip.core.errors import UserError
 from pc_clip.interface import api
+from pc_clip.interface import model as model_in_hand
 from pc_clip.write import generate
 
 RED, BLUE = (Image.new("RGB", (64, 64), colour) for colour in ("red", "blue"))
@@ -22,7 +23,8 @@ def test_examples_in_docstrings(small_example, monkeypatch):
     monkeypatch.setattr(generate, "of_example", lambda name: small)
     known = {"pc_clip": pc_clip, "Image": Image, "red": RED, "blue": BLUE}
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
-    tests = [test for test in doctest.DocTestFinder().find(api, extraglobs=known) if test.examples]
+    finder = doctest.DocTestFinder()
+    tests = [test for module in (api, model_in_hand) for test in finder.find(module, extraglobs=known) if test.examples]
     assert len(tests) == 10  # every public function and method
     for test in tests:
         assert runner.run(test).failed == 0, test.name

@@ -18,7 +18,7 @@ from pc_clip.data.dataset import Dataset, Question
 from pc_clip.data.registry import open_dataset
 from pc_clip.data.training_data import load_dataset
 from pc_clip.evals import EvalContext, extended
-from pc_clip.write import generate, prompts, work
+from pc_clip.write import classes, generate, prompts, work
 from pc_clip.write.rules import RulesWriter
 from pc_clip.write.writers import Writer
 
@@ -145,8 +145,8 @@ def test_sentences_that_cannot_be_used_are_none():
             return ["" for _ in jobs]
 
     data = made()
-    assert generate.compare_classes(Silent(), "rules", data, data.questions[0], [("emu", "owl")], 0) == [None]
-    texts = generate.compare_classes(RulesWriter(), "rules", data, data.questions[0], [("emu", "owl")], 0)
+    assert classes.compare_classes(Silent(), "rules", data, data.questions[0], [("emu", "owl")], 0) == [None]
+    texts = classes.compare_classes(RulesWriter(), "rules", data, data.questions[0], [("emu", "owl")], 0)
     assert "an emu" in texts[0] and "an owl" in texts[0]
 
 

@@ -169,19 +169,19 @@ def test_light_brightens_every_pixel():
 
 
 def test_many_pairs_are_kept_and_are_those_that_were_found(monkeypatch):
-    actual = changes.pairs("val", 40)
+    actual = example_sets.change_pairs("val", 40)
     assert actual == [(changes.pair("val", i), changes.sentences("val", i)) for i in range(40)]
-    assert not changes.CACHE.exists()  # they are few
+    assert not example_sets.CACHE.exists()  # they are few
     fingerprint = example_changes("val", 40).fingerprint
-    monkeypatch.setattr(changes, "FEW", 39)
-    assert changes.pairs("val", 40) == actual
+    monkeypatch.setattr(example_sets, "FEW", 39)
+    assert example_sets.change_pairs("val", 40) == actual
     monkeypatch.setattr(changes, "pair", lambda *_: pytest.fail("found again"))
-    assert changes.pairs("val", 40) == actual
+    assert example_sets.change_pairs("val", 40) == actual
     assert example_changes("val", 40).fingerprint == fingerprint
     other = changes.WORDINGS.with_name("scenes.py")
     monkeypatch.setattr(changes, "WORDINGS", other)
     with pytest.raises(pytest.fail.Exception):  # pairs with other wordings are not these
-        changes.pairs("val", 40)
+        example_sets.change_pairs("val", 40)
 
 
 def test_the_same_pairs_every_time_and_none_in_two_splits(monkeypatch):

@@ -202,12 +202,10 @@ SPOILT = {  # name -> what is done to a tower, and the reason that is given
     "activation": (of_block(lambda block: setattr(block.mlp, "gelu", nn.PReLU())), "other layers"),
     "norm": (of_block(lambda block: setattr(block, "ln_2", nn.Identity())), "other layers"),
     "scale": (of_block(lambda block: setattr(block, "ls_1", nn.Dropout())), "other layers"),
-    "hook": (of_block(lambda block: block.register_forward_hook(lambda *_: None)), "hooks or param"),
-    "parametrization": (of_block(lambda block: nn.utils.parametrizations.weight_norm(block.mlp.c_fc)), "or param"),
+    "hook": (of_block(lambda block: block.register_forward_hook(lambda *_: None)), "hooks"),
 }
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_a_tower_it_does_not_know_is_refused_with_the_reason():
     for name, (spoil, reason) in SPOILT.items():
         model = tower()
@@ -215,6 +213,14 @@ def test_a_tower_it_does_not_know_is_refused_with_the_reason():
         spoil(model)
         assert reason in str(FastText.of(model)), name
     assert "not a plain causal transformer" in FastText.of(None)
+
+
+def test_parametrized_weights_are_read_as_their_layer_computes_with_them():
+    model, tokens = tower(), texts([3, 9, 40])
+    layer = nn.utils.parametrizations.weight_norm(model.transformer.resblocks[1].mlp.c_fc)
+    with torch.no_grad():
+        layer.parametrizations.weight.original0.mul_(2)
+    assert_equal(both_ways(FastText.of(model), model, tokens), both_ways(model, model, tokens), 1e-5)
 
 
 def test_no_texts_give_no_embeddings():

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from pc_clip.core.errors import UserError
-from pc_clip.data.dataset import Dataset, NoSplit, Question, digest
+from pc_clip.data.dataset import CAPTION_COLUMN, LABEL_COLUMNS, Dataset, NoSplit, Question, digest
 from pc_clip.data.picture_files import OR_SKIP, find_list, find_pictures
 from pc_clip.data.text_files import image_name, json_lines, read_json, read_text, with_keys, words
 
@@ -22,8 +22,6 @@ log = logging.getLogger(__name__)
 
 TABLES = (".tsv", ".csv", ".txt", ".parquet")  # endings of tables, in any case
 IMAGE_COLUMNS = ("image", "filepath", "file_name", "filename", "image_path", "path")
-LABEL_COLUMNS = ("label", "class", "category")
-CAPTION_COLUMN = re.compile(r"caption\d*|title|text")
 
 
 class Captions(dict[str, tuple[str, tuple[str, ...]]]):

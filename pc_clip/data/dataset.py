@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import io
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,6 +19,7 @@ from pc_clip.core.errors import UserError
 
 # endings of files that are taken for images
 IMAGE_SUFFIXES = {".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+CAPTION_COLUMN, LABEL_COLUMNS = re.compile(r"caption\d*|title|text"), ("label", "class", "category")  # of tables
 PHOTO_TEMPLATE = ("This is a photo of a {}.",)
 
 

@@ -11,8 +11,7 @@ import numpy as np
 from PIL import Image
 
 from pc_clip.core.errors import UserError
-from pc_clip.data.captions import CAPTION_COLUMN, LABEL_COLUMNS
-from pc_clip.data.dataset import Dataset, NoSplit, Question, decode_image, digest
+from pc_clip.data.dataset import CAPTION_COLUMN, LABEL_COLUMNS, Dataset, NoSplit, Question, decode_image, digest
 
 SAVED = ("dataset_dict.json", "dataset_info.json", "state.json")
 PART = re.compile(r"(-\d+-of-\d+.*)?\.parquet$")  # what follows the split in a Parquet file's name

@@ -22,7 +22,7 @@ from pc_clip.core.errors import UserError
 from pc_clip.core.paths import MODEL_FILE
 from pc_clip.demo.pictures import UPLOADS, Desk, Pictures
 from pc_clip.evals import base_of
-from pc_clip.interface.api import Model, load
+from pc_clip.interface.model import Model, load
 
 RUNS = ("runs/quickstart/any_wording-seed0", "runs/example")  # what the quickstart and the second command leave
 MOST = "20mb"  # of a picture that is dropped

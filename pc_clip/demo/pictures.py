@@ -18,7 +18,7 @@ from pc_clip.core.errors import UserError
 from pc_clip.data.dataset import read_image
 from pc_clip.data.registry import open_dataset
 from pc_clip.data.wordings import swap_roles
-from pc_clip.interface.api import Model
+from pc_clip.interface.model import Model
 
 UPLOADS = 200  # pictures a visitor may drop at a time
 SENTENCES = 20

@@ -21,11 +21,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from pc_clip.core.config.evaluate import EVALUATIONS, EvaluateConfig
@@ -38,6 +37,7 @@ from pc_clip.data.embeddings import embed_images
 from pc_clip.data.groups import form_of, read_groups
 from pc_clip.data.registry import open_dataset, selection_split
 from pc_clip.data.statements import read_statements
+from pc_clip.evals.result import Curve, Picture, Result  # noqa: F401  (evaluations have them from here)
 from pc_clip.models.clip import SCRATCH, Clip
 from pc_clip.models.loading import create_model, load_model
 
@@ -45,42 +45,6 @@ log = logging.getLogger(__name__)
 
 COMPARISONS = package_data(Path(__file__).with_name("comparisons"))  # of classes, a file a data set
 VALIDATION_IMAGES = 10_000  # used for choosing settings, at most; drawn by seed
-
-
-class Curve(NamedTuple):
-    """Figures over a setting: series name -> [(x, y), ...]. `marked` is the x that was chosen, if one was."""
-
-    title: str
-    x: str
-    y: str
-    series: dict[str, list[tuple[float, float]]]
-    marked: float | None = None
-
-
-class Picture(NamedTuple):
-    """A picture, and its description in words."""
-
-    image: Image.Image
-    alt: str
-
-
-@dataclass
-class Result:
-    """The outcome of an evaluation.
-
-    metrics: fractions by name; n: the number of items they are over; intervals: metric -> its 95 % interval; details:
-    explanations; curves, and pictures by file name; items: metric -> one number an item, in the data set's order,
-    whose mean is the metric but for rounding, to compare two checkpoints item by item. It is a share, or a score like
-    CIDEr; where items have unequally many queries, the share times this item's count over the mean count.
-    """
-
-    metrics: dict[str, float]
-    n: int
-    details: dict[str, Any] = field(default_factory=dict)
-    pictures: dict[str, Picture] = field(default_factory=dict)
-    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
-    curves: list[Curve] = field(default_factory=list)
-    items: dict[str, list[float]] = field(default_factory=dict)
 
 
 @dataclass

@@ -36,15 +36,13 @@ from pc_clip.core.errors import UserError, check_at_least, check_choice
 from pc_clip.data.dataset import Dataset, Question
 from pc_clip.data.registry import selection_split
 from pc_clip.evals import COMPARISONS, Curve, EvalContext, Result
-from pc_clip.evals.prompting import class_embeddings, templates_of
+from pc_clip.evals.prompting import Comparisons, class_embeddings, corrections, templates_of
 from pc_clip.metrics import intervals
-from pc_clip.models.clip import Clip
-from pc_clip.write.generate import compare_classes
+from pc_clip.write.classes import compare_classes
 from pc_clip.write.work import make_writer
 from pc_clip.write.writers import Writer
 
 CALIBRATIONS = ("none", "norm", "offset", "centred", "shuffled")
-Comparisons = list[dict[str, str]]  # of {class_a, class_b, text}
 Scored = tuple[Tensor, np.ndarray]  # images [M, D] with their classes [M]
 
 
@@ -147,28 +145,6 @@ def _answer(
         ends = {"best": max(of_class, key=of_class.get), "worst": min(of_class, key=of_class.get)}
         figures["classes"][calibration] = {end: {"class": k, "gain": of_class[k]} for end, k in ends.items()}
     return figures, gains
-
-
-def corrections(
-    clip: Clip, question: Question, prompts: Tensor, comparisons: Comparisons, calibration: str, offset: Tensor
-) -> tuple[Tensor, Tensor]:
-    """mean over a of (t_a - enc(how a differs from b)) for each class b; t_b itself where nothing is known.
-
-    offset: [D], the mean embedding of unlabelled images.  -> [classes, D], and what is to be added to each class's
-    score, [classes]: with calibration offset the mean score of its difference embeddings over these images, else 0.
-    """
-    corrected, shift = prompts.clone(), torch.zeros(len(prompts))
-    for b, name in enumerate(question.classes):
-        about = [c for c in comparisons if c["class_b"] == name]
-        if about:
-            from_a = prompts[[question.classes.index(c["class_a"]) for c in about]]  # [A, D]
-            gaps = clip.embed_texts([c["text"] for c in about])  # [A, D]
-            if calibration != "none":
-                gaps = gaps * (from_a - prompts[b]).norm(dim=-1, keepdim=True)
-            corrected[b] = (from_a - gaps).mean(0)
-            if calibration == "offset":
-                shift[b] = (gaps @ offset).mean()
-    return corrected, shift
 
 
 def mixed_scores(z: Tensor, prompts: Tensor, corrected: Tensor, shift: Tensor, alpha: float) -> Tensor:

@@ -14,11 +14,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pc_clip.core.config.evaluate import EvaluateConfig
@@ -28,6 +27,7 @@ from pc_clip.data import attributes, differences
 from pc_clip.data.dataset import Attribute, Dataset, Question
 from pc_clip.data.wordings import contrast, swap_roles
 from pc_clip.evals import EvalContext, Result
+from pc_clip.evals.answers import Answers, by_task, draw_pairs, interval_of, pair_differences, recall_at_1
 from pc_clip.evals.prompting import class_embeddings, templates_of
 from pc_clip.metrics import intervals
 from pc_clip.models.clip import Clip
@@ -35,7 +35,6 @@ from pc_clip.models.clip import Clip
 log = logging.getLogger(__name__)
 
 VERSION = 2  # what was called unseen went to mode wordings
-CANDIDATES = 100  # of which one pair is a sentence's own, for difference_r1
 LACKING = "a data set with graded attributes (example, awa2, cifar100, flowers102), or --difference.sentences FILE"
 
 
@@ -49,23 +48,6 @@ def evaluate(context: EvalContext) -> Result:
     check_at_least("difference.n_pairs", context.config.difference.n_pairs, 1)
     check_at_least("difference.draws", context.config.difference.draws, 1)
     return _about_sentences(context) if context.config.difference.sentences else about_attributes(context)
-
-
-class Answers(NamedTuple):
-    """Which figures were right for which pair. right: [P, K], pairs: [P, 2], draw: [P], names of length K."""
-
-    names: list[str]
-    right: np.ndarray
-    pairs: np.ndarray
-    draw: np.ndarray
-
-    @classmethod
-    def of(cls, right: dict[str, Tensor], pairs: np.ndarray, draw: np.ndarray) -> Answers:
-        return cls(list(right), torch.stack([each.double() for each in right.values()], dim=1).numpy(), pairs, draw)
-
-    def by_draw(self) -> np.ndarray:
-        """[draws, K], each figure over the pairs it is defined on."""
-        return np.stack([np.nanmean(self.right[self.draw == d], axis=0) for d in np.unique(self.draw)])
 
 
 # -- graded attributes ---------------------------------------------------------------------------------
@@ -103,25 +85,6 @@ def _wordings(attribute: Attribute, up: bool, wording: int) -> tuple[str, str, s
     """A true sentence, its opposite, and the order-swapped form."""
     a, b = (attribute.more, attribute.less) if up else (attribute.less, attribute.more)
     return contrast(a, b, wording), contrast(b, a, wording), contrast(a, b, wording + 1)
-
-
-def draw_pairs(attribute: Attribute, n: int, rng: np.random.Generator, tries: int = 200) -> np.ndarray:
-    """n pairs of images that clearly differ in an attribute, with replacement, in random order.  -> [n, 2]
-
-    Fewer when hardly any pair differs. Raises UserError when none does.
-    """
-    rows = np.flatnonzero(~np.isnan(attribute.value))
-    value = attribute.value[rows]
-    if len(rows) < 2 or value.max() - value.min() <= attribute.gap:
-        raise UserError(f"no two of the images differ in {attribute.name}; it is known of {len(rows)} images")
-    pairs = np.empty((0, 2), dtype=rows.dtype)
-    for _ in range(tries):
-        drawn = rng.choice(rows, size=(8 * n, 2))
-        clear = np.abs(attribute.value[drawn[:, 0]] - attribute.value[drawn[:, 1]]) > attribute.gap
-        pairs = np.concatenate([pairs, drawn[clear]])
-        if len(pairs) >= n:
-            break
-    return pairs[:n]
 
 
 def about_attributes(context: EvalContext, companions: bool = True) -> Result:
@@ -163,14 +126,6 @@ def answer(context: EvalContext, claims: Claims, companions: bool) -> Answers:
     return Answers.of(right, claims.pairs, claims.draw)
 
 
-def by_task(attributes: Sequence[Attribute], values: Sequence[Any]) -> dict[str, list[Any]]:
-    """Group values by the attributes' tasks; an attribute without a task is its own group."""
-    groups: dict[str, list[Any]] = {}
-    for attribute, value in zip(attributes, values):
-        groups.setdefault(attribute.task or attribute.name, []).append(value)
-    return groups
-
-
 def _add(result: Result, groups: Sequence[Sequence[Answers]], suffix: str = "") -> None:
     """Put means into the result, with intervals and standard errors over draws.
 
@@ -181,14 +136,6 @@ def _add(result: Result, groups: Sequence[Sequence[Answers]], suffix: str = "") 
     result.metrics |= dict(zip(names, by_draw.mean(0).tolist()))
     result.intervals |= dict(zip(names, interval_of(groups)))
     result.details["standard_error"] |= dict(zip(names, intervals.standard_errors(by_draw)))
-
-
-def interval_of(groups: Sequence[Sequence[Answers]]) -> list[tuple[float, float]]:
-    """Intervals of the figures' means; groups count equally, and attributes within a group."""
-    answers = [(each, 1 / len(group) / len(each.pairs)) for group in groups for each in group]
-    weight = np.concatenate([np.full(len(each.pairs), share) for each, share in answers])
-    right, pairs = (np.concatenate([getattr(each, name) for each, _ in answers]) for name in ("right", "pairs"))
-    return intervals.of_pairs(right, pairs, weight)
 
 
 # -- sentences of a file -------------------------------------------------------------------------------
@@ -253,26 +200,6 @@ def _draw_images(context: EvalContext, question: Question, classes: np.ndarray) 
     return np.array([[rng.choice(members[k]) for k in pair] for pair in classes])
 
 
-def recall_at_1(text: Tensor, gaps: Tensor, candidates: int = CANDIDATES) -> float:
-    """How often a sentence's own pair is the nearest of `candidates` pairs. text, gaps: [P, D] unit vectors.
-
-    Over disjoint blocks; a rest smaller than a block is left out unless it is all there is. A tie for the
-    first place among k counts 1/k.
-    """
-    block = min(candidates, len(text))
-    hits = []
-    for start in range(0, len(text) - block + 1, block):
-        cosine = text[start : start + block] @ gaps[start : start + block].T  # [sentence, pair]
-        best = cosine == cosine.max(1, keepdim=True).values
-        hits.append(best.diagonal().double() / best.sum(1))
-    return float(torch.cat(hits).mean())
-
-
 def cosines(clip: Clip, texts: Sequence[str], gaps: Tensor) -> Tensor:
     """Cosines of each pair's sentence with its image difference. gaps: [P, D] unit differences.  -> [P]"""
     return (clip.embed_texts(texts) * gaps).sum(-1)
-
-
-def pair_differences(z: Tensor, pairs: np.ndarray) -> Tensor:
-    """Unit differences of rows of z: [N, D], [P, 2] -> [P, D]. Zero where two rows are equal."""
-    return F.normalize(z[torch.from_numpy(pairs[:, 0])] - z[torch.from_numpy(pairs[:, 1])], dim=-1)

@@ -41,7 +41,7 @@ from pc_clip.data import attributes
 from pc_clip.data.dataset import Attribute, Dataset, Question
 from pc_clip.data.wordings import contrast
 from pc_clip.evals import EvalContext, Picture, Result
-from pc_clip.evals.difference import draw_pairs, pair_differences
+from pc_clip.evals.answers import draw_pairs, pair_differences
 from pc_clip.evals.plots import MARKS, draw_map
 from pc_clip.evals.prompting import class_embeddings, templates_of
 from pc_clip.models.clip import Clip

@@ -16,7 +16,7 @@ from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
 from pc_clip.data.dataset import Change, Dataset
 from pc_clip.data.pairs import Caption
-from pc_clip.evals import Picture
+from pc_clip.evals.result import Picture
 
 COLUMNS = 8  # of a contact sheet
 REFERENCES, WORDS = 2, 2  # that are shown of a pair

@@ -20,7 +20,7 @@ from pc_clip.data import attributes
 from pc_clip.data.dataset import Attribute, Dataset
 from pc_clip.data.wordings import contrast
 from pc_clip.evals import EvalContext, Picture, Result
-from pc_clip.evals.difference import Answers, by_task, draw_pairs, interval_of
+from pc_clip.evals.answers import Answers, by_task, draw_pairs, interval_of
 from pc_clip.evals.plots import contact_sheet
 from pc_clip.models.clip import Clip
 

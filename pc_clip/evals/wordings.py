@@ -37,7 +37,7 @@ from pc_clip.data.dataset import Dataset
 from pc_clip.data.differences import choose_pairs
 from pc_clip.data.wordings import FAMILIES, HELD_OUT_FAMILIES, HELD_OUT_SCHEMES, SCHEMES, Wording, Wordings, as_phrase
 from pc_clip.evals import EvalContext, Result
-from pc_clip.evals.difference import draw_pairs, pair_differences, recall_at_1
+from pc_clip.evals.answers import draw_pairs, pair_differences, recall_at_1
 from pc_clip.metrics import intervals
 
 VERSION = 2  # held-out families template by template

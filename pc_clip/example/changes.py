@@ -7,19 +7,16 @@ nothing changed. Everything follows from (split, index) alone.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import re
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import yaml
 
-from pc_clip.core.cache import cached
 from pc_clip.example import scenes
 from pc_clip.example.scenes import COLOURS, SHAPES, SIDE, SIZES, TEXTURES, Scene, Thing
 
@@ -45,8 +42,6 @@ GAP = 3.0  # pixels between two things before they shift
 TRIES = 20  # places that are tried for a thing
 
 WORDINGS = Path(__file__).with_name("changes.yaml")
-CACHE = Path("data/cache/example")
-FEW = 500  # pairs, which are as soon found as read
 
 
 @dataclass(frozen=True)
@@ -65,33 +60,6 @@ class Pair:
 
 
 # -- pairs ---------------------------------------------------------------------------------------------
-
-
-def pairs(split: str, n: int) -> list[tuple[Pair, tuple[str, ...]]]:
-    """The first `n` pairs of a split, each with its sentences; more than a few are kept in data/cache/example.
-
-    Three things seldom have room in a picture at the first try: to find 24,000 pairs takes half a minute.
-    """
-
-    def find() -> list[tuple[Pair, tuple[str, ...]]]:
-        return [(pair(split, i), sentences(split, i)) for i in range(n)]
-
-    def as_json() -> dict[str, np.ndarray]:
-        return {"json": np.frombuffer(bytearray(json.dumps(find(), default=vars).encode()), dtype=np.uint8)}
-
-    if n <= FEW:
-        return find()
-    source = b"".join(Path(file).read_bytes() for file in (__file__, scenes.__file__, WORDINGS))
-    key = {"split": split, "pairs": str(n), "numpy": np.__version__, "made by": hashlib.sha256(source).hexdigest()}
-    text = cached("changes", key, as_json, CACHE)["json"].tobytes()
-    return [(_read_pair(**fields), tuple(texts)) for fields, texts in json.loads(text)]
-
-
-def _read_pair(before: dict[str, Any], after: dict[str, Any], thing: dict[str, Any] | None, **fields: str) -> Pair:
-    def scene(things: list[dict[str, Any]], **rest: Any) -> Scene:
-        return Scene(tuple(Thing(**each) for each in things), **rest)
-
-    return Pair(scene(**before), scene(**after), thing=thing and Thing(**thing), **fields)
 
 
 @lru_cache(maxsize=1 << 15)

@@ -29,7 +29,6 @@ from torch.nn.utils.parametrize import type_before_parametrizations as _type
 from torch.utils.checkpoint import checkpoint
 
 from pc_clip.models import torchvision_compat  # noqa: F401  (before open_clip)
-from pc_clip.models.adapter import is_plain
 from pc_clip.models.packing import Group, Packed, pack, pack_shared
 
 from open_clip.transformer import LayerNorm, LayerNormFp32, QuickGELU, ResidualAttentionBlock  # isort: skip
@@ -58,13 +57,13 @@ class FastText:
     def of(cls, tower: nn.Module | None) -> FastText | str:
         """The fast way through a tower, or why there is none. tower: a plain causal one, see Clip._causal_tower.
 
-        Strict about types: a replaced layer (a quantised one) would be bypassed. Adapters of
-        pc_clip.models.adapter are fine: reading a weight gives the sum.
+        Strict about types: a replaced layer (a quantised one) would be bypassed. A parametrized weight (LoRA)
+        is fine: reading it gives what its layer computes with.
         """
         if tower is None:
             return "it is not a plain causal transformer of open_clip's"
-        if any(m._forward_hooks or m._forward_pre_hooks or not is_plain(m) for m in tower.modules()):
-            return "it has hooks or parametrizations"
+        if any(m._forward_hooks or m._forward_pre_hooks for m in tower.modules()):
+            return "it has hooks"
         if not all(map(_is_plain_block, tower.transformer.resblocks)):
             return "its blocks have other layers"
         mask, length = tower.attn_mask, tower.positional_embedding.shape[0]

@@ -19,20 +19,17 @@ from pc_clip.core.distributed import Processes
 from pc_clip.core.errors import UserError, check_at_least, check_choice
 from pc_clip.core.paths import configs_folder
 from pc_clip.core.random import stream
-from pc_clip.data import attributes, class_text, wordings
+from pc_clip.data import attributes, wordings
 from pc_clip.data.captions import read_captions
-from pc_clip.data.dataset import Dataset, Question
 from pc_clip.data.differences import choose_pairs
 from pc_clip.data.download import file_digest
-from pc_clip.data.registry import READERS, open_dataset
 from pc_clip.data.training_data import load_dataset
 from pc_clip.write import prompts
 from pc_clip.write.captioner import change_task
-from pc_clip.write.cleaning import clean
+from pc_clip.write.classes import compare_task, describe_task
 from pc_clip.write.rank import generate_rank
 from pc_clip.write.reword import reword_task
 from pc_clip.write.work import (
-    MIN_OF_CLASSES,
     WRITERS,
     Task,
     draw_images,
@@ -40,7 +37,7 @@ from pc_clip.write.work import (
     least_characters,
     write_all,
 )
-from pc_clip.write.writers import Job, Writer
+from pc_clip.write.writers import Job
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +65,7 @@ def generate(config: GenerateConfig, processes: Processes | None = None) -> Path
     if config.task == "rank":
         return generate_rank(config, processes)
     tasks = {
-        "pairs": _pairs, "rewrite": _rewrite, "reword": reword_task, "compare": _compare, "describe": _describe,
+        "pairs": _pairs, "rewrite": _rewrite, "reword": reword_task, "compare": compare_task, "describe": describe_task,
     }  # fmt: skip
     task = change_task(config, processes) if config.writer == "change" else tasks[config.task](config)
     out = Path(config.out) / f"{config.name}.jsonl"
@@ -89,18 +86,6 @@ def _check_no_unused(config: GenerateConfig) -> None:
         if (unused or beside) and getattr(config, f.name) != getattr(usual, f.name):
             where = f"--task {config.task} --writer {config.writer}{beside}"
             raise UserError(f"--{f.name} has no effect in {where}; leave it out")
-
-
-def compare_classes(
-    writer: Writer, kind: str, data: Dataset, question: Question, pairs: list[tuple[str, str]], seed: int
-) -> list[str | None]:
-    """A sentence a pair of classes on how the first differs from the second; None where it was not usable.
-
-    kind: what the writer is, rules or a language model.
-    """
-    jobs = [_class_job(kind, data, question, a, b, job_seed(seed, n)) for n, (a, b) in enumerate(pairs)]
-    answers = writer.write(jobs)
-    return [None if getattr(raw, "cut", False) else clean(raw, MIN_OF_CLASSES)[0] for raw in answers]
 
 
 def write_missing_example(data: DataConfig) -> None:
@@ -148,34 +133,6 @@ def _rewrite(config: GenerateConfig) -> Task:
     )
 
 
-def _compare(config: GenerateConfig) -> Task:
-    data, question = _classes(config)
-    return Task(
-        choose_pairs(list(question.classes), config.n_pairs, config.seed, config.both_orders),
-        lambda a, b, n: _class_job(config.writer, data, question, a, b, job_seed(config.seed, n)),
-        "pairs of classes",
-        made_from=_of_classes(data, question),
-    )
-
-
-def _describe(config: GenerateConfig) -> Task:
-    data, question = _classes(config)
-
-    def job(name: str, _: str, number: int) -> Job:
-        seed = job_seed(config.seed, number)
-        if config.writer == "rules":
-            return Job(class_text.class_description(data, question, name, seed), "", seed)
-        return Job(class_text.phrase(question, name), "", seed)
-
-    return Task(
-        [(name, str(k)) for name in question.classes for k in range(config.n_each)],
-        job,
-        "descriptions",
-        {"class": "first", "text": "text"},
-        _of_classes(data, question),
-    )
-
-
 def _captions(config: GenerateConfig) -> dict[str, tuple[str, ...]]:
     """Captions by image: of a file, of a data set, or of those of its images that the file has captions of."""
     if config.captions and config.dataset == GenerateConfig.dataset:
@@ -185,23 +142,6 @@ def _captions(config: GenerateConfig) -> dict[str, tuple[str, ...]]:
     if not data.captions:
         raise UserError(f"{data.label} has no captions to write from; name a file of them with --captions")
     return {key: texts for key, texts in zip(data.ids, data.captions) if texts}  # the others are in the data set's note
-
-
-def _classes(config: GenerateConfig) -> tuple[Dataset, Question]:
-    splits = READERS[config.dataset].splits if config.dataset in READERS else ()
-    data = open_dataset(config.dataset, config.root, config.split or next(iter(splits), None))
-    return data, class_text.find_question(data, config.question)
-
-
-def _of_classes(data: Dataset, question: Question) -> dict[str, Any]:
-    return {"classes": list(question.classes), "data": data.label, "fingerprint": data.fingerprint}
-
-
-def _class_job(writer: str, data: Dataset, question: Question, a: str, b: str, seed: int) -> Job:
-    """Rules are told what sets the classes apart; a language model is told their names, and knows the rest."""
-    if writer == "rules":
-        return Job(*class_text.contrast_phrases(data, question, a, b, seed), seed)
-    return Job(class_text.phrase(question, a), class_text.phrase(question, b), seed)
 
 
 # -- settings ------------------------------------------------------------------------------------------
