@@ -1,6 +1,7 @@
 """The Python API: every example of its docstrings runs and gives what stands there."""
 
 import doctest
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -38,6 +39,22 @@ def test_a_folder_and_its_paths_are_embedded_alike(tmp_path):
     one_by_one = model.embed_images(sorted((tmp_path / "mine").glob("*.png")))
     assert torch.allclose(model.embed_images(tmp_path / "mine"), one_by_one, atol=1e-6)
     assert model.rank(tmp_path / "mine", "a red object", "a blue object").image.tolist() == ["a.png", "b.png"]
+
+
+def test_pictures_of_16_bits_are_one_whether_opened_or_named():
+    Image.fromarray(np.arange(64 * 64, dtype=np.uint16).reshape(64, 64) * 16).save("deep.png")
+    model = pc_clip.load("example")
+    assert torch.equal(model.embed_images([Image.open("deep.png")]), model.embed_images(["deep.png"]))
+
+
+def test_paths_and_single_captions_are_taken_as_they_are():
+    written = pc_clip.write_differences({"a.jpg": "a dog", "b.jpg": ["two cats"]}, name="pets", out=Path("mine"))
+    assert len(written) and all("dog" in text and "cats" in text for text in written.text)
+    for name in ("before", "after"):
+        Path(name).mkdir()
+        RED.save(f"{name}/a.png")
+    with pytest.raises(UserError, match="cannot write: it has no caption decoder"):
+        pc_clip.load("example").caption("before", Path("after"))
 
 
 def test_comparisons_move_the_prompts_they_speak_of():

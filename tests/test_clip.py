@@ -1,6 +1,7 @@
 """The model: trimmed texts, towers that train, hashes, averaging, and guessing an architecture."""
 
 import dataclasses
+from pathlib import Path
 from types import SimpleNamespace
 
 import open_clip
@@ -13,6 +14,7 @@ from pc_clip.models import clip as clip_module
 from pc_clip.models import lora
 from pc_clip.models.clip import Clip, hash_tensors
 from pc_clip.models.loading import blend, create_model, guess_architecture
+from pc_clip.models.weight_files import read_weights
 from pc_clip.train import losses
 
 TEXTS = ["a red circle", "two large striped blue stars on a light background", "an object"]
@@ -48,6 +50,13 @@ def test_towers_that_cannot_be_cut_short_go_through_open_clip():
     assert clip.trim(tokens).shape == tokens.shape
     with torch.no_grad():
         assert torch.equal(clip.encode_text(tokens), model.encode_text(tokens))
+
+
+@pytest.mark.parametrize("name", ["ViT-B-32", "ViT-L-14-CLIPA", "ViT-H-14-worldwide", "coca_ViT-B-32"])
+def test_the_size_of_embeddings_is_known_of_every_kind_of_tower(name):
+    with torch.device("meta"):
+        model = open_clip.create_model(name, load_weights=False, device="meta")
+    assert Clip(model, None, None, name).embed_dim == open_clip.get_model_config(name)["embed_dim"]
 
 
 def test_what_trains_is_what_its_name_says(example_clip):
@@ -126,6 +135,13 @@ def test_the_architecture_of_a_bare_state_dict_is_guessed(name):
     with torch.device("meta"):
         state = open_clip.create_model(name, load_weights=False, device="meta").state_dict()
     assert guess_architecture(state) == name
+
+
+def test_settings_among_the_weights_of_openai_are_left_out(example_clip):
+    settings = {name: torch.tensor(77) for name in ("input_resolution", "context_length", "vocab_size")}
+    torch.save(example_clip.model.state_dict() | settings, "openai.pt")
+    state, _ = read_weights(Path("openai.pt"))
+    assert state.keys() == example_clip.model.state_dict().keys()
 
 
 def test_models_that_cannot_be_had():

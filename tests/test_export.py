@@ -454,6 +454,8 @@ def test_exports_and_transformers_folders_are_checkpoints(architecture):
         exported = loading.load_model(name)
         with pytest.raises(UserError, match="says what its image transform is; leave --model.tag out"):
             loading.load_model(name, tag="openai")
+        with pytest.raises(UserError, match="says what its architecture is; leave --model.name out"):
+            loading.load_model(name, "tiny-vit")
         assert exported.weights_hash() == clip.weights_hash() and base_of(exported) is None
         shutil.copytree(name, f"hf-{name}", ignore=shutil.ignore_patterns("open_clip*", "pc_clip.json"))
         of_transformers = loading.load_model(f"hf-{name}")
@@ -462,6 +464,28 @@ def test_exports_and_transformers_folders_are_checkpoints(architecture):
             embeddings(of_transformers.model, of_transformers.preprocess, of_transformers.tokenizer),
             embeddings(clip.model, clip.preprocess, clip.tokenizer),
         )
+
+
+def test_the_transform_is_read_from_every_layout_of_processors(architecture):
+    """transformers 5 saves processor_config.json; before 4.20 a size was a number."""
+    clip = random_clip(architecture(), {"mean": (0.5,) * 3, "std": (0.25,) * 3, "interpolation": "bilinear"})
+    export.write_transformers(clip, Path("hf"))
+    processor = Path("hf/preprocessor_config.json")
+    known = json.loads(processor.read_text())
+    for name, content in (
+        ("preprocessor_config.json", known | {"size": 32, "crop_size": 32}),
+        ("processor_config.json", {"image_processor": known, "processor_class": "CLIPProcessor"}),
+    ):
+        processor.unlink(missing_ok=True)
+        write_json(Path("hf") / name, content)
+        assert repr(loading.load_model("hf").preprocess) == repr(clip.preprocess), name
+
+
+def test_a_name_that_has_another_activation_than_the_folder_is_refused(architecture):
+    architecture("tiny-vit-quickgelu", quick_gelu=True)
+    export.write_transformers(random_clip(architecture()), Path("hf"))
+    with pytest.raises(UserError, match="hf has GELU, and tiny-vit-quickgelu QuickGELU"):
+        loading.load_model("hf", "tiny-vit-quickgelu")
 
 
 def test_a_clip_model_is_read_in_shards_and_never_in_part(architecture):

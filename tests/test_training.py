@@ -69,7 +69,7 @@ def test_the_folder_holds_what_is_needed_to_repeat_it(config):
     about = json.loads((run / "environment.json").read_text())
     assert about["versions"]["torch"]
     assert about["start"] == create_model(config.model.name).weights_hash()
-    assert set(about["data"]) == {"differences", "images", "captions", "retain"}
+    assert set(about["data"]) == {"differences", "images", "captions", "retain", "starting weights"}
     assert any(note.startswith("text tower: the fast way") for note in about["notes"])
     assert str(Path.cwd()) not in (run / "environment.json").read_text() + (run / "config.yaml").read_text()
     assert [row["step"] for row in rows(run)] == [2, 4, 6, 8, 10, 12]
@@ -93,6 +93,19 @@ def test_a_run_whose_sentences_changed_is_neither_finished_nor_resumed(config):
     for config.resume in (False, True):
         with pytest.raises(UserError, match="learnt from other data: its differences have changed"):
             finetune(config)
+
+
+def test_a_run_is_not_continued_from_other_weights(config, monkeypatch):
+    config.name, config.resume = "from_others", True
+    monkeypatch.setattr(pairwise.Method, "forward", lambda self, batch: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        finetune(config)
+    environment = Path("runs/from_others/environment.json")
+    about = json.loads(environment.read_text())
+    about["data"]["starting weights"] = "others"
+    environment.write_text(json.dumps(about))
+    with pytest.raises(UserError, match="its starting weights have changed since"):
+        finetune(config)
 
 
 REFUSED = [

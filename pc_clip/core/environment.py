@@ -22,7 +22,7 @@ PACKAGES = (
 
 
 def describe() -> dict[str, Any]:
-    """Everything about here and now that a result may depend on. No host name, no path, no user."""
+    """Everything about here and now that a result may depend on. No host name and no user but in the command."""
     return {
         "pc_clip": pc_clip.__version__,
         "commit": commit(),
@@ -37,12 +37,14 @@ def describe() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The git commit of the code, with + when it had changes; None outside a checkout."""
+    """The git commit of the code, with + when it had changes; None outside a checkout of its own."""
+    root = Path(__file__).parents[2]
 
     def git(*words: str) -> str:
-        here = Path(__file__).parents[1]
-        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
 
+    if not (root / ".git").exists():  # installed, perhaps inside another project's checkout
+        return None
     try:
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain") else "")
     except (OSError, subprocess.CalledProcessError):

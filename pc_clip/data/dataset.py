@@ -210,7 +210,7 @@ def decode_image(content: bytes, name: str) -> Image.Image:
     """An RGB image from a file's bytes, or BrokenImage with the name it is known by."""
     try:
         with Image.open(io.BytesIO(content)) as image:
-            return (_in_8_bits(image) if image.mode[0] in "IF" else image).convert("RGB")
+            return as_rgb(image)
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         if "out of memory" in str(error):  # so Pillow reports what its decoders did not get
             raise MemoryError(f"decoding {name}") from error
@@ -218,6 +218,10 @@ def decode_image(content: bytes, name: str) -> Image.Image:
             raise
         what = "it is cut short, or no image" if isinstance(error, UnidentifiedImageError) else error
         raise BrokenImage(f"{name} cannot be read as an image ({what}); replace or remove it") from error
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    return (_in_8_bits(image) if image.mode[0] in "IF" else image).convert("RGB")
 
 
 def _in_8_bits(image: Image.Image) -> Image.Image:

@@ -18,6 +18,7 @@ import yaml
 from pc_clip.data.dataset import Attribute, Dataset
 
 SUCH_AS = 0.5  # the share of comparisons that also name the thing: "something larger such as an elephant"
+FILE = Path(__file__).with_suffix(".yaml")
 
 
 class Grades(NamedTuple):
@@ -40,7 +41,7 @@ class Grades(NamedTuple):
 
 @cache
 def table() -> tuple[Grades, ...]:
-    content = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+    content = yaml.safe_load(FILE.read_text(encoding="utf-8"))
     return tuple(
         Grades(
             name,

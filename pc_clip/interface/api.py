@@ -55,7 +55,7 @@ def evaluate(
     return long_table(run.results(run.settings(argv)))
 
 
-def write_differences(captions: str | Path | Mapping[str, Sequence[str]], **settings: Any) -> pd.DataFrame:
+def write_differences(captions: str | Path | Mapping[str, str | Sequence[str]], **settings: Any) -> pd.DataFrame:
     """Write how images differ, from their captions, as generate_diffs.py does.
 
     captions: a COCO captions JSON or a SimCLIP TSV; or image -> its captions. settings: any settings of
@@ -79,14 +79,15 @@ def _flags(config: str | Path | None, settings: Mapping[str, Any], prefix: str =
         if isinstance(value, Mapping):
             argv += _flags(None, value, f"{prefix}{name}.")
         else:
-            argv += [prefix + name, value if isinstance(value, str) else json.dumps(value)]
+            argv += [prefix + name, str(value) if isinstance(value, str | Path) else json.dumps(value)]
     return argv
 
 
-def _written(captions: Mapping[str, Sequence[str]], path: Path) -> Path:
+def _written(captions: Mapping[str, str | Sequence[str]], path: Path) -> Path:
     """Captions as a file in COCO's layout."""
     images = [{"id": name, "file_name": name} for name in captions]
-    annotations = [{"image_id": name, "caption": text} for name, texts in captions.items() for text in texts]
+    several = {name: [texts] if isinstance(texts, str) else texts for name, texts in captions.items()}
+    annotations = [{"image_id": name, "caption": text} for name, texts in several.items() for text in texts]
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps({"images": images, "annotations": annotations}, ensure_ascii=False))
     return path

@@ -29,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     argv = list(sys.argv[1:] if argv is None else argv)
     settings = {"task": "pairs", "captions": None, "writer": "rules"} | given(argv)
     of_the_example = settings["task"] == "pairs" and not settings["captions"] and settings["writer"] != "change"
+    of_the_example &= settings.get("dataset", "example") == "example"
     default = configs_folder() / "diffs_example.yaml" if of_the_example else None
     config = configure(GenerateConfig, "generate_diffs.py", __doc__, argv, default=default)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from pc_clip.core.environment import resolve_device
 from pc_clip.core.errors import UserError
 from pc_clip.core.paths import HUB
-from pc_clip.data.dataset import Change, Dataset, Question, read_image
+from pc_clip.data.dataset import Change, Dataset, Question, as_rgb, read_image
 from pc_clip.data.embeddings import Options, embed_images, encode
 from pc_clip.data.pairs import captions
 from pc_clip.data.registry import open_dataset
@@ -130,6 +130,7 @@ class Model:
                 f"{self.clip.describe()} cannot write: it has no caption decoder. Train one with "
                 "configs/example_change.yaml, or configs/clip4idc_clevr.yaml"
             )
+        first, second = _listed(first), _listed(second)
         if len(first) != len(second):
             raise UserError(f"there are {len(first)} first images and {len(second)} second ones; give as many of each")
         data = _dataset([*first, *second])
@@ -172,10 +173,14 @@ def _ids(images: Images) -> list[str]:
     return [str(n) if isinstance(image, Image.Image) else str(image) for n, image in enumerate(images)]
 
 
+def _listed(images: Images) -> list[str | Path | Image.Image]:
+    return [Path(images, name) for name in _ids(images)] if isinstance(images, str | Path) else list(images)
+
+
 def _dataset(images: Sequence[str | Path | Image.Image]) -> Dataset:
     def image_at(row: int) -> Image.Image:
         image = images[row]
-        picture = image.convert("RGB") if isinstance(image, Image.Image) else read_image(Path(image))
+        picture = as_rgb(image) if isinstance(image, Image.Image) else read_image(Path(image))
         return ImageOps.exif_transpose(picture)
 
     return Dataset("images", "", _ids(images), image_at, "")

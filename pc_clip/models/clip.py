@@ -179,10 +179,11 @@ class Clip:
 
     @property
     def embed_dim(self) -> int:
-        text = self._causal_tower
-        if text is not None and not isinstance(text.text_projection, nn.Linear):
-            return text.text_projection.shape[1]
-        return self.model.text.output_dim
+        text = getattr(self.model, "text", self.model)
+        if hasattr(text, "output_dim"):
+            return text.output_dim
+        projection = text.text_projection
+        return projection.out_features if isinstance(projection, nn.Linear) else projection.shape[1]
 
     @property
     def _causal_tower(self) -> nn.Module | None:

@@ -73,9 +73,15 @@ def _is_quick(folder: Path, config: Any) -> bool:
 
 
 def _transform(folder: Path) -> dict[str, Any]:
-    """The image transform that its preprocessor_config.json says; OpenAI's where there is none, as transformers'."""
-    path = folder / "preprocessor_config.json"
+    """The image transform that the folder says; OpenAI's where it says none, as transformers'.
+
+    A processor is saved as preprocessor_config.json, and since transformers 5 in processor_config.json.
+    """
+    paths = (folder / "preprocessor_config.json", folder / "processor_config.json")
+    path = next((path for path in paths if path.is_file()), paths[0])
     known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    known = known.get("image_processor", known)
+    size = known.get("size", {})  # a number in files of before transformers 4.20: the shorter side
     resample = known.get("resample", 3)
     if resample not in INTERPOLATIONS:
         raise UserError(f"{path} has resample {resample!r}; open_clip resizes by 2 (bilinear) or 3 (bicubic)")
@@ -83,7 +89,7 @@ def _transform(folder: Path) -> dict[str, Any]:
         "mean": tuple(known.get("image_mean", OPENAI_DATASET_MEAN)),
         "std": tuple(known.get("image_std", OPENAI_DATASET_STD)),
         "interpolation": INTERPOLATIONS[resample],
-        "resize_mode": "squash" if "height" in known.get("size", {}) else "shortest",
+        "resize_mode": "squash" if isinstance(size, dict) and "height" in size else "shortest",
     }
 
 

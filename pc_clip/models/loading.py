@@ -214,7 +214,9 @@ def load_model(
     exported = path.name == EXPORTED_FILE and (path.parent / "open_clip_config.json").is_file()
     if tag and (exported or path.name == CONFIG_FILE):
         raise UserError(f"{path.parent} says what its image transform is; leave --model.tag out")
-    if exported and not name:
+    if exported and name:  # its own file says more than a name: activation, transform, context length
+        raise UserError(f"{path.parent} says what its architecture is; leave --model.name out")
+    if exported:
         return _exported(path, pretrained, device)
     if path.name == CONFIG_FILE:
         return _of_transformers(path.parent, name, pretrained, device)
@@ -257,7 +259,10 @@ def _of_transformers(folder: Path, name: str | None, pretrained: str | None, dev
     state, preprocess, quick = from_transformers.read(folder)
     name = name or guess_architecture(state)
     quick_name = f"{name.removesuffix('-quickgelu')}-quickgelu"
-    if quick and not (open_clip.get_model_config(name) or {}).get("quick_gelu"):
+    named_quick = (open_clip.get_model_config(name) or {}).get("quick_gelu", False)
+    if named_quick and not quick:
+        raise UserError(f"{folder} has GELU, and {name} QuickGELU; leave --model.name out")
+    if quick and not named_quick:
         if quick_name not in open_clip.list_models():
             raise UserError(f"{folder} has QuickGELU, and open_clip has no {quick_name}")
         name = quick_name

@@ -22,6 +22,7 @@ from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed,
 
 log = logging.getLogger(__name__)
 
+NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size")  # settings among the weights of OpenAI's archives
 WRAPPERS = ("module.", "_orig_mod.", "model.", "clip.")  # what DDP, torch.compile and others put before every name
 
 
@@ -101,4 +102,4 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
             state = state[key]
     if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
         raise UserError(f"{path} is not a state dict of a model: it holds {type(state).__name__}")
-    return state
+    return {name: value for name, value in state.items() if name not in NO_WEIGHTS}

@@ -34,7 +34,7 @@ from pc_clip.core.prefetch import prefetch
 from pc_clip.data.dataset import Dataset
 from pc_clip.data.training_data import load_dataset
 from pc_clip.models import loading, lora
-from pc_clip.models.clip import Clip
+from pc_clip.models.clip import SCRATCH, Clip
 from pc_clip.models.loading import create_model
 from pc_clip.train import methods, run_folder, state
 from pc_clip.train.optim import check_settings, learning_rate, make_optimizer, resolve_precision
@@ -100,6 +100,7 @@ def _run(config: FinetuneConfig, run: Path, data: Dataset) -> Path:
     if accelerator.is_main_process:
         also = {"validation": method.chosen_on} if method.chosen_on else {}
         also |= {"retain": method.retention.fingerprint} if method.retention else {}
+        also |= {} if clip.pretrained == SCRATCH else {"starting weights": method.clip.start["weights"]}
         if config.resume and (run / "config.yaml").is_file():
             run_folder.check_data(run, also)
         else:

@@ -105,7 +105,11 @@ def _captions(path: Path | None, meta: dict[str, Any], each: pd.DataFrame) -> di
     own = Path(settings.get("captions") or "")
     if path is None and own.is_file() and _sha256(own) == settings.get("captions_sha256"):
         path = own
-    if path is None and settings and "classes" not in settings and not settings.get("captions"):
+    if (
+        path is None
+        and settings.get("dataset") == "example"
+        and not (settings.get("captions") or "classes" in settings)
+    ):
         data = open_dataset("example", split=settings.get("split") or "train")
         return dict(zip(data.ids, data.captions))
     if path is None:

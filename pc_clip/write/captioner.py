@@ -46,7 +46,7 @@ def change_task(config: GenerateConfig, processes: Processes) -> Task:
     for name, least in (("beams", 1), ("batch_size", 1), ("workers", 0)):
         check_at_least(f"change.{name}", getattr(change, name), least)
     clip = None if change.references else _captioner(change, processes)
-    data = load_dataset(DataConfig(config.dataset, config.root, config.split, change.missing))
+    data = load_dataset(DataConfig(config.dataset, config.root, config.split, change.missing, upright=change.upright))
     if change.references and not data.changes:
         raise UserError(f"{data.label} says nothing of pairs of images; leave change.references out")
     return Task(

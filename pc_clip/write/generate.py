@@ -19,7 +19,7 @@ from pc_clip.core.distributed import Processes
 from pc_clip.core.errors import UserError, check_at_least, check_choice
 from pc_clip.core.paths import configs_folder
 from pc_clip.core.random import stream
-from pc_clip.data import attributes, wordings
+from pc_clip.data import attributes, graded_nouns, wordings
 from pc_clip.data.captions import read_captions
 from pc_clip.data.differences import choose_pairs
 from pc_clip.data.download import file_digest
@@ -154,7 +154,7 @@ def _name(config: GenerateConfig) -> str:
         stem = Path(source).stem
         return stem if config.task == "pairs" else f"{stem}_{config.task}"
     if config.task == "pairs":
-        return EXAMPLES[0]
+        return EXAMPLES[0] if config.dataset == "example" else config.dataset
     return "_".join(part for part in (config.dataset, config.question, config.task) if part)
 
 
@@ -173,6 +173,7 @@ def _settings(config: GenerateConfig, made_from: dict[str, Any]) -> dict[str, An
         settings["asked"] = dataclasses.asdict(prompts.read(config.prompt or prompts.FOLDER / f"{config.task}.yaml"))
     elif config.writer == "rules":
         files = [wordings.FILE] if "wording" in used else []
+        files += [graded_nouns.FILE] if "wording" in used and config.wording.graded else []
         if config.task in ("describe", "compare"):
             files += [attributes.FOLDER / f"{task}.yaml" for task in attributes.tasks_of(config.dataset)]
         settings["words"] = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()

@@ -57,7 +57,11 @@ def generate_rank(config: GenerateConfig, processes: Processes) -> Path:
     asked = _check(config)
     out = Path(config.out) / f"{config.name}.parquet"
     rank = config.rank
-    data = load_dataset(DataConfig(config.dataset, config.root, config.split, rank.missing, captions=config.captions))
+    data = load_dataset(
+        DataConfig(
+            config.dataset, config.root, config.split, rank.missing, captions=config.captions, upright=rank.upright
+        )
+    )
     device = resolve_device(rank.device, "rank.device") if processes.is_main else "cpu"
     clip = create_model(*config.model.source(config.dataset), device=device, seed=config.seed)
     settings, model = _settings(config, data, clip, asked), clip.describe()
