@@ -150,6 +150,7 @@ def test_models_that_cannot_be_had():
         (("ViT-L-14", "datacomp_xl_s13b"), "Did you mean 'datacomp_xl_s13b_b90k'"),
         (("ViT-B-32",), "without weights"),
         (("local-dir:nowhere",), r"no open_clip_config\.json"),
+        (("hf-hub:laion/CLIP-ViT-B-32", "any"), "names weights too: take it as .* --checkpoint hf-hub:"),
         (("example", "openai"), "'openai' is not a file; example takes the weights in its folder"),
         (
             ("ViT-B-32", "laion2b_s34b_b79k"),

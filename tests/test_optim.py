@@ -85,8 +85,6 @@ def test_auto_is_bf16_where_the_processor_multiplies_in_it(monkeypatch, caplog):
     for capabilities, asked, expected in cases:
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda capabilities=capabilities: capabilities)
         assert optim.resolve_precision(asked, torch.device("cpu")) == expected, (capabilities, asked)
-    with pytest.raises(UserError, match="fp16 is for GPUs, and this is a cpu; take bf16, auto or no"):
-        optim.resolve_precision("fp16", torch.device("cpu"))
     assert caplog.text.count("no instructions for it") == 1  # of bf16 that was asked for by name
 
 

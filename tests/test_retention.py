@@ -74,6 +74,12 @@ def test_each_caption_comes_with_an_image_that_it_was_written_for(tiny):
     torch.testing.assert_close(pixels, expected)
 
 
+def test_no_caption_is_its_own_negative(tiny):
+    settings = {"retain.contrastive": 1.0, "retain.captions": 30, "retain.batch": 30}
+    drawn = retaining("preference", tiny, settings).retention.draw(np.random.default_rng(0))
+    assert len(set(drawn)) == 30
+
+
 def test_retention_uses_cached_embeddings_and_repeats_bit_for_bit(tiny):
     settings = {"retain.similarities": 1.0, "retain.batch": 4, "preference.per_image": 2}
     config = put(tiny_runs.settings("preference", tiny), settings)
@@ -101,6 +107,11 @@ REFUSED = [
     ("preference", {"retain.texts": -1.0}, "retain.texts is -1.0; it is a weight"),
     ("preference", {"retain.texts": 1.0, "retain.batch": 0}, "retain.batch is 0"),
     ("preference", {"retain.contrastive": 1.0, "retain.batch": 1}, "retain.batch is 1; it must be at least 2"),
+    (
+        "preference",
+        {"retain.contrastive": 1.0, "retain.batch": 4, "retain.captions": 3},
+        "retain.batch is 4, and there are 3 ordinary captions",
+    ),
     ("preference", {"retain.similarities": 1.0, "retain.temperature": 0.0}, "retain.temperature is 0.0"),
     ("preference", {"retain.images": 1.0, "model.train": "text"}, "retain.images: that tower is frozen"),
     ("change", {"retain.texts": 1.0}, "retain.texts: that tower is frozen"),

@@ -33,7 +33,6 @@ ABOUT = {  # by the models that are there
     "finetunes it first, which takes about three minutes once; `--checkpoint` shows a model of your own.",
     "finetuned": "The model that this one was finetuned from is not at hand, so it stands alone.",
 }
-CLASSES = "circle\nsquare\ntriangle\nstar"
 SENTENCES = """The first image shows something larger than the second.
 The first image shows a circle, while the second shows a square.
 The second image is darker than the first."""

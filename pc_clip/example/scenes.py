@@ -29,7 +29,6 @@ COLOURS = {
 TEXTURES = ("plain", "striped", "dotted")
 SIZES = {"small": 6.0, "medium": 10.0, "large": 14.5}  # radius in pixels
 BACKGROUNDS = {"dark": 40, "grey": 125, "light": 210}  # grey level
-POSITIONS = ("left", "right", "top", "bottom", "middle")
 COUNTS = (1, 2, 3)
 SHARE_ALIKE = 0.7  # how often all things of a scene share shape, colour, texture and size
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from pc_clip.core.cli import configure, given
 from pc_clip.core.config.train import METHODS, FinetuneConfig
 from pc_clip.core.errors import check_choice, run_script
-from pc_clip.core.paths import checkpoint_file, configs_folder
+from pc_clip.core.paths import configs_folder
 
 DEFAULTS = {  # by --method, where no config is named
     "pairwise": "example.yaml",
@@ -36,8 +36,6 @@ def main(argv: Sequence[str] | None = None) -> Path:
     check_choice("method", method, METHODS)
     default = configs_folder() / DEFAULTS[method]
     config = configure(FinetuneConfig, "finetune.py", __doc__, argv, default=default, options={method: METHODS[method]})
-    if config.model.start:
-        checkpoint_file(config.model.start)
     run = train(config)
     words = ["--dataset", config.data.dataset, *(["--root", config.data.root] if config.data.root else [])]
     print(f"the model is in {run}; evaluate it: python run.py {shlex.join([*words, '--checkpoint', str(run)])}")

@@ -106,7 +106,7 @@ def check_place(out: Path) -> None:
 
 def _without_path(name: str | None) -> str | None:
     """A path would mean nothing on another machine."""
-    return name if not name or name.startswith("hf-hub:") else Path(name).name
+    return name and Path(name).name
 
 
 # -- open_clip -----------------------------------------------------------------------------------------

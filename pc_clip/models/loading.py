@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import pc_clip
 from pc_clip.core.errors import UserError, nearest
 from pc_clip.core.files import write_tensors
-from pc_clip.core.paths import CONFIG_FILE, EXPORTED_FILE, MODEL_FILE, checkpoint_file
+from pc_clip.core.paths import CONFIG_FILE, EXPORTED_FILE, HUB, MODEL_FILE, checkpoint_file
 from pc_clip.core.random import seed_of
 from pc_clip.models import from_transformers, tags
 from pc_clip.models.change_model import PREFIX, ChangeClip, ChangeModel
@@ -107,7 +107,11 @@ def _architecture(name: str) -> str:
         folder = Path(architecture.removeprefix("local-dir:"))
         if not (folder / "open_clip_config.json").is_file():
             raise UserError(f"{folder} is not an open_clip model folder: it has no open_clip_config.json")
-    elif architecture not in open_clip.list_models() and not architecture.startswith("hf-hub:"):
+    elif architecture.startswith(HUB):  # open_clip would go on with random weights where it cannot fetch any
+        raise UserError(
+            f"{name} names weights too: take it as a checkpoint, --checkpoint {name} or --model.start {name}"
+        )
+    elif architecture not in open_clip.list_models():
         close = nearest(name, open_clip.list_models())
         raise UserError(f"unknown model {name!r}. {close} local-dir:FOLDER names your own.")
     return architecture
@@ -125,7 +129,7 @@ def _weights_file(name: str, pretrained: str | None) -> Path | None:
                 f"model {name} was asked for without weights. Give --model.pretrained a file or one of its tags: "
                 f"{', '.join(known) or 'it has none'}; or --checkpoint a finetuned one."
             )
-        if not name.startswith("hf-hub:") and pretrained not in known:
+        if pretrained not in known:
             raise UserError(
                 f"{pretrained!r} is neither a file nor a pretrained tag of {name}. {nearest(pretrained, known)}"
             )

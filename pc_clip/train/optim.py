@@ -33,7 +33,7 @@ def check_settings(train: TrainConfig) -> None:
         check_at_least(f"train.{name}", getattr(train, name), 1)
     if train.steps is not None:
         check_at_least("train.steps", train.steps, 1)
-    check_choice("train.precision", train.precision, ("no", "bf16", "fp16", "auto"))  # of products; weights are float32
+    check_choice("train.precision", train.precision, ("no", "bf16", "auto"))  # of products; weights are float32
     check_choice("train.optimizer", train.optimizer, ("adam", "adamw"))
     check_choice("train.schedule", train.schedule, ("constant", "exponential", "cosine"))
     if not 0 <= train.warmup_share < 1 or (train.warmup_share and train.warmup_steps):
@@ -88,14 +88,11 @@ def learning_rate(train: TrainConfig, step: int, steps_per_epoch: int, total: in
 
 
 def resolve_precision(asked: str, device: torch.device) -> str:
-    """Resolve train.precision to "no" (float32), "bf16" or "fp16".
+    """Resolve train.precision to "no" (float32) or "bf16".
 
-    Raises UserError for fp16 on a CPU, which torch has no scaled gradients for.
     A CPU that emulates bf16 is several times slower than in float32 (nine times, on a training step of the example's
     captioner on AVX2): `auto` takes float32 there, and bf16 by name logs a warning.
     """
-    if asked == "fp16" and device.type != "cuda":
-        raise UserError(f"train.precision fp16 is for GPUs, and this is a {device.type}; take bf16, auto or no")
     quick = multiplies_bf16(device)
     if asked == "bf16" and not quick:
         log.warning("train.precision bf16: this %s has no instructions for it; no (or auto) is quicker", device)

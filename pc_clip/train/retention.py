@@ -70,6 +70,11 @@ class Retention:
         self.fingerprint = digest(data.fingerprint, [text for text, _ in written])
         distinct = list(dict.fromkeys(text for text, _ in written))
         chosen = stream(config.seed, "anchor").permutation(len(distinct))[: options.captions]
+        if "contrastive" in self.weights and options.batch > len(chosen):
+            raise UserError(
+                f"retain.batch is {options.batch}, and there are {len(chosen)} ordinary captions; with "
+                "retain.contrastive no caption comes twice in a batch"
+            )
         self.texts = Texts(self.clip, [distinct[n] for n in chosen])
         method.note(self.texts.truncated, f"ordinary {CUT}")
         self.text_start = self.clip.embed_texts(self.texts.distinct)  # [captions, D]
@@ -90,7 +95,10 @@ class Retention:
 
     def draw(self, rng: np.random.Generator) -> np.ndarray:
         """This process's part of a step's captions.  -> [A] int64"""
-        return rng.integers(len(self.texts.distinct), size=self.size)[self.share]
+        count = len(self.texts.distinct)
+        if "contrastive" in self.weights:  # a caption drawn twice would be its own negative
+            return rng.choice(count, self.size, replace=False)[self.share]
+        return rng.integers(count, size=self.size)[self.share]
 
     def read(self, drawn: Iterable[np.ndarray], epoch: int) -> Iterator[Tensor]:
         """The images of each step's captions; empty where no term needs them."""

@@ -7,7 +7,6 @@ judged by a model: every figure is a count of words, and its definition stands i
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -25,6 +24,7 @@ from pc_clip.core.files import write_json
 from pc_clip.core.random import stream
 from pc_clip.data.captions import read_captions
 from pc_clip.data.differences import read
+from pc_clip.data.download import file_digest
 from pc_clip.data.registry import open_dataset
 from pc_clip.data.wordings import role_mentions, swap_roles
 from pc_clip.models.clip import open_clip
@@ -103,7 +103,7 @@ def _captions(path: Path | None, meta: dict[str, Any], each: pd.DataFrame) -> di
     """Captions by image id; none where no file is given and that of the writer is not there as it was."""
     settings = meta.get("settings") or {}
     own = Path(settings.get("captions") or "")
-    if path is None and own.is_file() and _sha256(own) == settings.get("captions_sha256"):
+    if path is None and own.is_file() and file_digest(own, "sha256") == settings.get("captions_sha256"):
         path = own
     if (
         path is None
@@ -122,10 +122,6 @@ def _captions(path: Path | None, meta: dict[str, Any], each: pd.DataFrame) -> di
             "the file that the sentences were written from."
         )
     return captions
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 # -- what is counted -----------------------------------------------------------------------------------
@@ -240,7 +236,7 @@ def write(audited: Audit, out: Path, drawn: list[dict[str, Any]]) -> list[Path]:
         axes.hist(audited.each[name].dropna(), 40)
         axes.set(xlabel=name, ylabel="sentences")
     figure.savefig(picture, dpi=120)
-    content = {"file": audited.path.name, "sha256": _sha256(audited.path), "figures": audited.figures}
+    content = {"file": audited.path.name, "sha256": file_digest(audited.path, "sha256"), "figures": audited.figures}
     write_json(data, content | {"counts": audited.counts, "sample": drawn} | environment.describe())
     return [data, picture]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from pc_clip.core.config.write import GenerateConfig
 from pc_clip.core.errors import UserError
 from pc_clip.core.random import stream
 from pc_clip.data import differences
+from pc_clip.data.download import file_digest
 from pc_clip.data.wordings import Wordings, reword, swap_roles
 from pc_clip.write.cleaning import Checked, Given, check
 from pc_clip.write.words import content_words_by_image
@@ -28,7 +28,7 @@ def reword_task(config: GenerateConfig) -> Task:
         [(each.first, each.second) for each in known],
         lambda i, j, n: Job(known[n].text, "", job_seed(config.seed, n)),
         "differences",
-        made_from={"differences_sha256": hashlib.sha256(Path(config.differences).read_bytes()).hexdigest()},
+        made_from={"differences_sha256": file_digest(Path(config.differences), "sha256")},
         make_writer=_Rules if by_rule else None,
         judge=_judge_rule if by_rule else lambda raw, job: _judge_model(raw, job, least_characters(config)),
     )

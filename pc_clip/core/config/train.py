@@ -48,7 +48,7 @@ class TrainConfig:
     warmup_steps: int = setting(0, "Linear warm-up steps.")
     warmup_share: float = setting(0.0, "Warm-up as a fraction of all steps, instead of warmup_steps.")
     clip_norm: float = setting(0.0, "Gradient clipping norm; 0 for none.")
-    precision: str = setting("no", "no for float32, bf16 (fp16 for GPUs without it), auto for bf16 where it is native.")
+    precision: str = setting("no", "no for float32, bf16, auto for bf16 where it is native.")
     compensated: bool = setting(False, "Compensated (Kahan) summation of updates, for tiny learning rates.")
     recompute: bool = setting(False, "GradCache: re-encode in chunks in the backward pass, for less memory.")
     blend: float = setting(1.0, "Weight averaging with the start (WiSE-FT): 1 is the trained model, 0 the start.")
