@@ -29,7 +29,7 @@ $(READY): requirements.txt requirements-dev.txt
 	@touch $(READY)
 
 quickstart: $(READY)
-	@$(RUN) -m pc_clip study configs/studies/quickstart.yaml
+	@$(RUN) -m pc_clip study configs/studies/quickstart.yaml --variants base pc any_wording
 
 demo: $(READY)
 	@$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-demo.txt

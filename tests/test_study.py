@@ -180,6 +180,14 @@ def test_a_dry_run_prints_each_command_and_runs_none(main, calls, capsys):
     assert sum(line.startswith("python run.py") for line in lines) == 5 and len(lines) == 9
 
 
+def test_some_variants_are_run_in_the_order_they_are_named(main, calls, capsys):
+    main("--variants", "b-1", "base", "--dry_run")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("--label ")[-1].split()[0] for line in lines] == ["python", "b-1-seed0", "base"]
+    with pytest.raises(UserError, match="--variants of study small names 'b-3'"):
+        main("--variants", "b-3")
+
+
 def test_ambiguous_missing_or_broken_results_are_errors():
     small = Study("small", [], ["r1"], {"base": None})
     with pytest.raises(UserError, match="no such file or folder: results/small/base"):

@@ -16,7 +16,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -106,6 +106,11 @@ class Study:
             raise UserError(
                 f"{path} is not a study ({error}); it needs name, evaluations, metrics, and variants or grid"
             ) from error
+
+    def only(self, names: Sequence[str]) -> Study:
+        """The same study of some of its variants, in this order. Raises UserError for a name that it does not have."""
+        self._check("--variants", names, self.variants)
+        return replace(self, variants={name: self.variants[name] for name in names}, grid=[])
 
     def needs(self, variant: str) -> list[str]:
         """The variants whose runs its arguments name."""
@@ -293,10 +298,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m pc_clip study", description=__doc__)
     parser.add_argument("study", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one finetuning a seed and variant")
+    parser.add_argument(
+        "--variants", nargs="+", metavar="NAME", help="some of its variants, in the order to begin them"
+    )
     parser.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1), help="commands at a time")
     parser.add_argument("--dry_run", action="store_true", help="print the commands and run nothing")
     arguments = parser.parse_args(argv)
     study, seeds = Study.read(shipped(arguments.study)), list(dict.fromkeys(arguments.seeds))
+    study = study.only(arguments.variants) if arguments.variants else study
     if arguments.dry_run:
         commands = [*study.prepare, *(command for _, command, _ in study.commands(seeds))]
         print("\n".join(f"python {shlex.join(map(str, command))}" for command in commands))
