@@ -57,6 +57,12 @@ def test_paths_and_single_captions_are_taken_as_they_are():
         pc_clip.load("example").caption("before", Path("after"))
 
 
+def test_a_text_is_a_text_and_not_its_letters():
+    model = pc_clip.load("example")
+    assert torch.equal(model.embed_texts("a red object"), model.embed_texts(["a red object"]))
+    assert model.difference([RED], [BLUE], "a red object").shape == (1, 1)
+
+
 def test_comparisons_move_the_prompts_they_speak_of():
     model = pc_clip.load("example")
     comparisons = [{"class_a": "red", "class_b": "blue", "text": "the first is warmer"}]
@@ -67,6 +73,9 @@ def test_comparisons_move_the_prompts_they_speak_of():
     assert np.allclose(plain, model.zeroshot([RED, BLUE], ["red", "blue"], comparisons, alpha=1.0), atol=1e-6)
 
 
+UNKNOWN = {"class_a": "rde", "class_b": "blue", "text": "the first is warmer"}
+
+
 def test_what_does_not_fit_is_said_as_on_the_command_line():
     with pytest.raises(UserError, match="no setting train.step. Did you mean 'train.steps'"):
         pc_clip.finetune(train={"step": 3})
@@ -74,5 +83,16 @@ def test_what_does_not_fit_is_said_as_on_the_command_line():
         pc_clip.load("example").difference([RED], [RED, BLUE], ["a"])
     with pytest.raises(UserError, match="mode is 'everything'"):
         pc_clip.evaluate(modes=["everything"])
+    example = pc_clip.load("example")
+    for asked, message in [
+        ({"classes": "red"}, "a list of two names or more, found 'red'"),
+        (
+            {"classes": ["red", "blue"], "templates": "a {} object", "comparisons": [UNKNOWN]},
+            "name 'rde', which is none",
+        ),
+        ({"classes": ["red", "blue"], "templates": ["an object"]}, "prompts with {} for the class"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            example.zeroshot([RED, BLUE], **asked)
     with pytest.raises(AttributeError, match="no attribute 'training'"):
         pc_clip.training  # noqa: B018

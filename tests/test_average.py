@@ -1,5 +1,6 @@
 """Weight averaging on a model so small that the embeddings at every alpha are known by arithmetic."""
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +15,7 @@ from pc_clip.core.errors import UserError
 from pc_clip.data.dataset import Dataset, Question
 from pc_clip.data.embeddings import CACHE
 from pc_clip.data.registry import open_dataset
-from pc_clip.evals import EvalContext, average
+from pc_clip.evals import EvalContext, average, evaluate
 from pc_clip.models import lora
 from pc_clip.models.loading import create_model
 
@@ -126,7 +127,9 @@ def test_averaging_ends_are_the_two_models(small_example):
         checkpoint="x", average=AverageConfig(alphas=[0.5]), difference=DifferenceConfig(n_pairs=40, draws=1)
     )
     data = open_dataset("example", split="test")
-    result = average.evaluate(EvalContext(clip, lambda: base, data, config))
+    context = EvalContext(clip, lambda: base, data, config)
+    result, key = average.evaluate(context), evaluate._key(context, "average")
+    assert key != evaluate._key(dataclasses.replace(context, config=EvaluateConfig(checkpoint="x")), "average")
     remembering = EvalContext(clip.remembering(), lambda: base, data, config)
     remembering.clip.embed_texts(["This is a photo of a star."])
     assert average.evaluate(remembering).details == result.details  # each alpha has a memory of its own

@@ -2,6 +2,7 @@
 
 import json
 
+import pandas as pd
 import pytest
 from test_evals import FakeClip
 
@@ -40,6 +41,9 @@ def test_a_set_is_correct_where_all_its_rows_are(tmp_path, monkeypatch):
     assert result.metrics["choice_blind_grey"] == 0.25  # who always sees what is up
     assert result.details["chance"] == pytest.approx((1 / 3 + 1 / 2 + 1 / 3 + 1 / 2) / 4)
     assert (result.n, result.details["absent"], result.details["sets"]) == (4, 1, 2)
+    path.write_text("".join(json.dumps(row | {"group": "a"}) + "\n" for row in ROWS))  # now a row of the set is absent
+    result = choice.evaluate(context_of(path, monkeypatch))
+    assert "choice_set" not in result.metrics and result.details["sets_left_out"] == 1
 
 
 def test_the_layouts_of_whatsup_and_negbench_are_read(tmp_path):
@@ -50,6 +54,8 @@ def test_the_layouts_of_whatsup_and_negbench_are_read(tmp_path):
     path.write_text("correct_answer,caption_0,caption_1,correct_answer_template,image_path\n1,a,b,hybrid,x.jpg\n")
     assert form_of([path]) is Choice
     assert read_groups([path]) == [Choice("x.jpg", ("a", "b"), 1, "", "hybrid")]
+    pd.read_csv(path).assign(pixels=b"\xff").to_parquet(tmp_path / "mcq.parquet")
+    assert read_groups([tmp_path / "mcq.parquet"]) == read_groups([path])
 
 
 def test_rows_that_have_no_answer_are_refused(tmp_path):
@@ -58,6 +64,8 @@ def test_rows_that_have_no_answer_are_refused(tmp_path):
         ({"image": "0", "captions": ["a", "b"], "answer": 2}, "place of one of 2 captions, from 0; found '2'"),
         ({"image": "0", "captions": ["a"], "answer": 0}, "a list of two texts or more"),
         ({"image": "0", "captions": ["a", ""], "answer": 0}, "must be a text with a word"),
+        ({"image": "0", "caption_0": "", "caption_1": "a", "correct_answer": 1}, "must be a text with a word"),
+        ({"image": "0", "captions": "['a', 'b']", "answer": 1}, "captions must be a list in JSON"),
     ]:
         path.write_text(json.dumps([row]))
         with pytest.raises(UserError, match=message):

@@ -105,6 +105,8 @@ def test_recall_at_1_is_over_disjoint_blocks_and_ties_are_shared():
     assert difference.recall_at_1(eye, eye.roll(1, 0), candidates=4) == 0.0
     assert difference.recall_at_1(torch.ones(4, 2), torch.ones(4, 2), candidates=4) == 0.25
     assert difference.recall_at_1(eye, eye[[1, 0, 2, 3]], candidates=2) == 0.5
+    twice = eye[[0, 0, 1, 2]]  # two sentences about the first pair
+    assert difference.recall_at_1(twice, twice, np.array([[0, 1], [0, 1], [0, 2], [0, 3]]), candidates=4) == 1.0
 
 
 def test_sentences_of_a_file_sign_two_way_mirrored_and_recall(tmp_path):

@@ -1,5 +1,7 @@
 """Mode wordings: what a model understands in wordings that it learnt, and in others."""
 
+import logging
+
 import numpy as np
 import pytest
 from test_evals import FakeClip
@@ -64,12 +66,14 @@ def test_other_families_and_schemes_can_be_held_out():
             wordings.evaluate(context_of({}, wrong, attributes=(SIZE,)))
 
 
-def test_captions_are_compared_where_no_attribute_is_graded():
+def test_captions_are_compared_where_no_attribute_is_graded(caplog):
+    caplog.set_level(logging.INFO)
     captions = [("More.",) if n >= 4 else ("less",) for n in range(8)]
     data = {"captions": captions, "attributes": ()}
     same = texts_of(phrases=(("more", "less"), ("more", "more"), ("less", "less")))
     result = wordings.evaluate(context_of(same, WordingsConfig(n_pairs=1000), **data))
-    assert result.n == 8 * 7 // 2  # all there are
-    assert 0 < result.metrics["unseen_r1"] < 1 and "caption_subtraction_r1" in result.metrics
+    assert result.n == 4 * 4  # all that say something else of either image
+    assert result.metrics["unseen"] == 1 and "caption_subtraction_r1" in result.metrics
+    assert "R@1 is among 16 pairs, not 100" in caplog.text and "12 of 28 pairs are left out" in caplog.text
     assert wordings.applies(context_of({}, **data).data, EvaluateConfig()) is None
     assert "captions" in wordings.applies(context_of({}).data, EvaluateConfig())

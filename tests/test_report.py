@@ -155,6 +155,13 @@ def test_where_it_is_written():
 # -- the page ------------------------------------------------------------------------------------------
 
 
+def test_results_of_different_images_are_named(capsys):
+    put("a", images="one", metrics={"zeroshot": 0.25})
+    put("b", images="two", metrics={"zeroshot": 0.75})
+    page.main(["results"])
+    assert "not to be compared: zeroshot on x: a and b saw different images" in capsys.readouterr().err
+
+
 def test_the_classes_most_confused_and_the_change():
     def asked(table: list) -> dict:
         return {"details": {"colour": {"classes": ["red", "blue"], "confusion": table}}}
@@ -166,6 +173,8 @@ def test_the_classes_most_confused_and_the_change():
     rows = re.findall(r"<th>(\w+ taken for \w+)</th>\s*<td>(\d+)</td>\s*<td>([+-]\d+)</td>", html)
     red, blue = "red taken for blue", "blue taken for red"
     assert rows == [(red, "20", "+0"), (blue, "0", "+0"), (red, "40", "+20"), (blue, "10", "+10")]
+    html = page.write([Path("results/t-seed0")])[0].read_text()
+    assert "change" not in html.partition("red taken for blue")[0].rpartition("<table")[2]  # nothing to change from
 
 
 def test_the_page_holds_everything_itself_and_hostile_text_stays_text():

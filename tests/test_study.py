@@ -197,6 +197,10 @@ def test_ambiguous_missing_or_broken_results_are_errors():
     copy.write_bytes(Path("results/small/base/zeroshot-x-test.json").read_bytes())
     with pytest.raises(UserError, match="hold r1 of base twice"):
         tabulate(small, results_of(small, [0]))
+    copy.write_text(json.dumps(json.loads(copy.read_text()) | {"evaluation": "rank", "weights": "others"}))
+    with pytest.raises(UserError, match="holds results of several models"):
+        results_of(small, [0])
+    copy.unlink()
     with pytest.raises(UserError, match="hold none of r9"):
         tabulate(Study("small", [], ["r9"], {"base": None}), results_of(small, [0]))
     copy.write_text("{")
@@ -235,5 +239,5 @@ def test_selection_is_optional_and_an_impossible_one_says_why():
     small, table = choosing()
     with pytest.raises(UserError, match="a has no r5 on x/val"):
         best(small, table[(table.variant != "a") | (table.metric != "r5")])
-    with pytest.raises(UserError, match="a has no r1, r5 on y/val.*measured: x/test, x/val"):
+    with pytest.raises(UserError, match="a has no r1 and r5 on y/val.*measured: x/test, x/val"):
         best(*choosing(chosen_on=["y/val"]))

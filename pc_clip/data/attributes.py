@@ -56,15 +56,18 @@ def of(data: Dataset, config: EvaluateConfig) -> tuple[Attribute, ...]:
     defined = tasks_of(data.name)
     own = {attribute.name for attribute in data.attributes}
     nouns = NOUNS in config.tasks and bool(data.captions)
-    for task in config.tasks if not nouns else ():
-        if task not in defined and task not in own:
+    for task in config.tasks:
+        if task not in defined and task not in own and not (nouns and task == NOUNS):
             raise UserError(f"{data.name} has no task {task!r}. {nearest(task, [*defined, *own])}")
     wanted = config.tasks or [*own, *defined]
-    return (
+    attributes = (
         *(graded_nouns.attributes_of(data) if nouns else ()),
         *(attribute for attribute in data.attributes if attribute.name in wanted),
         *(attribute for task in defined if task in wanted for attribute in read(FOLDER / f"{task}.yaml", data)),
     )
+    if nouns and not attributes:
+        raise UserError(f"the captions of {data.name} name no two grades of size, people, nature or light to rank by")
+    return attributes
 
 
 def read(path: Path, data: Dataset) -> list[Attribute]:

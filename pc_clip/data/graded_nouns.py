@@ -80,7 +80,7 @@ def attributes_of(data: Dataset) -> tuple[Attribute, ...]:
     attributes = []
     for grades in table():
         value = np.array([_of_image(grades, captions) for captions in data.captions])
-        if np.nanmax(value, initial=-np.inf) - np.nanmin(value, initial=np.inf) < grades.gap:
+        if np.nanmax(value, initial=-np.inf) - np.nanmin(value, initial=np.inf) <= grades.gap:
             continue  # no two of these images differ
         for kind, pairs in (("trained", grades.phrases), ("unseen", grades.unseen)):
             for n, (more, less) in enumerate(pairs):

@@ -153,9 +153,14 @@ def _choice(where: str, columns: dict[str, Any], file: Path) -> Choice:
     row = Row(where, columns)
     captions = columns.get("caption_options", columns.get("captions"))
     if captions is None:  # NegBench: a column a caption
-        captions = [columns[f"caption_{n}"] for n in range(len(columns)) if columns.get(f"caption_{n}")]
+        captions = [row.columns[name] for n in range(len(columns)) if (name := f"caption_{n}") in row.columns]
+        while captions and captions[-1] == "":  # fewer options than the table has columns; `words` refuses one before
+            captions.pop()
     elif isinstance(captions, str) and captions.startswith("["):  # a list in a table
-        captions = json.loads(captions)
+        try:
+            captions = json.loads(captions)
+        except ValueError as error:
+            raise row.wrong(f"captions must be a list in JSON, found {captions[:60]!r}") from error
     if not isinstance(captions, list) or len(captions) < 2:
         raise row.wrong(f"captions must be a list of two texts or more, found {str(captions)[:60]!r}")
     answer = str(columns.get("answer", columns.get("correct_answer", 0)))  # What'sUp has none: the first is right
@@ -163,7 +168,7 @@ def _choice(where: str, columns: dict[str, Any], file: Path) -> Choice:
         raise row.wrong(f"the answer must be the place of one of {len(captions)} captions, from 0; found {answer!r}")
     texts = tuple(words(text, where, "captions") for text in captions)
     kind = row.optional("kind", row.optional("correct_answer_template", file.stem))
-    return Choice(row.image(), texts, int(answer), row.optional("group", ""), kind)
+    return Choice(row.image(), texts, int(answer), str(row.columns.get("group", "")), kind)
 
 
 def _relative(where: str, columns: dict[str, Any], file: Path) -> Relative:

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import csv
 import io
-import itertools
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -207,13 +206,14 @@ def _table(path: Path) -> Entries:
 
 
 def _parquet(path: Path) -> Entries:
-    """Only the columns that are known: a file may hold pictures as well."""
-    from pyarrow import ArrowException, parquet
+    """Without columns of pictures, which a file may hold as well."""
+    from pyarrow import ArrowException, parquet, types
 
-    known = {*IMAGE_COLUMNS, *BOX_COLUMNS, "kind", "category", "relation", "relation_name", "attributes"}
-    known |= {"caption", "label", "preferred_image", "rejected_image", *itertools.chain(*PAIRS)}
+    def holds_pictures(kind: Any) -> bool:
+        return types.is_binary(kind) or types.is_large_binary(kind) or types.is_struct(kind)
+
     try:
-        columns = [name for name in parquet.read_schema(path).names if name in known]
+        columns = [column.name for column in parquet.read_schema(path) if not holds_pictures(column.type)]
         rows = parquet.read_table(path, columns=columns).to_pylist()
     except (ArrowException, OSError) as error:
         raise UserError(f"{path} cannot be read as Parquet ({str(error).splitlines()[0]}); write it again") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +14,8 @@ from torch import Tensor
 from pc_clip.core.errors import UserError
 from pc_clip.data.dataset import Attribute
 from pc_clip.metrics import intervals
+
+log = logging.getLogger(__name__)
 
 CANDIDATES = 100  # of which one pair is a sentence's own, for difference_r1
 
@@ -69,19 +72,30 @@ def interval_of(groups: Sequence[Sequence[Answers]]) -> list[tuple[float, float]
     return intervals.of_pairs(right, pairs, weight)
 
 
-def recall_at_1(text: Tensor, gaps: Tensor, candidates: int = CANDIDATES) -> float:
+def recall_at_1(text: Tensor, gaps: Tensor, pairs: np.ndarray | None = None, candidates: int = CANDIDATES) -> float:
     """How often a sentence's own pair is the nearest of `candidates` pairs. text, gaps: [P, D] unit vectors.
 
-    Over disjoint blocks; a rest smaller than a block is left out unless it is all there is. A tie for the
-    first place among k counts 1/k.
+    pairs: [P, 2], where several sentences are about one pair, which then is right wherever it stands.
+    Over disjoint blocks; a rest smaller than a block is left out unless it is all there is (`warn_of_rest`).
+    A tie for the first place among k counts 1/k.
     """
+    number = np.arange(len(text)) if pairs is None else np.unique(pairs, axis=0, return_inverse=True)[1].reshape(-1)
     block = min(candidates, len(text))
     hits = []
     for start in range(0, len(text) - block + 1, block):
         cosine = text[start : start + block] @ gaps[start : start + block].T  # [sentence, pair]
-        best = cosine == cosine.max(1, keepdim=True).values
-        hits.append(best.diagonal().double() / best.sum(1))
+        best, of_block = cosine == cosine.max(1, keepdim=True).values, torch.from_numpy(number[start : start + block])
+        own = of_block[:, None] == of_block
+        hits.append((best & own).sum(1).double() / best.sum(1))
     return float(torch.cat(hits).mean())
+
+
+def warn_of_rest(n: int) -> None:
+    """Log what recall_at_1 cannot do with n pairs: ask among as many as its name says, or use all of them."""
+    if n < CANDIDATES:
+        log.warning("  R@1 is among %d pairs, not %d, and compares with no figure among %d", n, CANDIDATES, CANDIDATES)
+    elif rest := n % CANDIDATES:
+        log.info("  R@1 is over blocks of %d pairs; the last %d of %d are left out of it", CANDIDATES, rest, n)
 
 
 def pair_differences(z: Tensor, pairs: np.ndarray) -> Tensor:

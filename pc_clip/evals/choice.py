@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import pandas as pd
 import torch
@@ -52,7 +54,9 @@ def evaluate(context: EvalContext) -> Result:
     if len(set(kinds)) > 1:
         shares |= {f"choice_{kind}": np.where(kinds == kind, shares["choice"], np.nan) for kind in np.unique(kinds)}
     metrics, known = intervals.of_columns(shares, image, context.config.seed)
-    groups = pd.Series(shares["choice"]).groupby([row.group for row in asked]).min().drop("", errors="ignore")
+    rows_of, there = Counter(row.group for row in context.statements), Counter(row.group for row in asked)
+    whole = [group for group in there if group and there[group] == rows_of[group]]
+    groups = pd.Series(shares["choice"]).groupby([row.group for row in asked]).min()[whole]
     if len(groups):
         metrics["choice_set"] = float(groups.mean())
     chance = float(np.mean([1 / len(row.captions) for row in asked]))
@@ -60,6 +64,7 @@ def evaluate(context: EvalContext) -> Result:
         "rows": len(asked),
         "absent": len(context.statements) - len(asked),
         "sets": len(groups),
+        "sets_left_out": len(there.keys() - {""}) - len(whole),  # of which a row is absent
         "chance": chance,
     }
     items = {"choice": by_photograph(shares["choice"], image)}

@@ -27,7 +27,7 @@ from pc_clip.data import attributes, differences
 from pc_clip.data.dataset import Attribute, Dataset, Question
 from pc_clip.data.wordings import contrast, swap_roles
 from pc_clip.evals import EvalContext, Result
-from pc_clip.evals.answers import Answers, by_task, draw_pairs, interval_of, pair_differences, recall_at_1
+from pc_clip.evals.answers import Answers, by_task, draw_pairs, interval_of, pair_differences, recall_at_1, warn_of_rest
 from pc_clip.evals.prompting import class_embeddings, templates_of
 from pc_clip.metrics import intervals
 from pc_clip.models.clip import Clip
@@ -174,10 +174,14 @@ def _about_sentences(context: EvalContext) -> Result:
         of_named = (
             class_embeddings(context.base, question, templates_of(question, context.config))
             if question
-            else context.base.embed_texts([of_image[0] for of_image in data.captions])
+            else context.base.embed_texts([of_image[0] if of_image else "" for of_image in data.captions])
         )
         along = (pair_differences(context.base_z, pairs) * pair_differences(of_named, named)[sentence]).sum(-1)
-        right["caption_subtraction"] = along > 0
+        if question:
+            has_caption = torch.ones(len(pairs), dtype=torch.bool)
+        else:
+            has_caption = torch.tensor([bool(data.captions[a] and data.captions[b]) for a, b in pairs])
+        right["caption_subtraction"] = torch.where(has_caption, along > 0, torch.nan)
     left_out = int((~there).sum())
     if left_out:
         log.warning("  %d sentences are left out, because a picture of theirs is absent", left_out)
@@ -186,7 +190,8 @@ def _about_sentences(context: EvalContext) -> Result:
     if question:
         result.details["classes"] = len(np.unique(named))
     else:
-        result.metrics["difference_r1"] = recall_at_1(context.clip.embed_texts(texts), gaps)
+        warn_of_rest(len(texts))
+        result.metrics["difference_r1"] = recall_at_1(context.clip.embed_texts(texts), gaps, pairs)
     return result
 
 

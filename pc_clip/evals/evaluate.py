@@ -19,7 +19,7 @@ from pc_clip.core import environment
 from pc_clip.core.config.evaluate import EVALUATIONS, EvaluateConfig
 from pc_clip.core.config.settings import identity
 from pc_clip.core.environment import resolve_device
-from pc_clip.core.errors import UserError
+from pc_clip.core.errors import UserError, check_at_least
 from pc_clip.core.files import write_json, write_text
 from pc_clip.core.paths import checkpoint_file
 from pc_clip.data import attributes
@@ -40,6 +40,7 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
 
     Raises UserError for an unknown mode, one the data set cannot answer, and whatever model or data lack.
     """
+    check_at_least("threads", config.threads, 0)
     if config.threads:
         torch.set_num_threads(config.threads)
     data = _open_data(config)
@@ -170,6 +171,8 @@ def _key(context: EvalContext, mode: str) -> str:
     """A hash of all that a result depends on: settings, images and their annotations, model, texts on the disk."""
     config, data, clip, module = context.config, context.data, context.clip, evals.find(mode)
     options = identity(getattr(config, mode)) if hasattr(config, mode) else {}
+    if mode == "average":  # which measures differences
+        options |= {"difference": identity(config.difference)}
     other = module.also_reads(context) if hasattr(module, "also_reads") else None
     files = [COMPARISONS / f"{data.name}.yaml", prompts.FOLDER / "compare.yaml"]
     files += [attributes.FOLDER / f"{task}.yaml" for task in attributes.tasks_of(data.name)]
@@ -177,8 +180,9 @@ def _key(context: EvalContext, mode: str) -> str:
     questions = [(q.name, q.classes, q.templates, q.several, q.target.tolist(), repr(q.graded)) for q in data.questions]
     graded = [(a.name, a.more, a.less, a.high, a.low, a.gap, a.value.tolist()) for a in data.attributes]
     content = (
-        mode, identity(config), options, context.statements, data.fingerprint, other and other.fingerprint,
-        data.captions, questions, graded, clip.weights_hash(), clip.describe(), FAMILIES, SCHEMES,
+        mode, getattr(module, "VERSION", 1), identity(config), options, context.statements, data.fingerprint,
+        other and other.fingerprint, data.captions, questions, graded, clip.weights_hash(), clip.describe(),
+        FAMILIES, SCHEMES,
         [path.read_bytes() for path in files if path.is_file()],  # by content: after an edit it is evaluated again
     )  # fmt: skip
     return _digest(content, 16)
@@ -189,6 +193,7 @@ def _about(config: EvaluateConfig, mode: str) -> str:
     usual, options = EvaluateConfig(), getattr(config, mode, None)
     words = list(config.tasks)
     words += ["prompts several"] * (config.prompts == "several")
+    words += [name for name in ("unconfirmed", "upright") if getattr(config, name)]
     words += ["prompts " + _digest(config.templates)] if config.templates else []
     words += ["+".join(map(_file_and_folder, config.statements))] if config.statements else []
     for name, value in vars(options).items() if options else ():

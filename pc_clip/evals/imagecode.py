@@ -39,7 +39,7 @@ def evaluate(context: EvalContext) -> Result:
     Raises UserError where none of the sets is there, and for a set that lacks the image that a sentence means.
     """
     picks, folders = context.statements, _folders(context.data.ids)
-    there = [pick for pick in picks if pick.folder in folders]
+    there = [pick for pick in picks if len(folders.get(pick.folder, ())) > 1]
     if not there:
         raise UserError(f"{context.data.label} has none of the {len({pick.folder for pick in picks})} sets of images")
     if absent := len(picks) - len(there):
@@ -79,5 +79,7 @@ def _folders(ids: list[str]) -> dict[str, dict[int, int]]:
     for row, name in enumerate(ids):
         path = PurePath(name)
         if number := re.search(r"(\d+)$", path.stem):
-            folders.setdefault(path.parent.name, {})[int(number[1])] = row
+            of_set = folders.setdefault(path.parent.name, {})
+            if (earlier := of_set.setdefault(int(number[1]), row)) != row:
+                raise UserError(f"{ids[earlier]} and {name} are both image {int(number[1])} of set {path.parent.name}")
     return {folder: dict(sorted(images.items())) for folder, images in folders.items()}

@@ -22,6 +22,7 @@ captions alone, since many pairs share an attribute.
 from __future__ import annotations
 
 import itertools
+import logging
 from typing import NamedTuple
 
 import numpy as np
@@ -37,8 +38,10 @@ from pc_clip.data.dataset import Dataset
 from pc_clip.data.differences import choose_pairs
 from pc_clip.data.wordings import FAMILIES, HELD_OUT_FAMILIES, HELD_OUT_SCHEMES, SCHEMES, Wording, Wordings, as_phrase
 from pc_clip.evals import EvalContext, Result
-from pc_clip.evals.answers import draw_pairs, pair_differences, recall_at_1
+from pc_clip.evals.answers import draw_pairs, pair_differences, recall_at_1, warn_of_rest
 from pc_clip.metrics import intervals
+
+log = logging.getLogger(__name__)
 
 VERSION = 2  # held-out families template by template
 ONE_SIDED = "one_sided"  # the family that says of one image alone what it shows
@@ -71,6 +74,8 @@ def evaluate(context: EvalContext) -> Result:
     by_captions = not context.attributes
     facts = _of_captions(context) if by_captions else _of_attributes(context)
     gaps = pair_differences(context.z, facts.pairs)  # [P, D]
+    if by_captions:
+        warn_of_rest(len(gaps))
 
     two_way: dict[tuple[str, str], Tensor] = {}  # (family, scheme) -> [W, P]; the scheme is "" for the usual ones
     r1: dict[tuple[str, str], float] = {}
@@ -140,8 +145,13 @@ def _of_captions(context: EvalContext) -> Facts:
     n = min(context.config.wordings.n_pairs, len(rows) * (len(rows) - 1) // 2)
     pairs, rng = np.array(choose_pairs(rows, n, seed, both_orders=False)), stream(seed, "wordings captions")
     phrases = [[as_phrase(captions[row][int(rng.integers(len(captions[row])))]) for row in pair] for pair in pairs]
-    first, second = map(list, zip(*phrases))
-    return Facts(pairs, first, second, (first, second))
+    differ = [first != second for first, second in phrases]
+    if not all(differ):
+        log.info("  %d of %d pairs are left out: their captions say the same", differ.count(False), len(differ))
+    if not any(differ):
+        raise UserError(f"no two captions of {context.data.label} say different things")
+    first, second = map(list, zip(*itertools.compress(phrases, differ)))
+    return Facts(pairs[differ], first, second, (first, second))
 
 
 def _of_attributes(context: EvalContext) -> Facts:

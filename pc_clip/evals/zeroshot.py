@@ -54,15 +54,15 @@ def accuracy(details: dict[str, dict[str, Any]]) -> float:
 def score(scores: Tensor, question: Question) -> dict[str, Any]:
     """Accuracy, by class too, and the largest confusions. scores: [M, classes]"""
     target, classes = torch.from_numpy(question.target), question.classes
-    best = scores.topk(min(5, scores.shape[1]), dim=1).indices
+    best, guess = scores.topk(min(5, scores.shape[1]), dim=1).indices, scores.argmax(1)
     confusion = np.zeros((len(classes),) * 2, dtype=np.int64)  # [true, guessed]
-    np.add.at(confusion, (question.target, best[:, 0].numpy()), 1)
+    np.add.at(confusion, (question.target, guess.numpy()), 1)
     counts = confusion.sum(1)
     per_class = {name: float(confusion[k, k] / counts[k]) for k, name in enumerate(classes) if counts[k]}
     wrong = confusion - np.diag(np.diag(confusion))
     largest = [divmod(int(k), len(classes)) for k in np.argsort(-wrong, axis=None)[:5]]
     return {
-        "top1": float((best[:, 0] == target).double().mean()),
+        "top1": float((guess == target).double().mean()),
         "top5": float((best == target[:, None]).any(1).double().mean()),
         "per_class": per_class,
         "confusions": [

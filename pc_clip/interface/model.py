@@ -73,14 +73,14 @@ class Model:
             return F.normalize(embed_images(self.clip, data, batch_size=batch_size, workers=workers).z, dim=-1)
         return F.normalize(encode(self.clip, _dataset(images), Options(batch_size, workers)).z, dim=-1)
 
-    def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """Embed texts; one that is longer than the context length is cut.  -> [N, D] unit embeddings
+    def embed_texts(self, texts: str | Sequence[str]) -> Tensor:
+        """Embed a text or several; one that is longer than the context length is cut.  -> [N, D] unit embeddings
 
         >>> z = pc_clip.load("example").embed_texts(["a red circle", "a red circle"])
         >>> bool((z[0] == z[1]).all())
         True
         """
-        return self.clip.embed_texts(texts)
+        return self.clip.embed_texts([texts] if isinstance(texts, str) else texts)
 
     def rank(self, images: Images, sentence: str, against: str | None = None) -> pd.DataFrame:
         """Put images in the order of a sentence or phrase, as `run.py --mode rank --images` does.
@@ -97,7 +97,7 @@ class Model:
         z = self.embed_images(images)
         return rank.order_of(_ids(images), rank.scores_of(self.clip, z, sentence, against))
 
-    def difference(self, first: Images, second: Images, texts: Sequence[str]) -> Tensor:
+    def difference(self, first: Images, second: Images, texts: str | Sequence[str]) -> Tensor:
         """Score sentences on how an image differs from another one.
 
         first, second: P images each, compared place by place. texts: T sentences, such as "The first image shows a
@@ -157,6 +157,14 @@ class Model:
         >>> shares.idxmax(axis=1).tolist()
         ['red', 'blue']
         """
+        templates = [templates] if isinstance(templates, str) else list(templates)
+        if isinstance(classes, str) or len(classes) < 2:
+            raise UserError(f"classes must be a list of two names or more, found {classes!r}")
+        if wrong := [template for template in templates if "{}" not in template] or not templates:
+            raise UserError(f"templates must be prompts with {{}} for the class, found {wrong or templates}")
+        named = {each[side] for each in comparisons or () for side in ("class_a", "class_b")}
+        if unknown := sorted(named - set(classes)):
+            raise UserError(f"comparisons name {unknown[0]!r}, which is none of the classes {', '.join(classes)}")
         question = Question("yours", tuple(classes), np.empty(0, int), np.empty(0, int), tuple(templates))
         z = self.embed_images(images)
         prompts = zeroshot.class_embeddings(self.clip, question, templates)

@@ -23,7 +23,18 @@ from pc_clip.core.config.evaluate import EVALUATIONS
 from pc_clip.core.errors import UserError, check_choice
 from pc_clip.core.files import write_text
 from pc_clip.report import charts
-from pc_clip.report.results import QUESTION, cells, check_once, grid, long_table, natural, read, summarise, variant_of
+from pc_clip.report.results import (
+    QUESTION,
+    cells,
+    check_once,
+    grid,
+    long_table,
+    natural,
+    read,
+    summarise,
+    unlike,
+    variant_of,
+)
 
 LOG = "metrics.jsonl"  # of a run
 MOST_CONFUSED = 10  # pairs of classes that are listed
@@ -51,6 +62,7 @@ def write(paths: Sequence[Path], out: Path | None = None, baseline: str | None =
         raise UserError(f"no results and no runs in {', '.join(map(str, paths))}; run.py writes them{broken}")
     names = _apart([(result["file"].parent.parent, result["model"]) for result in results])
     results = [result | {"model": name} for result, name in zip(results, names)]
+    left_out += [f"not to be compared: {line}" for line in unlike(results)]
     table = long_table(results)
     check_once(table, ["model", *QUESTION, "metric"])
     summary = _ordered(summarise(table), baseline)
@@ -74,8 +86,8 @@ def _runs(paths: Sequence[Path], left_out: list[str]) -> dict[str, pd.DataFrame]
         rows, lines = [], file.read_text(encoding="utf-8").splitlines()
         for line in lines:
             try:
-                rows.append(json.loads(line))
-            except ValueError:
+                rows.append({"step": json.loads(line)["step"]} | json.loads(line))
+            except (ValueError, KeyError, TypeError):
                 continue
         if len(rows) < len(lines):
             left_out.append(f"{file}: {len(lines) - len(rows)} of its {len(lines)} lines are broken")
@@ -183,13 +195,15 @@ def _confusions(results: list[dict[str, Any]], baselines: list[str]) -> list[Mar
     shares = {key: 100 * table.div(table.sum(axis=1), axis=0) for key, table in counts.items()}
     tables = []
     for (question, variant), share in shares.items():
-        before = next((shares[question, name] for name in baselines if (question, name) in shares), share)
+        before = next((shares[question, name] for name in baselines if (question, name) in shares), None)
         most = share.mask(np.eye(len(share), dtype=bool)).stack().nlargest(MOST_CONFUSED)
         rows = {
-            f"{true} taken for {guess}": (f"{value:.0f}", f"{value - before.loc[true, guess]:+.0f}")
+            f"{true} taken for {guess}": [f"{value:.0f}"]
+            + ([] if before is None else [f"{value - before.loc[true, guess]:+.0f}"])
             for (true, guess), value in most.items()
         }
-        table = pd.DataFrame.from_dict(rows, orient="index", columns=["per cent", "change"])
+        columns = ["per cent"] if before is None else ["per cent", "change"]
+        table = pd.DataFrame.from_dict(rows, orient="index", columns=columns)
         tables.append(_table(table, f"{question}, {variant}"))
     return tables
 
@@ -218,5 +232,5 @@ def main(argv: Sequence[str] | None = None) -> None:
     paths = arguments.paths or [p for p in (Path("results"), Path("runs")) if p.exists()] or [Path("results")]
     page, left_out = write(paths, arguments.out, arguments.baseline)
     for line in left_out:
-        print(f"left out: {line}", file=sys.stderr)
+        print(line if line.startswith("not to be compared") else f"left out: {line}", file=sys.stderr)
     print(f"{page}\n{page.with_suffix('.md')}\n{page.with_suffix('.csv')}")

@@ -79,6 +79,17 @@ def check_once(table: pd.DataFrame, columns: list[str]) -> None:
         )
 
 
+def unlike(results: Iterable[dict[str, Any]]) -> list[str]:
+    """A line for each question that results answer on different images: their figures cannot be compared."""
+    asked: dict[str, dict[str, str]] = {}
+    for result in results:
+        question = " on ".join([result["evaluation"], result["dataset"]])
+        question += f", {result['about']}" if result.get("about") else ""
+        asked.setdefault(question, {}).setdefault(result.get("images", ""), result["model"])
+    several = {question: list(models.values()) for question, models in asked.items() if len(models) > 1}
+    return [f"{question}: {a} and {b} saw different images" for question, (a, b, *_) in several.items()]
+
+
 def summarise(table: pd.DataFrame) -> pd.DataFrame:
     """A row a figure of a variant over its seeds: variant, QUESTION, metric, mean, std, seeds, low, high, n.
 

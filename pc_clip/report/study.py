@@ -31,7 +31,7 @@ from pc_clip.core.files import write_text
 from pc_clip.core.paths import configs_folder, shipped
 from pc_clip.report import charts
 from pc_clip.report.compare import compare
-from pc_clip.report.results import cells, check_once, grid, long_table, read, summarise
+from pc_clip.report.results import cells, check_once, grid, long_table, read, summarise, unlike
 
 SCRIPTS = ("generate_diffs.py", "finetune.py", "run.py")
 COLUMNS = ["variant", "evaluation", "dataset", "metric", "mean", "std", "seeds", "low", "high"]
@@ -110,7 +110,10 @@ class Study:
     def only(self, names: Sequence[str]) -> Study:
         """The same study of some of its variants, in this order. Raises UserError for a name that it does not have."""
         self._check("--variants", names, self.variants)
-        return replace(self, variants={name: self.variants[name] for name in names}, grid=[])
+        baselines = [name for name in self.baselines if name in names]
+        against = self.against if self.against in names else ""
+        variants = {name: self.variants[name] for name in names}
+        return replace(self, variants=variants, grid=[], baselines=baselines, against=against)
 
     def needs(self, variant: str) -> list[str]:
         """The variants whose runs its arguments name."""
@@ -226,7 +229,11 @@ def results_of(study: Study, seeds: list[int]) -> list[dict[str, Any]]:
         of_label, left_out = read([folder])
         if left_out or not of_label:
             raise UserError(f"{(left_out or [f'no results in {folder}'])[0]}; delete it and run the study again")
+        if len({result.get("weights") for result in of_label}) > 1:
+            raise UserError(f"{folder} holds results of several models; delete it and run the study again")
         results += [result | {"model": label(variant, seed)} for result in of_label]
+    for line in unlike(results):
+        raise UserError(f"{line}; delete {study.results} and run the study again")
     return results
 
 
@@ -246,13 +253,16 @@ def best(study: Study, table: pd.DataFrame) -> tuple[str, float]:
     The first of several that are equal. Raises UserError when one of them lacks a figure to choose by.
     """
     validation = table[table.dataset.isin(study.chosen_on)]
-    means = validation.pivot_table(index="variant", columns="metric", values="mean")
-    means = means.reindex(index=[v for v in study.variants if v not in study.baselines], columns=study.choose_by)
+    validation = validation[validation.metric.isin(study.choose_by)]
+    means = validation.pivot_table(index="variant", columns=["metric", "dataset"], values="mean")
+    competing = [v for v in study.variants if v not in study.baselines]
+    means = means.reindex(index=competing, columns=pd.MultiIndex.from_product([study.choose_by, study.chosen_on]))
+    means = means.loc[:, means.notna().any() | (means.columns.get_level_values(1) == study.chosen_on[0])]
     for variant, row in means[means.isna().any(axis=1)].iterrows():
-        lacking, known = ", ".join(row.index[row.isna()]), ", ".join(dict.fromkeys(table.dataset))
-        on = " and ".join(study.chosen_on)
-        raise UserError(f"{variant} has no {lacking} on {on} to be chosen by; measured: {known}")
-    score = means.mean(axis=1)
+        lacking, places = (" and ".join(dict.fromkeys(names)) for names in zip(*row.index[row.isna()]))
+        known = ", ".join(dict.fromkeys(table.dataset))
+        raise UserError(f"{variant} has no {lacking} on {places} to be chosen by; measured: {known}")
+    score = means.T.groupby(level=0).mean().mean()  # each metric counts alike, on however many data sets it is known
     return score.idxmax(), float(score.max())
 
 
