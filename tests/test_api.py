@@ -47,6 +47,10 @@ def test_pictures_of_16_bits_are_one_whether_opened_or_named():
     assert torch.equal(model.embed_images([Image.open("deep.png")]), model.embed_images(["deep.png"]))
 
 
+def test_numbers_of_numpy_and_paths_are_settings():
+    assert api._flags(None, {"a": np.int64(3), "b": [Path("x"), Path("y")]}) == ["--a", "3", "--b", '["x", "y"]']
+
+
 def test_paths_and_single_captions_are_taken_as_they_are():
     written = pc_clip.write_differences({"a.jpg": "a dog", "b.jpg": ["two cats"]}, name="pets", out=Path("mine"))
     assert len(written) and all("dog" in text and "cats" in text for text in written.text)

@@ -172,6 +172,13 @@ def test_a_study_writes_its_tables_and_its_picture(main, capsys):
     assert Path("results/small/table.png").stat().st_size > 5000
 
 
+def test_a_tradeoff_of_figures_that_are_not_there_is_said(main):
+    content = yaml.safe_load(Path("small.yaml").read_text()) | {"tradeoff": ["y/test:zeroshot", "x/test:difference"]}
+    Path("small.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(UserError, match="tradeoff of study small names 'y/test:zeroshot'. Did you mean 'x/test"):
+        main()
+
+
 def test_a_dry_run_prints_each_command_and_runs_none(main, calls, capsys):
     main("--seeds", "0", "1", "--dry_run")
     lines = capsys.readouterr().out.splitlines()

@@ -35,7 +35,7 @@ from sklearn.decomposition import PCA
 from torch import Tensor
 
 from pc_clip.core.config.evaluate import EvaluateConfig
-from pc_clip.core.errors import UserError
+from pc_clip.core.errors import UserError, check_at_least
 from pc_clip.core.random import stream
 from pc_clip.data import attributes
 from pc_clip.data.dataset import Attribute, Dataset, Question
@@ -77,6 +77,7 @@ def evaluate(context: EvalContext) -> Result:
 def measure(context: EvalContext, clip: Clip, z: Tensor) -> tuple[dict[str, float], dict]:
     """All figures of one model, and what they are made of. z: [N, D], its unit image embeddings."""
     data, config, n = context.data, context.config, context.config.geometry.n_pairs
+    check_at_least("geometry.n_pairs", n, 1)
     prompts = [class_embeddings(clip, question, templates_of(question, config)) for question in data.questions]
     metrics, of_attributes = _alignment_of_attributes(clip, z, context.attributes, config)
     aligned = {q.name: alignment_of_classes(z, q, t, n, config.seed) for q, t in zip(data.questions, prompts)}

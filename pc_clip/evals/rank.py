@@ -50,10 +50,10 @@ def evaluate(context: EvalContext) -> Result:
     result, figures, samples = Result({}, len(context.data)), [], []
     for attribute in context.attributes:
         scores, known = _scores(context, attribute), ~np.isnan(attribute.value)
+        samples.append(_sample(scores, attribute, context.config.seed))  # first: it refuses images that do not differ
         of_attribute = {name: pair_accuracy(score, attribute) for name, score in scores.items()}
         of_attribute["spearman"] = float(spearmanr(scores["rank"][known], attribute.value[known]).statistic)
         figures.append(of_attribute)
-        samples.append(_sample(scores, attribute, context.config.seed))
         result.details[attribute.name] = of_attribute | {"sentence": contrast(attribute.more, attribute.less, 0)}
         if len(result.pictures) < SHEETS:
             title = f"{attribute.name}: from {attribute.less} to {attribute.more}"

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from pc_clip.core.files import write_text
@@ -79,7 +80,8 @@ def _flags(config: str | Path | None, settings: Mapping[str, Any], prefix: str =
         if isinstance(value, Mapping):
             argv += _flags(None, value, f"{prefix}{name}.")
         else:
-            argv += [prefix + name, str(value) if isinstance(value, str | Path) else json.dumps(value)]
+            value = value.item() if isinstance(value, np.generic) else value
+            argv += [prefix + name, str(value) if isinstance(value, str | Path) else json.dumps(value, default=str)]
     return argv
 
 

@@ -337,6 +337,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         figures = long_table(results)
         runs = figures.assign(figure=figures.dataset + ":" + figures.metric).pivot_table(
             "value", "model", "figure", sort=False
-        )[study.tradeoff]
+        )
+        if absent := [name for name in study.tradeoff if name not in runs]:
+            raise UserError(f"tradeoff of study {study.name} names {absent[0]!r}. {nearest(absent[0], list(runs))}")
+        runs = runs[study.tradeoff]
         charts.tradeoff(runs, study.baselines).savefig(study.results / "tradeoff.png", dpi=130)
     print(f"\n{text}\n\nper cent where it is a share; table.csv and table.png are in {study.results}/")
