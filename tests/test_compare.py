@@ -35,6 +35,12 @@ def test_what_all_images_gain_alike_has_no_noise_however_different_they_are():
     assert (a.seeds, a.significant, len(table)) == (2, True, 1)  # not the baseline with itself
 
 
+def test_nothing_is_significant_of_a_handful_of_images():
+    zero, one = np.zeros(19), np.ones(19)
+    table = table_of(measured("random", zero, zero), measured("a", one, one))
+    assert row(table, "a").difference == 1 and not row(table, "a").significant
+
+
 def test_an_interval_over_images_is_as_wide_as_arithmetic_says():
     """200 of 1000 images gained, 100 lost: mean 0.1, standard error sqrt(0.29 / 1000)."""
     gain, base = np.r_[np.ones(200), -np.ones(100), np.zeros(700)], np.full(1000, 0.5)

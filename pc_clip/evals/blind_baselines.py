@@ -197,7 +197,7 @@ def against(looking: str, answers: Mapping[str, np.ndarray], photograph: np.ndar
     """The model's share of right answers, answers[looking], less that of each other one, on the same statements.
 
     above: name -> difference, and low and high of its 95 % interval; beats_blind: whether every difference is beyond
-    what other photographs could change. Warns where not.
+    what other photographs could change, of which there must be intervals.FEWEST. Warns where not.
     """
     gains = {name: answers[looking] - right for name, right in answers.items() if name != looking}  # [M] each
     differences, known = intervals.of_columns(gains, photograph, seed)
@@ -209,7 +209,10 @@ def against(looking: str, answers: Mapping[str, np.ndarray], photograph: np.ndar
         listed = ", ".join(f"{name} {gain:+.1f} [{low:+.1f}, {high:+.1f}]" for name, (gain, low, high) in level.items())
         figure = f"{looking} {100 * answers[looking].mean():.1f}"
         log.warning("  %s, not clearly above what never looks at an image: it is above %s", figure, listed)
-    return {"beats_blind": not level, "above": above}
+    few = len(np.unique(photograph)) < intervals.FEWEST
+    if few and not level:
+        log.warning("  %s is of fewer than %d photographs: too few to say what it is above", looking, intervals.FEWEST)
+    return {"beats_blind": not level and not few, "above": above}
 
 
 # -- the command ---------------------------------------------------------------------------------------------

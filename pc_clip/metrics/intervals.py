@@ -15,6 +15,7 @@ import numpy as np
 from pc_clip.core.random import stream
 
 DRAWS = 1000
+FEWEST = 20  # images below which nothing is called significant: drawn again, so few cover 95 % far too seldom
 
 
 def of_mean(values: np.ndarray, seed: int, draws: int = DRAWS) -> tuple[float, float]:

@@ -22,7 +22,7 @@ from scipy import stats
 
 from pc_clip.core.errors import UserError
 from pc_clip.core.random import stream
-from pc_clip.metrics.intervals import redrawn_sums
+from pc_clip.metrics.intervals import FEWEST, redrawn_sums
 from pc_clip.report.results import variant_of
 
 COLUMNS = ["variant", "dataset", "metric", "difference", "low", "high", "seeds", "p", "significant"]
@@ -37,8 +37,9 @@ def compare(
 
     results: `model` is VARIANT or VARIANT-seedN. difference: mean over seeds of variant - against, over the images' own
     numbers. low, high: its 95 % interval. p: two-sided, at least 2 / DRAWS. significant: whether it holds after Holm's
-    correction for all the variants compared on that data set by that metric. Variants without a number for each image,
-    in any seed, are left out. Raises UserError when two were not measured on the same images.
+    correction for all the variants compared on that data set by that metric, and there are FEWEST images or more.
+    Variants without a number for each image, in any seed, are left out. Raises UserError when two were not measured on
+    the same images.
     """
     rows = []
     questions = dict.fromkeys((r["dataset"], metric) for r in results for metric in r.get("items") or {})
@@ -48,7 +49,8 @@ def compare(
         if against in items and others:
             point, low, high, p = differences(items, against, untrained, seed)
             figures = zip(others, point, low, high, p, holm(p))
-            rows += [(v, dataset, metric, d, a, b, len(items[v]), q, holds) for v, d, a, b, q, holds in figures]
+            enough = items[against].shape[1] >= FEWEST
+            rows += [(v, dataset, metric, d, a, b, len(items[v]), q, h and enough) for v, d, a, b, q, h in figures]
     order = list(dict.fromkeys(variant_of(result["model"]) for result in results))
     table = pd.DataFrame(rows, columns=COLUMNS)
     return table.sort_values("variant", key=lambda names: names.map(order.index), kind="stable", ignore_index=True)
